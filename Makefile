@@ -1,0 +1,66 @@
+# One command each. `make test` sets up what it needs (a venv; the packages wrk and strace, where
+# there is apt and root), then lints, checks the types and runs every test.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV = .venv
+RUN = $(VENV)/bin/python
+EXAMPLE ?= canary
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: help venv system test lint types unit demo bench soak clean
+
+help:
+	@echo "make test    set up, lint, types, every test (under 10 minutes on 2 cores)"
+	@echo "make unit    pytest alone           (ARGS='tests/test_reflection.py -k resume')"
+	@echo "make lint    ruff                   make types   mypy --strict"
+	@echo "make demo    the real Envoy shifts traffic because a ConfigMap changed"
+	@echo "             (EXAMPLE=canary, ARGS=--keep leaves it running)"
+	@echo "make bench   the figures, next to the floor"
+	@echo "make soak    hours of changes and faults (ARGS='--minutes 60')"
+	@echo "make clean   everything that was made here"
+
+venv: $(VENV)/.stamp
+
+$(VENV)/.stamp: setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed on PATH" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+# Load and fault tests use wrk and strace; without root or apt they say that they are skipped.
+system:
+	@missing=; for tool in wrk strace; do \
+		command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	test -z "$$missing" && exit 0; \
+	command -v apt-get >/dev/null || { echo "not found:$$missing" >&2; exit 0; }; \
+	sudo=; test "$$(id -u)" = 0 || sudo="sudo -n"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends \
+		$$missing; } >/dev/null || echo "could not install:$$missing" >&2
+
+test: venv system lint types
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+lint: venv
+	$(RUN) -m ruff check .
+
+types: venv
+	$(RUN) -m mypy $(wildcard loader.py bench) tests
+
+unit: venv
+	$(RUN) -m pytest $(ARGS)
+
+demo: venv
+	@PYTHON=$(abspath $(RUN)) $(RUN) example/$(EXAMPLE)/run $(ARGS)
+
+bench: venv system
+	@$(RUN) -m bench $(ARGS)
+
+soak: venv system
+	@$(RUN) -m bench.soak $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The harness that the tests, the demos and the benchmarks share."""
