@@ -1,0 +1,130 @@
+"""Fixtures: an API server, an output directory, loaders and Envoys that are stopped at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.support.apiserver import ApiServer
+from tests.support.envoy import Config, Envoy
+from tests.support.loader import Loader, run
+from tests.support.tls import Authority
+
+NAMESPACE = "demo"
+TOKEN = "token-1"
+
+StartLoader = Callable[..., Loader]
+RunLoader = Callable[..., subprocess.CompletedProcess[str]]
+StartEnvoy = Callable[..., Envoy]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever starts an Envoy is marked so."""
+    for item in items:
+        if "start_envoy" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.envoy)
+
+
+@pytest.fixture
+def api() -> Iterator[ApiServer]:
+    """Plain HTTP; it takes the token of `token_file` and no other."""
+    with ApiServer(tokens=[TOKEN]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def api_tls(authority: Authority) -> Iterator[ApiServer]:
+    """The same over TLS, with a certificate of `authority`."""
+    with ApiServer(tokens=[TOKEN], tls=authority.server_context()) as server:
+        yield server
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The output directory, which does not exist yet."""
+    return tmp_path / "runtime"
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    return path
+
+
+@pytest.fixture
+def common(out: Path, token_file: Path) -> list[str]:
+    """The options that every run of a test shares, but for the API server."""
+    return ["--namespace", NAMESPACE, "--token-file", str(token_file), "--output-dir", str(out)]
+
+
+def _arguments(
+    common: list[str], args: tuple[str, ...], server: ApiServer | None, authority: Authority
+) -> list[str]:
+    if server is None:
+        return [*common, *args]
+    trust = ["--ca-file", str(authority.ca_file)] if server.tls else []
+    return [*common, "--apiserver", server.url, *trust, *args]
+
+
+@pytest.fixture
+def start_loader(api: ApiServer, common: list[str], authority: Authority) -> Iterator[StartLoader]:
+    """`start_loader("--watch", "--configmap", "x")`: running, ended when the test ends.
+
+    `server=` another API server (None: no --apiserver at all); `env=` environment variables.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(
+            *args: str,
+            server: ApiServer | None = api,
+            env: Mapping[str, str] | None = None,
+            cwd: Path | None = None,
+        ) -> Loader:
+            loader = Loader(_arguments(common, args, server, authority), env, cwd=cwd)
+            stack.callback(loader.kill)
+            return stack.enter_context(loader)
+
+        yield start
+
+
+@pytest.fixture
+def run_loader(api: ApiServer, common: list[str], authority: Authority) -> RunLoader:
+    """`run_loader("--onetime", "--configmap", "x")`: the completed process."""
+
+    def once(
+        *args: str,
+        server: ApiServer | None = api,
+        env: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        cwd: Path | None = None,
+        timeout: float = 30.0,
+    ) -> subprocess.CompletedProcess[str]:
+        arguments = _arguments(common, args, server, authority)
+        return run(arguments, env, stdin=stdin, cwd=cwd, timeout=timeout)
+
+    return once
+
+
+@pytest.fixture
+def start_envoy(tmp_path: Path) -> Iterator[StartEnvoy]:
+    """`start_envoy(bootstrap(...))`: live, stopped when the test ends."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def start(config: Config | str, **options: object) -> Envoy:
+            nonlocal count
+            count += 1
+            envoy = Envoy(config, tmp_path / f"envoy{count}", **options)  # type: ignore[arg-type]
+            return stack.enter_context(envoy)
+
+        yield start

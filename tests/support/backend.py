@@ -1,0 +1,178 @@
+"""HTTP backends that answer with their name: in this process, or in one of their own for load.
+
+with Backends("v1", "v2") as backends:      # a process of its own
+    backends.ports["v1"]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class _Answer(asyncio.Protocol):
+    """HTTP/1.1 with keep-alive and pipelining; bodies of requests by Content-Length."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.buffer = b""
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.backend.transports.add(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert self.transport is not None
+        self.backend.transports.discard(self.transport)
+
+    def data_received(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = self.buffer[:end].lower()
+            length = 0
+            if (at := head.find(b"content-length:")) >= 0:
+                length = int(head[at + 15 :].split(b"\r\n", 1)[0])
+            if len(self.buffer) < end + 4 + length:
+                return
+            self.buffer = self.buffer[end + 4 + length :]
+            self.backend.requests += 1
+            self.transport.write(self.backend.answer)
+
+
+class Backend:
+    """One backend on 127.0.0.1; `status` may be changed while it runs."""
+
+    def __init__(self, name: str, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self.name = name
+        self.port = port
+        self.tls = tls
+        self.requests = 0
+        self.transports: set[asyncio.Transport] = set()
+        self.answer = b""
+        self.respond()
+        self._loop = asyncio.new_event_loop()
+        self._server: asyncio.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def respond(self, status: int = 200) -> None:
+        """What every request gets from now on."""
+        body = f"{self.name}\n".encode()
+        head = f"HTTP/1.1 {status} X\r\nx-backend: {self.name}\r\ncontent-type: text/plain\r\n"
+        self.answer = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+    async def listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Answer(self), "127.0.0.1", self.port, ssl=self.tls, backlog=1024
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def __enter__(self) -> Backend:
+        started = threading.Event()
+
+        def run() -> None:
+            asyncio.set_event_loop(self._loop)
+            self._loop.run_until_complete(self.listen())
+            started.set()
+            self._loop.run_forever()
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        started.wait(5)
+        return self
+
+    def close(self) -> None:
+        async def end() -> None:
+            if self._server is not None:
+                self._server.close()
+            for transport in list(self.transports):
+                transport.abort()
+
+        if self._thread is not None:
+            asyncio.run_coroutine_threadsafe(end(), self._loop).result(5)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+            self._loop.close()
+            self._thread = None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Backends:
+    """Several backends in one process of their own: load does not share the tests' interpreter."""
+
+    def __init__(self, *names: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.backend", *names],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the backends exited with {self.process.wait()}")
+        self.ports: dict[str, int] = json.loads(line)
+
+    def __getitem__(self, name: str) -> int:
+        return self.ports[name]
+
+    def __enter__(self) -> Backends:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+async def _serve(names: Sequence[str]) -> None:
+    backends = [
+        Backend(name, int(port or 0)) for name, _, port in (n.partition("=") for n in names)
+    ]
+    for backend in backends:
+        await backend.listen()
+    print(json.dumps({backend.name: backend.port for backend in backends}), flush=True)
+    await asyncio.Event().wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="HTTP backends that answer with their name.")
+    parser.add_argument("names", nargs="+", metavar="NAME[=PORT]")
+    try:
+        asyncio.run(_serve(parser.parse_args(argv).names))
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

