@@ -78,6 +78,19 @@ def snapshot(output_dir: Path) -> dict[str, bytes]:
     return found
 
 
+def wait_files(output_dir: Path, files: Mapping[str, str | bytes], timeout: float = 5.0) -> None:
+    """Until `current/` shows exactly these files."""
+    wanted = {
+        name: text.encode() if isinstance(text, str) else text for name, text in files.items()
+    }
+    try:
+        wait_until(lambda: snapshot(output_dir) == wanted, timeout)
+    except TimeoutError:
+        raise TimeoutError(
+            f"{snapshot(output_dir)!r:.500} after {timeout} s, not {wanted!r:.500}"
+        ) from None
+
+
 class Loader:
     """A running loader; its log is kept and can be awaited."""
 

@@ -1,0 +1,319 @@
+"""The command line is a public contract: names, durations, environment, failures."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOKEN, RunLoader, StartLoader
+from tests.support.apiserver import ApiServer
+from tests.support.loader import ROOT, run, snapshot, wait_files
+
+OPTIONS = (
+    "configmap configmap-selector namespace apiserver token-file ca-file client-cert client-key "
+    "insecure from-file output-dir onetime dry-run watch sync-interval diff timeout check-cmd "
+    "log-format log-level version"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def objects(api: ApiServer) -> None:
+    api.configmap("demo", "x", {"rds.yaml": "x: 1\n"})
+    api.configmap("demo", "y", {"cds.yaml": "y: 1\n"})
+    api.configmap("default", "x", {"rds.yaml": "default: 1\n"})
+
+
+# -- what it is
+
+
+def test_nothing_but_the_standard_library_is_imported() -> None:
+    """Every run of these tests is `python -I -S`, too."""
+    tree = ast.parse((ROOT / "loader.py").read_text())
+    roots = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            roots.add((node.module or "").partition(".")[0])
+    assert roots <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("option", ["-h", "--help", "-help"])
+def test_help_names_every_option(option: str) -> None:
+    done = run([option])
+    assert done.returncode == 0
+    for name in OPTIONS:
+        assert f"--{name}" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("option", ["--version", "-version"])
+def test_version(option: str) -> None:
+    done = run([option])
+    declared = re.search(r'^__version__ = "(.+)"', (ROOT / "loader.py").read_text(), re.M)
+    assert declared is not None
+    assert done.returncode == 0
+    assert declared.group(1) in done.stdout.split()
+
+
+# -- one dash, two dashes, `=`, Go's switches
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--configmap", "x", "--onetime"],
+        ["-configmap", "x", "-onetime"],
+        ["-configmap=x", "-onetime"],
+        ["--configmap=x", "--onetime"],
+        ["-configmap", "demo/x", "-onetime=true"],
+        ["-configmap", "x", "-onetime=1", "-watch=false"],
+        ["-configmap", "x", "-onetime", "-watch"],
+        ["-configmap", "x", "-onetime", "-sync-interval=30s"],
+        ["-onetime", "-insecure=false", "-dry-run=false", "-configmap", "x"],
+    ],
+    ids=" ".join,
+)
+def test_spellings(run_loader: RunLoader, out: Path, args: list[str]) -> None:
+    done = run_loader(*args)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(out) == {"rds.yaml": b"x: 1\n"}
+
+
+def test_a_repeated_option_repeats(run_loader: RunLoader, out: Path) -> None:
+    assert run_loader("-onetime", "-configmap", "x", "-configmap", "y").returncode == 0
+    assert snapshot(out) == {"rds.yaml": b"x: 1\n", "cds.yaml": b"y: 1\n"}
+
+
+@pytest.mark.parametrize(
+    "duration", ["1m0s", "250ms", "90s", "1h", "1.5s", "2h45m", "100000us", "100000µs", "1m30.5s"]
+)
+def test_durations_as_go_writes_them(run_loader: RunLoader, duration: str) -> None:
+    done = run_loader("--onetime", "--configmap", "x", "-sync-interval", duration)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_predecessors_command_line_runs_unchanged(
+    api: ApiServer, tmp_path: Path, out: Path
+) -> None:
+    (tmp_path / "mytoken").write_text(TOKEN)
+    line = (
+        "-onetime -dry-run -insecure -namespace default -token-file ./mytoken -configmap x "
+        f"-apiserver {api.url} -sync-interval 1m0s -watch"
+    )
+    done = run(line.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rds.yaml" in done.stdout
+    assert "default: 1" in done.stdout
+    line = (
+        "--namespace default --token-file ./mytoken --configmap x --onetime --insecure "
+        f"--apiserver {api.url} --output-dir {out}"
+    )
+    done = run(line.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(out) == {"rds.yaml": b"default: 1\n"}
+
+
+@pytest.mark.parametrize("dash", ["-", "--"])
+def test_the_charts_option_is_taken_with_a_warning(
+    run_loader: RunLoader, out: Path, dash: str
+) -> None:
+    option = f"{dash}trafficsplit-api-version"
+    done = run_loader("--onetime", "--configmap", "x", option, "v1alpha2")
+    assert done.returncode == 0, done.stderr
+    assert "trafficsplit-api-version" in done.stderr
+    assert snapshot(out) == {"rds.yaml": b"x: 1\n"}
+
+
+@pytest.mark.parametrize("args", [["-smi"], ["-trafficsplit", "podinfo"], ["--smi=true"]])
+def test_smi_points_to_weights_by_annotation(
+    run_loader: RunLoader, api: ApiServer, args: list[str]
+) -> None:
+    done = run_loader("--onetime", "--configmap", "x", *args)
+    assert done.returncode == 2
+    assert "annotation" in done.stderr
+    assert "weight" in done.stderr
+    assert api.connections_total == 0
+
+
+# -- bad input
+
+BAD = {
+    "an unknown option": ["--configmap", "x", "--nope"],
+    "an unknown option with one dash": ["-configmap", "x", "-nope"],
+    "an abbreviation": ["--configmap", "x", "--onet"],
+    "a stray word": ["--configmap", "x", "stray"],
+    "no value": ["--onetime", "--configmap"],
+    "no source": ["--onetime"],
+    "a duration without unit": ["--configmap", "x", "--sync-interval", "30"],
+    "no duration": ["--configmap", "x", "--sync-interval", "soon"],
+    "an empty duration": ["--configmap", "x", "--sync-interval="],
+    "a negative duration": ["--configmap", "x", "-sync-interval=-30s"],
+    "an interval of nothing": ["--configmap", "x", "-sync-interval=0s"],
+    "a timeout without unit": ["--configmap", "x", "--onetime", "--timeout", "5"],
+    "no switch": ["--configmap", "x", "--watch=maybe"],
+    "an empty ConfigMap": ["--configmap", ""],
+    "a ConfigMap of three parts": ["--configmap", "a/b/c"],
+    "a ConfigMap without name": ["--configmap", "demo/"],
+    "a ConfigMap with a name that cannot be": ["--configmap", "Not_A_Name"],
+    "a namespace that cannot be": ["--configmap", "x", "--namespace", "Not A Namespace"],
+    "a directory above": ["--configmap", "x:../up"],
+    "a directory above, in the middle": ["--configmap", "x:a/../../b"],
+    "an absolute directory": ["--configmap", "x:/etc"],
+    "another scheme": ["--configmap", "x", "--apiserver", "ftp://127.0.0.1"],
+    "no URL": ["--configmap", "x", "--apiserver", "nonsense"],
+    "a log level": ["--configmap", "x", "--log-level", "loud"],
+    "a log format": ["--configmap", "x", "--log-format", "xml"],
+    "a diff of what is written": ["--configmap", "x", "--onetime", "--diff"],
+    "a certificate without key": ["--configmap", "x", "--client-cert", "c.pem"],
+    "a key without certificate": ["--configmap", "x", "--client-key", "c.key"],
+    "stdin again and again": ["--configmap", "x", "--from-file", "-"],
+    "a command with an open quote": ["--configmap", "x", "--check-cmd", "'envoy"],
+}
+
+
+@pytest.mark.parametrize("args", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_no_request(
+    run_loader: RunLoader, api: ApiServer, out: Path, args: list[str]
+) -> None:
+    done = run_loader(*args, timeout=10)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert api.connections_total == 0
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"XDS_LOADER_SYNC_INTERVAL": "30"},
+        {"XDS_LOADER_WATCH": "maybe"},
+        {"XDS_LOADER_APISERVER": "nonsense"},
+    ],
+    ids=str,
+)
+def test_bad_environment_is_named(api: ApiServer, token_file: Path, env: dict[str, str]) -> None:
+    args = ["--configmap", "x", "--token-file", str(token_file)]
+    done = run(args, env, timeout=10)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    name = next(iter(env))
+    option = name.removeprefix("XDS_LOADER_").lower().replace("_", "-")
+    assert name in done.stderr or option in done.stderr
+
+
+# -- the environment
+
+
+def test_every_option_from_the_environment(api: ApiServer, token_file: Path, out: Path) -> None:
+    env = {
+        "XDS_LOADER_APISERVER": api.url,
+        "XDS_LOADER_TOKEN_FILE": str(token_file),
+        "XDS_LOADER_OUTPUT_DIR": str(out),
+        "XDS_LOADER_CONFIGMAP": "x  demo/y:sub",
+        "XDS_LOADER_NAMESPACE": "demo",
+        "XDS_LOADER_ONETIME": "true",
+        "XDS_LOADER_WATCH": "false",
+        "XDS_LOADER_SYNC_INTERVAL": "",
+        "XDS_LOADER_LOG_FORMAT": "json",
+    }
+    done = run([], env)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(out) == {"rds.yaml": b"x: 1\n", "sub/cds.yaml": b"y: 1\n"}
+    for line in done.stderr.splitlines():
+        assert isinstance(json.loads(line), dict)
+
+
+def test_the_command_line_wins(run_loader: RunLoader, out: Path) -> None:
+    env = {"XDS_LOADER_CONFIGMAP": "y", "XDS_LOADER_LOG_LEVEL": "loud"}
+    done = run_loader("--onetime", "--configmap", "x", "--log-level", "info", env=env)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(out) == {"rds.yaml": b"x: 1\n"}
+
+
+@pytest.mark.parametrize(
+    "env, namespace",
+    [
+        ({"NS": "demo", "POD_NAMESPACE": "other"}, "demo"),
+        ({"POD_NAMESPACE": "demo"}, "demo"),
+        ({"NS": "", "POD_NAMESPACE": "demo"}, "demo"),
+        ({"XDS_LOADER_NAMESPACE": "demo", "NS": "other"}, "demo"),
+        ({}, "default"),
+    ],
+    ids=str,
+)
+def test_where_the_namespace_comes_from(
+    api: ApiServer, token_file: Path, out: Path, env: dict[str, str], namespace: str
+) -> None:
+    args = ["--onetime", "--configmap", "x", "--apiserver", api.url]
+    done = run([*args, "--token-file", str(token_file), "--output-dir", str(out)], env)
+    assert done.returncode == 0, done.stderr
+    assert f"/namespaces/{namespace}/configmaps" in api.requests[0].path
+
+
+def test_the_api_server_of_the_pod(
+    api_tls: ApiServer, run_loader: RunLoader, out: Path, authority: object
+) -> None:
+    api_tls.configmap("demo", "x", {"rds.yaml": "tls: 1\n"})
+    env = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(api_tls.port)}
+    ca_file = str(getattr(authority, "ca_file"))  # noqa: B009
+    done = run_loader("--onetime", "--configmap", "x", "--ca-file", ca_file, server=None, env=env)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(out) == {"rds.yaml": b"tls: 1\n"}
+
+
+# -- modes
+
+
+def test_dry_run_ends_by_itself_and_touches_nothing(
+    run_loader: RunLoader, api: ApiServer, out: Path
+) -> None:
+    done = run_loader("--dry-run", "--watch", "--configmap", "x", "--configmap", "y:sub")
+    assert done.returncode == 0, done.stderr
+    for text in ("rds.yaml", "x: 1\n", "sub/cds.yaml", "y: 1\n"):
+        assert text in done.stdout
+    assert not out.exists()
+    assert not api.requests.matching(lambda request: request.is_watch)
+
+
+def test_switches_off_leave_a_polling_sidecar(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    loader = start_loader("-watch=false", "-onetime=false", "-sync-interval=100ms", "-configmap=x")
+    wait_files(out, {"rds.yaml": "x: 1\n"})
+    api.configmap("demo", "x", {"rds.yaml": "x: 2\n"})
+    wait_files(out, {"rds.yaml": "x: 2\n"})
+    assert not api.requests.matching(lambda request: request.is_watch)
+    loader.stop()
+
+
+def test_json_logs(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    loader = start_loader("--watch", "--configmap", "x", "--log-format", "json")
+    wait_files(out, {"rds.yaml": "x: 1\n"})
+    loader.stop()
+    assert loader.lines
+    for line in loader.lines:
+        entry = json.loads(line)
+        assert {"level", "msg"} <= set(entry) or {"level", "message"} <= set(entry)
+
+
+def test_quiet_logs(run_loader: RunLoader) -> None:
+    done = run_loader("--onetime", "--configmap", "x", "--log-level", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_it_tried_and_could_not(run_loader: RunLoader, api: ApiServer) -> None:
+    """Exit 1: the line says what, where and what to do."""
+    api.close()
+    done = run_loader("--onetime", "--configmap", "x", timeout=10)
+    assert done.returncode == 1
+    assert str(api.port) in done.stderr
+    assert "Traceback" not in done.stderr
