@@ -1,0 +1,838 @@
+"""List, poll and watch against the scripted API server, judged by its transcript and the files."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TOKEN, RunLoader, StartLoader
+from tests.support import apiserver as k8s
+from tests.support.apiserver import ApiServer, Request, Rule
+from tests.support.loader import Loader, wait_files
+from tests.support.tls import Authority
+
+MAPS = "/api/v1/namespaces/demo/configmaps"
+WATCH = ["--watch", "--configmap", "envoy-xds"]
+LIST = rf"GET {MAPS}\?(?!.*watch=)"  # a regex over Request.target
+EVERY = 0.1  # seconds between two polls
+
+
+def put(api: ApiServer, text: str, namespace: str = "demo") -> None:
+    api.configmap(namespace, "envoy-xds", {"rds.yaml": text})
+
+
+def wait_text(out: Path, text: str, timeout: float = 5.0) -> None:
+    wait_files(out, {"rds.yaml": text}, timeout)
+
+
+def is_list(request: Request) -> bool:
+    return request.is_list
+
+
+def is_watch(request: Request) -> bool:
+    return request.is_watch
+
+
+@pytest.fixture(autouse=True)
+def first(api: ApiServer) -> None:
+    put(api, "1")
+
+
+@pytest.fixture
+def watching(start_loader: StartLoader, api: ApiServer, out: Path) -> Loader:
+    """A sidecar that has published and whose watch is open."""
+    loader = start_loader(*WATCH)
+    wait_text(out, "1")
+    api.wait_watches(1)
+    return loader
+
+
+# -- list
+
+
+def test_a_named_object_is_listed_by_field_selector(
+    run_loader: RunLoader, api: ApiServer, out: Path
+) -> None:
+    """So that RBAC by resourceNames suffices."""
+    api.rules = [Rule(["list", "watch", "get"], ["configmaps"], "demo", ["envoy-xds"])]
+    done = run_loader("--onetime", "--configmap", "envoy-xds")
+    assert done.returncode == 0, done.stderr
+    (request,) = api.requests
+    assert request.query["fieldSelector"] == "metadata.name=envoy-xds"
+    assert request.token == TOKEN
+    assert "watch" not in request.query
+    wait_text(out, "1")
+
+
+def test_resource_names_suffice_for_a_watch_too(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    api.rules = [Rule(["list", "watch"], ["configmaps"], "demo", ["envoy-xds"])]
+    start_loader(*WATCH)
+    wait_text(out, "1")
+    put(api, "2")
+    wait_text(out, "2")
+    assert {request.status for request in api.requests} <= {0, 200}
+
+
+def test_long_lists_come_in_pages(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
+    for number in range(1200):
+        api.configmap("demo", f"m{number}", {f"k{number}": str(number)}, labels={"app": "x"})
+    done = run_loader("--onetime", "--configmap-selector", "app=x")
+    assert done.returncode == 0, done.stderr
+    wait_files(out, {f"k{number}": str(number) for number in range(1200)})
+    assert len(api.requests) >= 3
+    assert all(int(request.query["limit"]) <= 500 for request in api.requests)
+    assert len({request.connection for request in api.requests}) == 1
+
+
+def test_pages_that_expire_are_listed_again(
+    run_loader: RunLoader, api: ApiServer, out: Path
+) -> None:
+    for number in range(1200):
+        api.configmap("demo", f"m{number:04}", {f"k{number}": "1"}, labels={"app": "x"})
+    expired: list[str] = []
+
+    def expire(request: Request) -> bool:
+        if "continue" in request.query and not expired:
+            expired.append(request.query["continue"])
+            api.delete("ConfigMap", "demo", "m0000")  # on the first page, already read
+            api.compact()
+        return False
+
+    api.fail_next(expire, k8s.Drop())
+    done = run_loader("--onetime", "--configmap-selector", "app=x", "--timeout", "10s")
+    assert done.returncode == 0, done.stderr
+    assert expired
+    wait_files(out, {f"k{number}": "1" for number in range(1, 1200)})
+
+
+@pytest.mark.parametrize(
+    "fault", [k8s.Gzip(), k8s.Slow(64, 0.001), k8s.Stall(0.5)], ids=lambda f: type(f).__name__
+)
+def test_odd_but_right_answers(
+    run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
+) -> None:
+    api.fail_next(LIST, fault)
+    done = run_loader("--onetime", "--configmap", "envoy-xds")
+    assert done.returncode == 0, done.stderr
+    wait_text(out, "1")
+
+
+WRONG = {
+    "no JSON": k8s.Response(200, b"<html>a portal</html>", {"Content-Type": "text/html"}),
+    "JSON of something else": k8s.Response(200, b'{"kind":"APIVersions","versions":["v1"]}'),
+    "a JSON list": k8s.Response(200, b"[1, 2]"),
+    "half of it": k8s.Cut(20),
+    "more promised": k8s.WrongLength(10),
+    "no HTTP": k8s.Raw(b"SSH-2.0-OpenSSH_9\r\n"),
+    "nothing": k8s.Drop(),
+    "a reset": k8s.Drop(reset=True),
+    "invalid UTF-8": k8s.Response(200, b'{"kind":"ConfigMapList","items":[{"a":"\xff"}]}'),
+    "404 in plain text": k8s.Response(404, b"404 page not found\n", {"Content-Type": "text/plain"}),
+    "401": k8s.failure(401, "Unauthorized"),
+    "403": k8s.failure(403, "Forbidden", "configmaps is forbidden"),
+    "500": k8s.failure(500, "InternalError", "etcdserver: leader changed"),
+    "503": k8s.Response(503, b"upstream connect error"),
+    "429": k8s.failure(429, "TooManyRequests", "", {"Retry-After": "30"}),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_answer_ends_one_run(
+    run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
+) -> None:
+    """One clear line, exit 1, soon; and nothing is published."""
+    api.fail_next("GET", fault, times=100)
+    start = time.monotonic()
+    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
+    assert time.monotonic() - start < 4
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "configmap" in done.stderr.lower()
+    assert not (out / "..data").exists()
+
+
+@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_answer_only_delays_a_sidecar(
+    start_loader: StartLoader, api: ApiServer, out: Path, fault: k8s.Fault
+) -> None:
+    if isinstance(fault, k8s.Response) and "Retry-After" in fault.headers:
+        fault = fault._replace(headers={"Retry-After": "1"})
+    api.fail_next("GET", fault)
+    start_loader(*WATCH)
+    wait_text(out, "1")
+
+
+@pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
+def test_a_transient_refusal_is_asked_again(
+    run_loader: RunLoader, api: ApiServer, out: Path, code: int
+) -> None:
+    """Right after its restart an API server refused a valid token, once, for some 20 ms."""
+    api.fail_next(LIST, k8s.failure(code, "Transient"))
+    done = run_loader("--onetime", "--configmap", "envoy-xds")
+    assert done.returncode == 0, done.stderr
+    wait_text(out, "1")
+
+
+def test_a_refusal_names_verb_resource_and_namespace(run_loader: RunLoader, api: ApiServer) -> None:
+    api.rules = []
+    done = run_loader("--onetime", "--configmap", "envoy-xds")
+    assert done.returncode == 1
+    for word in ("403", "list", "configmaps", "demo"):
+        assert word in done.stderr
+    assert TOKEN not in done.stderr
+
+
+def test_a_refusal_is_not_final_for_a_sidecar(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    api.rules = [Rule(["list"], ["configmaps"], "demo")]
+    loader = start_loader(*WATCH)
+    loader.wait_log(r"watch.*configmaps.*demo|configmaps.*demo.*watch")
+    wait_text(out, "1")
+    api.rules = None
+    put(api, "2")
+    wait_text(out, "2", 15)
+
+
+def test_an_unreachable_server_is_named(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
+    api.stop()
+    start = time.monotonic()
+    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
+    assert time.monotonic() - start < 4
+    assert done.returncode == 1
+    assert f"127.0.0.1:{api.port}" in done.stderr
+    assert not out.exists() or not (out / "..data").exists()
+
+
+def test_onetime_waits_for_an_api_server_that_comes_late(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    api.stop()
+    loader = start_loader("--onetime", "--configmap", "envoy-xds", "--timeout", "20s")
+    loader.wait_log(str(api.port))
+    api.start()
+    assert loader.wait(20) == 0
+    wait_text(out, "1")
+
+
+# -- poll
+
+
+def test_polling_sees_changes_and_never_watches(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    start_loader("--configmap", "envoy-xds", "--sync-interval", f"{EVERY}s")
+    for text in "123":
+        put(api, text)
+        wait_text(out, text)
+    assert not api.requests.matching(is_watch)
+    assert len({request.connection for request in api.requests}) == 1
+
+
+def test_polling_goes_at_its_interval(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    start_loader("--configmap", "envoy-xds", "--sync-interval", "300ms")
+    first = api.requests.wait_for(is_list)
+    last = api.requests.wait_for(is_list, count=5)
+    assert 0.9 < last.time - first.time < 3
+
+
+# -- watch
+
+
+def test_watching_asks_once_and_then_only_listens(
+    watching: Loader, api: ApiServer, out: Path
+) -> None:
+    for number in range(20):
+        put(api, f"n{number}")
+        wait_text(out, f"n{number}")
+    api.bookmark()
+    put(api, "last")
+    wait_text(out, "last")
+    listed, watched = api.requests
+    assert listed.is_list
+    assert watched.is_watch
+    assert watched.query["allowWatchBookmarks"] in ("true", "1")
+    assert watched.query["fieldSelector"] == "metadata.name=envoy-xds"
+    assert 60 <= int(watched.query["timeoutSeconds"]) <= 3600
+    assert watched.query["resourceVersion"].isdigit()
+
+
+def test_no_relist_at_the_sync_interval(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    """A thousand sidecars must not relist every minute."""
+    start_loader(*WATCH, "--sync-interval", "50ms")
+    wait_text(out, "1")
+    for number in range(10):
+        time.sleep(0.05)  # intervals pass
+        put(api, f"n{number}")
+        wait_text(out, f"n{number}")
+    assert len(api.requests) == 2
+
+
+@pytest.mark.parametrize("how", ["clean", "cut", "midchunk"])
+def test_a_watch_that_ends_is_resumed(
+    watching: Loader, api: ApiServer, out: Path, how: str
+) -> None:
+    """From the last resourceVersion, without a list; what happened in the gap is delivered."""
+    put(api, "2")
+    wait_text(out, "2")
+    version = api.version
+    api.close_watches(how == "clean", midchunk=how == "midchunk")
+    put(api, "3")
+    wait_text(out, "3")
+    resumed = api.requests.wait_for(is_watch, count=2)
+    assert resumed.query["resourceVersion"] in (version, api.version)
+    assert [r for r in api.requests if r.is_list and r.query.get("limit") != "1"] == [
+        api.requests[0]
+    ]
+
+
+def test_a_bookmark_moves_the_version_to_resume_from(
+    watching: Loader, api: ApiServer, out: Path
+) -> None:
+    put(api, "of another namespace", "other")
+    version = api.version
+    api.bookmark()
+    api.close_watches()
+    resumed = api.requests.wait_for(is_watch, count=2)
+    assert resumed.query["resourceVersion"] == version
+    put(api, "2")
+    wait_text(out, "2")
+
+
+def test_a_bookmark_is_a_version_and_nothing_else(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    api.bookmark_interval = 0.05
+    start_loader(*WATCH)
+    wait_text(out, "1")
+    time.sleep(0.3)  # some bookmarks, whose ConfigMap has neither name nor data
+    wait_text(out, "1")
+    put(api, "2")
+    wait_text(out, "2")
+
+
+def test_servers_end_watches_all_the_time(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    """Renewals are quick, resume where they were, and are no failure to be backed off from."""
+    start_loader(*WATCH)
+    wait_text(out, "1")
+    for number in range(10):
+        api.wait_watches(1)
+        api.bookmark()
+        api.close_watches()
+        put(api, f"n{number}")
+        wait_text(out, f"n{number}", 3)
+    assert len(api.requests.matching(lambda r: r.is_list and r.query.get("limit") != "1")) == 1
+
+
+def test_expired_in_the_stream_is_listed_again(watching: Loader, api: ApiServer, out: Path) -> None:
+    api.stop()
+    put(api, "2")
+    put(api, "3")
+    api.compact()
+    api.start()
+    wait_text(out, "3", 10)
+    put(api, "4")
+    wait_text(out, "4")
+
+
+def test_expired_as_a_status_is_listed_again(watching: Loader, api: ApiServer, out: Path) -> None:
+    api.fail_next("watch=", k8s.failure(410, "Expired", "too old resource version"))
+    api.close_watches()
+    put(api, "2")
+    wait_text(out, "2")
+    assert len(api.requests.matching(is_list)) >= 2
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        (410, "Expired"),
+        (410, "Gone"),
+        (500, "InternalError"),
+        (504, "Timeout"),
+        (429, "TooManyRequests"),
+    ],
+)
+def test_error_events(watching: Loader, api: ApiServer, out: Path, code: int, reason: str) -> None:
+    """None of them is an object; after each the truth is found again."""
+    api.inject(k8s.error_event(code, reason, "scripted"), end=True)
+    put(api, "2")
+    wait_text(out, "2", 5)
+    put(api, "3")
+    wait_text(out, "3", 5)
+
+
+def test_deletions_in_a_gap_are_seen(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    """A relist replaces the store."""
+    for name in "abc":
+        api.configmap("demo", name, {f"{name}.yaml": name}, labels={"app": "x"})
+    start_loader("--watch", "--configmap-selector", "app=x")
+    wait_files(out, {"a.yaml": "a", "b.yaml": "b", "c.yaml": "c"})
+    api.wait_watches(1)
+    api.stop()
+    api.delete("ConfigMap", "demo", "b")
+    api.compact()
+    api.start()
+    wait_files(out, {"a.yaml": "a", "c.yaml": "c"}, 10)
+
+
+def test_unknown_event_types_are_passed_over(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    odd = b'{"type":"REFRESHED","object":{"kind":"ConfigMap","metadata":{"name":"envoy-xds",' \
+          b'"namespace":"demo","resourceVersion":"7"},"data":{"rds.yaml":"odd"}}}\n'  # fmt: skip
+    api.fail_next("watch=", k8s.Stream([odd, b"\n", b'{"type":"ODD"}\n'], "watch"))
+    start_loader(*WATCH)
+    wait_text(out, "1")
+    api.wait_watches(1)
+    put(api, "2")
+    wait_text(out, "2", 10)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"no json\n", b"[]\n", b"null\n", b'{"type":"ADDED","object":null}\n', b'{"type":1}\n',
+     b'{"type":"MODIFIED","object":{"metadata":{}}}\n', b"\xff\xfe\n", b'{"type":"ADDED"'],
+)  # fmt: skip
+def test_garbage_in_a_watch(
+    start_loader: StartLoader, api: ApiServer, out: Path, line: bytes
+) -> None:
+    api.fail_next("watch=", k8s.Stream([line], "clean"))
+    start_loader(*WATCH)
+    wait_text(out, "1")
+    put(api, "2")
+    wait_text(out, "2", 5)
+
+
+def test_a_large_event_in_many_chunks(watching: Loader, api: ApiServer, out: Path) -> None:
+    api.chunk_size = 4096
+    text = "x" * 1_000_000 + "é"
+    put(api, text)
+    wait_text(out, text, 10)
+
+
+def test_etcd_reset_is_noticed_soon_after_the_reconnect(
+    watching: Loader, api: ApiServer, out: Path
+) -> None:
+    """The resumed watch would be silent for ever: its version is of the future."""
+    for number in range(30):
+        put(api, f"n{number}")
+    wait_text(out, "n29")
+    old = {"kind": "ConfigMap", "metadata": {"name": "envoy-xds", "namespace": "demo"}}
+    api.stop()
+    api.reset_etcd([{**old, "data": {"rds.yaml": "restored"}}])
+    api.start()
+    wait_text(out, "restored", 10)
+    put(api, "new")
+    wait_text(out, "new", 5)
+
+
+def test_etcd_reset_behind_a_graceful_restart(watching: Loader, api: ApiServer, out: Path) -> None:
+    """The stream ends properly, but only after a silence while nothing new connects."""
+    for number in range(30):
+        put(api, f"n{number}")
+    wait_text(out, "n29")
+    old = {"kind": "ConfigMap", "metadata": {"name": "envoy-xds", "namespace": "demo"}}
+    api.stop(graceful=True, grace=0.5)
+    api.reset_etcd([{**old, "data": {"rds.yaml": "restored"}}], drop=False)
+    time.sleep(1.2)  # the old process ends its watches before the new one listens
+    api.start()
+    wait_text(out, "restored", 10)
+
+
+def test_no_probe_where_nothing_failed(watching: Loader, api: ApiServer, out: Path) -> None:
+    """Ends of watches that are the server's habit cost one request each."""
+    for count in range(2, 5):
+        put(api, f"n{count}")
+        wait_text(out, f"n{count}")
+        api.close_watches()
+        api.requests.wait_for(is_watch, count=count)
+        api.wait_watches(1)
+    assert len(api.requests) == 5
+
+
+def test_half_open_connections_are_probed_by_the_kernel(watching: Loader, api: ApiServer) -> None:
+    """A peer that vanished sends no FIN: TCP keepalive is on, for the watch above all."""
+    timers = []
+    for line in Path(f"/proc/{watching.pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[2].rpartition(":")[2], 16) == api.port and fields[3] == "01":
+            timers.append(fields[5].partition(":")[0])
+    assert timers
+    assert set(timers) == {"02"}, timers
+
+
+def test_the_server_is_away_for_a_while(watching: Loader, api: ApiServer, out: Path) -> None:
+    """It costs nothing but freshness."""
+    api.stop()
+    watching.wait_log(str(api.port))
+    wait_text(out, "1")
+    api.start()
+    put(api, "2")
+    wait_text(out, "2", 10)
+
+
+def test_a_restarted_server_refuses_once(watching: Loader, api: ApiServer, out: Path) -> None:
+    api.fail_next("GET", k8s.failure(403, "Forbidden", "not yet"))
+    api.close_watches(clean=False)
+    put(api, "2")
+    wait_text(out, "2", 5)
+
+
+# -- tokens, certificates, redirects
+
+
+def test_rotated_tokens_are_read_again(
+    watching: Loader, api: ApiServer, out: Path, token_file: Path
+) -> None:
+    token_file.write_text("token-2")
+    api.tokens = {"token-2"}
+    api.close_watches()
+    put(api, "2")
+    wait_text(out, "2")
+    assert api.requests[-1].token == "token-2"
+    assert not api.requests.matching(lambda request: request.status == 401)
+
+
+def test_a_refused_token_is_read_again(
+    watching: Loader, api: ApiServer, out: Path, token_file: Path
+) -> None:
+    """The kubelet may be a moment behind."""
+    api.tokens = {"token-2"}
+    api.close_watches()
+    api.requests.wait_for(lambda request: request.status == 401)
+    token_file.write_text("token-2")
+    put(api, "2")
+    wait_text(out, "2", 5)
+
+
+def test_a_token_file_replaced_by_rename_while_polling(
+    start_loader: StartLoader, api: ApiServer, out: Path, token_file: Path
+) -> None:
+    start_loader("--configmap", "envoy-xds", "--sync-interval", f"{EVERY}s")
+    wait_text(out, "1")
+    new = token_file.with_suffix(".new")
+    new.write_text("token-2\n")
+    api.tokens = {"token-1", "token-2"}
+    new.rename(token_file)
+    api.requests.wait_for(lambda request: request.token == "token-2")
+
+
+def test_no_token_where_none_is_needed(api: ApiServer, out: Path) -> None:
+    """`kubectl proxy`: the service account's file is not there, and nobody asks for it."""
+    from tests.support.loader import run
+
+    api.tokens = None
+    args = ["--onetime", "--configmap", "envoy-xds", "--namespace", "demo"]
+    done = run([*args, "--apiserver", api.url, "--output-dir", str(out)])
+    assert done.returncode == 0, done.stderr
+    assert api.requests[0].token is None
+    wait_text(out, "1")
+
+
+def test_a_token_file_that_is_missing_is_named(
+    run_loader: RunLoader, tmp_path: Path, api: ApiServer
+) -> None:
+    missing = tmp_path / "missing"
+    done = run_loader("--onetime", "--configmap", "envoy-xds", "--token-file", str(missing))
+    assert done.returncode in (1, 2)
+    assert str(missing) in done.stderr
+
+
+def test_the_certificate_is_verified(
+    run_loader: RunLoader, api_tls: ApiServer, authority: Authority, tmp_path: Path, out: Path
+) -> None:
+    put(api_tls, "tls")
+    other = Authority(tmp_path / "other")
+    args = ("--onetime", "--configmap", "envoy-xds", "--apiserver", api_tls.url)
+    done = run_loader(*args, "--ca-file", str(other.ca_file), server=None)
+    assert done.returncode == 1
+    assert "certificate" in done.stderr.lower()
+    assert not api_tls.requests
+    done = run_loader(*args, "--ca-file", str(authority.ca_file), server=None)
+    assert done.returncode == 0, done.stderr
+    wait_text(out, "tls")
+
+
+def test_the_name_in_the_certificate_is_verified(
+    run_loader: RunLoader, authority: Authority
+) -> None:
+    with ApiServer(tls=authority.server_context("kubernetes.example")) as api:
+        done = run_loader("--onetime", "--configmap", "envoy-xds", server=api)
+        assert done.returncode == 1
+        assert not api.requests
+
+
+def test_a_ca_file_that_is_missing_is_named(
+    run_loader: RunLoader, api_tls: ApiServer, tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing.crt"
+    args = ("--onetime", "--configmap", "envoy-xds", "--apiserver", api_tls.url)
+    done = run_loader(*args, "--ca-file", str(missing), server=None)
+    assert done.returncode in (1, 2)
+    assert str(missing) in done.stderr
+
+
+def test_insecure_warns(run_loader: RunLoader, api_tls: ApiServer, out: Path) -> None:
+    put(api_tls, "tls")
+    args = ("--onetime", "--configmap", "envoy-xds", "--apiserver", api_tls.url, "-insecure")
+    done = run_loader(*args, server=None)
+    assert done.returncode == 0, done.stderr
+    assert "insecure" in done.stderr
+    wait_text(out, "tls")
+
+
+def test_client_certificates(
+    run_loader: RunLoader, authority: Authority, tmp_path: Path, out: Path
+) -> None:
+    clients = Authority(tmp_path / "clients")
+    pair = clients.pair("loader")
+    with ApiServer(tls=authority.server_context(client_ca=clients)) as api:
+        put(api, "mutual")
+        args = ("--onetime", "--configmap", "envoy-xds")
+        assert run_loader(*args, server=api).returncode == 1
+        given = ("--client-cert", str(pair.cert), "--client-key", str(pair.key))
+        done = run_loader(*args, *given, server=api)
+        assert done.returncode == 0, done.stderr
+        wait_text(out, "mutual")
+
+
+def test_the_ca_rotates(
+    start_loader: StartLoader, authority: Authority, api_tls: ApiServer, tmp_path: Path, out: Path
+) -> None:
+    put(api_tls, "1")
+    ca_file = tmp_path / "ca.crt"
+    ca_file.write_bytes(authority.ca_file.read_bytes())
+    where = ("--apiserver", api_tls.url, "--ca-file", str(ca_file))
+    start_loader(*WATCH, *where, server=None)
+    wait_text(out, "1")
+    api_tls.stop()
+    renewed = Authority(tmp_path / "renewed")
+    ca_file.write_bytes(renewed.ca_file.read_bytes())
+    api_tls.tls = renewed.server_context()
+    api_tls.start()
+    put(api_tls, "2")
+    wait_text(out, "2", 10)
+
+
+@pytest.mark.parametrize("how", [301, 302, 307, 308])
+def test_a_bearer_token_follows_nobody(run_loader: RunLoader, api: ApiServer, how: int) -> None:
+    with ApiServer() as elsewhere:
+        put(elsewhere, "stolen")
+        api.fail_next("GET", k8s.redirect(elsewhere.url + MAPS, how), times=20)
+        done = run_loader("--onetime", "--configmap", "envoy-xds")
+        assert done.returncode == 1
+        assert "redirect" in done.stderr.lower()
+        assert elsewhere.connections_total == 0
+
+
+def test_a_proxy_of_the_environment_gets_no_token(
+    run_loader: RunLoader, api: ApiServer, out: Path
+) -> None:
+    """HTTP_PROXY is for other people's traffic: the API server is asked directly."""
+    with ApiServer() as proxy:
+        env = {"http_proxy": proxy.url, "HTTP_PROXY": proxy.url, "all_proxy": proxy.url}
+        done = run_loader("--onetime", "--configmap", "envoy-xds", env=env)
+        assert done.returncode == 0, done.stderr
+        assert proxy.connections_total == 0
+
+
+# -- how often it asks
+
+
+def test_retry_after_is_honoured(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    api.fail_next("GET", k8s.failure(429, "TooManyRequests", "", {"Retry-After": "2"}))
+    start_loader(*WATCH)
+    first = api.requests.wait_for(is_list)
+    second = api.requests.wait_for(is_list, count=2)
+    assert 1.9 <= second.time - first.time < 4
+    wait_text(out, "1")
+
+
+@pytest.mark.parametrize("code", [403, 500])
+def test_an_api_server_that_fails_is_not_hammered(
+    start_loader: StartLoader, api: ApiServer, code: int
+) -> None:
+    """Backoff from 0.5 s, doubled and jittered: in 4 s these are about 4 requests."""
+    api.fail_next("GET", k8s.failure(code, "Scripted"), times=1000)
+    start_loader(*WATCH)
+    first = api.requests.wait_for(is_list)
+    api.requests.wait_for(is_list, count=3, timeout=10)
+    time.sleep(max(0.0, first.time + 4 - time.monotonic()))
+    assert 3 <= len(api.requests) <= 8
+
+
+def test_a_failed_connection_is_not_hammered_either(watching: Loader, api: ApiServer) -> None:
+    api.fail_next("GET", k8s.Drop(), times=1000)
+    before = len(api.requests)
+    api.close_watches(clean=False)
+    time.sleep(3)
+    assert len(api.requests) - before <= 10
+
+
+def test_watches_that_end_at_once_are_backed_off_from(watching: Loader, api: ApiServer) -> None:
+    """A server (or a proxy) that closes each watch right away must not be asked in a loop."""
+    api.fail_next("watch=", k8s.Stream([], "clean"), times=100_000)
+    before = len(api.requests)
+    api.close_watches()
+    time.sleep(3)
+    assert len(api.requests) - before <= 20
+
+
+def test_a_failing_source_does_not_spam_the_log(start_loader: StartLoader, api: ApiServer) -> None:
+    api.fail_next("GET", k8s.failure(500, "InternalError"), times=1000)
+    loader = start_loader(*WATCH)
+    api.requests.wait_for(is_list, count=4, timeout=15)
+    assert len(loader.lines) <= len(api.requests) + 3
+
+
+# -- several sources
+
+
+def test_several_namespaces(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    api.configmap("other", "more", {"cds.yaml": "1"})
+    start_loader(*WATCH, "--configmap", "other/more")
+    wait_files(out, {"rds.yaml": "1", "cds.yaml": "1"})
+    api.wait_watches(2)
+    api.configmap("other", "more", {"cds.yaml": "2"})
+    wait_files(out, {"rds.yaml": "1", "cds.yaml": "2"})
+    paths = {request.path for request in api.requests}
+    assert paths == {MAPS, "/api/v1/namespaces/other/configmaps"}
+
+
+def test_one_failing_source_does_not_stop_the_other(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    api.configmap("other", "more", {"cds.yaml": "1"})
+    start_loader(*WATCH, "--configmap", "other/more")
+    wait_files(out, {"rds.yaml": "1", "cds.yaml": "1"})
+    api.wait_watches(2)
+    api.rules = [Rule(["list", "watch"], ["configmaps"], "demo")]
+    api.close_watches()
+    put(api, "2")
+    wait_files(out, {"rds.yaml": "2", "cds.yaml": "1"})
+
+
+def test_a_selector_is_one_connection(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    wanted = {}
+    for number in range(200):
+        api.configmap("demo", f"m{number}", {f"k{number}": "1"}, labels={"app": "x"})
+        wanted[f"k{number}"] = "1"
+    start_loader("--watch", "--configmap-selector", "app=x")
+    wait_files(out, wanted)
+    api.wait_watches(1)
+    api.configmap("demo", "m7", {"k7": "2"}, labels={"app": "x"})
+    wait_files(out, {**wanted, "k7": "2"})
+    assert api.watches == 1
+    assert api.requests[-1].query["labelSelector"] == "app=x"
+
+
+def test_set_based_selectors(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
+    api.configmap("demo", "a", {"a": "1"}, labels={"app": "a"})
+    api.configmap("demo", "b", {"b": "1"}, labels={"app": "b"})
+    api.configmap("demo", "c", {"c": "1"}, labels={"app": "c"})
+    done = run_loader("--onetime", "--configmap-selector", "app in (a, b)")
+    assert done.returncode == 0, done.stderr
+    wait_files(out, {"a": "1", "b": "1"})
+
+
+# -- the end
+
+
+def quiet(api: ApiServer) -> None:
+    """Nothing is wrong: the watch waits for events."""
+
+
+def frozen(api: ApiServer) -> None:
+    api.freeze()
+    api.close_watches()
+
+
+def stalled(api: ApiServer) -> None:
+    api.fail_next("GET", k8s.Stall(), times=10)
+    api.close_watches()
+
+
+def half_a_body(api: ApiServer) -> None:
+    api.fail_next("GET", k8s.failure(410, "Expired"))
+    api.fail_next(LIST, k8s.StallBody(10), times=10)
+    api.close_watches()
+
+
+def away(api: ApiServer) -> None:
+    api.stop()
+
+
+def told_to_wait(api: ApiServer) -> None:
+    api.fail_next("GET", k8s.failure(429, "TooManyRequests", "", {"Retry-After": "60"}), times=10)
+    api.close_watches()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("trouble", [quiet, frozen, stalled, half_a_body, away, told_to_wait])
+def test_it_ends_within_a_second(
+    watching: Loader, api: ApiServer, trouble: Callable[[ApiServer], None], number: int
+) -> None:
+    requests = len(api.requests)
+    trouble(api)
+    if trouble not in (quiet, away):
+        api.requests.wait_for(lambda request: True, since=requests)
+    if trouble is away:
+        watching.wait_log(str(api.port))
+    watching.stop(number)
+    assert "Traceback" not in watching.log
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("mode", ["--watch", "--onetime"])
+def test_it_ends_while_nobody_accepts(start_loader: StartLoader, scheme: str, mode: str) -> None:
+    """The kernel takes the connection, no process ever answers (nor shakes hands)."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(8)
+        url = f"{scheme}://127.0.0.1:{deaf.getsockname()[1]}"
+        loader = start_loader(
+            mode, "--configmap", "x", "--apiserver", url, "--timeout", "60s", "--insecure",
+            server=None,
+        )  # fmt: skip
+        connection, _ = deaf.accept()
+        with connection:
+            start = time.monotonic()
+            loader.process.send_signal(signal.SIGTERM)
+            code = loader.wait(5)
+            assert time.monotonic() - start < 1
+        assert "Traceback" not in loader.log
+        if mode == "--watch":
+            assert code == 0
+
+
+def test_it_ends_while_many_readers_block(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    names = [f"m{number}" for number in range(20)]
+    for name in names:
+        api.configmap("demo", name, {name: "1"})
+    args = [word for name in names for word in ("--configmap", name)]
+    loader = start_loader("--watch", *args)
+    wait_files(out, dict.fromkeys(names, "1"))
+    api.wait_watches(20)
+    loader.stop()
+    assert not re.search("Traceback|Exception", loader.log)
+
+
+def test_a_second_signal_is_no_failure(watching: Loader) -> None:
+    watching.process.send_signal(signal.SIGTERM)
+    watching.process.send_signal(signal.SIGTERM)
+    assert watching.wait(2) in (0, -signal.SIGTERM)
