@@ -1,0 +1,703 @@
+"""What the loader shows of itself: log lines, metrics, probes; and that nobody can stall it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+import loader
+from tests.support.loader import wait_until
+
+SECRET = b"c2VjcmV0IGJ5dGVz-PRIVATE KEY-----"
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: str
+
+
+def ask(port: int, path: str, method: str = "GET", host: str = "127.0.0.1") -> Reply:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, headers, response.read().decode())
+    finally:
+        connection.close()
+
+
+def talk(port: int, sent: bytes, timeout: float = 5.0) -> bytes:
+    """Everything that comes back for raw bytes, up to the end of the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        sock.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+    return b""
+
+
+@pytest.fixture
+def listener() -> Iterator[Any]:
+    server = loader.Listener("127.0.0.1", 0, loader.Metrics("1.2.3"))
+    yield server
+    server.stop()
+
+
+def a_status(**changes: Any) -> Any:
+    files = {
+        "rds.yaml": loader.file_of(b"resources: []\n", "configmap demo/envoy-xds"),
+        "sds/demo_web.yaml": loader.file_of(SECRET, "secret demo/web", 0o600),
+        "eds/x.yaml": loader.file_of(b"resources: [1]\n", "services"),
+    }
+    status = loader.Status(
+        files,
+        version="ab12cd34",
+        published_at=1_700_000_000.25,
+        confirmed=frozenset({"rds.yaml"}),
+        refused=("eds/x.yaml",),
+        missing=("configmap demo/absent",),
+        stale=("services",),
+        last_turn=time.monotonic(),
+        turn_bound=60.0,
+    )
+    return status._replace(**changes)
+
+
+# -- probes --------------------------------------------------------------------------------------
+
+
+def test_healthz_is_well_while_the_loop_turns(listener: Any) -> None:
+    assert ask(listener.port, "/healthz")[0::2] == (200, "ok\n")
+    listener.status = a_status(last_turn=time.monotonic() - 61)
+    reply = ask(listener.port, "/healthz")
+    assert reply.status == 503
+    assert reply.body == "the loop has not turned for 61 s (bound: 60 s)\n"
+    listener.status = a_status()
+    assert ask(listener.port, "/healthz").status == 200
+
+
+def test_readyz_waits_for_the_first_snapshot_and_names_what_is_not_well(listener: Any) -> None:
+    listener.status = loader.Status({}, missing=("configmap demo/absent",))
+    reply = ask(listener.port, "/readyz")
+    assert (reply.status, reply.body) == (503, "no snapshot yet\nmissing: configmap demo/absent\n")
+    listener.status = a_status()
+    reply = ask(listener.port, "/readyz")
+    assert reply.status == 200
+    assert reply.body.splitlines() == [
+        "ready, version ab12cd34",
+        "missing: configmap demo/absent",
+        "stale: services",
+        "refused: eds/x.yaml",
+    ]
+
+
+def test_snapshot_lists_files_and_serves_no_content(listener: Any) -> None:
+    listener.status = a_status()
+    reply = ask(listener.port, "/snapshot")
+    assert reply.headers["content-type"] == "application/json"
+    shown = json.loads(reply.body)
+    assert shown["version"] == "ab12cd34"
+    assert shown["published_at"] == "2023-11-14T22:13:20.250Z"
+    assert shown["missing"] == ["configmap demo/absent"]
+    assert shown["files"] == [
+        {
+            "path": "eds/x.yaml",
+            "source": "services",
+            "bytes": 15,
+            "sha256": listener.status.files["eds/x.yaml"].digest,
+            "state": "refused",
+        },
+        {
+            "path": "rds.yaml",
+            "source": "configmap demo/envoy-xds",
+            "bytes": 14,
+            "sha256": listener.status.files["rds.yaml"].digest,
+            "state": "confirmed",
+        },
+        {"path": "sds/demo_web.yaml", "source": "secret demo/web", "state": "unconfirmed"},
+    ]
+
+
+def test_nothing_of_a_secret_is_in_any_answer(listener: Any) -> None:
+    listener.status = a_status()
+    digest = listener.status.files["sds/demo_web.yaml"].digest
+    for path in loader.LISTENER_PATHS:
+        body = ask(listener.port, path).body
+        assert "PRIVATE" not in body
+        assert "c2VjcmV0" not in body
+        assert digest[:8] not in body
+
+
+def test_an_empty_status_is_a_snapshot_of_nothing(listener: Any) -> None:
+    shown = json.loads(ask(listener.port, "/snapshot").body)
+    assert (shown["version"], shown["published_at"], shown["files"]) == (None, None, [])
+
+
+# -- the server ----------------------------------------------------------------------------------
+
+
+def test_methods_paths_and_bad_requests(listener: Any) -> None:
+    port = listener.port
+    get, head = ask(port, "/readyz"), ask(port, "/readyz", "HEAD")
+    assert head.body == ""
+    assert head.headers["content-length"] == get.headers["content-length"]
+    assert ask(port, "/metrics?name[]=up").status == 200
+    assert ask(port, "/").status == 404
+    assert ask(port, "/metrics/").status == 404
+    assert ask(port, "/snapshot/rds.yaml").status == 404
+    posted = ask(port, "/metrics", "POST")
+    assert (posted.status, posted.headers["allow"]) == (405, "GET, HEAD")
+    for bad in (
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /healthz\r\n\r\n",
+        b"\x16\x03\x01\n\n",
+        b" \n\n",
+    ):
+        assert talk(port, bad).startswith(b"HTTP/1.1 400 ")
+    assert talk(port, b"GET /healthz HTTP/1.0\n\n").startswith(b"HTTP/1.1 200 ")
+    assert talk(port, b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 9000).startswith(b"HTTP/1.1 431 ")
+    assert ask(port, "/healthz").status == 200
+
+
+def test_a_body_after_the_request_resets_nothing(listener: Any) -> None:
+    head = b"POST /metrics HTTP/1.1\r\nContent-Length: 6000\r\n\r\n"
+    for _ in range(20):
+        assert talk(listener.port, head + b"z" * 6000).startswith(b"HTTP/1.1 405 ")
+
+
+def test_a_request_in_single_bytes(listener: Any) -> None:
+    with socket.create_connection(("127.0.0.1", listener.port), timeout=5) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n":
+            sock.send(bytes([byte]))
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+@given(request=st.binary(max_size=300))
+@settings(max_examples=300, deadline=None)
+def test_any_request_has_an_answer(request: bytes) -> None:
+    asked = loader.asked_path(request + b"\r\n\r\n")
+    assert asked in loader.LISTENER_PATHS if isinstance(asked, str) else 400 <= asked.code <= 405
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_half_open_clients_cost_others_nothing(listener: Any) -> None:
+    """More silent connections than there is room for: a probe is still answered within its 1 s."""
+    silent = [
+        socket.create_connection(("127.0.0.1", listener.port))
+        for _ in range(2 * loader.CONNECTIONS_MAX)
+    ]
+    try:
+        for _ in range(3):
+            began = time.monotonic()
+            assert ask(listener.port, "/healthz").status == 200
+            assert time.monotonic() - began < 1.0
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+def test_a_slow_loris_is_gone_after_its_time(
+    listener: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However busily it drips."""
+    monkeypatch.setitem(loader.Listener._drop_overdue.__globals__, "CONNECTION_TIME", 0.3)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", listener.port), timeout=5) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\n")
+        with contextlib.suppress(OSError):
+            while time.monotonic() - began < 5:
+                sock.sendall(b"x")
+                time.sleep(0.005)
+    assert 0.2 < time.monotonic() - began < 2
+
+
+def test_a_client_that_never_reads_is_gone_after_its_time(
+    listener: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loader.Listener._drop_overdue.__globals__, "CONNECTION_TIME", 0.3)
+    files = {f"{n:06}": loader.file_of(b"", "services") for n in range(30_000)}
+    listener.status = a_status(files=files)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", listener.port))
+        sock.sendall(b"GET /snapshot HTTP/1.1\r\n\r\n")
+        wait_until(lambda: listener._visitors, message="a visitor")
+        wait_until(lambda: not listener._visitors, message="no visitor")
+    assert ask(listener.port, "/healthz").status == 200
+
+
+def test_a_client_that_never_stops_sending_is_gone(listener: Any) -> None:
+    began = time.monotonic()
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection(("127.0.0.1", listener.port), timeout=5) as sock,
+    ):
+        while time.monotonic() - began < 4:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\n\r\n" * 100)
+    assert time.monotonic() - began < 2
+
+
+def test_a_hundred_clients_at_once(listener: Any) -> None:
+    listener.status = a_status()
+    replies: list[int] = []
+
+    def scrape(path: str) -> None:
+        replies.extend(ask(listener.port, path).status for _ in range(5))
+
+    before = open_descriptors()
+    threads = [
+        threading.Thread(target=scrape, args=(loader.LISTENER_PATHS[n % 4],)) for n in range(100)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert replies == [200] * 500
+    wait_until(lambda: open_descriptors() <= before, message="all connections closed")
+
+
+def test_rendering_is_bounded_whatever_the_number_of_clients(listener: Any) -> None:
+    rendered: list[bytes] = []
+    render = listener._recorded.render
+
+    def counted() -> bytes:
+        rendered.append(render())
+        return rendered[-1]
+
+    listener._recorded.render = counted
+    began = time.monotonic()
+    for _ in range(100):
+        ask(listener.port, "/metrics")
+    assert len(rendered) <= (time.monotonic() - began) / loader.ANSWER_LIFE + 1
+
+
+def test_descriptors_that_run_out_do_not_end_it() -> None:
+    """In a process of its own: the limit would hit the test runner's threads."""
+    script = """
+import resource, socket, sys, time
+import loader
+server = loader.Listener("127.0.0.1", 0, loader.Metrics("1"))
+client = socket.create_connection(("127.0.0.1", server.port))
+client.close()
+time.sleep(0.1)
+held = [socket.socket() for _ in range(4)]
+limit = max(sock.fileno() for sock in held) + 1
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+held.pop().close()
+client = socket.create_connection(("127.0.0.1", server.port))  # nothing is left for accept
+began = time.process_time()
+time.sleep(0.3)
+assert time.process_time() - began < 0.15, "it spins"
+held.pop().close()
+client.sendall(b"GET /healthz HTTP/1.1\\r\\n\\r\\n")
+client.settimeout(5)
+assert client.recv(100).startswith(b"HTTP/1.1 200"), "no answer"
+"""
+    run_python(script)
+
+
+def run_python(script: str) -> None:
+    where = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": where},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_stops_at_once_even_with_clients(listener: Any) -> None:
+    with socket.create_connection(("127.0.0.1", listener.port)) as sock:
+        began = time.monotonic()
+        listener.stop()
+        assert time.monotonic() - began < 0.15
+        sock.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+    with pytest.raises(OSError):
+        ask(listener.port, "/healthz")
+
+
+def test_an_address_in_use_is_one_line(listener: Any) -> None:
+    with pytest.raises(loader.LoaderError) as caught:
+        loader.Listener("127.0.0.1", listener.port, loader.Metrics("1"))
+    wanted = f"--listen: cannot bind 127.0.0.1 port {listener.port}: Address already in use"
+    assert str(caught.value) == wanted
+    for host in ("no.such.host.invalid", "192.0.2.1", "x" * 64, "a..b"):
+        with pytest.raises(loader.LoaderError, match=r"^--listen: cannot bind ") as caught:
+            loader.Listener(host, 0, loader.Metrics("1"))
+        assert "\n" not in str(caught.value)
+
+
+def test_without_an_address_it_listens_on_every_one() -> None:
+    server = loader.Listener("", 0, loader.Metrics("1"))
+    try:
+        assert ask(server.port, "/healthz").status == 200
+        if socket.has_dualstack_ipv6():
+            assert ask(server.port, "/healthz", host="::1").status == 200
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        (":9000", ("", 9000)),
+        ("127.0.0.1:9000", ("127.0.0.1", 9000)),
+        ("localhost:80", ("localhost", 80)),
+        ("[::1]:9000", ("::1", 9000)),
+        ("[::]:0", ("::", 0)),
+        ("[fe80::1%eth0]:9", ("fe80::1%eth0", 9)),
+    ],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert loader.listen_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "9000", "::1:9000", ":", ":x", ":65536", ":-1", "[::1]", "a b:9", "[]:9", ":9\n", ":٣"],
+)
+def test_bad_addresses(text: str) -> None:
+    with pytest.raises(loader.UsageError, match=r"^--listen .*: not \[ADDRESS\]:PORT"):
+        loader.listen_address(text)
+
+
+# -- metrics -------------------------------------------------------------------------------------
+
+
+def families(text: bytes) -> dict[str, Any]:
+    return {family.name: family for family in text_string_to_metric_families(text.decode())}
+
+
+def recorded() -> Any:
+    """A value in every metric."""
+    metrics = loader.Metrics("1.2.3")
+    for metric in loader.METRICS:
+        labels = tuple(f"a {label}" for label in metric.labels)
+        if metric.type == "histogram":
+            for seconds in (0.0001, 0.0012, 0.0012, 3.0, 99.0):
+                metrics.observe(metric.name, seconds)
+        elif metric.type == "counter":
+            metrics.add(metric.name, labels, 2)
+        else:
+            metrics.set(metric.name, 1.5, labels)
+    return metrics
+
+
+def test_a_real_parser_reads_every_metric() -> None:
+    found = families(recorded().render())
+    for metric in loader.METRICS:
+        family = found[metric.name.removesuffix("_total")]
+        assert family.type == metric.type
+        assert family.documentation == metric.help
+        assert family.samples, metric.name
+    assert [s.value for s in found["xds_loader_publications"].samples] == [2.0]
+    assert found["xds_loader_api_requests"].samples[0].labels == {
+        "code": "a code",
+        "verb": "a verb",
+    }
+
+
+def test_a_histogram_counts() -> None:
+    family = families(recorded().render())["xds_loader_publication_duration_seconds"]
+    buckets = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
+    assert buckets["0.0005"] == 1
+    assert buckets["0.001"] == 1
+    assert buckets["0.0025"] == 3
+    assert buckets["5.0"] == 4
+    assert buckets["10.0"] == 4
+    assert buckets["+Inf"] == 5
+    totals = {s.name: s.value for s in family.samples if not s.name.endswith("_bucket")}
+    assert totals["xds_loader_publication_duration_seconds_count"] == 5
+    total = totals["xds_loader_publication_duration_seconds_sum"]
+    assert total == pytest.approx(102.0025)
+
+
+def test_a_bound_belongs_to_its_bucket() -> None:
+    metrics = loader.Metrics("1")
+    for bound in loader.BUCKETS:
+        metrics.observe("xds_loader_confirmation_duration_seconds", bound)
+    family = families(metrics.render())["xds_loader_confirmation_duration_seconds"]
+    counts = [s.value for s in family.samples if s.name.endswith("_bucket")]
+    assert counts == [*range(1, len(loader.BUCKETS) + 1), len(loader.BUCKETS)]
+
+
+def test_names_follow_the_conventions() -> None:
+    for metric in loader.METRICS:
+        assert metric.name.startswith(("xds_loader_", "process_"))
+        assert metric.name.endswith("_total") == (metric.type == "counter")
+        if metric.type == "histogram":
+            assert metric.name.endswith("_seconds")
+        assert metric.help.endswith(".")
+    assert len({metric.name for metric in loader.METRICS}) == len(loader.METRICS)
+
+
+def test_only_what_is_known_has_a_sample() -> None:
+    """A gauge that nobody has set is absent and not 0, which would be the year 1970."""
+    found = families(loader.Metrics("1.2.3").render())
+    assert found["xds_loader_info"].samples[0].labels == {"version": "1.2.3"}
+    assert found["xds_loader_published_files"].samples[0].value == 0
+    assert not found["xds_loader_snapshot_timestamp_seconds"].samples
+    assert not found["xds_loader_publications"].samples
+
+
+@given(value=st.text(max_size=30))
+def test_labels_arrive_as_they_are(value: str) -> None:
+    """But for surrogates, which no UTF-8 has."""
+    value = value.encode("utf-8", "replace").decode()
+    metrics = loader.Metrics("1")
+    metrics.add("xds_loader_errors_total", (value,))
+    sample = families(metrics.render())["xds_loader_errors"].samples[0]
+    assert sample.labels == {"kind": value}
+
+
+def test_the_order_is_fixed() -> None:
+    one, other = loader.Metrics("1"), loader.Metrics("1")
+    for kind in ("a", "b", "c"):
+        one.add("xds_loader_errors_total", (kind,))
+    for kind in ("c", "a", "b"):
+        other.add("xds_loader_errors_total", (kind,))
+
+    def mine(metrics: Any) -> list[bytes]:
+        return [line for line in metrics.render().splitlines() if b"process_" not in line]
+
+    assert mine(one) == mine(other)
+
+
+def test_replace_forgets_the_series_that_are_gone() -> None:
+    metrics = loader.Metrics("1")
+    name = "xds_loader_refused_files"
+    metrics.replace(name, {("rds.yaml",): 1, ("cds.yaml",): 1})
+    metrics.replace(name, {("cds.yaml",): 1})
+    assert [s.labels for s in families(metrics.render())[name].samples] == [{"file": "cds.yaml"}]
+    metrics.add("xds_loader_errors_total", ("api",), 0)
+    assert families(metrics.render())["xds_loader_errors"].samples[0].value == 0
+
+
+def test_our_own_mistakes_are_loud() -> None:
+    metrics = loader.Metrics("1")
+    with pytest.raises(KeyError):
+        metrics.add("xds_loader_no_such_total")
+    with pytest.raises(ValueError, match="has the labels"):
+        metrics.add("xds_loader_errors_total")
+    with pytest.raises(ValueError, match="has the labels"):
+        metrics.set("xds_loader_source_synced", 1, ("a", "b"))
+    with pytest.raises(ValueError, match="has the labels"):
+        metrics.replace("xds_loader_refused_files", {("a", "b"): 1})
+
+
+def test_no_count_is_lost_between_threads() -> None:
+    metrics = loader.Metrics("1")
+
+    def count() -> None:
+        for _ in range(5000):
+            metrics.add("xds_loader_errors_total", ("x",))
+            metrics.observe("xds_loader_publication_duration_seconds", 0.5)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        metrics.render()
+    found = families(metrics.render())
+    assert found["xds_loader_errors"].samples[0].value == 20_000
+    samples = found["xds_loader_publication_duration_seconds"].samples
+    assert [s.value for s in samples if s.name.endswith("_sum")] == [10_000.0]
+
+
+def test_what_the_process_uses() -> None:
+    found = families(loader.Metrics("1").render())
+    assert 1e6 < found["process_resident_memory_bytes"].samples[0].value < 1e10
+    assert found["process_cpu_seconds"].samples[0].value > 0
+    assert 3 <= found["process_open_fds"].samples[0].value < 10_000
+    assert abs(found["process_start_time_seconds"].samples[0].value - time.time()) < 60
+
+
+def test_recording_costs_about_a_microsecond() -> None:
+    """Asserted with a wide margin, for machines that do other things as well."""
+    metrics = loader.Metrics("1")
+    began = time.process_time()
+    for _ in range(10_000):
+        metrics.add("xds_loader_publications_total", ("references",))
+        metrics.observe("xds_loader_publication_duration_seconds", 0.0012)
+    assert (time.process_time() - began) / 20_000 < 10e-6
+
+
+# -- the log -------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_763_681_514.12
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def a_log(form: str = "text", level: str = "info") -> tuple[Any, io.StringIO, Clock]:
+    stream, clock = io.StringIO(), Clock()
+    return loader.Log(form, level, stream, wall=clock, clock=clock), stream, clock
+
+
+PUBLISHED: dict[str, object] = {
+    "version": "ab12",
+    "files": 1,
+    "changed": ("rds.yaml",),
+    "source": "configmap demo/envoy-xds",
+    "step": "references",
+    "duration_ms": 1.2,
+}
+
+
+def test_the_line_of_a_publication() -> None:
+    log, stream, _ = a_log()
+    log.info("published", **PUBLISHED)
+    assert stream.getvalue() == (
+        "2025-11-20T23:31:54.120Z INFO published version=ab12 files=1 changed=rds.yaml "
+        'source="configmap demo/envoy-xds" step=references duration_ms=1.2\n'
+    )
+
+
+def test_the_same_for_machines() -> None:
+    log, stream, _ = a_log("json")
+    log.info("published", **PUBLISHED)
+    assert json.loads(stream.getvalue()) == {
+        "time": "2025-11-20T23:31:54.120Z",
+        "level": "info",
+        "message": "published",
+        **PUBLISHED,
+        "changed": "rds.yaml",
+    }
+
+
+def test_levels() -> None:
+    for at, level in enumerate(("debug", "info", "warning", "error")):
+        log, stream, _ = a_log(level=level)
+        for name in ("debug", "info", "warning", "error"):
+            getattr(log, name)("it is %s", name)
+        assert len(stream.getvalue().splitlines()) == 4 - at
+        assert stream.getvalue().endswith("ERROR it is error\n")
+
+
+def test_arguments_are_formatted_only_when_written() -> None:
+    log, stream, _ = a_log()
+    log.debug("%d", "not a number")
+    log.info("100%")
+    log.info("%s: %d objects", "configmaps", 3)
+    assert [line.split(" ", 2)[2] for line in stream.getvalue().splitlines()] == [
+        "100%",
+        "configmaps: 3 objects",
+    ]
+
+
+ANY_VALUE = st.one_of(
+    st.text(max_size=20), st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False)
+)
+
+
+@given(message=st.text(max_size=20), value=ANY_VALUE, form=st.sampled_from(["text", "json"]))
+def test_a_record_is_one_line_whatever_is_in_it(message: str, value: object, form: str) -> None:
+    log, stream, _ = a_log(form)
+    log.warning(message, reason=value)
+    text = stream.getvalue()
+    assert len(text.splitlines()) == 1
+    assert text.endswith("\n")
+    if form == "json":
+        assert json.loads(text)["reason"] == value
+
+
+def test_a_value_cannot_forge_a_field_or_colour_a_terminal() -> None:
+    log, stream, _ = a_log()
+    log.info("rejected", reason='x" level=ok', name="a\x1b[31m", key="a=b", empty="", odd="ü")
+    assert stream.getvalue().split(" ", 3)[3] == (
+        'reason="x\\" level=ok" name="a\\u001b[31m" key="a=b" empty="" odd=ü\n'
+    )
+
+
+def test_an_outage_is_said_once_then_every_five_minutes_then_its_end() -> None:
+    log, stream, clock = a_log()
+    for _ in range(601):
+        log.outage("api", "the API server does not answer", error="connection refused")
+        clock.now += 1.0
+    assert len(stream.getvalue().splitlines()) == 3
+    log.recovered("api", "the API server answers again")
+    log.recovered("api", "the API server answers again")
+    assert stream.getvalue().endswith("INFO the API server answers again\n")
+    assert len(stream.getvalue().splitlines()) == 4
+    log.outage("api", "the API server does not answer")
+    assert len(stream.getvalue().splitlines()) == 5
+
+
+def test_other_news_of_an_outage_is_said_but_not_without_end() -> None:
+    log, stream, _ = a_log()
+    for _ in range(10):
+        log.outage("api", "connection refused")
+        log.outage("api", "timed out")
+        log.outage("configmap demo/x", "does not exist")
+    assert len(stream.getvalue().splitlines()) == 3
+    for number in range(1000):
+        log.outage("api", f"odd error {number}")
+    assert len(stream.getvalue().splitlines()) == 9
+
+
+def test_what_is_held_back_is_there_at_debug() -> None:
+    log, stream, _ = a_log(level="debug")
+    log.outage("api", "timed out")
+    log.outage("api", "timed out")
+    words = [line.split(" ")[1] for line in stream.getvalue().splitlines()]
+    assert words == ["WARNING", "DEBUG"]
+
+
+def test_a_closed_stderr_ends_nothing() -> None:
+    log, stream, _ = a_log()
+    stream.close()
+    log.error("nobody reads this")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as broken:
+        log = loader.Log(stream=broken)
+        log.error("nor this")
+        with contextlib.suppress(OSError):
+            broken.close()
+
+
+def test_threads_do_not_mix_their_lines() -> None:
+    log, stream, _ = a_log("json")
+
+    def write(name: str) -> None:
+        for number in range(500):
+            log.info("turn", thread=name, number=number)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([json.loads(line) for line in stream.getvalue().splitlines()]) == 2000
