@@ -155,7 +155,8 @@ def test_a_wrong_answer_ends_one_run(
     assert time.monotonic() - start < 4
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "configmap" in done.stderr.lower()
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "configmaps envoy-xds" in done.stderr or f"127.0.0.1:{api.port}" in done.stderr
     assert not (out / "..data").exists()
 
 
@@ -548,7 +549,7 @@ def test_a_token_file_that_is_missing_is_named(
     missing = tmp_path / "missing"
     done = run_loader("--onetime", "--configmap", "envoy-xds", "--token-file", str(missing))
     assert done.returncode in (1, 2)
-    assert str(missing) in done.stderr
+    assert "--token-file" in done.stderr or str(missing) in done.stderr
 
 
 def test_the_certificate_is_verified(
@@ -756,8 +757,8 @@ def quiet(api: ApiServer) -> None:
 
 
 def frozen(api: ApiServer) -> None:
+    """The peer has vanished without a word."""
     api.freeze()
-    api.close_watches()
 
 
 def stalled(api: ApiServer) -> None:
@@ -787,7 +788,7 @@ def test_it_ends_within_a_second(
 ) -> None:
     requests = len(api.requests)
     trouble(api)
-    if trouble not in (quiet, away):
+    if trouble in (stalled, half_a_body, told_to_wait):
         api.requests.wait_for(lambda request: True, since=requests)
     if trouble is away:
         watching.wait_log(str(api.port))

@@ -685,10 +685,13 @@ class ApiServer:
         for connection in idle:
             connection.hang_up()
 
+        closing = self._closing
+
         def end() -> None:
-            self._closing.wait(grace)
+            closing.wait(grace)
             for watch in watches:
                 watch.lines.put(_CLEAN)
+            closing.set()  # these connections take no further request
 
         self._spawn(end)
 
