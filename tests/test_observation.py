@@ -8,20 +8,26 @@ import io
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import loader
-from tests.support.loader import wait_until
+from tests.conftest import RunLoader, StartLoader
+from tests.support.apiserver import ApiServer
+from tests.support.envoy import free_port
+from tests.support.loader import Loader, wait_until
 
 SECRET = b"c2VjcmV0IGJ5dGVz-PRIVATE KEY-----"
 
@@ -701,3 +707,153 @@ def test_threads_do_not_mix_their_lines() -> None:
     for thread in threads:
         thread.join()
     assert len([json.loads(line) for line in stream.getvalue().splitlines()]) == 2000
+
+
+# -- the loader as a process ---------------------------------------------------------------------
+
+
+class Running(NamedTuple):
+    process: Loader
+    port: int
+
+    def metric(self, name: str) -> dict[tuple[str, ...], float]:
+        """Values of one metric by its label values."""
+        found = families(ask(self.port, "/metrics").body.encode())
+        samples = (s for family in found.values() for s in family.samples if s.name == name)
+        return {tuple(sample.labels.values()): sample.value for sample in samples}
+
+
+@pytest.fixture
+def start_listening(start_loader: StartLoader) -> Callable[..., Running]:
+    def start(*args: str) -> Running:
+        port = free_port()
+        process = start_loader("--watch", "--listen", f"127.0.0.1:{port}", *args)
+
+        def listens() -> bool:
+            with contextlib.suppress(OSError):
+                return bool(ask(port, "/healthz").status)
+            return False
+
+        wait_until(listens, message="the port")
+        return Running(process, port)
+
+    return start
+
+
+def is_ready(running: Running) -> bool:
+    return ask(running.port, "/readyz").status == 200
+
+
+def test_a_loader_from_missing_to_published(
+    api: ApiServer, start_listening: Callable[..., Running]
+) -> None:
+    running = start_listening("--configmap", "envoy-xds")
+    running.process.wait_log("envoy-xds")
+    reply = ask(running.port, "/readyz")
+    assert reply.status == 503
+    assert "missing: configmap demo/envoy-xds" in reply.body
+    assert ask(running.port, "/healthz").status == 200
+    api.configmap("demo", "envoy-xds", {"rds.yaml": "resources: []\n", "note": "content"})
+    wait_until(lambda: is_ready(running), message="ready")
+    (version,) = running.metric("xds_loader_snapshot_info").keys()
+    reply = ask(running.port, "/snapshot")
+    shown = json.loads(reply.body)
+    assert shown["version"] == version[0]
+    assert [row["path"] for row in shown["files"]] == ["note", "rds.yaml"]
+    assert "content" not in reply.body
+    assert sum(running.metric("xds_loader_publications_total").values()) == 1
+    assert running.metric("xds_loader_published_files_total") == {(): 2}
+    assert running.metric("xds_loader_publication_duration_seconds_count") == {(): 1}
+    assert set(running.metric("xds_loader_source_synced").values()) == {1}
+    assert running.metric("xds_loader_api_requests_total")
+    (heard,) = running.metric("xds_loader_source_last_event_timestamp_seconds").values()
+    assert abs(heard - time.time()) < 60
+    assert abs(running.metric("xds_loader_snapshot_timestamp_seconds")[()] - time.time()) < 60
+    assert running.metric("process_resident_memory_bytes")[()] < 60e6
+
+
+def test_a_certificate_is_measured_and_nothing_of_it_is_told(
+    api: ApiServer, start_listening: Callable[..., Running]
+) -> None:
+    leaf = trustme.CA().issue_cert("web.example")
+    cert = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
+    key = leaf.private_key_pem.bytes()
+    api.secret("demo", "web-tls", {"tls.crt": cert, "tls.key": key}, type="kubernetes.io/tls")
+    running = start_listening("--secret", "web-tls", "--log-level", "debug")
+    wait_until(lambda: is_ready(running), message="ready")
+    expiry = running.metric("xds_loader_certificate_expiry_timestamp_seconds")
+    assert expiry == {("demo/web-tls",): loader.certificate_expiry(cert)}
+    told = [ask(running.port, path).body for path in loader.LISTENER_PATHS]
+    said = "\n".join([*told, running.process.log])
+    for line in key.splitlines()[1:-1]:
+        assert line.decode() not in said
+    (row,) = json.loads(told[-1])["files"]
+    assert set(row) == {"path", "source", "state"}
+
+
+def test_a_hundred_clients_and_half_open_ones_hold_up_no_publication(
+    api: ApiServer, out: Path, start_listening: Callable[..., Running]
+) -> None:
+    api.configmap("demo", "envoy-xds", {"rds.yaml": "0"})
+    running = start_listening("--configmap", "envoy-xds")
+    wait_until(lambda: is_ready(running), message="ready")
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(running.port, "/metrics")
+            time.sleep(0.1)
+
+    silent = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(20)]
+    threads = [threading.Thread(target=scrape, daemon=True) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    try:
+        delays = []
+        for number in range(1, 21):
+            began = time.monotonic()
+            api.configmap("demo", "envoy-xds", {"rds.yaml": str(number)})
+            path = out / "current" / "rds.yaml"
+            wait_until(lambda: path.read_text() == str(number))  # noqa: B023
+            delays.append(time.monotonic() - began)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(10)
+    assert statistics.median(delays) < 0.25  # this test's own 100 threads are most of it
+    running.process.stop(within=1.0)
+    for sock in silent:
+        sock.close()
+
+
+def test_an_outage_is_quiet_and_ready(
+    api: ApiServer, start_listening: Callable[..., Running]
+) -> None:
+    api.configmap("demo", "envoy-xds", {"rds.yaml": "0"})
+    running = start_listening("--configmap", "envoy-xds", "--log-format", "json")
+    wait_until(lambda: is_ready(running), message="ready")
+    api.stop()
+    running.process.wait_log("warning")
+    time.sleep(3)
+    records = [json.loads(line) for line in running.process.lines]
+    assert 1 <= sum(record["level"] == "warning" for record in records) <= 2
+    assert is_ready(running)
+    assert "stale: " in ask(running.port, "/readyz").body
+    api.start()
+    running.process.wait_log("answered again", 15)
+    api.configmap("demo", "envoy-xds", {"rds.yaml": "1"})
+    found = running.process.wait_log('"published".*rds.yaml', 15, since=len(records))
+    record = json.loads(found.string)
+    assert (record["level"], record["message"], record["files"]) == ("info", "published", 1)
+    assert "configmap demo/envoy-xds" in record["source"]
+    wait_until(lambda: "stale" not in ask(running.port, "/readyz").body, 15, "not stale")
+
+
+def test_an_address_in_use_ends_the_loader(
+    api: ApiServer, listener: Any, run_loader: RunLoader
+) -> None:
+    done = run_loader("--watch", "--configmap", "x", "--listen", f"127.0.0.1:{listener.port}")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"cannot bind 127.0.0.1 port {listener.port}: Address already in use" in done.stderr
