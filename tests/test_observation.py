@@ -748,10 +748,9 @@ def test_a_loader_from_missing_to_published(
     api: ApiServer, start_listening: Callable[..., Running]
 ) -> None:
     running = start_listening("--configmap", "envoy-xds")
-    running.process.wait_log("envoy-xds")
-    reply = ask(running.port, "/readyz")
-    assert reply.status == 503
-    assert "missing: configmap demo/envoy-xds" in reply.body
+    missing = "no snapshot yet\nmissing: configmap demo/envoy-xds\n"
+    wait_until(lambda: ask(running.port, "/readyz").body == missing, message="missing")
+    assert not is_ready(running)
     assert ask(running.port, "/healthz").status == 200
     api.configmap("demo", "envoy-xds", {"rds.yaml": "resources: []\n", "note": "content"})
     wait_until(lambda: is_ready(running), message="ready")
