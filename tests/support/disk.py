@@ -8,10 +8,11 @@ import re
 import select
 import stat
 import struct
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VERSION = re.compile(r"^\.\.[0-9a-f]{8,64}(\.\d+)?$")
 KNOWN = {"current", "..data", "..state"}
@@ -54,6 +55,18 @@ def inspect(
         assert not odd, f"left over: {sorted(odd)}"
         assert len(names) <= snapshots, f"{len(names)} snapshots: {sorted(names)}"
     return Published(target, files)
+
+
+def wait_converged(output_dir: Path, timeout: float = 5.0, **options: Any) -> Published:
+    """`inspect`, once it holds: a publication may be under way."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return inspect(output_dir, **options)
+        except (AssertionError, FileNotFoundError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
 
 
 def _links(output_dir: Path, home: Path, strangers: set[str]) -> dict[str, bytes]:
