@@ -30,13 +30,14 @@ import base64
 import binascii
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
 import json
 import os
-import queue
 import random
 import re
+import select
 import signal
 import socket
 import ssl
@@ -46,6 +47,7 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -411,7 +413,11 @@ class ApiClient:
         token = self._trust.token()
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        response = self._send(target, headers)
+        try:
+            response = self._send(target, headers)
+        except BROKEN as error:
+            self._count(verb, "none")
+            raise Cut(f"{verb} {query} at {self._url.netloc}: {self._hint(error)}") from error
         self._count(verb, str(response.status))
         if response.status == 200:
             return response
@@ -427,11 +433,10 @@ class ApiClient:
                 connection.request("GET", target, headers=headers)
                 self._wait(ANSWER_TIMEOUT)
                 return connection.getresponse()
-            except BROKEN as error:
+            except BROKEN:
                 self.close()
                 if fresh:
-                    self._count("connect", "error")
-                    raise Cut(f"API server {self._url.netloc}: {self._hint(error)}") from error
+                    raise
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
@@ -487,7 +492,8 @@ class ApiClient:
         if status == 403:
             where = f"in namespace {query.namespace}" if query.namespace else "in all namespaces"
             text += f"; grant the service account {verb} on {query.resource.name} {where}"
-            text += "" if self._trust.token() else " (no token was sent: check --token-file)"
+            if not self._trust.token():
+                text += f" (no token was sent: there is none in {self._trust.access.token_file})"
         if status == 404:
             text += "; is --apiserver a Kubernetes API server?"
         retry = response.getheader("Retry-After") if response else ""
@@ -593,11 +599,38 @@ def object_key(item: dict[str, Any]) -> Key:
 
 
 class Wake(NamedTuple):
-    """What wakes the main thread: who, when (monotonic), and the news if it is not in a store."""
+    """What wakes the main thread: why, when (monotonic), and the news if it is not in a store."""
 
     what: str
     at: float
     news: object = None
+
+
+class Wakes:
+    """A queue for the main thread, and a wait on it that a signal ends.
+
+    A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
+    sets a flag that nobody looks at. To the pipe the interpreter itself writes
+    (signal.set_wakeup_fd), so that select(2) returns at once.
+    """
+
+    def __init__(self) -> None:
+        self._wakes: deque[Wake] = deque()
+        self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def put(self, wake: Wake) -> None:
+        """Add a wake, from any thread."""
+        self._wakes.append(wake)
+        try:
+            os.write(self.write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
+
+    def get(self, seconds: float) -> Wake | None:
+        """The next wake, waiting up to so many seconds; None where there is none, or a signal."""
+        if not self._wakes and seconds > 0 and select.select([self._read], [], [], seconds)[0]:
+            os.read(self._read, 4096)
+        return self._wakes.popleft() if self._wakes else None
 
 
 class Reflector(threading.Thread):
@@ -1175,14 +1208,13 @@ def slice_ports_from(obj: Json) -> tuple[tuple[str, int], ...]:
 
 
 def endpoint_from(item: dict[str, Json], family: str) -> Iterator[Endpoint]:
-    """The addresses of one endpoint. A null condition is what Kubernetes says it means."""
+    """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
+    only matter where `ready` is false, and null is false there.
+    """
     conditions = member_of(item, "conditions", dict)
-    ready = conditions.get("ready") is not False
-    serving = conditions.get("serving")
-    terminating = member_of(conditions, "terminating", bool)
-    state = HEALTHY if ready else UNHEALTHY
-    if not ready and terminating and serving is True:
-        state = DRAINING
+    ready = conditions.get("ready") is None or member_of(conditions, "ready", bool)
+    serving, terminating = (member_of(conditions, key, bool) for key in ("serving", "terminating"))
+    state = HEALTHY if ready else DRAINING if serving and terminating else UNHEALTHY
     hints = items_of(member_of(item, "hints", dict), "forZones")
     zones = tuple(text_of(zone, "name") for zone in hints)
     zone, node = text_of(item, "zone"), text_of(item, "nodeName")
@@ -2033,12 +2065,12 @@ def lb_endpoint(address: str, port: int, protocol: str, state: int) -> dict[str,
 
 def endpoint_warnings(
     service: Service,
-    clusters: Iterable[PlannedCluster],
+    clusters: Sequence[PlannedCluster],
     slices: Sequence[EndpointSlice],
     families: Sequence[str],
 ) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
-    used = [found for found in slices if found.endpoints]
+    used = [found for found in slices if found.endpoints and clusters]
     for found in used:
         where = f"{service}: endpoints of slice {found.name} are left out"
         if found.family == FQDN:
@@ -2249,6 +2281,9 @@ PLAIN_SCALAR = re.compile(
 UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
+COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 class ResourceBlock(NamedTuple):
     """One resource, or an element of one: its text in the file, and a hash of what it says.
 
@@ -2259,14 +2294,21 @@ class ResourceBlock(NamedTuple):
     digest: bytes
 
 
+@functools.lru_cache(maxsize=4096)  # keys and names come again and again
+def yaml_text(text: str) -> str:
+    """A string, in the one way that cannot be misread."""
+    if PLAIN_SCALAR.match(text):
+        return text
+    quoted = json.dumps(text, ensure_ascii=False)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
+
+
 def yaml_scalar(value: Json) -> str:
-    """A scalar or an empty collection, in the one way that cannot be misread."""
+    """A scalar or an empty collection."""
     if type(value) is str:
-        if PLAIN_SCALAR.match(value):
-            return value
-        return UNPRINTABLE.sub(
-            lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False)
-        )
+        return yaml_text(value)
+    if type(value) is int:
+        return str(value)
     if type(value) is float:  # 1e+16 is a string to YAML 1.1
         text = repr(value)
         return text if "." in text else text.replace("e", ".0e")
@@ -2277,12 +2319,14 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
     """Append the lines of a collection that is not empty, in block style."""
     if type(value) is dict:
         for key, item in value.items():
-            head = f"{indent}{yaml_scalar(key)}:"
-            if item and type(item) in (dict, list):
-                lines.append(head)
-                yaml_lines(item, indent + "  " if type(item) is dict else indent, lines)
+            if item and type(item) is dict:
+                lines.append(f"{indent}{yaml_text(key)}:")
+                yaml_lines(item, indent + "  ", lines)
+            elif item and type(item) is list:
+                lines.append(f"{indent}{yaml_text(key)}:")
+                yaml_lines(item, indent, lines)
             else:
-                lines.append(f"{head} {yaml_scalar(item)}")
+                lines.append(f"{indent}{yaml_text(key)}: {yaml_scalar(item)}")
         return
     for item in value:
         if item and type(item) in (dict, list):
@@ -2300,15 +2344,14 @@ class ResourceWriter(NamedTuple):
 
     def items(self, values: list[Json], indent: str = "") -> ResourceBlock:
         """Elements of a list that is written at the indent."""
-        compact = ",\n".join(
-            json.dumps(value, separators=(",", ":"), ensure_ascii=False) for value in values
-        ).encode()
+        compact = ",\n".join(map(COMPACT_JSON.encode, values)).encode()
         digest = hashlib.sha256(compact).digest()
         if self.format == "json":
             return ResourceBlock(compact, digest)
         lines: list[str] = []
         yaml_lines(values, indent, lines)
-        return ResourceBlock("".join(f"{line}\n" for line in lines).encode(), digest)
+        lines.append("")
+        return ResourceBlock("\n".join(lines).encode(), digest)
 
     def nested(
         self, resource: dict[str, Json], key: str, blocks: Sequence[ResourceBlock]
@@ -2457,7 +2500,11 @@ class Translator:
         self._directory = f"{current_dir.rstrip('/')}/"
         self._budget = config.eds_budget if config.eds_budget is not None else budget
         self._modes = initial_modes(sorted(on_eds)[: self._budget], on_inline)
+        self._services: Mapping[ObjectKey, Service] | None = None
         self._plans: dict[ObjectKey, ServicePlan] = {}
+        self._kept: KeptClusters = ()
+        self._plan_warnings: tuple[str, ...] = ()
+        self._routes = b""
         self._rendered: dict[ObjectKey, Rendered] = {}
         self._hosts: dict[str, HostBlock] = {}
         self._files: dict[str, File] = {}
@@ -2467,30 +2514,25 @@ class Translator:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         warnings: list[str] = []
         self._see_nodes(objects.nodes, warnings)
-        self._plans = self._planned(objects.services)
-        kept = unique_clusters(self._plans.values(), warnings)
-        self._modes = self._decided(kept, other_files)
-        self._rendered = self._rendered_services(kept, objects)
+        if objects.services != self._services:
+            self._plan(objects.services, other_files)
+        self._rendered = self._rendered_services(objects)
         clusters = [cluster for one in self._rendered.values() for cluster in one.clusters]
         files = {cluster.path: cluster.file for cluster in clusters if cluster.file}
         blocks = [cluster.block for cluster in clusters]
         cds, rds = f"cds.{self._fmt}", f"rds.{self._fmt}"
         files[cds] = self._file(cds, self._writer.file(CDS_COMMENT, CLUSTER_TYPE, blocks))
-        files[rds] = self._file(rds, self._routes(kept, warnings))
+        files[rds] = self._file(rds, self._routes)
         self._files = files
-        for plan, one in zip(self._plans.values(), self._rendered.values(), strict=False):
-            warnings += plan.warnings + one.warnings
+        warnings += self._plan_warnings
+        for one in self._rendered.values():
+            warnings += one.warnings
         modes = [cluster.mode for cluster in clusters]
-        return Rendering(
-            files,
-            tuple(sorted(set(warnings))),
-            {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)},
-            tuple(
-                cluster.name
-                for cluster in clusters
-                if self._endpoints == AUTO and cluster.mode == INLINE
-            ),
-        )
+        counts = {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)}
+        inlined = [cluster.name for cluster in clusters if cluster.mode == INLINE]
+        if self._endpoints != AUTO:
+            inlined = []
+        return Rendering(files, tuple(sorted(set(warnings))), counts, tuple(inlined))
 
     def _see_nodes(self, nodes: Mapping[str, Node], warnings: list[str]) -> None:
         """Take the Nodes; forget the Services with endpoints on those that changed."""
@@ -2519,15 +2561,20 @@ class Translator:
         )
         self._placement = Placement(self._config, zone, dict(nodes))
 
-    def _planned(self, services: Mapping[ObjectKey, Service]) -> dict[ObjectKey, ServicePlan]:
-        """The plans by namespace and name; those of unchanged Services are the old ones."""
+    def _plan(self, services: Mapping[ObjectKey, Service], other_files: int) -> None:
+        """What follows from the Services alone: which clusters exist, their modes, the routes."""
         plans = {}
         for key in sorted(services):
             plan = self._plans.get(key)
             if plan is None or plan.service != services[key]:
                 plan = self._planner.plan(services[key])
             plans[key] = plan
-        return plans
+        warnings = [warning for plan in plans.values() for warning in plan.warnings]
+        kept = unique_clusters(plans.values(), warnings)
+        self._modes = self._decided(kept, other_files)
+        self._routes = self._route_configuration(kept, warnings)
+        self._services, self._plans, self._kept = dict(services), plans, kept
+        self._plan_warnings = tuple(warnings)
 
     def _decided(self, kept: KeptClusters, other_files: int) -> dict[str, str]:
         """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
@@ -2547,13 +2594,13 @@ class Translator:
                 free -= 1
         return modes
 
-    def _rendered_services(self, kept: KeptClusters, objects: Objects) -> dict[ObjectKey, Rendered]:
+    def _rendered_services(self, objects: Objects) -> dict[ObjectKey, Rendered]:
         """Each Service as rendered; anew only where something that it is made of changed."""
         slices: dict[ObjectKey, list[EndpointSlice]] = {}
         for found in objects.slices.values():
             slices.setdefault((found.namespace, found.service), []).append(found)
         rendered = {}
-        for plan, clusters in kept:
+        for plan, clusters in self._kept:
             key = (plan.service.namespace, plan.service.name)
             used = tuple(slices.get(key) or objects.endpoints.get(key, ()))
             modes = tuple([self._modes.get(cluster.name, DNS) for cluster in clusters])
@@ -2576,7 +2623,7 @@ class Translator:
         by_slices = [cluster for cluster in clusters if not cluster.host]
         warnings = list(endpoint_warnings(service, by_slices, slices, self._config.families))
         rendered = []
-        for cluster, mode in zip(clusters, modes, strict=False):
+        for cluster, mode in zip(clusters, modes, strict=True):
             if mode == DNS:
                 assignment = dns_assignment(cluster, service, slices)
                 if "endpoints" not in assignment:
@@ -2611,11 +2658,13 @@ class Translator:
         block = self._writer.items([{**resource, **cluster.options}])
         return RenderedCluster(cluster.name, mode, block, path, file)
 
-    def _routes(self, kept: KeptClusters, warnings: list[str]) -> bytes:
+    def _route_configuration(self, kept: KeptClusters, warnings: list[str]) -> bytes:
         """The RouteConfiguration; the virtual hosts of a host are made anew if its routes are."""
         routes: dict[str, list[ServiceRoute]] = {}
         for plan, clusters in kept:
-            route = plan.route and route_to(plan.route, clusters)
+            route = plan.route
+            if route and clusters is not plan.clusters:
+                route = route_to(route, clusters)
             if route:
                 for host in route.hosts:
                     routes.setdefault(host, []).append(route)
@@ -2940,14 +2989,15 @@ def expiry_warning(secret: Secret, now: float) -> str:
     """Text when a certificate in tls.crt ends soon or has ended, else "".
 
     Soon is a week, or a fifth of the lifetime where that is less: a certificate that lives for a
-    day is no news in its last week. Renewal comes before (cert-manager: at a third).
+    day is no news in its last week. Renewal comes before (cert-manager: at a third). The text does
+    not count down, so that whoever says it only when it changes says it twice.
     """
     for der in pem_blocks(secret.cert):
         start, end = validity(der)
         if end - now <= min(EXPIRY_NEAR, (end - start) / 5):
-            hours = (end - now) / 3600
-            when = f"expires in {hours:.1f} h" if hours > 0 else f"expired {-hours:.1f} h ago"
-            return f"secret {secret.namespace}/{secret.name}: a certificate of tls.crt {when}"
+            verb = "expires" if end > now else "expired"
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end))
+            return f"secret {secret.namespace}/{secret.name}: tls.crt {verb} at {when}"
     return ""
 
 
@@ -4125,6 +4175,16 @@ class Output:
         found = read_file(self._path(snapshot, path)) if SNAPSHOT.fullmatch(snapshot) else None
         return file_of(found[0], self._sources.get(path, "disk"), found[1]) if found else None
 
+    def link_times(self, paths: Iterable[str]) -> dict[str, float]:
+        """When the links of these files were made, just before Envoy was told; Unix time."""
+        times = {}
+        for path in paths:
+            try:
+                times[path] = os.lstat(self._path(CURRENT, path)).st_mtime
+            except FileNotFoundError:
+                pass  # it was taken away
+        return times
+
     # -- what a restart could not see ---------------------------------------------------------
 
     def _read_sources(self) -> dict[str, str]:
@@ -4262,6 +4322,592 @@ def remove_tree(root: str, *, tolerate: bool = False) -> None:
         if not tolerate:
             raise
         log.warning("left-over stays: %s", why(error))
+
+# ---------------------------------------------------------------------------------------------
+# Confirmation: Envoy's word (its admin interface)
+# ---------------------------------------------------------------------------------------------
+#
+# For every event on a file Envoy counts one update_attempt, and in the same turn of its main thread
+# (so no answer shows one without the other) exactly one of
+#
+#   update_success    and sets version_text and update_time (wall clock, ms);
+#   update_rejected   parsed, but not valid; CDS and LDS may have been applied in part;
+#   update_failure    could not be parsed (an empty file too).
+
+ANSWER_BOUND = 1.0  # seconds: one request; and how long an admin interface may be silent
+ATTEMPT_BOUND = 1.0  # seconds until Envoy has read what moved: it needs 1-4 ms
+DOUBT = 0.05  # seconds until a rejection is believed of which the count before is not known
+WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
+VERDICT_BOUND = 10.0  # seconds for all of it, while one Envoy after the other starts and dies
+POLL_FIRST, POLL_LAST = 0.002, 0.05  # seconds between two looks, growing
+PROBE_FIRST, PROBE_LAST = 0.1, 5.0  # seconds between two tries while nothing answers
+ANSWER_BYTES = 64 << 20  # an answer beyond it is not Envoy's
+EXACT_NAMES = 200  # scopes asked for by name; with more the filter takes every cluster
+
+# Where the statistics of a file are, by kind; measured on Envoy 1.40.
+STAT_SCOPES = {
+    "cds": r"cluster_manager\.cds",
+    "lds": r"listener_manager\.lds",
+    "eds": r"cluster\.{name}",
+    "rds": r"http\..+\.rds\.{name}",
+    "sds": r"(?:.+\.)?sds\.{name}",
+    "ecds": r"extension_config_discovery\..+\.{name}",
+    "scoped_rds": r"http\..+\.scoped_rds\..+",
+    "rtds": r"runtime",
+}
+ONE_RESOURCE = frozenset(("eds", "rds", "sds", "ecds", "rtds"))  # kinds of exactly one a file
+
+
+class AdminError(LoaderError):
+    """Envoy's admin interface did not answer, or not as Envoy does."""
+
+
+class Scope(NamedTuple):
+    """What Envoy counts for one subscription."""
+
+    attempt: int = 0
+    success: int = 0
+    rejected: int = 0
+    failure: int = 0
+    updated: int = 0  # wall clock of the last success in ms
+    version: str = ""  # version_info of the file that was last applied
+
+
+class Stats(NamedTuple):
+    """One look at Envoy."""
+
+    at: float = 0.0  # our monotonic clock
+    uptime: int = -1  # seconds, as of Envoy's last flush (every 5 s): only its falling back tells
+    started: bool = False  # the workers run: Envoy is through its own initialization
+    warming: int = 0  # clusters
+    unknown_fields: int = 0
+    scopes: Mapping[str, Scope] = {}
+
+
+UNSEEN = Stats()
+
+
+class Request(NamedTuple):
+    """A question: what became of these files?
+
+    moved: path -> wall clock just before its link was moved, of the files in question. Files that
+    nobody read so far (a new EDS file before its cluster) are asked about again with the next step.
+    """
+
+    id: int
+    files: Files  # all that is published
+    moved: Mapping[str, float]
+    baseline: Stats  # `Confirmer.baseline` from before the publication; UNSEEN to judge by times
+    stage: int = 0
+
+
+class Verdict(NamedTuple):
+    """Envoy's word about a Request; id 0: news about the admin interface itself."""
+
+    id: int
+    confirmed: frozenset[str] = frozenset()
+    rejected: Mapping[str, str] = {}  # path -> reason
+    unread: frozenset[str] = frozenset()  # no subscription reads them, or none did in time
+    unanswered: bool = False  # Envoy was not there to ask; nothing is known
+    unknown_fields: int = 0  # fields that Envoy ignored
+    waited: float = 0.0  # seconds
+    note: str = ""
+
+
+# ---- Statistics
+
+
+class Subject(NamedTuple):
+    """How to recognise what Envoy says about one file."""
+
+    kind: str
+    pattern: str  # a regular expression of its scopes; "" if the file is not xDS
+    version: str  # its version_info, "" without
+    former: str = ""  # the pattern of what stood there before: Envoy still asks for that name
+
+    def after(self, old: Subject) -> Subject:
+        """The same, knowing what stood there before: a broken file tells neither kind nor name."""
+        former = old.former if old.pattern == self.pattern else old.pattern
+        return self._replace(
+            kind=self.kind or old.kind, pattern=self.pattern or old.pattern, former=former
+        )
+
+
+def subject_of(path: str, files: Files) -> Subject:
+    """The scopes and the version of a published file."""
+    content, kind = files[path].content, kind_at(path, files)
+    template = STAT_SCOPES.get(kind, "")
+    if "{name}" in template:
+        names = sorted(resource_names(path, files, kind))
+        template = template.replace("{name}", f"(?:{'|'.join(map(re.escape, names))})")
+        template = template if names else ""
+    return Subject(kind, template, version_info(content))
+
+
+FIRST_NAME = re.compile(rb"[\"']?(?:cluster_?)?[nN]ame[\"']?\s*:\s*[\"']?([^\s\"',}]+)")
+
+
+def resource_names(path: str, files: Files, kind: str) -> set[str]:
+    """The names under which Envoy counts a file of one resource.
+
+    For EDS that is the cluster's, which differs from the assignment's if the cluster has a
+    `service_name` or an `alt_stat_name`: then the cluster that names the file tells.
+    """
+    content = files[path].content
+    document = document_of(content)
+    names = {item.name for item in document.items[:1]} if document else set()
+    if not names and (found := FIRST_NAME.search(content)):
+        names = {found[1].decode("utf-8", "replace")}
+    for parent, file in files.items() if kind == "eds" else ():
+        if kind_at(parent, files) == "cds" and re.search(
+            rb"service_?name|alt_?stat_?name", file.content, re.IGNORECASE
+        ):
+            clusters = document_of(file.content)
+            for item in clusters.items if clusters else ():
+                if names_file(item.text.encode(), path):
+                    names.add(item.stat_name or item.name)
+    return {stat_name(name) for name in names if name}
+
+
+def stat_name(name: str) -> str:
+    """A name as Envoy writes it in statistics."""
+    return name.replace("://", "_").replace(":/", "_").replace(":", "_")
+
+
+VERSION_INFO = re.compile(rb"[\"']?version_?[iI]nfo[\"']?\s*:\s*[\"']?([\w.+/=-]*)")
+
+
+def version_info(content: bytes) -> str:
+    """A file's own version; "" without one, or one that statistics might show otherwise."""
+    if b"version_info" not in content and b"versionInfo" not in content:
+        return ""
+    if found := VERSION_INFO.search(content, 0, max(content.find(b"resources"), 0)):
+        return found[1].decode()
+    document = document_of(content)
+    version = document.version if document else ""
+    return version if re.fullmatch(r"[\w.+/=-]*", version) else ""
+
+
+def scopes(subject: Subject, stats_names: Iterable[str]) -> list[str]:
+    """The scopes among `stats_names` that are about this file; none: nobody reads it."""
+    if not subject.pattern:
+        return []
+    pattern = re.compile(f"{subject.pattern}|{subject.former or subject.pattern}")
+    return [name for name in stats_names if pattern.fullmatch(name)]
+
+
+def stats_filter(subjects: Iterable[Subject]) -> str:
+    """A regular expression for /stats: what tells about these files, and about Envoy itself."""
+    patterns = {each for subject in subjects for each in (subject.pattern, subject.former)}
+    patterns = (patterns - {""}) | {STAT_SCOPES["cds"], STAT_SCOPES["lds"]}
+    if len(patterns) > EXACT_NAMES:
+        patterns = {each for each in patterns if not each.startswith(r"cluster\.")}
+        patterns |= {r"cluster\..+"}
+    leaf = r"\.(?:update_(?:attempt|success|rejected|failure|time)|version_text)"
+    general = (
+        r"server\.(?:uptime|dynamic_unknown_fields)",
+        r"listener_manager\.workers_started",
+        r"cluster_manager\.warming_clusters",
+    )
+    return f"^(?:(?:{'|'.join(sorted(patterns))}){leaf}|{'|'.join(general)})$"
+
+
+FIELDS = {
+    "update_attempt": "attempt",
+    "update_success": "success",
+    "update_rejected": "rejected",
+    "update_failure": "failure",
+    "update_time": "updated",
+}
+
+
+def parse_stats(text: str, at: float) -> Stats:
+    """Of the text format, one `name: value` a line; AdminError if this is not Envoy's."""
+    numbers: dict[str, int] = {}
+    found: dict[str, dict[str, int]] = {}
+    versions: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(": ")
+        scope, _, leaf = name.rpartition(".")
+        if leaf == "version_text":
+            versions[scope] = value.strip('"')
+        elif value.isdigit() and leaf in FIELDS:
+            found.setdefault(scope, {})[FIELDS[leaf]] = int(value)
+        elif value.isdigit():
+            numbers[name] = int(value)
+    if "server.uptime" not in numbers:
+        raise AdminError("the answer has no server.uptime: is this Envoy's admin interface?")
+    # A static cluster counts too, but only zeros and without update_rejected: it reads nothing.
+    known = {
+        scope: Scope(**fields, version=versions.get(scope, ""))
+        for scope, fields in found.items()
+        if "rejected" in fields
+    }
+    return Stats(
+        at,
+        numbers["server.uptime"],
+        numbers.get("listener_manager.workers_started", 0) == 1,
+        numbers.get("cluster_manager.warming_clusters", 0),
+        numbers.get("server.dynamic_unknown_fields", 0),
+        known,
+    )
+
+
+# ---- The judgement (pure)
+
+CONFIRMED, REJECTED, FAILED, UNREAD, PENDING = (
+    "confirmed",
+    "rejected",
+    "failed",
+    "unread",
+    "pending",
+)
+
+
+class Pending(NamedTuple):
+    """A Request that waits for its Verdict."""
+
+    request: Request
+    subjects: Mapping[str, Subject]
+    base: Stats
+    submitted: float
+    begun: float  # when the counting began: at the submission or with a new Envoy
+
+
+def began_anew(old: Scope, new: Scope) -> bool:
+    """Whether a scope's counters belong to a newer subscription, or a newer Envoy."""
+    return new.attempt < old.attempt or (new.updated != old.updated and new.success <= old.success)
+
+
+def restarted(base: Stats, now: Stats) -> bool:
+    """Whether Envoy is another process than at `base`."""
+    if now.uptime < base.uptime:
+        return True
+    lasting = ("cluster_manager.cds", "listener_manager.lds")  # they live as long as Envoy does
+    return any(
+        name in base.scopes and began_anew(base.scopes[name], now.scopes.get(name, Scope()))
+        for name in lasting
+    )
+
+
+def outcome(old: Scope | None, new: Scope, version: str, moved: float, age: float) -> str:
+    """What became of a file that moved at `moved`, by one scope, `age` seconds into the counting.
+
+    old: the scope before; None if it is not known (a new cluster, another Envoy): then the time of
+    the last success tells whether it was this file's. Where the file has a version that must be
+    the one that runs, and yet a success is asked for: after a rejection in part version_text is
+    still the old one. A rejection may be one of long ago if the count before is not known; Envoy
+    reads its events and our question in turns, so after DOUBT it is not.
+    """
+    if old is not None and began_anew(old, new):
+        old = None
+    known = old or Scope()
+    rose = old is not None and new.success > old.success
+    in_time = new.updated >= int(moved * 1000)
+    if (rose or in_time) and version in ("", new.version):
+        return CONFIRMED
+    if old is None and age < DOUBT:
+        return PENDING
+    if new.rejected > known.rejected:
+        return REJECTED
+    return FAILED if new.failure > known.failure else PENDING
+
+
+def judge(subject: Subject, base: Stats, now: Stats, moved: float, age: float) -> str:
+    """What became of one file. It may have several scopes: two listeners can share its route."""
+    said = {
+        outcome(base.scopes.get(name), now.scopes[name], subject.version, moved, age)
+        for name in scopes(subject, now.scopes)
+    }
+    order = (REJECTED, FAILED, CONFIRMED, PENDING)
+    return next((state for state in order if state in said), UNREAD)
+
+
+def progress(pending: Pending, now: Stats) -> tuple[Pending, dict[str, str] | None, str]:
+    """One look at Envoy, as (what waits now, the state of each file once all is said, note)."""
+    request = pending.request
+    if restarted(pending.base, now):
+        pending = pending._replace(base=UNSEEN, begun=now.at)
+    age = now.at - pending.begun
+    if now.at - pending.submitted >= VERDICT_BOUND:
+        age = VERDICT_BOUND
+    states = {
+        path: judge(subject, pending.base, now, request.moved[path], age)
+        for path, subject in pending.subjects.items()
+    }
+    said = set(states.values())
+    if not now.started and age < WARM_BOUND and said & {PENDING, UNREAD}:
+        return pending, None, ""
+    if PENDING in said and age < ATTEMPT_BOUND:
+        return pending, None, ""
+    taken = {pending.subjects[path].kind for path, state in states.items() if state == CONFIRMED}
+    if now.warming and "cds" in taken:
+        if age < WARM_BOUND:
+            return pending, None, ""
+        return pending, states, f"{now.warming} clusters still warm after {WARM_BOUND:g} s"
+    late = sorted(path for path, state in states.items() if state == PENDING)
+    return pending, states, f"Envoy did not read {', '.join(late)} in time" if late else ""
+
+
+def likely_cause(path: str, kind: str, files: Files) -> str:
+    """What Envoy does not tell over its admin interface and a look at the file does; or ""."""
+    content = files[path].content
+    if not content.strip():
+        return "the file is empty"
+    if not path.endswith((".yaml", ".yml", ".pb", ".pb_text")):
+        try:
+            json.loads(content)
+        except ValueError as error:
+            return f"not JSON: {error}"
+    document = document_of(content)
+    if document and kind in ONE_RESOURCE and len(document.items) != 1:
+        return f"{len(document.items)} resources where Envoy takes exactly one"
+    if not kind_of(content):
+        return "no xDS v3 type URL in it"
+    named = re.findall(rb"/current/([^\s\"',}]+)", content)
+    missing = sorted({name.decode("utf-8", "replace") for name in named} - files.keys())
+    return f"it names {', '.join(missing)}, not published" if missing else ""
+
+
+# ---- The client
+
+
+class Admin:
+    """A minimal client of Envoy's admin interface: one connection, kept open."""
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """url: http://host:port."""
+        parts = urllib.parse.urlsplit(url)
+        self.url = url.rstrip("/")
+        self.clock = clock
+        self._base = parts.path.rstrip("/")
+        self._connection = http.client.HTTPConnection(
+            parts.hostname or "127.0.0.1", parts.port or 80, timeout=ANSWER_BOUND
+        )
+
+    def get(self, path: str) -> str:
+        """The body of the answer within ANSWER_BOUND; a connection that died is opened again."""
+        deadline = self.clock() + ANSWER_BOUND
+        reused = self._connection.sock is not None
+        try:
+            try:
+                return self._get(path, deadline)
+            except (ConnectionError, http.client.BadStatusLine):
+                self.close()
+                if not reused:
+                    raise
+                return self._get(path, deadline)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.close()
+            words = str(error) or type(error).__name__
+            raise AdminError(f"{self.url}: {words}") from error
+        except AdminError:
+            self.close()
+            raise
+
+    def _get(self, path: str, deadline: float) -> str:
+        connection = self._connection
+        connection.request("GET", self._base + path)  # with TCP_NODELAY: http.client sets it
+        response = connection.getresponse()
+        body = bytearray()
+        while part := response.read1(1 << 16):
+            body += part
+            if self.clock() > deadline or len(body) > ANSWER_BYTES:
+                raise AdminError(f"{self.url}: no end of the answer within {ANSWER_BOUND:g} s")
+        if response.status != 200:
+            raise AdminError(f"{self.url}{path.partition('?')[0]}: HTTP {response.status}")
+        return body.decode("utf-8", "replace")
+
+    def stats(self, pattern: str) -> Stats:
+        """What Envoy counts, of the names that match."""
+        query = urllib.parse.urlencode({"filter": pattern})
+        try:
+            return parse_stats(self.get(f"/stats?{query}"), self.clock())
+        except AdminError as error:
+            if self.url in str(error):
+                raise
+            raise AdminError(f"{self.url}: {error}") from error
+
+    def reasons(self, kind: str, file: File) -> str:
+        """Envoy's own words on what it does not take of a file, where it keeps them; or "".
+
+        Listeners have an error_state. Of clusters only those that Envoy lacks can be told; the
+        words on them, on routes and on endpoints are in Envoy's log alone.
+        """
+        if kind not in ("lds", "cds"):
+            return ""
+        if kind == "lds":
+            query = "resource=dynamic_listeners&mask=name,error_state.details"
+        else:
+            query = "resource=dynamic_active_clusters&mask=cluster.name"
+        try:
+            found = json.loads(self.get(f"/config_dump?{query}")).get("configs", [])
+            if kind == "lds":
+                details = {one.get("error_state", {}).get("details", "") for one in found}
+                return "; ".join(sorted(details - {""}))
+            there = {one.get("cluster", {}).get("name") for one in found}
+        except (AdminError, ValueError, AttributeError):
+            return ""
+        document = document_of(file.content)
+        lacking = sorted({item.name for item in document.items} - there) if document else []
+        return f"clusters not taken: {', '.join(lacking[:10])}" if lacking else ""
+
+    def fileno(self) -> int:
+        """The socket, to wait for its end; -1 without."""
+        return self._connection.sock.fileno() if self._connection.sock is not None else -1
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+# ---- The thread
+
+
+class Confirmer(threading.Thread):
+    """Asks Envoy about publications, in a thread of its own; posts each Verdict.
+
+    The loop takes `baseline` before it publishes (a cached value: it costs nothing) and submits a
+    Request after it. While the admin interface does not answer, a Request is answered at once and
+    without asking, so that it delays a publication by its bound once; it is tried in the
+    background. Verdicts with id 0 tell when it falls silent while nobody asks, and when it answers
+    (again): Envoy is there, or is there anew.
+    """
+
+    def __init__(self, admin: Admin, post: Callable[[Verdict], None]) -> None:
+        super().__init__(name="confirm", daemon=True)
+        self.admin = admin
+        self.post = post
+        self.baseline = UNSEEN
+        self._met = False  # it answered, and has not fallen silent since
+        self._down = False  # it did not answer, and that was said
+        self._subjects: dict[str, tuple[str, Subject]] = {}  # path -> (digest, what to look for)
+        self._submitted: list[Request] = []
+        self._pending: list[Pending] = []
+        self._closing = False
+        self._lock = threading.Lock()  # of _down and _submitted
+        self._ear, self._mouth = socket.socketpair()
+
+    def submit(self, request: Request) -> None:
+        """Ask; the Verdict comes through `post`, at once if the admin interface is down."""
+        with self._lock:
+            down = self._down
+            if not down:
+                self._submitted.append(request)
+                self._mouth.send(b"?")
+        if down:
+            self.post(Verdict(request.id, unanswered=True))
+
+    def close(self) -> None:
+        """Let the thread end; it may be within a request of up to ANSWER_BOUND."""
+        self._closing = True
+        self._mouth.send(b".")
+
+    def run(self) -> None:
+        pause, silent_since = POLL_FIRST, None
+        while not self._closing:
+            begun = self.admin.clock()
+            try:
+                self._look()
+            except AdminError as error:
+                silent_since = begun if silent_since is None else silent_since
+                bound = ANSWER_BOUND if self._pending else 0.0
+                if self.admin.clock() - silent_since >= bound:
+                    self._give_up(error)
+                pause = min(pause * 2, PROBE_LAST if self._down else POLL_LAST)
+            else:
+                # A look costs Envoy's main thread 1 ms, with 1,000 clusters 45 ms: leave it room.
+                silent_since = None
+                pause = max(min(pause * 1.5, POLL_LAST), self.admin.clock() - begun)
+            if self._rest(max(pause, PROBE_FIRST) if self._down else pause):
+                pause = POLL_FIRST
+        self.admin.close()
+
+    def _rest(self, pause: float) -> bool:
+        """Sleep until there is something to do; true if somebody asks.
+
+        Without a Request the thread waits for one, or for the end of the connection: an Envoy that
+        went away is looked for before anybody asks.
+        """
+        busy = bool(self._pending) or not self._met
+        ears: list[socket.socket | Admin] = [self._ear]
+        if not busy and self.admin.fileno() >= 0:
+            ears.append(self.admin)
+        ready, _, _ = select.select(ears, [], [], pause if busy else None)
+        if self._ear in ready:
+            self._ear.recv(4096)
+        return self._ear in ready
+
+    def _look(self) -> None:
+        """Take what was submitted, look at Envoy once, and say what can be said."""
+        with self._lock:
+            submitted, self._submitted = self._submitted, []
+        for request in submitted:
+            subjects, now = self._learn(request), self.admin.clock()
+            self._pending.append(Pending(request, subjects, request.baseline, now, now))
+        stats = self.admin.stats(stats_filter(known for _, known in self._subjects.values()))
+        if not self._met:
+            self.post(Verdict(0, note=f"{self.admin.url} answers"))
+        with self._lock:
+            self.baseline, self._met, self._down = stats, True, False
+        waiting, self._pending = self._pending, []
+        for each in waiting:
+            pending, states, note = progress(each, stats)
+            if states is None:
+                self._pending.append(pending)
+            else:
+                self.post(self._verdict(pending, states, stats, note))
+
+    def _learn(self, request: Request) -> dict[str, Subject]:
+        """What to look for, of the files in question; and of all files, for the next baseline."""
+        known, self._subjects = self._subjects, {}
+        for path, file in request.files.items():
+            digest, old = known.get(path, ("", Subject("", "", "")))
+            if digest != file.digest or path in request.moved:
+                old = subject_of(path, request.files).after(old)
+            self._subjects[path] = (file.digest, old)
+        return {path: self._subjects[path][1] for path in request.moved if path in self._subjects}
+
+    def _verdict(
+        self, pending: Pending, states: Mapping[str, str], now: Stats, note: str
+    ) -> Verdict:
+        request, base = pending.request, pending.base
+        reasons = {
+            path: self._reason(path, state, pending)
+            for path, state in states.items()
+            if state in (REJECTED, FAILED)
+        }
+        ignored = now.unknown_fields - base.unknown_fields if base.scopes else 0
+        return Verdict(
+            request.id,
+            frozenset(path for path, state in states.items() if state == CONFIRMED),
+            reasons,
+            frozenset(path for path, state in states.items() if state in (UNREAD, PENDING)),
+            unknown_fields=max(ignored, 0),
+            waited=now.at - pending.submitted,
+            note=note,
+        )
+
+    def _reason(self, path: str, state: str, pending: Pending) -> str:
+        """Why a file was refused: Envoy's words where it has any, else what a look at it tells."""
+        files, kind = pending.request.files, pending.subjects[path].kind
+        counted = "update_rejected" if state == REJECTED else "update_failure, not parsable"
+        words = self.admin.reasons(kind, files[path]) if state == REJECTED else ""
+        causes = [each for each in (words, likely_cause(path, kind, files)) if each]
+        return f"{counted}: {'; '.join(causes or ['the log of Envoy says why'])}"
+
+    def _give_up(self, error: AdminError) -> None:
+        """Say once that nothing answers, and answer everybody who waits with that."""
+        with self._lock:
+            news, self._met, self._down = not self._down, False, True
+            submitted, self._submitted = self._submitted, []
+        now = self.admin.clock()
+        waiting = [(each.request.id, now - each.submitted) for each in self._pending]
+        waiting += [(request.id, 0.0) for request in submitted]
+        self._pending = []
+        if news:
+            self.post(Verdict(0, unanswered=True, note=str(error)))
+        for number, waited in waiting:
+            self.post(Verdict(number, unanswered=True, waited=waited))
 
 __version__ = "1.0.0"  # the integrator's
 
@@ -4903,7 +5549,6 @@ CHILDREN, CLUSTERS, REFERENCES, REMOVALS = 1, 2, 3, 4
 STAGES = {
     CHILDREN: "children", CLUSTERS: "clusters", REFERENCES: "references", REMOVALS: "removals"
 }
-CONFIRM_SECONDS = 7.0
 
 
 class Composition(NamedTuple):
@@ -5161,19 +5806,21 @@ def count_request(verb: str, code: str) -> None:
 class Envoy:
     """What is known of Envoy's word: which bytes it confirmed, which it refused.
 
-    A path in `unconfirmed` was published and not confirmed yet; its value is the file that Envoy
-    confirmed before (None: there was none) and the snapshot that holds it, which must stay.
+    A path in `unconfirmed` was published, or taken away, and Envoy has not said yet that it goes
+    on without the bytes before. Those are its value: the file (None: there was none) and the
+    snapshot that holds it, which must stay so long.
     """
 
     def __init__(self, output: Output, *, asked: bool) -> None:
         self._output = output
-        self._asked = asked
+        self.asked = asked
         self.unconfirmed: dict[str, tuple[str, File | None]] = {}
         self.refused: dict[str, Refusal] = {}
+        self.moved: dict[str, float] = {}  # wall clock of the last notification
 
     def remember(self) -> None:
         """Read what the process before knew. Without --envoy-admin nobody is refused anything."""
-        if not self._asked:
+        if not self.asked:
             return
         state = self._output.read_state("envoy")
         for path, snapshot in (state.get("confirmed") or {}).items():
@@ -5181,39 +5828,41 @@ class Envoy:
             self.unconfirmed[str(path)] = (str(snapshot) if file else "", file)
         for path, row in (state.get("refused") or {}).items():
             self.refused[str(path)] = Refusal(*map(str, row))
+        self.moved = self._output.link_times(self.unconfirmed)
 
-    def publishing(self, changed: Iterable[str], before: Files, snapshot: str) -> None:
-        """Before a publication: the bytes that stand are the last confirmed ones."""
-        if not self._asked:
+    def publishing(self, paths: Iterable[str], before: Files, snapshot: str) -> None:
+        """Before a publication: what stands at these paths is the last that Envoy confirmed."""
+        if not self.asked:
             return
-        for path in changed:
+        now = time.time()
+        for path in paths:
+            self.moved[path] = now
             if path not in self.unconfirmed:
                 old = before.get(path)
                 self.unconfirmed[path] = (snapshot if old else "", old)
         self._save()
 
-    def confirmed(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            self.unconfirmed.pop(path, None)
+    def judged(self, published: Files, verdict: Verdict, found: Mapping[str, Refusal],
+               *, settled: bool) -> None:
+        """Take a verdict in. Once all is settled, files that nobody reads have nobody to ask."""
+        self.refused = dict(found)
+        done = set(verdict.confirmed)
+        if settled and not verdict.rejected:
+            done |= verdict.unread | (self.unconfirmed.keys() - published.keys())
+        for path in done & self.unconfirmed.keys():
+            del self.unconfirmed[path]
         self._save()
 
-    def refuse(self, path: str, refusal: Refusal) -> None:
-        self.refused[path] = refusal
-        self._save()
-
-    def forget(self, desired: Files) -> None:
+    def forget(self, wanted: Files) -> None:
         """A refusal holds until the desired bytes change."""
         kept = {path: refusal for path, refusal in self.refused.items()
-                if path in desired and desired[path].digest == refusal.digest}
-        gone = [path for path in self.unconfirmed if path not in desired]
-        if len(kept) != len(self.refused) or gone:
+                if path in wanted and wanted[path].digest == refusal.digest}
+        if len(kept) != len(self.refused):
             self.refused = kept
-            for path in gone:
-                del self.unconfirmed[path]
             self._save()
 
     def last_confirmed(self, published: Files) -> dict[str, File]:
-        """The confirmed bytes by path: what is published unless it is not confirmed."""
+        """The confirmed bytes by path: what is published, unless it is not confirmed."""
         files = {path: file for path, file in published.items() if path not in self.unconfirmed}
         files.update((path, file) for path, (_, file) in self.unconfirmed.items() if file)
         return files
@@ -5227,12 +5876,29 @@ class Envoy:
         self._output.write_state("envoy", {"confirmed": confirmed, "refused": self.refused})
 
 
+class Gate(NamedTuple):
+    """What the next ordered step waits for: Envoy's word on a request, or a time."""
+
+    closed_at: float
+    until: float
+    before: Files  # what stood before the step that is waited for
+    request: int
+
+
+class Asked(NamedTuple):
+    """A publication that Envoy was asked about."""
+
+    files: Files
+    target: Files  # where its step was on the way to
+    told: Mapping[str, object]  # the fields of its line in the log
+
+
 class Loop:
     """The main thread: waits, composes, orders, publishes, listens to Envoy."""
 
     def __init__(self, options: Options, config: Config) -> None:
         self.options = options
-        self.wakes: queue.SimpleQueue[Wake] = queue.SimpleQueue()
+        self.wakes = Wakes()
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
         self.envoy = Envoy(self.output, asked=bool(options.envoy_admin))
@@ -5242,7 +5908,9 @@ class Loop:
         self._composition: Composition | None = None
         self._said: set[str] = set()
         self._target: Files | None = None  # where the ordered steps under way lead
-        self._confirmer: Any = None
+        self._confirmer: Confirmer | None = None
+        self._request = 0  # the last one that Envoy was asked
+        self._asked: dict[int, Asked] = {}
         self._gate: Gate | None = None  # what the next step waits for
         self._settled = False  # whether this process has seen a step through
         self._checked = ("", True)  # version that --check-cmd judged, and how
@@ -5280,6 +5948,7 @@ class Loop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, lambda number, _: self._signalled(number))
+        signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen and not self._once:
             self.listener = Listener(*self.options.listen, metrics)
         self.output.lock()
@@ -5289,6 +5958,12 @@ class Loop:
         self._name_strangers()
         self.envoy.remember()
         self.sources.start(self.output.published)
+        if self.options.envoy_admin and not self._once:
+            self._confirmer = Confirmer(
+                Admin(self.options.envoy_admin),
+                lambda verdict: self.wakes.put(Wake("verdict", time.monotonic(), verdict)),
+            )
+            self._confirmer.start()
 
     def _signalled(self, number: int) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
@@ -5311,10 +5986,7 @@ class Loop:
             self._gather()
 
     def _next(self, until: float) -> Wake | None:
-        try:
-            return self.wakes.get(timeout=max(0.0, until - time.monotonic()))
-        except queue.Empty:
-            return None
+        return self.wakes.get(0.0 if self.stopping else until - time.monotonic())
 
     def _gather(self) -> None:
         """Holdoff: a burst is gathered until it is quiet, for a bounded time."""
@@ -5338,7 +6010,7 @@ class Loop:
             self._composition = None
         elif wake.what == "trouble":
             self._composition = None
-        elif wake.what == "verdict":
+        elif isinstance(wake.news, Verdict):
             self._judge(wake.news)
         elif wake.what == "signal" and wake.news == signal.SIGHUP:
             log.info("SIGHUP: checking and publishing now")
@@ -5407,7 +6079,7 @@ class Loop:
         if not same(now, published):
             if self._target is not None:
                 self._target = carry(self._target, published, now)
-            self._publish(now, "independent", "needs nothing that is pending")
+            self._publish(now, "independent", "needs nothing that is pending", self._target or now)
         return False
 
     def _step(self, published: Files, target: Files) -> bool:
@@ -5419,26 +6091,31 @@ class Loop:
         if step.stage == REMOVALS and not self._settled:
             # The process before may have died between references and removals: wait again.
             self._settled = True
-            self._target, self._gate = target, self._closed(published)
+            self._target = target
+            if self._confirmer:
+                self._ask(Asked(published, target, {}), UNSEEN)
+            self._close(published)
             return False
         self._settled = True
         self._target = None if same(step.files, target) else target
-        self._publish(step.files, STAGES[step.stage], step.reason)
+        self._publish(step.files, STAGES[step.stage], step.reason, target)
         if step.stage in (CLUSTERS, REFERENCES) or self._target is not None:
             # Also after the last step: the next change may name what this one brought.
-            self._gate = self._closed(published)
+            self._close(published)
         return self._gate is None
 
-    def _closed(self, before: Files) -> Gate:
-        """A gate that Envoy's word opens, or time."""
-        wait = CONFIRM_SECONDS if self._is_asked() else self.options.step_delay
-        return Gate(time.monotonic() + wait, before)
+    def _close(self, before: Files) -> None:
+        """Close the gate before the next ordered step: Envoy's word opens it, or time."""
+        now = time.monotonic()
+        wait = VERDICT_BOUND if self._confirmer else self.options.step_delay
+        self._gate = Gate(now, now + wait, before, self._request)
 
-    def _publish(self, files: Files, step: str, reason: str) -> None:
+    def _publish(self, files: Files, step: str, reason: str, target: Files | None = None) -> None:
         """Publish one snapshot, tell everybody, then tidy up."""
         before, snapshot = self.output.published, self.output.snapshot
-        changed = moved_paths(before, files)
-        self.envoy.publishing(changed, before, snapshot)
+        moved = [*moved_paths(before, files), *(before.keys() - files.keys())]
+        self.envoy.publishing(moved, before, snapshot)
+        baseline = self._confirmer.baseline if self._confirmer else UNSEEN
         paths = self.output.publish(files, self.envoy.needed())
         self._published_at, self._published_wall = time.monotonic(), time.time()
         took = self._published_at - self._event_at
@@ -5447,19 +6124,19 @@ class Loop:
         metrics.observe("xds_loader_publication_duration_seconds", took)
         sources = {found[path].source for path in paths for found in (files, before)
                    if path in found}
-        log.info(
-            "published", version=self.output.snapshot[2:], step=step, files=len(paths),
-            changed=shortened(paths), source=shortened(sorted(sources)), reason=reason,
-            duration_ms=round(took * 1000, 1),
-        )
+        told = {
+            "version": self.output.snapshot[2:], "step": step, "files": len(paths),
+            "changed": shortened(paths), "source": shortened(sorted(sources)), "reason": reason,
+            "duration_ms": round(took * 1000, 1),
+        }
+        if self._confirmer:
+            self._ask(Asked(files, files if target is None else target, told), baseline)
+        else:
+            log.info("published", **told)
         log.recovered("disk", f"{self.output.root} can be written again")
-        self._ask(changed, before)
         self.output.prune()
 
     # -- Envoy's word -------------------------------------------------------------------------
-
-    def _is_asked(self) -> bool:
-        return self._confirmer is not None
 
     def _allowed(self, wanted: Files, published: Files) -> Files:
         """What is wanted, less what Envoy refused and what needs it."""
@@ -5471,11 +6148,70 @@ class Loop:
         self._note(notes)
         return desired
 
-    def _ask(self, changed: Iterable[str], before: Files) -> None:
-        pass
+    def _ask(self, asked: Asked, baseline: Stats) -> None:
+        """Ask Envoy about all that it has not confirmed; what it said before does not count."""
+        assert self._confirmer is not None
+        self._request += 1
+        self._asked[self._request] = asked
+        moved = {path: self.envoy.moved.get(path, 0.0) for path in self.envoy.unconfirmed
+                 if path in asked.files}
+        self._confirmer.submit(Request(self._request, asked.files, moved, baseline))
 
-    def _judge(self, verdict: object) -> None:
-        pass
+    def _judge(self, verdict: Verdict) -> None:
+        """Take in Envoy's word on a publication, or on whether it is there at all."""
+        if verdict.id == 0:
+            if verdict.unanswered:
+                log.outage("envoy", f"Envoy does not answer ({verdict.note}): unconfirmed so long")
+            else:
+                log.recovered("envoy", verdict.note)
+                if self.output.snapshot:
+                    target = self._target or self.output.published
+                    self._ask(Asked(self.output.published, target, {}), UNSEEN)
+            return
+        asked = self._asked.pop(verdict.id)
+        rejected = {path: reason for path, reason in verdict.rejected.items()
+                    if standing(self.output.published, path, asked.files[path])}
+        if not verdict.unanswered:
+            self._take_word(verdict._replace(rejected=rejected), asked)
+        self._tell_verdict(verdict, rejected, asked)
+        if self._gate is not None and verdict.id >= self._gate.request:
+            # Where Envoy does not answer, the pause between steps is what is left.
+            delay = self.options.step_delay if verdict.unanswered else 0.0
+            self._gate = self._gate._replace(until=self._gate.closed_at + delay)
+
+    def _take_word(self, verdict: Verdict, asked: Asked) -> None:
+        envoy = self.envoy
+        confirmed = envoy.last_confirmed(self.output.published)
+        found = refusals(envoy.refused, verdict.rejected, asked.target, asked.files, confirmed)
+        envoy.judged(self.output.published, verdict, found, settled=self._target is None)
+        if verdict.rejected:
+            self._target = None  # the plan was made without knowing this
+        metrics.observe("xds_loader_confirmation_duration_seconds", verdict.waited)
+        for path in verdict.rejected:
+            kind = kind_at(path, asked.files) or "other"
+            metrics.add("xds_loader_rejections_total", (kind,))
+
+    def _tell_verdict(self, verdict: Verdict, rejected: Mapping[str, str], asked: Asked) -> None:
+        """The line of a publication, and one for each file that Envoy refused."""
+        word = "unanswered" if verdict.unanswered else "no" if rejected else "yes"
+        if asked.told:
+            log.info("published", **asked.told, confirmed=word,
+                     confirmed_ms=round(verdict.waited * 1000, 1))
+        if verdict.note:
+            log.warning("%s", verdict.note)
+        if verdict.unread and not self._target and asked.told:
+            log.debug("no subscription of Envoy reads %s", shortened(sorted(verdict.unread)))
+        for path, reason in sorted(rejected.items()):
+            log.error("Envoy refuses %s (%s): %s; its last good bytes are put back", path,
+                      kind_at(path, asked.files) or "unknown type", reason,
+                      source=asked.files[path].source)
+        if verdict.unknown_fields:
+            log.warning(
+                "Envoy ignored %d unknown fields in %s: a typo?", verdict.unknown_fields,
+                asked.told.get("changed", "what was published"),
+            )
+        metrics.replace("xds_loader_refused_files",
+                        {(path,): 1.0 for path in self.envoy.refused})
 
     # -- checks and words ---------------------------------------------------------------------
 
@@ -5574,7 +6310,7 @@ class Loop:
             version=self.output.snapshot[2:],
             published_at=self._published_wall,
             confirmed=frozenset(self.output.published) - self.envoy.unconfirmed.keys()
-            if self._is_asked() else frozenset(),
+            if self._confirmer else frozenset(),
             refused=tuple(sorted(self.envoy.refused)),
             missing=composition.missing + composition.unknown if composition else (),
             stale=(composition.stale if composition else ()) + self.sources.troubled(),
@@ -5603,13 +6339,6 @@ class Loop:
         if composition.failed or (late and (composition.missing or self.options.timeout)):
             raise LoaderError(unfinished(composition, self.sources.troubles()))
         return False
-
-
-class Gate(NamedTuple):
-    """What the next ordered step waits for: a time, or Envoy's word before it."""
-
-    until: float
-    before: Files  # what stood before the step that is waited for
 
 
 class Drain(threading.Thread):
