@@ -260,8 +260,8 @@ def test_more_of_everything() -> None:
     loader = named(release.pod, "loader")
     assert loader["image"].startswith("registry.example/loader@sha256:0123")
     assert {"name": "XDS_LOADER_STEP_DELAY", "value": "200ms"} in loader["env"]
-    assert "--check-cmd=/check {dir}" in loader["args"]
-    assert "--check-cmd=/check {dir}" in named(release.pod, "loader-init")["args"]
+    assert "--step-delay=50ms" in loader["args"]
+    assert "--step-delay=50ms" in named(release.pod, "loader-init")["args"]
     assert named(release.pod, "envoy")["image"] == "envoyproxy/envoy:v1.40.0"
     assert release.pod["hostAliases"] == [{"ip": "10.0.0.1", "hostnames": ["legacy"]}]
     service = release.one("Service", "edge-http")["spec"]
@@ -579,9 +579,7 @@ def test_refused(values: Object, said: str) -> None:
 def test_the_readme_has_the_values_and_each_is_described() -> None:
     text = (CHART / "values.yaml").read_text()
     readme = (CHART / "README.md").read_text()
-    assert chart_docs.with_table(readme, text) == readme, (
-        "run python -m tests.support.chart_docs"
-    )
+    assert chart_docs.with_table(readme, text) == readme, "run python -m tests.support.chart_docs"
     assert [row.path for row in chart_docs.rows(text) if not row.description] == []
 
 
