@@ -53,7 +53,9 @@ unit: venv
 	$(RUN) -m pytest $(ARGS)
 
 demo: venv
-	@PYTHON=$(abspath $(RUN)) $(RUN) example/$(EXAMPLE)/run $(ARGS)
+	@test -x example/$(EXAMPLE)/verify || { echo "EXAMPLE is one of:" \
+		$(patsubst example/%/verify,%,$(wildcard example/*/verify)) >&2; exit 2; }
+	@PYTHON=$(abspath $(RUN)) example/$(EXAMPLE)/verify $(ARGS)
 
 bench: venv system
 	@$(RUN) -m bench $(ARGS)
