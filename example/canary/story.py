@@ -1,0 +1,130 @@
+"""The canary release, told: weights change in a ConfigMap, then by Service annotation."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from example.support.cluster import TOKEN, Proxy
+from example.support.story import Story, bar, milliseconds, shares
+from tests.support.load import Poller
+
+VERSION = "http.ingress.rds.{}.version_text"
+SERVICES = ("bold-olm", "eerie-octopus")
+
+
+def view(poller: Poller) -> list[str]:
+    """How the last answers were shared."""
+    found = shares(poller)
+    lines = [f"  {name:<14} {bar(found.get(name, 0))} {found.get(name, 0):>5.0%}"
+             for name in SERVICES]  # fmt: skip
+    return [*lines, f"  {len(poller.answers)} requests, {len(poller.failed)} failed"]
+
+
+def text(proxy: Proxy, routes: str) -> str:
+    return str(proxy.envoy.stat(VERSION.format(routes)) or "")
+
+
+def shift(story: Story, proxy: Proxy, poller: Poller, routes: str, command: str) -> float:
+    """One change: from the PATCH until Envoy runs another version of the routes."""
+    before = text(proxy, routes)
+    sent = story.kubectl(command)
+    served = story.until(lambda: text(proxy, routes) != before, f"Envoy after {command}")
+    story.say(f"  Envoy runs it after {milliseconds(served - sent)}")
+    return served - sent
+
+
+def settle(story: Story, poller: Poller, wanted: Callable[[dict[str, float]], bool]) -> None:
+    """Watch the answers for a while, and until they are as wanted."""
+    story.watch(lambda: view(poller))
+    story.until(lambda: wanted(shares(poller)), f"the answers: {shares(poller)}")
+
+
+def even(share: dict[str, float]) -> bool:
+    return all(0.3 < share.get(name, 0) < 0.7 for name in SERVICES)
+
+
+def only(name: str) -> Callable[[dict[str, float]], bool]:
+    return lambda share: share == {name: 1.0}
+
+
+def verdict(story: Story, proxy: Proxy, poller: Poller, took: Sequence[float], how: str) -> None:
+    answers, failed = len(poller.answers), len(poller.failed)
+    story.fact(f"{how}: first snapshot, by the init run", milliseconds(proxy.init_seconds))
+    for name, seconds in zip(("50/50", "0/100"), (took[-2], took[-1]), strict=True):
+        value = f"{milliseconds(seconds)} from the PATCH until Envoy ran it"
+        story.claim(f"{how}: {name}", seconds < 1, value)
+    story.claim(f"{how}: requests, failed", answers and not failed, f"{answers}, {failed}")
+    story.claim(f"{how}: restarts of Envoy", proxy.never_restarted(), proxy.restarts())
+
+
+def by_configmap(story: Story) -> tuple[Proxy, Poller]:
+    cluster = story.cluster
+    story.title("Weights in a ConfigMap")
+    story.kubectl("kubectl apply -k .")
+    for name in SERVICES:
+        cluster.pod(name)
+    proxy = cluster.run("envoy")
+    poller = story.load(proxy.url(10000))
+    settle(story, poller, only("bold-olm"))
+    took = []
+    for name, wanted in (("50-50", even), ("0-100", only("eerie-octopus"))):
+        took.append(shift(story, proxy, poller, "podinfo", f"kubectl apply -f weights-{name}"))
+        settle(story, poller, wanted)
+    verdict(story, proxy, poller, took, "ConfigMap")
+    return proxy, poller
+
+
+def by_annotation(story: Story) -> tuple[Proxy, Poller]:
+    cluster = story.cluster
+    story.title("The same by annotation of the Services")
+    for _ in SERVICES:
+        story.kubectl("kubectl annotate service")
+    story.kubectl("kubectl apply -k by-annotation")
+    proxy = cluster.run("envoy-services")
+    poller = story.load(proxy.url(10000), host="podinfo.example")
+    settle(story, poller, only("bold-olm"))
+    took = []
+    for wanted in (even, only("eerie-octopus")):
+        # Two objects, two changes: in between the shares are 50 to 0, then 100 to 50.
+        shift(story, proxy, poller, "services", "kubectl annotate --overwrite service bold-olm")
+        last = "kubectl annotate --overwrite service eerie-octopus"
+        took.append(shift(story, proxy, poller, "services", last))
+        settle(story, poller, wanted)
+    verdict(story, proxy, poller, took, "annotation")
+    return proxy, poller
+
+
+def patches(story: Story) -> list[Path]:
+    """The ConfigMaps of this folder as JSON, to be sent with curl."""
+    made = []
+    for name in ("weights-50-50", "weights-0-100", "configmap"):
+        place = story.root / f"{name}.json"
+        place.write_text(json.dumps({"data": story.cluster.read(f"{name}.yaml")[0]["data"]}))
+        made.append(place)
+    return made
+
+
+def main() -> int:
+    with Story("canary") as story:
+        started = time.monotonic()
+        proxy, _ = by_configmap(story)
+        by_annotation(story)
+        story.fact("the whole story", f"{time.monotonic() - started:.1f} s")
+        api = f"{story.cluster.api.url}/api/v1/namespaces/demo/configmaps/envoy-xds"
+        auth = f"-H 'Authorization: Bearer {TOKEN}'"
+        files = patches(story)
+        story.play([
+            f"curl -s {proxy.url(10000)}                 # the answer of one backend",
+            f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\",
+            f"  {api} --data-binary @{files[0]}   # or {', '.join(f.name for f in files[1:])}",
+            f"curl -s {proxy.envoy.admin_url}/stats?filter=rds   # Envoy's admin interface",
+            f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
+        ])  # fmt: skip
+    return story.status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

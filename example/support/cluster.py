@@ -1,0 +1,447 @@
+"""A Kubernetes cluster on loopback: the API server, what kubectl sends to it, and pods.
+
+Each pod gets a loopback address of its own, so that ports are those of the manifests. What a
+kubelet would do with a pod's text, and no more, happens here: paths of volumes become paths below
+a temporary directory, 0.0.0.0 and 127.0.0.1 the pod's address, and (in an `address:`) the DNS name
+of a Service its address.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import re
+import shlex
+import ssl
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from example.support.pods import Handler, Server, Servers, named
+from tests.support.apiserver import BY_KIND, ApiServer, Client, Rule
+from tests.support.envoy import Envoy
+from tests.support.loader import Loader, run, wait_until
+from tests.support.manifests import command
+
+Object = dict[str, Any]
+TOKEN = "the-service-account-token"
+WRITES = ("create", "update", "patch", "delete")
+ALIASES = {"cm": "ConfigMap", "svc": "Service"}
+NODES = {"a": "node-a", "b": "node-b"}
+
+
+class PodEnvoy(Envoy):
+    """Envoy whose admin interface is on its pod's address."""
+
+    ip = "127.0.0.1"
+
+    def take(self, ip: str, text: str) -> None:
+        """Run the YAML as the user wrote it: Envoy's own parser reads it, not Python's."""
+        self.ip = ip
+        place = self.config_file.with_suffix(".yaml")
+        place.write_text(text)
+        self.command[self.command.index("-c") + 1] = str(place)
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://{self.ip}:{self.admin_port}"
+
+    def admin(self, path: str, method: str = "GET") -> str:
+        import http.client
+
+        connection = http.client.HTTPConnection(self.ip, self.admin_port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            body = answer.read().decode()
+            if answer.status not in (200, 503):
+                raise RuntimeError(f"{method} {path}: {answer.status} {body}")
+            return body
+
+
+class Backend(NamedTuple):
+    """A pod of a Service: a small server."""
+
+    name: str
+    service: str
+    ip: str
+    zone: str
+    server: Server
+
+
+class Proxy:
+    """A pod with Envoy and the loader in it, as its Deployment says."""
+
+    def __init__(self, name: str, ip: str, root: Path, envoy: PodEnvoy | None, text: str) -> None:
+        self.name, self.ip, self.root = name, ip, root
+        self.bootstrap = text
+        self._envoy = envoy
+        self.loaders: list[Loader] = []
+        self.init_seconds = 0.0
+        self.started = 0.0
+
+    @property
+    def envoy(self) -> PodEnvoy:
+        assert self._envoy is not None
+        return self._envoy
+
+    @property
+    def output_dir(self) -> Path:
+        return self.root / "srv/runtime"
+
+    def url(self, port: int, path: str = "/", scheme: str = "http") -> str:
+        return f"{scheme}://{self.ip}:{port}{path}"
+
+    def uptime(self) -> float:
+        """Seconds, by Envoy's own clock, which shows whole ones."""
+        info = json.loads(self.envoy.admin("/server_info"))
+        return float(info["uptime_current_epoch"].removesuffix("s"))
+
+    def never_restarted(self) -> bool:
+        """The same process, and Envoy's own clock has run since its start."""
+        process = self.envoy.process
+        running = process is not None and process.poll() is None
+        return running and self.uptime() >= time.monotonic() - self.started - 1.5
+
+    def restarts(self) -> str:
+        return f"none: pid {self.envoy.pid}, up {self.uptime():.0f} s"
+
+    def close(self) -> None:
+        for loader in self.loaders:
+            loader.__exit__(None, None, None)
+        if self._envoy is not None:
+            self._envoy.stop()
+
+
+class Cluster:
+    def __init__(
+        self,
+        folder: Path,
+        root: Path,
+        servers: Servers,
+        namespace: str = "demo",
+        net: str = "",
+    ) -> None:
+        self.folder, self.root, self.servers = folder, root, servers
+        self.namespace = namespace
+        self.net = net or f"127.{random.randint(10, 250)}.{random.randint(0, 255)}"
+        self._hosts = iter(range(2, 250))
+        self.ips: dict[str, str] = {}
+        everything = [resource.plural for resource in BY_KIND.values()]
+        self.api = ApiServer(tokens=[TOKEN], rules=[Rule(WRITES, everything)])
+        self.client = Client(self.api.url, TOKEN)
+        self.names: dict[str, str] = {}  # more DNS names, to addresses
+        self.local: dict[tuple[str, str], Object] = {}  # what the API server does not keep
+        self.proxies: dict[str, Proxy] = {}
+        self.backends: dict[str, Backend] = {}
+        self.api.node("node-a", {"topology.kubernetes.io/zone": "a"})
+        self.api.node("node-b", {"topology.kubernetes.io/zone": "b"})
+        root.mkdir(parents=True, exist_ok=True)
+        self.token_file = root / "token"
+        self.token_file.write_text(TOKEN)
+
+    # -- kubectl
+
+    def kubectl(self, line: str) -> None:
+        """One command line, as in the READMEs."""
+        words = shlex.split(line)
+        verb, rest = words[1], words[2:]
+        namespace = self.namespace
+        if "-n" in rest:
+            at = rest.index("-n")
+            namespace = rest[at + 1]
+            del rest[at : at + 2]
+        if verb == "apply":
+            self.apply(self.read(rest[1]) if rest[0] == "-f" else self.kustomize(rest[1]))
+        elif verb == "patch":
+            text = rest[rest.index("-p") + 1]
+            self.merge(rest[0], namespace, rest[1], yaml.safe_load(text))
+        elif verb == "annotate":
+            rest = [word for word in rest if word != "--overwrite"]
+            pairs = [word.partition("=") for word in rest[2:]]
+            notes = {k: v if sep else None for k, sep, v in pairs}
+            notes = {k.removesuffix("-") if v is None else k: v for k, v in notes.items()}
+            self.merge(rest[0], namespace, rest[1], {"metadata": {"annotations": notes}})
+        elif verb == "delete" and rest[0] == "-f":
+            for obj in self.read(rest[1]):
+                self.delete(obj["kind"], self._namespace_of(obj), obj["metadata"]["name"])
+        elif verb == "delete":
+            self.delete(kind_of(rest[0]), namespace, rest[1])
+        else:
+            raise ValueError(f"the examples do not need: {line}")
+
+    def read(self, name: str) -> list[Object]:
+        return [obj for obj in yaml.safe_load_all((self.folder / name).read_text()) if obj]
+
+    def kustomize(self, name: str) -> list[Object]:
+        """What the examples use of `kubectl kustomize`: resources and generators from files."""
+        folder = (self.folder / name).resolve()
+        asked = yaml.safe_load((folder / "kustomization.yaml").read_text())
+        made = []
+        for kind, field in (("configMapGenerator", "data"), ("secretGenerator", "data")):
+            for one in asked.get(kind, []):
+                data = {}
+                for entry in one.get("files", []):
+                    key, _, path = entry.rpartition("=")
+                    content = (folder / path).read_bytes()
+                    data[key or Path(path).name] = (
+                        content.decode() if kind == "configMapGenerator"
+                        else base64.b64encode(content).decode()
+                    )  # fmt: skip
+                for entry in one.get("literals", []):
+                    key, _, value = entry.partition("=")
+                    data[key] = (
+                        value if kind == "configMapGenerator"
+                        else base64.b64encode(value.encode()).decode()
+                    )  # fmt: skip
+                obj: Object = {"metadata": {"name": one["name"]}, field: data}
+                obj["kind"] = "ConfigMap" if kind == "configMapGenerator" else "Secret"
+                if "type" in one:
+                    obj["type"] = one["type"]
+                made.append(obj)
+        for entry in asked.get("resources", []):
+            path = folder / entry
+            made += (
+                self.kustomize(str(path)) if path.is_dir()
+                else [obj for obj in yaml.safe_load_all(path.read_text()) if obj]
+            )  # fmt: skip
+        for obj in made:
+            obj["metadata"].setdefault("namespace", asked.get("namespace", self.namespace))
+        return made
+
+    def apply(self, objects: Iterable[Object]) -> None:
+        """Roles become rules, workloads wait for `run`, the rest goes to the API server."""
+        objects = list(objects)
+        for obj in objects:
+            if obj["kind"] not in BY_KIND:
+                self.local[obj["kind"], obj["metadata"]["name"]] = obj
+            if obj["kind"] in ("Role", "ClusterRole"):
+                self._allow(obj)
+        for obj in objects:
+            if obj["kind"] in BY_KIND:
+                namespace, name = self._namespace_of(obj), obj["metadata"]["name"]
+                wanted = self._localized(obj)
+                old = self.api.get(obj["kind"], namespace, name) or {}
+                if "data" in wanted:
+                    gone = dict.fromkeys(old.get("data", {}).keys() - wanted["data"].keys())
+                    wanted = {**wanted, "data": {**wanted["data"], **gone}}
+                self.merge(obj["kind"], namespace, name, wanted)
+
+    def _namespace_of(self, obj: Object) -> str:
+        return str(obj["metadata"].get("namespace", self.namespace))
+
+    def _allow(self, role: Object) -> None:
+        assert self.api.rules is not None
+        namespace = self._namespace_of(role) if role["kind"] == "Role" else ""
+        for rule in role["rules"]:
+            names = rule.get("resourceNames", ())
+            self.api.rules.append(Rule(rule["verbs"], rule["resources"], namespace, names))
+
+    def merge(self, kind: str, namespace: str, name: str, patch: Object) -> None:
+        """PATCH, as kubectl does; create what is not there."""
+        resource = BY_KIND[kind_of(kind)]
+        group = f"apis/{resource.group}" if resource.group else "api"
+        where = f"/namespaces/{namespace}" if resource.namespaced else ""
+        path = f"/{group}/{resource.version}{where}/{resource.plural}"
+        code, body = self.client.request(
+            "PATCH", f"{path}/{name}", patch, "application/merge-patch+json"
+        )
+        if code == 404:
+            code, body = self.client.request("POST", path, patch)
+        if code >= 300:
+            raise RuntimeError(f"{kind} {name}: {code} {body}")
+
+    def delete(self, kind: str, namespace: str, name: str) -> None:
+        """The API server has it from the apply, or a workload that only ends its pods."""
+        if kind in BY_KIND:
+            self.api.delete(kind, namespace, name)
+        else:
+            self.local.pop((kind, name), None)
+
+    # -- text that a kubelet, a network and a DNS server would make work
+
+    def ip(self, pod: str) -> str:
+        if pod not in self.ips:
+            self.ips[pod] = f"{self.net}.{next(self._hosts)}"
+        return self.ips[pod]
+
+    def localize(self, text: str, pod: str, mounts: Iterable[str] = ("/srv/runtime",)) -> str:
+        root = self.root / pod
+        table = {mount: f"{root}{mount}" for mount in mounts}
+        table |= {"0.0.0.0": self.ip(pod), "127.0.0.1": self.ip(pod)}
+        pattern = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
+        text = re.sub(rf"(?<![\w.])(?:{pattern})(?![\d.])", lambda found: table[found[0]], text)
+        return re.sub(
+            r"(address: \"?)([\w-]+)\.([\w-]+)\.svc\.[\w.]+\b",
+            lambda found: found[1] + self.service_ip(found[0].removeprefix(found[1])),
+            text,
+        )
+
+    def service_ip(self, dns_name: str) -> str:
+        """Where a Service is found: at its first pod."""
+        if dns_name in self.names:
+            return self.names[dns_name]
+        return self.ip(f"{dns_name.split('.')[0]}-0")
+
+    def _localized(self, obj: Object) -> Object:
+        """A ConfigMap's text, for the pod that loads it."""
+        name = obj["metadata"]["name"]
+        if obj["kind"] != "ConfigMap":
+            return obj
+        for (kind, pod), workload in self.local.items():
+            if kind == "Deployment" and re.search(rf"--configmap={name}\b", yaml.dump(workload)):
+                data = {key: self.localize(text, pod) for key, text in obj["data"].items()}
+                return {**obj, "data": data}
+        return obj
+
+    # -- pods
+
+    def run(self, name: str, start: bool = True) -> Proxy:
+        """Start the pod of a Deployment: init containers, then the others in order."""
+        spec = self.local["Deployment", name]["spec"]["template"]["spec"]
+        ip, root = self.ip(name), self.root / name
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        mounts = self._mount(spec, containers, root)
+        # What the service account and its environment tell a loader in a pod.
+        inside = {
+            "XDS_LOADER_APISERVER": self.api.url,
+            "XDS_LOADER_TOKEN_FILE": str(self.token_file),
+            "XDS_LOADER_OUTPUT_DIR": f"{root}/srv/runtime",
+        }
+        fields = {
+            "metadata.namespace": self.namespace,
+            "metadata.name": f"{name}-0",
+            "spec.nodeName": NODES["a"],
+        }
+        begun = time.monotonic()
+        initial = 0.0
+        for container in spec.get("initContainers", []):
+            args, env = command(container, fields)
+            words = [self._words(word, name, mounts) for word in args]
+            done = run(words, {**env, **inside})
+            initial = time.monotonic() - begun
+            if done.returncode:
+                raise RuntimeError(f"{container['name']}: exit {done.returncode}\n{done.stderr}")
+        envoy, text = None, ""
+        for container in spec["containers"]:
+            if "envoyproxy/envoy" in container["image"]:
+                words = command(container, fields).args
+                path = words[words.index("-c") + 1]
+                text = self.localize((root / path.lstrip("/")).read_text(), name, mounts)
+                envoy = PodEnvoy(text, root / "envoy", start=False, log_level="warning")
+                envoy.take(ip, text)
+                if start:
+                    envoy.start()
+        proxy = Proxy(name, ip, root, envoy, text)
+        proxy.started, proxy.init_seconds = time.monotonic(), initial
+        self.proxies[name] = proxy
+        for container in spec["containers"]:
+            if "envoy-xds-configmap-loader" in container["image"] and start:
+                args, env = command(container, fields)
+                words = [self._words(word, name, mounts) for word in args]
+                before = self.api.watches
+                proxy.loaders.append(Loader(words, {**env, **inside}))
+                wait_until(lambda before=before: self.api.watches > before)  # type: ignore[misc]
+        return proxy
+
+    def _words(self, word: str, pod: str, mounts: Iterable[str]) -> str:
+        word = self.localize(word, pod, mounts)
+        return re.sub(r"^(--listen=):", rf"\g<1>{self.ip(pod)}:", word)
+
+    def _mount(self, spec: Object, containers: list[Object], root: Path) -> list[str]:
+        """Write the volumes below `root`; the paths where they are mounted."""
+        mounts = []
+        volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
+        for container in containers:
+            for mount in container.get("volumeMounts", []):
+                place = root / mount["mountPath"].lstrip("/")
+                place.mkdir(parents=True, exist_ok=True)
+                mounts.append(mount["mountPath"])
+                volume = volumes[mount["name"]]
+                for field, kind, key in (
+                    ("configMap", "ConfigMap", "name"),
+                    ("secret", "Secret", "secretName"),
+                ):
+                    if field in volume:
+                        found = self.api.get(kind, self.namespace, volume[field][key])
+                        assert found is not None, volume
+                        for file, text in found.get("data", {}).items():
+                            content = base64.b64decode(text) if kind == "Secret" else text.encode()
+                            (place / file).write_bytes(content)
+        return mounts
+
+    def pod(
+        self,
+        service: str,
+        *,
+        name: str = "",
+        handler: Handler | None = None,
+        zone: str = "a",
+        publish: bool = True,
+        tls: ssl.SSLContext | None = None,
+        namespace: str = "",
+    ) -> Backend:
+        """A pod of a Service starts, is ready, and gets into its EndpointSlice."""
+        namespace = namespace or self.namespace
+        mine = sum(one.service == service for one in self.backends.values())
+        pod = f"{service}-{mine}"
+        found = self.api.get("Service", namespace, service)
+        assert found is not None, f"no Service {service}"
+        ip = self.ip(pod)
+        server = None
+        for port in found["spec"]["ports"]:
+            target = port.get("targetPort", port["port"])
+            server = self.servers.serve(ip, target, handler or named(name or service), tls)
+        assert server is not None
+        backend = Backend(pod, service, ip, zone, server)
+        self.backends[pod] = backend
+        if publish:
+            self.publish(service, namespace=namespace)
+        return backend
+
+    def publish(
+        self, service: str, draining: Iterable[str] = (), namespace: str = ""
+    ) -> None:
+        """The EndpointSlice of a Service, as its controller would write it now."""
+        namespace = namespace or self.namespace
+        found = self.api.get("Service", namespace, service)
+        assert found is not None
+        endpoints = []
+        for pod in self.backends.values():
+            if pod.service == service:
+                going = pod.name in draining
+                conditions = {"ready": not going, "serving": True, "terminating": going}
+                endpoints.append({
+                    "addresses": [pod.ip],
+                    "conditions": conditions,
+                    "zone": pod.zone,
+                    "nodeName": NODES[pod.zone],
+                })  # fmt: skip
+        ports = [
+            {"name": p.get("name", ""), "port": p.get("targetPort", p["port"]), "protocol": "TCP"}
+            for p in found["spec"]["ports"]
+        ]
+        self.api.endpointslice(namespace, f"{service}-1", service, endpoints, ports)
+
+    def stop_pod(self, pod: str, *, publish: bool = True) -> None:
+        backend = self.backends.pop(pod)
+        if publish:
+            self.publish(backend.service)
+        self.servers.stop(backend.server)
+
+    def close(self) -> None:
+        for proxy in self.proxies.values():
+            proxy.close()
+        self.client.close()
+        self.api.close()
+
+
+def kind_of(word: str) -> str:
+    """`configmap`, `cm` or `ConfigMap`: the kind."""
+    kinds: Mapping[str, str] = {kind.lower(): kind for kind in BY_KIND} | ALIASES
+    return kinds[word.lower()]
