@@ -45,6 +45,19 @@ COPY --from=build /build/app/ /app/
 COPY LICENSE /app/LICENSE
 # A volume that is mounted here for the first time takes over this owner.
 COPY --from=build --chown=65532:65532 /build/srv/ /srv/
+# Names to call it by: the Go tool's, for manifests that say `command: [crossover]`, and its own.
+COPY --chmod=755 <<"EOF" /usr/local/bin/crossover
+#!/usr/bin/python3 -IS
+import marshal
+exec(marshal.loads(open("/app/loader.pyc", "rb").read()[16:]))
+EOF
+
+COPY --chmod=755 <<"EOF" /usr/local/bin/envoy-xds-configmap-loader
+#!/usr/bin/python3 -IS
+import marshal
+exec(marshal.loads(open("/app/loader.pyc", "rb").read()[16:]))
+EOF
+
 USER 65532:65532
 # Straight from the byte code (compiling the source takes longer than the first snapshot does);
 # -I -S: nothing but the standard library can be imported.

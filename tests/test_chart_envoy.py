@@ -30,6 +30,12 @@ def names_of(pod: Pod, count: int, host: str = "", path: str = "/") -> Counter[s
     return Counter(answer.body.strip() for answer in answers)
 
 
+def states(pod: Pod) -> set[str]:
+    """What the loader knows of its files: "confirmed" is Envoy's word."""
+    body = json.loads(get(pod.ports[9902], "/snapshot").body)
+    return {file["state"] for file in body["files"]}
+
+
 def weights(backends: Backends, stable: int, canary: int) -> Object:
     def backend(name: str, weight: int) -> Object:
         return {"address": "127.0.0.1", "port": backends[name], "weight": weight}
@@ -52,6 +58,7 @@ def test_traffic_flows_and_weights_move_it(
             pod.apply(render({**values, **weights(backends, 0, 100)}))
             wait_until(lambda: names_of(pod, 1, "web.example") == {"canary": 1})
             assert names_of(pod, 20, "web.example") == {"canary": 20}
+            wait_until(lambda: states(pod) == {"confirmed"})
             assert pod.envoy.pid == before
             assert pod.envoy.poll() is None
 

@@ -22,11 +22,12 @@ VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::([-+])([^}]*))?\})")
 
 
 class Step(NamedTuple):
-    """One instruction: its name, its flags (`--from=build`), and the rest."""
+    """One instruction: its name, its flags (`--from=build`), the rest, its here-document."""
 
     name: str
     flags: dict[str, str]
     rest: str
+    document: str
 
     @property
     def words(self) -> list[str]:
@@ -38,17 +39,23 @@ class Step(NamedTuple):
 
 
 def steps(text: str) -> list[Step]:
-    """The instructions of a Dockerfile without here-documents."""
-    plain = re.sub(r"(?m)^\s*#.*\n", "", text)
+    """The instructions of a Dockerfile."""
+    lines = iter(re.sub(r"\\\n\s*", " ", text).splitlines())
     found = []
-    for line in re.sub(r"\\\n\s*", " ", plain).splitlines():
-        if line.strip():
-            name, _, rest = line.strip().partition(" ")
-            flags = {}
-            while flag := re.match(r"--([\w-]+)=(\S+)\s+", rest):
-                flags[flag[1]] = flag[2]
-                rest = rest[flag.end() :]
-            found.append(Step(name, flags, rest.strip()))
+    for line in lines:
+        name, _, rest = line.strip().partition(" ")
+        if not name or name.startswith("#"):
+            continue
+        flags = {}
+        while flag := re.match(r"--([\w-]+)=(\S+)\s+", rest):
+            flags[flag[1]] = flag[2]
+            rest = rest[flag.end() :]
+        document: list[str] = []
+        if here := re.match(r'<<"(\w+)"\s+', rest):
+            rest = rest[here.end() :]
+            while (inner := next(lines)) != here[1]:
+                document.append(f"{inner}\n")
+        found.append(Step(name, flags, rest.strip(), "".join(document)))
     return found
 
 
@@ -118,6 +125,12 @@ def build(context: Path, scratch: Path, arguments: Mapping[str, str] | None = No
 
 
 def copy(step: Step, source_root: Path, root: Path, cwd: Path) -> None:
+    if step.document:
+        path = root / step.rest.lstrip("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(step.document)
+        path.chmod(int(step.flags["chmod"], 8))
+        return
     source, target = step.words
     place = root / target.lstrip("/") if target.startswith("/") else cwd / target
     origin = source_root / source.lstrip("/")
@@ -200,9 +213,22 @@ def test_it_publishes(image: Stage, tmp_path: Path) -> None:
 
 def test_the_image_holds_the_loader_and_little_else(image: Stage) -> None:
     files = sorted(str(p.relative_to(image.root)) for p in image.root.rglob("*") if p.is_file())
-    assert files == ["app/LICENSE", "app/loader.py", "app/loader.pyc"]
+    commands = [f"usr/local/bin/{name}" for name in ("crossover", "envoy-xds-configmap-loader")]
+    assert files == ["app/LICENSE", "app/loader.py", "app/loader.pyc", *commands]
     assert (image.root / "srv" / "runtime").is_dir()
     assert image.user == "65532:65532"
+
+
+@pytest.mark.parametrize("name", ["crossover", "envoy-xds-configmap-loader"])
+def test_manifests_that_name_a_command_need_no_change(image: Stage, name: str) -> None:
+    path = image.root / "usr" / "local" / "bin" / name
+    assert os.access(path, os.X_OK)
+    shebang, code = path.read_text().split("\n", 1)
+    assert shebang == "#!/usr/bin/python3 -IS"
+    here = code.replace("/app/", f"{image.root}/app/")
+    command = [sys.executable, "-IS", "-c", here, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == run(image, "--version").stdout
 
 
 def test_byte_code_is_reproducible_and_never_looks_for_its_source(

@@ -97,7 +97,9 @@ class Pod:
             text = re.sub(rf"(?<![\d.]){port}(?!\d)", str(free), text)
         text = text.replace("--listen=:", "--listen=127.0.0.1:")
         text = text.replace("https://kubernetes.default", self.api.url)
-        return re.sub(r"address: (0\.0\.0\.0|'::')", "address: 127.0.0.1", text)
+        return re.sub(
+            r"address: (0\.0\.0\.0|'::'\n +ipv4_compat: true)", "address: 127.0.0.1", text
+        )
 
     def apply(self, release: Release) -> None:
         """`kubectl apply` of the ConfigMaps; a change in the pod's template is not looked at."""
@@ -175,10 +177,9 @@ class Pod:
         log = self.stack.enter_context((self.root / "envoy.log").open("wb"))
         binary, *rest = args
         assert binary == "/usr/local/bin/envoy"
-        # One worker is enough here; what was rendered stays as it is.
-        self.envoy = subprocess.Popen(
-            [envoy_path(), *rest, "--concurrency", "1"], env=dict(env), stdout=log, stderr=log
-        )
+        if "--concurrency" not in rest:  # one worker is enough here
+            rest += ["--concurrency", "1"]
+        self.envoy = subprocess.Popen([envoy_path(), *rest], env=dict(env), stdout=log, stderr=log)
         self.stack.callback(self.stop_envoy)
 
     def stop_envoy(self) -> None:

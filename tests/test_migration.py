@@ -1,0 +1,122 @@
+"""docs/migration.md, line by line: the Go tool's manifests with another image."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.apiserver import ApiServer, Rule
+from tests.support.loader import ROOT, Loader, run, snapshot, wait_until
+from tests.support.manifests import VERSIONS, render, validate
+from tests.support.tls import Authority
+
+PAGE = (ROOT / "docs" / "migration.md").read_text()
+FILES = {"rds.yaml": "version_info: '0'\nresources: []\n", "cds.yaml": "resources: []\n"}
+
+
+@pytest.fixture
+def server(authority: Authority) -> Iterator[ApiServer]:
+    """The Go tool's chart turns verification off, and grants more than is asked for."""
+    with ApiServer(tokens=["t"], tls=authority.server_context("kubernetes.default")) as api:
+        api.configmap("demo", "edge-xds", FILES)
+        yield api
+
+
+def shared(api: ApiServer, tmp_path: Path) -> list[str]:
+    token = tmp_path / "token"
+    token.write_text("t\n")
+    return ["--token-file", str(token), f"--output-dir={tmp_path}", f"--apiserver={api.url}"]
+
+
+def test_the_go_charts_arguments_work_as_they_are(server: ApiServer, tmp_path: Path) -> None:
+    chart = ["--configmap=edge-xds", "--trafficsplit-api-version=v1alpha2"]
+    args = [*shared(server, tmp_path), *chart, "--insecure"]
+    done = run([*args, "--onetime"], {"POD_NAMESPACE": "demo"})
+    assert done.returncode == 0, done.stderr
+    assert "trafficsplit-api-version" in done.stderr
+    assert {k: v.decode() for k, v in snapshot(tmp_path).items()} == FILES
+    sidecar = [*args, "--sync-interval=30s", "--watch"]
+    with Loader(sidecar, {"POD_NAMESPACE": "demo"}) as loader:
+        server.wait_watches(1)
+        server.configmap("demo", "edge-xds", {**FILES, "rds.yaml": "resources: [] # new\n"})
+        wait_until(lambda: snapshot(tmp_path)["rds.yaml"] == b"resources: [] # new\n")
+        server.configmap("demo", "edge-xds", {"rds.yaml": "resources: []\n"})
+        wait_until(lambda: list(snapshot(tmp_path)) == ["rds.yaml"])  # a deleted key goes
+        loader.stop()
+
+
+def test_one_dash_and_separate_values(server: ApiServer, tmp_path: Path) -> None:
+    args = [arg.replace("--", "-", 1) for arg in shared(server, tmp_path)]
+    more = ["-configmap", "edge-xds", "-namespace", "demo", "-insecure", "-onetime=true"]
+    done = run([*args, *more, "-watch=false", "-sync-interval", "1m30s"])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("option", ["-smi", "--trafficsplit=podinfo"])
+def test_smi_is_refused_with_the_way_out(option: str, server: ApiServer, tmp_path: Path) -> None:
+    done = run([*shared(server, tmp_path), "--configmap=edge-xds", option])
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "weight" in done.stderr
+    assert list(server.requests) == []
+
+
+def test_a_role_without_list_is_said(server: ApiServer, tmp_path: Path) -> None:
+    server.rules = [Rule(["get", "watch"], ["configmaps"], "demo", ["edge-xds"])]
+    args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
+    done = run([*args, "--onetime"])
+    assert done.returncode == 1
+    assert re.search(r"list.*configmaps", done.stderr), done.stderr
+
+
+def test_files_of_the_go_tool_are_taken_over_and_strangers_named(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    current = tmp_path / "current"
+    current.mkdir()
+    (current / "rds.yaml").write_text("old")
+    (current / "gone.yaml").write_text("of a key deleted long ago")
+    args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
+    done = run([*args, "--onetime"])
+    assert done.returncode == 0, done.stderr
+    assert (current / "rds.yaml").read_text() == FILES["rds.yaml"]
+    assert (current / "gone.yaml").exists()
+    assert "gone.yaml" in done.stderr
+
+
+def test_dry_run_writes_nothing(server: ApiServer, tmp_path: Path) -> None:
+    args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
+    before = sorted(tmp_path.iterdir())
+    done = run([*args, "--dry-run"])
+    assert done.returncode == 0, done.stderr
+    assert "version_info: '0'" in done.stdout
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_every_option_that_the_page_names_exists() -> None:
+    shown = set(re.findall(r"--[a-z][\w-]+", run(["--help"]).stdout))
+    gone = {"--smi", "--trafficsplit", "--trafficsplit-api-version", "--set", "--overwrite"}
+    named = set(re.findall(r"`(--[a-z][\w-]+)", PAGE))
+    assert named - gone <= shown
+    assert shown - named <= {"--help", "--services-namespace"}
+
+
+def test_the_pages_yaml_is_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    role, values = (yaml.safe_load(textwrap.dedent(block)) for block in blocks)
+    for version in VERSIONS:
+        validate(role, version)
+    (routes,) = yaml.safe_load(render(values).one("ConfigMap", "-xds")["data"]["rds.yaml"])[
+        "resources"
+    ]
+    (host,) = routes["virtual_hosts"]
+    clusters = host["routes"][0]["route"]["weighted_clusters"]["clusters"]
+    assert {cluster["name"]: cluster["weight"] for cluster in clusters} == {
+        "eerie-octopus-podinfo": 50,
+        "bold-olm-podinfo": 50,
+    }
