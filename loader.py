@@ -33,6 +33,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -124,6 +125,10 @@ class File(NamedTuple):
     source: str
     mode: int = 0o644
 
+    def __repr__(self) -> str:
+        """Without the content, which may be a key."""
+        return f"File({self.digest[:12]}, {self.source}, {self.mode:04o})"
+
 
 Files = Mapping[str, File]
 """A set of files by their path relative to `current/`, such as `eds/demo_web_http.yaml`."""
@@ -141,6 +146,20 @@ def version_of(files: Files) -> str:
     """The version of a snapshot: a hash of paths, modes and contents, never a resourceVersion."""
     rows = (f"{path}\0{files[path].mode:o}\0{files[path].digest}\n" for path in sorted(files))
     return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def give_back_memory() -> None:
+    """Return what compiling the module and decoding large lists left to the system.
+
+    glibc keeps freed memory that is not at the top of its heap: 12 MB after the start from source
+    (measured). Where there is no malloc_trim (musl) there is nothing to do.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass
 
 
 def same(one: Files, other: Files) -> bool:
@@ -201,9 +220,11 @@ class Query(NamedTuple):
         return {key: value for key, value in chosen.items() if value}
 
     def __str__(self) -> str:
+        if self.name:
+            kind = self.resource.name.removesuffix("s")
+            return f"{kind} {self.namespace}/{self.name}" if self.namespace else f"{kind} {self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
-        chosen = f" {self.name}" if self.name else f" with {self.labels}" if self.labels else ""
-        return f"{self.resource.name}{chosen}{where}"
+        return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
 
 
 Items = list[dict[str, Any]]
@@ -3590,11 +3611,17 @@ def next_step(
 
 def last_step(published: Files, target: Files, clusters: set[str]) -> Step:
     """To the target itself: no reference moves any more, so nothing is left to be broken."""
-    gone = published.keys() != target.keys()
-    stage, reason = (4, "removals") if gone else (2, "clusters")
-    step = step_to(published, target, clusters, stage, reason)
     removed = tuple(sorted(published.keys() - target.keys()))
+    fewer = any(path in published and has_fewer(target[path], published[path]) for path in clusters)
+    stage, reason = (4, "removals") if removed or fewer else (2, "clusters")
+    step = step_to(published, target, clusters, stage, reason)
     return step._replace(files=dict(target), removed=removed)
+
+
+def has_fewer(new: File, old: File) -> bool:
+    """Whether a CDS file has fewer clusters than it had: counted, which 1 MiB does not notice."""
+    url = TYPE_URL + b"envoy.config.cluster.v3.Cluster"
+    return new.content.count(url) < old.content.count(url)
 
 
 def step_to(published: Files, target: Files, changed: set[str], stage: int, reason: str) -> Step:
@@ -3646,20 +3673,6 @@ def transition(old: File | None, new: File) -> File:
         return unite(old, new)
     before, after = clusters_in(old), clusters_in(new)
     return old if before is not None and after is not None and after < before else new
-
-
-def takes_away(published: Files, step: Step) -> bool:
-    """Whether a step takes clusters or files away: never the first thing after a restart.
-
-    The loader that was killed may have moved the references a moment ago. Not part of the step,
-    because only a restart asks, and reading two files of 1,000 clusters costs 20 ms and more.
-    """
-    return bool(step.removed) or any(
-        path in published
-        and kind_at(path, published, step.files) == "cds"
-        and not possible_names(published[path]) <= possible_names(step.files[path])
-        for path in step.changed
-    )
 
 
 def notify_order(changed: Iterable[str], files: Files) -> list[str]:
@@ -3885,6 +3898,7 @@ class Output:
         self.strangers: tuple[str, ...] = ()
         self._prints: dict[str, Print] = {}
         self._sources: dict[str, str] = {}
+        self._untold: set[str] = set()  # switched to, and Envoy not told yet
         self._keep: frozenset[str] = frozenset()
         self._lock = -1
 
@@ -3928,6 +3942,7 @@ class Output:
             for path in notify_order(changed, self.published):
                 self._notify(path)
             os.unlink(self._path(MARKER))
+            self._untold.clear()
             done.append(f"notified again: {', '.join(changed) or 'nothing'}")
         self._prune_leftovers(marked)
         return done
@@ -3936,54 +3951,80 @@ class Output:
         """What is published, read without a lock and without touching anything."""
         name = read_link(self._path(SWITCH))
         self._sources = self._read_sources()
-        if name and os.path.isdir(self._path(name)):
+        if name and SNAPSHOT.fullmatch(name) and is_directory(self._path(name)):
             return self._load(name)[0]
         current = self._path(CURRENT)
         return self._load(CURRENT)[0] if os.path.isdir(current) else {}
 
     # -- publishing ---------------------------------------------------------------------------
 
-    def stage(self, files: Files) -> tuple[str, dict[str, Print]]:
-        """Step 1: a complete directory of these files, made if it is not there yet."""
+    def fitting(self, files: Files) -> tuple[Files, list[str]]:
+        """The files that can be in `current/`, and a warning for each that cannot.
+
+        A directory there is never removed (Envoy's watch is bound to it), so a file of its name
+        cannot come; nor can a file below a stranger's file.
+        """
+        warnings = []
+        for path in files.keys() - self.published.keys():
+            place = self._path(CURRENT, path)
+            strangers = [above for above in parents(path) if self._is_strangers(above)]
+            if is_directory(place):
+                warnings.append(f"{path} of {files[path].source} left out: {place} is a directory")
+            elif strangers:
+                place = self._path(CURRENT, strangers[0])
+                warnings.append(f"{path} of {files[path].source} left out: {place} is a file")
+            else:
+                continue
+            files = {other: file for other, file in files.items() if other != path}
+        return files, sorted(warnings)
+
+    def stage(self, files: Files) -> tuple[str, dict[str, Print], set[str]]:
+        """Step 1: a complete directory of these files, made if it is not there yet.
+
+        Also returns what stat(2) says of each file, and which were found damaged.
+        """
+        damaged = {path for path, file in files.items()
+                   if standing(self.published, path, file) and self._is_damaged(path)}
         wanted = f"..{version_of(files)}"
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             name = f"{wanted}.{attempt}" if attempt else wanted
             try:
                 os.mkdir(self._path(name), 0o755)
             except FileExistsError:
                 if self._intact(name, files):
-                    return name, {path: print_of(os.lstat(self._path(name, path)))
-                                  for path in files}
-                attempt += 1
+                    return name, self._prints_of(name, files), damaged
                 continue
             try:
-                return name, self._fill(name, files)
+                return name, self._fill(name, files, damaged), damaged
             except OSError:
                 remove_tree(self._path(name), tolerate=True)
                 raise
+        raise AssertionError("itertools.count ended")
 
     def publish(self, files: Files, keep: Iterable[str] = ()) -> list[str]:
         """Publish these files; returns the changed paths. `keep` are snapshots that must stay."""
-        name, prints = self.stage(files)  # 1
+        files, _ = self.fitting(files)
         before = self.snapshot
-        changed = [
-            path
-            for path, file in files.items()
-            if not standing(self.published, path, file) or self._prints.get(path) != prints[path]
-        ]
+        self._own_directory(CURRENT)
         gone = [path for path in self.published if path not in files]
-        for directory in sorted({parent for path in changed for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
+        moved = moved_paths(self.published, files)
+        self._may_write({os.path.dirname(path) for path in (*moved, *gone)})
+        name, prints, damaged = self.stage(files)  # 1
+        changed = [*moved, *sorted(damaged)]
         self._write_sources(files)  # 2
-        replace_link(before or "none", self._path(MARKER))  # 3
+        if read_link(self._path(MARKER)) is None:  # one that stands tells of an older snapshot
+            os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
             self._unlink_ours(path)
+        for directory in sorted({parent for path in changed for parent in parents(path)}):
+            self._own_directory(f"{CURRENT}/{directory}")
+        self._untold |= set(changed)
         self._switch(name)  # 5
         self.snapshot, self._prints, self.published = name, prints, dict(files)
-        for path in notify_order(changed, files):  # 6
+        for path in notify_order(self._untold & files.keys(), files):  # 6
             self._notify(path)
         os.unlink(self._path(MARKER))  # 7
+        self._untold.clear()
         self._keep = frozenset({name, before, *keep})
         return changed + gone
 
@@ -4004,14 +4045,13 @@ class Output:
 
     def repair(self) -> list[str]:
         """Check everything on disk against memory and put it right; returns what was wrong."""
+        self._own_directory(CURRENT)
         damaged = self.damage()
-        files = self.published
-        if damaged:
+        if damaged or self._untold:
             for path in damaged:
                 self._prints.pop(path, None)
-            self.publish(files)
+            self.publish(self.published)
             self.prune()
-        self._own_directory(CURRENT)
         return damaged + self._repair_links()
 
     # -- parts of the steps -------------------------------------------------------------------
@@ -4019,7 +4059,24 @@ class Output:
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _fill(self, name: str, files: Files) -> dict[str, Print]:
+    def _may_write(self, directories: Iterable[str]) -> None:
+        """PermissionError before anything is switched: the links of all must be replaceable."""
+        for directory in directories:
+            place = self._path(CURRENT, directory) if directory else self._path(CURRENT)
+            if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place)
+
+    def _is_strangers(self, path: str) -> bool:
+        """Whether something in `current/` is neither a directory nor a link that we made."""
+        place = self._path(CURRENT, path)
+        if not os.path.lexists(place) or os.path.isdir(place):
+            return False
+        return read_link(place) != link_target(path)
+
+    def _prints_of(self, name: str, files: Files) -> dict[str, Print]:
+        return {path: print_of(os.lstat(self._path(name, path))) for path in files}
+
+    def _fill(self, name: str, files: Files, damaged: set[str]) -> dict[str, Print]:
         """Write what changed, link what did not; the kernel may refuse links, then copy."""
         made = {""}
         prints = {}
@@ -4028,7 +4085,7 @@ class Output:
                 if directory not in made:
                     os.mkdir(self._path(name, directory), 0o755)
                     made.add(directory)
-            if standing(self.published, path, file) and not self._is_damaged(path):
+            if standing(self.published, path, file) and path not in damaged:
                 if self._linked(name, path):
                     prints[path] = self._prints[path]
                     continue
@@ -4056,8 +4113,7 @@ class Output:
 
     def _intact(self, name: str, files: Files) -> bool:
         """Whether a directory that is already there holds these files and nothing else."""
-        root = self._path(name)
-        if os.path.islink(root) or not os.path.isdir(root):
+        if not is_directory(self._path(name)):
             return False
         return not self._extra(name, files) and all(
             read_file(self._path(name, path)) == (file.content, file.mode)
@@ -4099,13 +4155,13 @@ class Output:
                 # A link cannot hold Envoy's watch: it would stay on the directory behind it.
                 os.unlink(place)
                 os.mkdir(place, 0o755)
-            elif not os.path.isdir(place):
-                raise LoaderError(f"{place} is a file where a directory must be; remove it") from None
+            elif not is_directory(place):
+                raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
         name = read_link(self._path(SWITCH)) or ""
-        return name if SNAPSHOT.fullmatch(name) and os.path.isdir(self._path(name)) else ""
+        return name if SNAPSHOT.fullmatch(name) and is_directory(self._path(name)) else ""
 
     def _load(self, name: str) -> tuple[dict[str, File], dict[str, Print]]:
         files, prints = {}, {}
@@ -4142,7 +4198,7 @@ class Output:
 
     def _differing(self, marked: str) -> list[str]:
         """What differs between the snapshot before and the one that is switched to."""
-        known = SNAPSHOT.fullmatch(marked) and os.path.isdir(self._path(marked))
+        known = SNAPSHOT.fullmatch(marked) and is_directory(self._path(marked))
         before = self._load(marked)[0] if known else {}
         return [
             path
@@ -4160,8 +4216,7 @@ class Output:
             place = self._path(entry)
             if entry == self.snapshot or entry in self._needed():
                 continue
-            files = self._load(entry)[0]
-            if version_of(files) == entry[2:18]:
+            if is_directory(place) and version_of(self._load(entry)[0]) == entry[2:18]:
                 others.append((os.stat(place).st_mtime_ns, entry))
             else:
                 remove_tree(place, tolerate=True)
@@ -4174,6 +4229,10 @@ class Output:
         """A file as a snapshot that stands has it."""
         found = read_file(self._path(snapshot, path)) if SNAPSHOT.fullmatch(snapshot) else None
         return file_of(found[0], self._sources.get(path, "disk"), found[1]) if found else None
+
+    def switched_at(self) -> float:
+        """When the snapshot that stands was switched to, Unix time; 0 where there is none."""
+        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     def link_times(self, paths: Iterable[str]) -> dict[str, float]:
         """When the links of these files were made, just before Envoy was told; Unix time."""
@@ -4224,6 +4283,11 @@ class Output:
         return frozenset(map(str, pointers.values())) if isinstance(pointers, dict) else frozenset()
 
 
+def moved_paths(before: Files, after: Files) -> list[str]:
+    """The paths that are new or have other bytes or another mode."""
+    return [path for path, file in after.items() if not standing(before, path, file)]
+
+
 def link_target(path: str) -> str:
     """What `current/<path>` points to: relative, so that the directory may be mounted anywhere."""
     return "../" * (path.count("/") + 1) + f"{SWITCH}/{path}"
@@ -4236,6 +4300,11 @@ def read_link(place: str) -> str | None:
         if error.errno in (errno.ENOENT, errno.EINVAL, errno.ENOTDIR):
             return None
         raise
+
+
+def is_directory(place: str) -> bool:
+    """A real directory: what a link points to is not ours."""
+    return os.path.isdir(place) and not os.path.islink(place)
 
 
 def replace_link(target: str, place: str) -> None:
@@ -4308,8 +4377,14 @@ def make_directories(place: str) -> None:
 
 
 def remove_tree(root: str, *, tolerate: bool = False) -> None:
-    """Remove a directory; with `tolerate` what cannot be removed is named and stays."""
+    """Remove a directory; with `tolerate` what cannot be removed is named and stays.
+
+    A link is removed, never followed: nothing outside of the output directory is touched.
+    """
     try:
+        if not is_directory(root):
+            os.unlink(root)
+            return
         with os.scandir(root) as entries:
             found = list(entries)
         for entry in found:
@@ -4390,8 +4465,9 @@ UNSEEN = Stats()
 class Request(NamedTuple):
     """A question: what became of these files?
 
-    moved: path -> wall clock just before its link was moved, of the files in question. Files that
-    nobody read so far (a new EDS file before its cluster) are asked about again with the next step.
+    moved: path -> wall clock just before its link was moved, of the files in question; 0 if that is
+    not known. Files that nobody read so far (a new EDS file before its cluster) are asked about
+    again with the next step.
     """
 
     id: int
@@ -4603,10 +4679,11 @@ def outcome(old: Scope | None, new: Scope, version: str, moved: float, age: floa
         old = None
     known = old or Scope()
     rose = old is not None and new.success > old.success
-    in_time = new.updated >= int(moved * 1000)
+    spotless = new.success > 0 and not new.rejected and not new.failure
+    in_time = 0 < int(moved * 1000) <= new.updated if moved else spotless
     if (rose or in_time) and version in ("", new.version):
         return CONFIRMED
-    if old is None and age < DOUBT:
+    if old is None and (age < DOUBT or (not moved and new.success)):
         return PENDING
     if new.rejected > known.rejected:
         return REJECTED
@@ -4699,8 +4776,8 @@ class Admin:
                 return self._get(path, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
-            words = str(error) or type(error).__name__
-            raise AdminError(f"{self.url}: {words}") from error
+            words = "".join(each if each.isprintable() else "?" for each in str(error).strip())
+            raise AdminError(f"{self.url}: {words or type(error).__name__}") from error
         except AdminError:
             self.close()
             raise
@@ -5574,8 +5651,11 @@ class Sources:
         self._reflectors: dict[Query, Reflector] = {}
         self._kept: dict[Named, dict[str, File]] = {}
         self._secrets: dict[Key, tuple[Secret, dict[str, File], tuple[str, ...]]] = {}
+        self._ends: dict[tuple[str, ...], float] = {}
         self._translator: Translator | None = None
         self.rendering: Rendering | None = None
+        own = config.eds_budget
+        self.budget = inotify_budget() if own is None else own
 
     # -- starting ---------------------------------------------------------------------------
 
@@ -5597,7 +5677,8 @@ class Sources:
                 current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
                 node_name=options.node_name,
                 on_eds=eds_clusters(published),
-                budget=self._config.eds_budget or inotify_budget(),
+                on_inline=inline_clusters(published),
+                budget=self.budget,
             )
             for namespace in self._service_namespaces():
                 self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
@@ -5725,13 +5806,12 @@ class Sources:
         return known[1], (*known[2], near) if near else known[2]
 
     def certificates(self) -> dict[tuple[str, ...], float]:
-        """When the certificate of each published Secret ends, Unix time."""
-        ends: dict[tuple[str, ...], float] = {}
+        """When the last good certificate of each Secret ends, Unix time."""
         for (namespace, name), (secret, files, _) in self._secrets.items():
             end = certificate_expiry(secret.cert) if files else None
             if end is not None:
-                ends[(f"{namespace}/{name}",)] = end
-        return ends
+                self._ends[(f"{namespace}/{name}",)] = end
+        return self._ends
 
     # -- Services ---------------------------------------------------------------------------
 
@@ -5823,11 +5903,12 @@ class Envoy:
         if not self.asked:
             return
         state = self._output.read_state("envoy")
-        for path, snapshot in (state.get("confirmed") or {}).items():
-            file = self._output.file_in(str(snapshot), str(path)) if snapshot else None
-            self.unconfirmed[str(path)] = (str(snapshot) if file else "", file)
-        for path, row in (state.get("refused") or {}).items():
-            self.refused[str(path)] = Refusal(*map(str, row))
+        for path, snapshot in json_object(state.get("confirmed")).items():
+            file = self._output.file_in(str(snapshot), path)
+            self.unconfirmed[path] = (str(snapshot) if file else "", file)
+        for path, row in json_object(state.get("refused")).items():
+            if isinstance(row, list) and len(row) == len(Refusal._fields):
+                self.refused[path] = Refusal(*map(str, row))
         self.moved = self._output.link_times(self.unconfirmed)
 
     def publishing(self, paths: Iterable[str], before: Files, snapshot: str) -> None:
@@ -5874,6 +5955,11 @@ class Envoy:
     def _save(self) -> None:
         confirmed = {path: snapshot for path, (snapshot, _) in self.unconfirmed.items()}
         self._output.write_state("envoy", {"confirmed": confirmed, "refused": self.refused})
+
+
+def json_object(value: object) -> dict[str, Any]:
+    """A value that should be a JSON object; anything else is an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 class Gate(NamedTuple):
@@ -5955,6 +6041,8 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
+        self._published_wall = self.output.switched_at()
+        self._count_snapshot()
         self._name_strangers()
         self.envoy.remember()
         self.sources.start(self.output.published)
@@ -6015,41 +6103,45 @@ class Loop:
         elif wake.what == "signal" and wake.news == signal.SIGHUP:
             log.info("SIGHUP: checking and publishing now")
             self.sources.poke()
-            self._retry_at = 0.0
+            self._retry_at = min(self._retry_at, time.monotonic())
             self._check()
 
     # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """One decision: what is wanted, and the next snapshot on the way there."""
-        if self._composition is None:
-            self._composition = self.sources.compose()
-            self._say(self._composition)
+        fresh = self._composition is None
+        composition = self._composition = self._composition or self.sources.compose()
+        self._go_on(composition)
+        if fresh:  # after the publication: words can wait
+            self._say(composition)
+
+    def _go_on(self, composition: Composition) -> None:
+        """Towards what the sources ask for, as far as it goes now."""
         if self._retry_at and time.monotonic() < self._retry_at:
             return
-        composition = self._composition
         if composition.unknown or composition.missing or composition.failed:
             return
         try:
-            self._retry_at = 0.0
-            while not self.stopping and self._advance(composition.files):
+            if self._retry_at:
+                self.output.recover()
+                self._retry_at = 0.0
+            wanted, notes = self.output.fitting(composition.files)
+            self._note(notes)
+            while not self.stopping and self._advance(wanted):
                 pass
             self._backoff.reset()
         except OSError as error:
             if self._once:
                 raise LoaderError(self._disk_trouble(error)) from error
-            self._recover(error)
+            self._failed(error)
 
-    def _recover(self, error: OSError) -> None:
+    def _failed(self, error: OSError) -> None:
         """The disk refused: what stood goes on serving, and the next try begins by repairing."""
         delay = self._backoff.delay()
         metrics.add("xds_loader_errors_total", ("disk",))
-        log.outage("disk", f"{self._disk_trouble(error)}; next try in {delay:.1f} s")
+        log.outage("disk", self._disk_trouble(error), next_try_s=round(delay, 1))
         self._retry_at = time.monotonic() + delay
-        try:
-            self.output.recover()
-        except OSError as again:
-            log.debug("cannot repair either: %s", why(again))
 
     def _disk_trouble(self, error: OSError) -> str:
         hint = {
@@ -6069,7 +6161,8 @@ class Loop:
             return False
         if self._once or not self.output.snapshot:
             if not self.output.snapshot or not same(published, desired):
-                self._publish(desired, "whole", "the first snapshot")
+                first = "" if self.output.snapshot else "the first snapshot"
+                self._publish(desired, "whole", first or "one step, asked for by --onetime")
             return False
         if self._gate is not None and time.monotonic() >= self._gate.until:
             self._gate = None
@@ -6135,6 +6228,19 @@ class Loop:
             log.info("published", **told)
         log.recovered("disk", f"{self.output.root} can be written again")
         self.output.prune()
+        self._count_snapshot()
+        if step == "whole" and not self._once:
+            give_back_memory()
+
+    def _count_snapshot(self) -> None:
+        """The metrics of the snapshot that stands."""
+        if not self.output.snapshot:
+            return
+        files = self.output.published
+        metrics.replace("xds_loader_snapshot_info", {(self.output.snapshot[2:],): 1.0})
+        metrics.set("xds_loader_snapshot_timestamp_seconds", self._published_wall)
+        used = sum(kind_at(path, files) in STAT_SCOPES for path in files)
+        metrics.set("xds_loader_inotify_instances_used", used)
 
     # -- Envoy's word -------------------------------------------------------------------------
 
@@ -6265,9 +6371,10 @@ class Loop:
         try:
             repaired = self.output.repair()
         except OSError as error:
-            self._recover(error)
+            self._failed(error)
             return
         self._name_strangers()
+        give_back_memory()
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
@@ -6286,6 +6393,8 @@ class Loop:
     def _say(self, composition: Composition) -> None:
         """Name what is wrong with the sources; what is over may be named again when it returns."""
         waiting = [f"waiting for {source}: it does not exist" for source in composition.missing]
+        if self._once and not self.options.timeout:
+            waiting = []  # the error that ends it says so
         lasting = {*composition.warnings, *waiting}
         self._note(sorted(lasting))
         self._said &= lasting | {note for note in self._said if "not the loader's" in note}
@@ -6298,6 +6407,10 @@ class Loop:
                 )
         metrics.replace("xds_loader_certificate_expiry_timestamp_seconds",
                         self.sources.certificates())
+        if self.sources.rendering is not None:
+            metrics.replace("xds_loader_clusters", {
+                (mode,): count for mode, count in self.sources.rendering.clusters.items()})
+            metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
 
     def _tell(self) -> None:
         """Put what is known now before whoever asks over HTTP."""
@@ -6354,11 +6467,6 @@ class Drain(threading.Thread):
         with self._stream as stream:
             while block := stream.read1(1 << 16):
                 self.text = (self.text + block)[-(1 << 16) :]
-
-
-def moved_paths(before: Files, after: Files) -> list[str]:
-    """The paths that are new or have other bytes or another mode."""
-    return [path for path, file in after.items() if not standing(before, path, file)]
 
 
 def shortened(names: Sequence[str], most: int = 5) -> str:
@@ -6831,8 +6939,8 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             except ValueError as error:
                 raise UsageError(f"${variable}: {error}") from None
     try:
-        with open(f"{SERVICE_ACCOUNT}/namespace", encoding="ascii") as stream:
-            return stream.read().strip() or "default"
+        with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
+            return namespace_name(stream.read().decode().strip())
     except (OSError, ValueError):
         return "default"
 
