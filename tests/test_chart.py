@@ -536,6 +536,13 @@ def test_restart_only_for_what_is_read_once() -> None:
             },
             "discovered",
         ),
+        (
+            {
+                "xds": {"rds.yaml": "resources: []"},
+                "upstreams": {"a": {"backends": {"b": {"weight": 1, "port": 1}}}},
+            },
+            "rds.yaml would take the place",
+        ),
         ({"services": {"enabled": True, "namespaces": ["*", "a"]}}, "name no other"),
         ({"terminationGracePeriodSeconds": 20}, "drain.seconds"),
         (

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-import promql_parser
 import pytest
 
 from tests.support.backend import Backends
-from tests.support.chart_docs import CHART
-from tests.support.loader import wait_until
-from tests.support.manifests import Object, Release, load_values, render
+from tests.support.loader import run, wait_until
+from tests.support.manifests import Object, command, load_values, render
 from tests.support.pod import Pod, get
 from tests.support.tls import Authority
 from tests.test_chart import CI
@@ -108,15 +108,42 @@ ZONE = "topology.kubernetes.io/zone"
 def test_drain(native: bool, tmp_path: Path, authority: Authority) -> None:
     with Pod(render({"nativeSidecar": native}), tmp_path, authority) as pod:
         ready = pod.ports[9903]
+        kept = http.client.HTTPConnection("127.0.0.1", pod.ports[10000], timeout=5)
+        kept.request("GET", "/")
+        assert kept.getresponse().read() == b""
         assert get(ready, "/ready").status == 200
         assert pod.get().connection == ""
         assert get(ready, "/quitquitquit").status == 404, "no way to the admin interface"
         pod.pre_stop(pod.loader_container())
         assert get(ready, "/ready").status == 503
+        kept.request("GET", "/")
+        assert kept.getresponse().getheader("connection") == "close"
+        kept.close()
         assert pod.get().connection == "close"
         assert pod.get().status == 404, "it still takes new connections and answers"
         assert pod.loader is not None
         pod.loader.stop()
+
+
+def test_helm_test_and_the_notes(tmp_path: Path, authority: Authority) -> None:
+    release = render(load_values("weights-values.yaml"))
+    with Pod(release, tmp_path, authority) as pod:
+        (hook,) = release.all("Pod")
+        preview, request = hook["spec"]["containers"]
+        args, env = command(preview, pod.fields)
+        shown = run([pod.map(arg) for arg in args], {**env, **pod.api_environment()})
+        assert shown.returncode == 0, shown.stderr
+        assert "podinfo-canary" in shown.stdout
+        _, *flags, code, host, port, path = request["command"]
+        assert host == release.one("Service")["metadata"]["name"]
+        words = [sys.executable, *flags, code, "127.0.0.1", pod.map(port), path]
+        assert subprocess.run(words, check=False).returncode == 1, "503: no such backend"
+        assert subprocess.run([*words, "503"], check=False).returncode == 0
+        (shell,) = re.findall(r"python3 -c '(.*)'", release.notes)
+        done = subprocess.run(
+            [sys.executable, "-c", pod.map(shell)], capture_output=True, text=True
+        )
+        assert "podinfo-canary" in done.stdout
 
 
 def test_the_sidecar_example(tmp_path: Path, authority: Authority) -> None:
@@ -136,115 +163,3 @@ def test_the_sidecar_example(tmp_path: Path, authority: Authority) -> None:
                 wait_until(lambda pod=pod: pod.get().status == 418)  # type: ignore[misc]
                 pod.pre_stop(pod.loader_container())
                 assert get(pod.ports[9903], "/ready").status == 503
-
-
-# ---------------------------------------------------------------------------------------------
-# Dashboard and alerts, against what is really served
-
-TARGET = {"namespace", "pod", "job", "container"}  # Prometheus adds these to each target
-
-
-def expressions(release: Release) -> Iterator[tuple[str, str]]:
-    """Every PromQL expression with what it belongs to; Grafana's variables filled in."""
-    dashboard = json.loads(next(iter(release.one("ConfigMap", "-dashboard")["data"].values())))
-    for panel in dashboard["panels"]:
-        for target in panel.get("targets", []):
-            text = target["expr"].replace("$__rate_interval", "5m")
-            yield panel["title"], text.replace("$namespace", "shop").replace("$pod", ".*")
-    (group,) = release.one("PrometheusRule")["spec"]["groups"]
-    for rule in group["rules"]:
-        yield rule["alert"], rule["expr"]
-
-
-def selectors(expression: str) -> list[tuple[str, set[str]]]:
-    """Each metric of an expression, with the labels it is selected or grouped by."""
-    found: list[tuple[str, set[str]]] = []
-
-    def visit(node: promql_parser.Expr, grouped: frozenset[str]) -> None:
-        if isinstance(node, promql_parser.VectorSelector):
-            used = {matcher.name for matcher in node.matchers.matchers}
-            found.append((node.name or "", (used | grouped) - TARGET))
-        elif isinstance(node, promql_parser.MatrixSelector):
-            visit(node.vector_selector, grouped)
-        elif isinstance(node, promql_parser.AggregateExpr):
-            labels = node.modifier.labels if node.modifier else []
-            visit(node.expr, frozenset(labels))
-        elif isinstance(node, promql_parser.BinaryExpr):
-            visit(node.lhs, grouped)
-            visit(node.rhs, grouped)
-        elif isinstance(node, promql_parser.Call):
-            for argument in node.args:
-                visit(argument, grouped)
-        elif isinstance(node, promql_parser.ParenExpr | promql_parser.UnaryExpr):
-            visit(node.expr, grouped)
-
-    visit(promql_parser.parse(expression), frozenset())
-    return found
-
-
-LOADER_LABELS = {
-    "xds_loader_publications_total": {"step"},
-    "xds_loader_published_files_total": set(),
-    "xds_loader_publication_duration_seconds_bucket": {"le"},
-    "xds_loader_confirmation_duration_seconds_bucket": {"le"},
-    "xds_loader_rejections_total": {"type"},
-    "xds_loader_refused_files": {"file"},
-    "xds_loader_source_last_event_timestamp_seconds": {"source"},
-    "xds_loader_source_synced": {"source"},
-    "xds_loader_watch_restarts_total": {"source", "reason"},
-    "xds_loader_api_requests_total": {"code", "verb"},
-    "xds_loader_errors_total": {"kind"},
-    "xds_loader_clusters": {"endpoints"},
-    "xds_loader_inotify_instances_budget": set(),
-    "xds_loader_inotify_instances_used": set(),
-    "xds_loader_snapshot_info": {"version"},
-    "xds_loader_snapshot_timestamp_seconds": set(),
-    "xds_loader_certificate_expiry_timestamp_seconds": {"secret"},
-    "xds_loader_info": {"version"},
-    "process_resident_memory_bytes": set(),
-    "process_cpu_seconds_total": set(),
-}
-
-
-def served(text: str) -> dict[str, set[str]]:
-    """Each series of an exposition with its labels; a family without one has none yet."""
-    found: dict[str, set[str]] = {}
-    for line in text.splitlines():
-        if line.startswith("# TYPE "):
-            name, kind = line.split()[2:4]
-            found.setdefault(f"{name}_bucket" if kind == "histogram" else name, set())
-        elif series := re.match(r"(\w+)(?:\{(.*)\})? ", line):
-            labels = re.findall(r'(\w+)="(?:[^"\\]|\\.)*"', series[2] or "")
-            found.setdefault(series[1], set()).update(labels)
-    return found
-
-
-def test_every_expression_meets_what_is_served(tmp_path: Path, authority: Authority) -> None:
-    values = load_values("monitoring-values.yaml")
-    values["metrics"]["prometheusRule"].update(disabled=[], additionalRules=[])
-    with Backends("stable", "canary") as backends:
-        values.update(weights(backends, 1, 1))
-        with Pod(render(values), tmp_path, authority) as pod:
-            names_of(pod, 5, "web.example")
-            loader = served(get(pod.ports[9902], "/metrics").body)
-            envoy = served(get(pod.ports[9903], "/stats/prometheus").body)
-            everything = list(expressions(render(values)))
-            assert len(everything) > 40
-            for where, expression in everything:
-                for name, labels in selectors(expression):
-                    if name in LOADER_LABELS:
-                        assert labels <= LOADER_LABELS[name], where
-                        assert name in loader, f"{where}: {name} is not served by the loader"
-                        assert not loader[name] or labels <= loader[name], where
-                    else:
-                        assert name in envoy, f"{where}: {name} is not served by Envoy"
-                        assert labels <= envoy[name], f"{where}: {name} has {envoy[name]}"
-    used = {name for _, expression in everything for name, _ in selectors(expression)}
-    assert set(LOADER_LABELS) <= used, "the dashboard leaves out a metric of the loader"
-
-
-def test_dashboard_and_package(tmp_path: Path) -> None:
-    dashboard = json.loads((CHART / "dashboards" / f"{CHART.name}.json").read_text())
-    ids = [panel["id"] for panel in dashboard["panels"]]
-    assert len(ids) == len(set(ids))
-    assert all(p["title"] and "gridPos" in p for p in dashboard["panels"])

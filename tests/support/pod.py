@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tests.support.apiserver import ApiServer, Rule
 from tests.support.envoy import envoy_path, free_port
-from tests.support.loader import COMMAND, Loader, run, wait_until
+from tests.support.loader import Loader, run, wait_until
 from tests.support.manifests import Object, Release, command, containers
 from tests.support.tls import Authority
 
@@ -163,8 +163,7 @@ class Pod:
             self.start_envoy(args, env)
         elif "loader" in container["image"]:
             self.mount(container)
-            env["KUBERNETES_SERVICE_HOST"] = "127.0.0.1"
-            env["KUBERNETES_SERVICE_PORT"] = str(self.api.port)
+            env.update(self.api_environment())
             if "--onetime" in args:
                 done = run(args, env)
                 assert done.returncode == 0, done.stderr
@@ -172,6 +171,13 @@ class Pod:
                 self.loader = Loader(args, env)
                 self.stack.callback(self.loader.kill)
         self.await_probe(container, "startupProbe")
+
+    def api_environment(self) -> dict[str, str]:
+        """Where the API server is, as the kubelet says it in every container."""
+        return {
+            "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+            "KUBERNETES_SERVICE_PORT": str(self.api.port),
+        }
 
     def start_envoy(self, args: list[str], env: Mapping[str, str]) -> None:
         log = self.stack.enter_context((self.root / "envoy.log").open("wb"))
@@ -225,6 +231,3 @@ class Pod:
             for container in containers(self.release.pod)
             if "loader" in container["image"] and "--onetime" not in container["args"]
         )
-
-
-__all__ = ["COMMAND", "TOKEN", "Answer", "Pod", "get", "rules"]

@@ -92,6 +92,11 @@ labels: {{- include "xds.labels" . | nindent 2 }}
 {{- if and $v.upstreams (not $v.listener.enabled) }}
 {{- fail "upstreams: needs listener.enabled" }}
 {{- end }}
+{{- range list "rds.yaml" "cds.yaml" }}
+{{- if and $v.upstreams (hasKey $v.xds .) }}
+{{- fail (printf "xds: %s would take the place of what upstreams become: give one of the two" .) }}
+{{- end }}
+{{- end }}
 {{- if and $v.drain.enabled (le (int $v.terminationGracePeriodSeconds) (int $v.drain.seconds)) }}
 {{- fail "terminationGracePeriodSeconds: must be longer than drain.seconds" }}
 {{- end }}

@@ -1,0 +1,129 @@
+"""Dashboard and alerts of the chart, against what loader and Envoy really serve."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.backend import Backends
+from tests.support.chart_docs import CHART
+from tests.support.manifests import Release, load_values, render
+from tests.support.pod import Pod, get
+from tests.support.tls import Authority
+from tests.test_chart_envoy import names_of, weights
+
+promql = pytest.importorskip("promql_parser", reason="pip install promql-parser")
+
+TARGET = {"namespace", "pod", "job", "container"}  # Prometheus adds these to each target
+
+
+def expressions(release: Release) -> Iterator[tuple[str, str]]:
+    """Every PromQL expression with what it belongs to; Grafana's variables filled in."""
+    dashboard = json.loads(next(iter(release.one("ConfigMap", "-dashboard")["data"].values())))
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            text = target["expr"].replace("$__rate_interval", "5m")
+            yield panel["title"], text.replace("$namespace", "shop").replace("$pod", ".*")
+    (group,) = release.one("PrometheusRule")["spec"]["groups"]
+    for rule in group["rules"]:
+        yield rule["alert"], rule["expr"]
+
+
+def selectors(expression: str) -> list[tuple[str, set[str]]]:
+    """Each metric of an expression, with the labels it is selected or grouped by."""
+    found: list[tuple[str, set[str]]] = []
+
+    def visit(node: Any, grouped: frozenset[str]) -> None:
+        if isinstance(node, promql.VectorSelector):
+            used = {matcher.name for matcher in node.matchers.matchers}
+            found.append((node.name or "", (used | grouped) - TARGET))
+        elif isinstance(node, promql.MatrixSelector):
+            visit(node.vector_selector, grouped)
+        elif isinstance(node, promql.AggregateExpr):
+            labels = node.modifier.labels if node.modifier else []
+            visit(node.expr, frozenset(labels))
+        elif isinstance(node, promql.BinaryExpr):
+            visit(node.lhs, grouped)
+            visit(node.rhs, grouped)
+        elif isinstance(node, promql.Call):
+            for argument in node.args:
+                visit(argument, grouped)
+        elif isinstance(node, promql.ParenExpr | promql.UnaryExpr):
+            visit(node.expr, grouped)
+
+    visit(promql.parse(expression), frozenset())
+    return found
+
+
+LOADER_LABELS = {
+    "xds_loader_publications_total": {"step"},
+    "xds_loader_published_files_total": set(),
+    "xds_loader_publication_duration_seconds_bucket": {"le"},
+    "xds_loader_confirmation_duration_seconds_bucket": {"le"},
+    "xds_loader_rejections_total": {"type"},
+    "xds_loader_refused_files": {"file"},
+    "xds_loader_source_last_event_timestamp_seconds": {"source"},
+    "xds_loader_source_synced": {"source"},
+    "xds_loader_watch_restarts_total": {"source", "reason"},
+    "xds_loader_api_requests_total": {"code", "verb"},
+    "xds_loader_errors_total": {"kind"},
+    "xds_loader_clusters": {"endpoints"},
+    "xds_loader_inotify_instances_budget": set(),
+    "xds_loader_inotify_instances_used": set(),
+    "xds_loader_snapshot_info": {"version"},
+    "xds_loader_snapshot_timestamp_seconds": set(),
+    "xds_loader_certificate_expiry_timestamp_seconds": {"secret"},
+    "xds_loader_info": {"version"},
+    "process_resident_memory_bytes": set(),
+    "process_cpu_seconds_total": set(),
+}
+
+
+def served(text: str) -> dict[str, set[str]]:
+    """Each series of an exposition with its labels; a family without one has none yet."""
+    found: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            name, kind = line.split()[2:4]
+            found.setdefault(f"{name}_bucket" if kind == "histogram" else name, set())
+        elif series := re.match(r"(\w+)(?:\{(.*)\})? ", line):
+            labels = re.findall(r'(\w+)="(?:[^"\\]|\\.)*"', series[2] or "")
+            found.setdefault(series[1], set()).update(labels)
+    return found
+
+
+@pytest.mark.envoy
+def test_every_expression_meets_what_is_served(tmp_path: Path, authority: Authority) -> None:
+    values = load_values("monitoring-values.yaml")
+    values["metrics"]["prometheusRule"].update(disabled=[], additionalRules=[])
+    with Backends("stable", "canary") as backends:
+        values.update(weights(backends, 1, 1))
+        with Pod(render(values), tmp_path, authority) as pod:
+            names_of(pod, 5, "web.example")
+            loader = served(get(pod.ports[9902], "/metrics").body)
+            envoy = served(get(pod.ports[9903], "/stats/prometheus").body)
+            everything = list(expressions(render(values)))
+            assert len(everything) > 40
+            for where, expression in everything:
+                for name, labels in selectors(expression):
+                    if name in LOADER_LABELS:
+                        assert labels <= LOADER_LABELS[name], where
+                        assert name in loader, f"{where}: {name} is not served by the loader"
+                        assert not loader[name] or labels <= loader[name], where
+                    else:
+                        assert name in envoy, f"{where}: {name} is not served by Envoy"
+                        assert labels <= envoy[name], f"{where}: {name} has {envoy[name]}"
+    used = {name for _, expression in everything for name, _ in selectors(expression)}
+    assert set(LOADER_LABELS) <= used, "the dashboard leaves out a metric of the loader"
+
+
+def test_the_dashboards_panels() -> None:
+    dashboard = json.loads((CHART / "dashboards" / f"{CHART.name}.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    assert all(p["title"] and "gridPos" in p for p in dashboard["panels"])
