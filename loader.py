@@ -78,7 +78,7 @@ WATCH_SECONDS = (300, 600)
 # proper end after that much silence may hide a new server with an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
 
-# Backoff after failures: exponential with jitter. A first failure after a healthy time costs little.
+# Backoff after failures: exponential, with jitter.
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
 
 # `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
@@ -100,6 +100,9 @@ RELIST_AFTER = 3
 
 # `--onetime --timeout` lists again this often what does not exist yet.
 ONETIME_POLL = 1.0
+
+# A 403 may be a passing one (see PASSING): an optional resource is missed after this many.
+DENIALS = 3
 
 # An optional resource that the API server does not have or grant is asked for again this seldom.
 ABSENT_PAUSE = 300.0
@@ -222,7 +225,7 @@ class Query(NamedTuple):
     def __str__(self) -> str:
         if self.name:
             kind = self.resource.name.removesuffix("s")
-            return f"{kind} {self.namespace}/{self.name}" if self.namespace else f"{kind} {self.name}"
+            return f"{kind} {self.namespace}/{self.name}".replace(" /", " ")
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
 
@@ -267,7 +270,8 @@ def why(error: BaseException) -> str:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}"
     text = " ".join(str(error).split())
-    return text if isinstance(error, LoaderError) else f"{type(error).__name__}: {text}".rstrip(": ")
+    name = "" if isinstance(error, LoaderError) else f"{type(error).__name__}: "
+    return f"{name}{text}".rstrip(": ")
 
 
 class Trust:
@@ -283,7 +287,7 @@ class Trust:
         self._context: ssl.SSLContext | None = None
 
     def token(self) -> str:
-        """The bearer token as it is now; without a file there is none (a local proxy needs none)."""
+        """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
         try:
             with open(self.access.token_file, "rb") as stream:
                 token = stream.read().decode("latin-1").strip()
@@ -689,6 +693,7 @@ class Reflector(threading.Thread):
         self._version = ""
         self._lock = threading.Lock()
         self._backoff = Backoff()
+        self._denials = 0
         self._poke = threading.Event()
 
     def objects(self) -> dict[Key, Any]:
@@ -701,10 +706,7 @@ class Reflector(threading.Thread):
         self._poke.set()
 
     def run(self) -> None:
-        try:
-            {"once": self._once, "poll": self._poll, "watch": self._watch}[self._mode]()
-        except BaseException as error:  # a defect must end the process, not just this thread
-            self._wake(Wake("defect", time.monotonic(), error))
+        {"once": self._once, "poll": self._poll, "watch": self._watch}[self._mode]()
 
     # -- the three ways ---------------------------------------------------------------------
 
@@ -718,8 +720,8 @@ class Reflector(threading.Thread):
                 passing = isinstance(error, ApiError) and is_passing(error.status)
                 delay = max(random.uniform(0.05, 0.2), getattr(error, "retry_after", 0.0))
                 if not passing or time.monotonic() + delay > until:
-                    self.failed = not self._optional_is_absent(error)
                     self._failure(error)
+                    self.failed = not self.absent
                     return
             self._pause(delay)
 
@@ -854,14 +856,18 @@ class Reflector(threading.Thread):
             log.recovered(str(self.query), f"{self.query}: answered again")
             self._wake(Wake("recovered", time.monotonic()))
 
-    def _optional_is_absent(self, error: LoaderError) -> bool:
-        return self._optional and isinstance(error, ApiError) and error.status in (403, 404)
+    def _is_absence(self, error: LoaderError) -> bool:
+        """Whether an optional resource is not there, or not granted: not just for one answer."""
+        if not self._optional or not isinstance(error, ApiError) or self.synced:
+            return False
+        self._denials += error.status == 403
+        return error.status == 404 or self._denials >= DENIALS or self._mode == "once"
 
     def _failure(self, error: LoaderError) -> float:
         """Say what failed (once, until it is another failure) and how long to wait."""
         metrics.add("xds_loader_watch_restarts_total", (str(self.query), restart_reason(error)))
         delay = self._backoff.delay(getattr(error, "retry_after", 0.0))
-        if self._optional_is_absent(error) and not self.synced:
+        if self._is_absence(error):
             self.synced = self.absent = True
             log.info("%s: not available here (%s)", self.query, error)
             self._wake(Wake("objects", time.monotonic()))
@@ -3132,7 +3138,8 @@ def configmap_from(item: dict[str, Any]) -> ConfigMap:
     for key, value in [*text.items(), *binary.items()]:
         problem = key_problem(key)
         try:
-            contents[key] = value.encode() if key in text else base64.b64decode(value, validate=True)
+            plain = key in text
+            contents[key] = value.encode() if plain else base64.b64decode(value, validate=True)
         except (AttributeError, TypeError, ValueError):
             problem = "is no text" if key in text else "is no base64"
         if problem:
@@ -3193,7 +3200,8 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
     for path in sorted(directories & files.keys()):
-        warnings.append(f"{path} of {files.pop(path).source} left out: others have a directory there")
+        source = files.pop(path).source
+        warnings.append(f"{path} of {source} left out: others have a directory there")
     return files, warnings
 
 
@@ -4085,10 +4093,10 @@ class Output:
                 if directory not in made:
                     os.mkdir(self._path(name, directory), 0o755)
                     made.add(directory)
-            if standing(self.published, path, file) and path not in damaged:
-                if self._linked(name, path):
-                    prints[path] = self._prints[path]
-                    continue
+            stands = standing(self.published, path, file) and path not in damaged
+            if stands and self._linked(name, path):
+                prints[path] = self._prints[path]
+                continue
             prints[path] = write_file(self._path(name, path), file.content, file.mode)
         return prints
 
@@ -4156,7 +4164,8 @@ class Output:
                 os.unlink(place)
                 os.mkdir(place, 0o755)
             elif not is_directory(place):
-                raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
+                text = "is a file where a directory must be"
+                raise NotADirectoryError(errno.ENOTDIR, text, place) from None
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -4550,7 +4559,9 @@ def stat_name(name: str) -> str:
     return name.replace("://", "_").replace(":/", "_").replace(":", "_")
 
 
-VERSION_INFO = re.compile(rb"[\"']?version_?[iI]nfo[\"']?\s*:\s*[\"']?([\w.+/=-]*)")
+VERSION_INFO = re.compile(
+    rb"[\"']?version_?[iI]nfo[\"']?[ \t]*:[ \t]*([\"']?)([\w.+/=-]+)\1[ \t]*(?:[,\r\n#}]|$)"
+)
 
 
 def version_info(content: bytes) -> str:
@@ -4558,7 +4569,7 @@ def version_info(content: bytes) -> str:
     if b"version_info" not in content and b"versionInfo" not in content:
         return ""
     if found := VERSION_INFO.search(content, 0, max(content.find(b"resources"), 0)):
-        return found[1].decode()
+        return found[2].decode()
     document = document_of(content)
     version = document.version if document else ""
     return version if re.fullmatch(r"[\w.+/=-]*", version) else ""
@@ -5760,7 +5771,7 @@ class Sources:
                    for named in self.options.configmap]
         others, warnings = overlaid(layers)
         if self._translator is not None:
-            if not self._endpoints_known():
+            if self.rendering is None and not self.seek_endpoints():
                 return Composition({}, unknown=("endpoints",))
             rendering = self._render(others)
             notes += rendering.warnings
@@ -5815,22 +5826,22 @@ class Sources:
 
     # -- Services ---------------------------------------------------------------------------
 
-    def _endpoints_known(self) -> bool:
-        """Whether endpoints are known; asks for legacy Endpoints where no slice tells.
+    def seek_endpoints(self) -> bool:
+        """Ask for legacy Endpoints where no slice tells; whether all that was asked is known.
 
         They serve where the API has no slices or RBAC does not give them, and for a Service of
-        which no slice is known. Where slices tell everything, they are never asked for.
+        which no slice is known. Where slices tell everything, they are never asked for. Looked at
+        before the first rendering and at each check: a new Service has no slice for a moment.
         """
-        for namespace in self._service_namespaces():
+        selector, known = self.options.services or "", True
+        for namespace in self._service_namespaces() if self._translator else ():
             slices = self._reflectors[Query(ENDPOINTSLICES, namespace)]
-            services = self._reflectors[Query(SERVICES, namespace, labels=self.options.services or "")]
-            if not slices.absent and not without_slices(services.objects(), slices.objects()):
-                continue
-            legacy = self._reflect(Query(ENDPOINTS, namespace), endpoints_from,
-                                   optional=not slices.absent)
-            if not legacy.synced:
-                return False
-        return True
+            services = self._reflectors[Query(SERVICES, namespace, labels=selector)]
+            if slices.absent or without_slices(services.objects(), slices.objects()):
+                legacy = self._reflect(Query(ENDPOINTS, namespace), endpoints_from,
+                                       optional=not slices.absent)
+                known = known and legacy.synced
+        return known
 
     def _gathered(self, resource: Resource, notes: list[str] | None = None) -> dict[Key, Any]:
         """The objects of one resource, of all namespaces that are looked at."""
@@ -5852,7 +5863,8 @@ class Sources:
             endpoints=self._gathered(ENDPOINTS, notes),
             nodes={name: node for (_, name), node in nodes.items()},
         )
-        subscriptions = sum(kind_of(file.content) in ("eds", "rds", "sds") for file in others.values())
+        kinds = [kind_of(file.content) for file in others.values()]
+        subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds)
         rendering = self._translator.render(objects, other_files=subscriptions)
         self.rendering = rendering
         return rendering._replace(warnings=(*notes, *rendering.warnings))
@@ -5876,7 +5888,10 @@ def hidden(rendered: Files, others: Files) -> list[str]:
 def without_slices(services: Mapping[Key, Service], slices: Mapping[Key, EndpointSlice]) -> bool:
     """Whether there is a Service of which no slice is known, though it should have endpoints."""
     known = {(key[0], piece.service) for key, piece in slices.items()}
-    return any(key not in known and service.ports and service.external_name is None for key, service in services.items())
+    return any(
+        key not in known and bool(service.ports) and service.external_name is None
+        for key, service in services.items()
+    )
 
 
 def count_request(verb: str, code: str) -> None:
@@ -6034,6 +6049,10 @@ class Loop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, lambda number, _: self._signalled(number))
+        # A defect in a thread must end the process: a sidecar that is deaf looks like a quiet one.
+        threading.excepthook = lambda failed: self.wakes.put(
+            Wake("defect", time.monotonic(), failed.exc_value)
+        )
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen and not self._once:
             self.listener = Listener(*self.options.listen, metrics)
@@ -6366,6 +6385,7 @@ class Loop:
 
     def _check(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
+        self.sources.seek_endpoints()
         if not self.output.snapshot:
             return
         try:
@@ -6530,8 +6550,8 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
         f"a/{path}" if old else "/dev/null",
         f"b/{path}" if new else "/dev/null",
     )
-    ended = (row if row.endswith("\n") else f"{row}\n\\ No newline at end of file\n" for row in rows)
-    return "".join(ended).encode()
+    missing = "\n\\ No newline at end of file\n"
+    return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
 def run(options: Options) -> int:
@@ -6864,7 +6884,7 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
         except ValueError as error:
             raise UsageError(f"{where} {' '.join(texts)!r}: {error}") from None
         except UsageError as error:
-            raise UsageError(f"{where}: {error}".replace("--listen: --listen", "--listen")) from None
+            raise UsageError(f"{where}: {str(error).removeprefix('--listen ')}") from None
         repeats = kind in ("configmaps", "secrets", "namespaces")
         values[name.replace("-", "_")] = tuple(dict.fromkeys(found)) if repeats else found[-1]
     return values
@@ -6982,7 +7002,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = parsed(arguments, os.environ)
         if values.get("help") or values.get("version"):
-            print(help_text() if values.get("help") else f"envoy-xds-configmap-loader {__version__}")
+            version = f"envoy-xds-configmap-loader {__version__}"
+            print(help_text() if values.get("help") else version)
             return 0
         options = options_from(arguments, os.environ)
         log.configure(options.log_format, options.log_level)
