@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.backend import Backends
 from tests.support.loader import run, wait_until
-from tests.support.manifests import Object, command, load_values, render
+from tests.support.manifests import Object, Release, command, load_values, render
 from tests.support.pod import Pod, get
 from tests.support.tls import Authority
 from tests.test_chart import CI
@@ -146,20 +147,23 @@ def test_helm_test_and_the_notes(tmp_path: Path, authority: Authority) -> None:
         assert "podinfo-canary" in done.stdout
 
 
-def test_the_sidecar_example(tmp_path: Path, authority: Authority) -> None:
-    for name, release in (("kustomize", kustomize()), ("plain", plain())):
-        with Backends("app") as backends:
-            pod = Pod(release, tmp_path / name, authority, namespace="web")
-            pod.ports[8080] = backends["app"]
-            pod.apply(release)
-            with pod:
-                assert names_of(pod, 5) == {"app": 5}
-                config = pod.api.get("ConfigMap", "web", "envoy-xds")
-                assert config is not None
-                routes = config["data"]["rds.yaml"].replace(
-                    "route: {cluster: app, timeout: 10s}", "direct_response: {status: 418}"
-                )
-                pod.api.put({**config, "data": {**config["data"], "rds.yaml": routes}})
-                wait_until(lambda pod=pod: pod.get().status == 418)  # type: ignore[misc]
-                pod.pre_stop(pod.loader_container())
-                assert get(pod.ports[9903], "/ready").status == 503
+@pytest.mark.parametrize("source", [kustomize, plain])
+def test_the_sidecar_example(
+    source: Callable[[], Release], tmp_path: Path, authority: Authority
+) -> None:
+    release = source()
+    with Backends("app") as backends:
+        pod = Pod(release, tmp_path, authority, namespace="web")
+        pod.ports[8080] = backends["app"]
+        pod.apply(release)
+        with pod:
+            assert names_of(pod, 5) == {"app": 5}
+            config = pod.api.get("ConfigMap", "web", "envoy-xds")
+            assert config is not None
+            routes = config["data"]["rds.yaml"].replace(
+                "route: {cluster: app, timeout: 10s}", "direct_response: {status: 418}"
+            )
+            pod.api.put({**config, "data": {**config["data"], "rds.yaml": routes}})
+            wait_until(lambda: pod.get().status == 418)
+            pod.pre_stop(pod.loader_container())
+            assert get(pod.ports[9903], "/ready").status == 503

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 
@@ -19,6 +21,10 @@ def kustomize() -> Release:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed")
+    about = subprocess.run([kubectl, "version", "--client", "-o", "json"], capture_output=True)
+    minor = re.match(r"\d+", json.loads(about.stdout)["clientVersion"]["minor"])
+    if minor is None or int(minor[0]) < 21:
+        pytest.skip("kubectl before 1.21 does not know kustomize components")
     done = subprocess.run(
         [kubectl, "kustomize", str(EXAMPLE / "app")], capture_output=True, text=True, check=True
     )

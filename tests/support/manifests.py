@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import helm_python as helm
-import kubernetes_validate
 import yaml
 
 from tests.support.chart_docs import CHART
@@ -65,6 +63,8 @@ def render(
     chart: Path = CHART,
 ) -> Release:
     """`helm template`, schema included; helm.HelmError says what is wrong with the values."""
+    import helm_python as helm  # the examples use this module too, and run without Helm
+
     with helm.Chart.load(chart) as loaded:
         loaded.validate_schema(dict(values or {}))
         files = loaded.render(dict(values or {}), name=name, namespace=namespace)
@@ -81,6 +81,8 @@ def render(
 
 def validate(obj: Object, version: str) -> None:
     """Raises when `obj` is not what this version of Kubernetes takes, unknown fields included."""
+    import kubernetes_validate
+
     if obj["kind"] not in CUSTOM:
         kubernetes_validate.validate(obj, version, strict=True)
 
