@@ -137,6 +137,7 @@ class Cluster:
         self.client = Client(self.api.url, TOKEN)
         self.names: dict[str, str] = {}  # more DNS names, to addresses
         self.local: dict[tuple[str, str], Object] = {}  # what the API server does not keep
+        self._pods: dict[str, str] = {}  # of a Deployment, the pod that runs its newest version
         self.proxies: dict[str, Proxy] = {}
         self.backends: dict[str, Backend] = {}
         self.api.node("node-a", {"topology.kubernetes.io/zone": "a"})
@@ -167,6 +168,8 @@ class Cluster:
             notes = {k: v if sep else None for k, sep, v in pairs}
             notes = {k.removesuffix("-") if v is None else k: v for k, v in notes.items()}
             self.merge(rest[0], namespace, rest[1], {"metadata": {"annotations": notes}})
+        elif verb == "create" and rest[:2] == ["secret", "tls"]:
+            self.tls_secret(namespace, rest[2], *(word.partition("=")[2] for word in rest[3:5]))
         elif verb == "delete" and rest[0] == "-f":
             for obj in self.read(rest[1]):
                 self.delete(obj["kind"], self._namespace_of(obj), obj["metadata"]["name"])
@@ -174,6 +177,15 @@ class Cluster:
             self.delete(kind_of(rest[0]), namespace, rest[1])
         else:
             raise ValueError(f"the examples do not need: {line}")
+
+    def tls_secret(self, namespace: str, name: str, cert: str, key: str) -> None:
+        """`kubectl create secret tls NAME --cert=FILE --key=FILE`; files lie in the root."""
+        data = {
+            field: base64.b64encode((self.root / file).read_bytes()).decode()
+            for field, file in (("tls.crt", cert), ("tls.key", key))
+        }
+        obj = {"metadata": {"name": name}, "type": "kubernetes.io/tls", "data": data}
+        self.merge("secret", namespace, name, obj)
 
     def read(self, name: str) -> list[Object]:
         return [obj for obj in yaml.safe_load_all((self.folder / name).read_text()) if obj]
@@ -219,7 +231,10 @@ class Cluster:
         objects = list(objects)
         for obj in objects:
             if obj["kind"] not in BY_KIND:
-                self.local[obj["kind"], obj["metadata"]["name"]] = obj
+                key = obj["kind"], obj["metadata"]["name"]
+                if self.local.get(key, obj) != obj:
+                    self._pods[key[1]] = self.newest(key[1]) + "x"  # a rolling update
+                self.local[key] = obj
             if obj["kind"] in ("Role", "ClusterRole"):
                 self._allow(obj)
         for obj in objects:
@@ -274,6 +289,7 @@ class Cluster:
         root = self.root / pod
         table = {mount: f"{root}{mount}" for mount in mounts}
         table |= {"0.0.0.0": self.ip(pod), "127.0.0.1": self.ip(pod)}
+        table["/dev/stdout"] = f"{root}/stdout"
         pattern = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
         text = re.sub(rf"(?<![\w.])(?:{pattern})(?![\d.])", lambda found: table[found[0]], text)
         return re.sub(
@@ -293,17 +309,23 @@ class Cluster:
         name = obj["metadata"]["name"]
         if obj["kind"] != "ConfigMap":
             return obj
-        for (kind, pod), workload in self.local.items():
-            if kind == "Deployment" and re.search(rf"--configmap={name}\b", yaml.dump(workload)):
+        for (kind, owner), workload in self.local.items():
+            words = re.findall(r"--configmap=([\w-]+)", json.dumps(workload))
+            if kind == "Deployment" and name in words:
+                pod = self.newest(owner)
                 data = {key: self.localize(text, pod) for key, text in obj["data"].items()}
                 return {**obj, "data": data}
         return obj
 
     # -- pods
 
-    def run(self, name: str, start: bool = True) -> Proxy:
+    def newest(self, deployment: str) -> str:
+        return self._pods.get(deployment, deployment)
+
+    def run(self, deployment: str, start: bool = True) -> Proxy:
         """Start the pod of a Deployment: init containers, then the others in order."""
-        spec = self.local["Deployment", name]["spec"]["template"]["spec"]
+        spec = self.local["Deployment", deployment]["spec"]["template"]["spec"]
+        name = self.newest(deployment)
         ip, root = self.ip(name), self.root / name
         containers = [*spec.get("initContainers", []), *spec["containers"]]
         mounts = self._mount(spec, containers, root)
@@ -332,8 +354,9 @@ class Cluster:
             if "envoyproxy/envoy" in container["image"]:
                 words = command(container, fields).args
                 path = words[words.index("-c") + 1]
+                more = [w for w in words if w not in ("-c", path, "--disable-hot-restart")]
                 text = self.localize((root / path.lstrip("/")).read_text(), name, mounts)
-                envoy = PodEnvoy(text, root / "envoy", start=False, log_level="warning")
+                envoy = PodEnvoy(text, root / "envoy", args=more, log_level="warning", start=False)
                 envoy.take(ip, text)
                 if start:
                     envoy.start()
