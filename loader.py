@@ -3246,6 +3246,9 @@ REFERRERS = {"ecds": 2, "vhds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}
 NOTIFY_RANK = {"cds": 1, **REFERRERS}
 
 
+PUT_BACK = "put back"  # the reason of a step that undoes what Envoy refused
+
+
 class Step(NamedTuple):
     """One snapshot on the way: what stands afterwards, and what is new in it."""
 
@@ -3606,7 +3609,7 @@ def next_step(
     if children:
         return step_to(published, target, children, 1, "children")
     if back := {path for path in moved if is_refused(published.get(path), path, refused or {})}:
-        return step_to(published, target, back, 2, "put back")
+        return step_to(published, target, back, 2, PUT_BACK)
     referrers = moved - clusters
     if not referrers:
         return last_step(published, target, moved)
@@ -3907,7 +3910,8 @@ class Output:
         self._prints: dict[str, Print] = {}
         self._sources: dict[str, str] = {}
         self._untold: set[str] = set()  # switched to, and Envoy not told yet
-        self._keep: frozenset[str] = frozenset()
+        self._before = ""  # the last snapshot but one
+        self._kept: frozenset[str] = frozenset()  # snapshots that others still need
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -4033,13 +4037,14 @@ class Output:
             self._notify(path)
         os.unlink(self._path(MARKER))  # 7
         self._untold.clear()
-        self._keep = frozenset({name, before, *keep})
+        self._before, self._kept = before, frozenset(keep)
         return changed + gone
 
-    def prune(self) -> None:
-        """Step 8, after everybody has been told: only the last snapshots stay."""
+    def prune(self, keep: Iterable[str] | None = None) -> None:
+        """Step 8, after everybody has been told: only the last two snapshots stay, and `keep`."""
+        self._kept = self._kept if keep is None else frozenset(keep)
         for entry in self._snapshots():
-            if entry not in self._keep:
+            if entry not in (self.snapshot, self._before) and entry not in self._kept:
                 remove_tree(self._path(entry), tolerate=True)
 
     def damage(self) -> list[str]:
@@ -4058,7 +4063,7 @@ class Output:
         if damaged or self._untold:
             for path in damaged:
                 self._prints.pop(path, None)
-            self.publish(self.published)
+            self.publish(self.published, self._kept)
             self.prune()
         return damaged + self._repair_links()
 
@@ -5938,13 +5943,18 @@ class Envoy:
                 self.unconfirmed[path] = (snapshot if old else "", old)
         self._save()
 
-    def judged(self, published: Files, verdict: Verdict, found: Mapping[str, Refusal],
-               *, settled: bool) -> None:
-        """Take a verdict in. Once all is settled, files that nobody reads have nobody to ask."""
-        self.refused = dict(found)
+    def judged(self, verdict: Verdict, files: Files, *, last: bool) -> None:
+        """Take in a verdict on published files; `last`: no further step was to come.
+
+        What nobody reads after the last step has nobody to ask. What was taken away is done with
+        once CDS and LDS, which may have named it, are confirmed.
+        """
         done = set(verdict.confirmed)
-        if settled and not verdict.rejected:
-            done |= verdict.unread | (self.unconfirmed.keys() - published.keys())
+        if last and not verdict.rejected:
+            done |= verdict.unread
+        waiting = self.unconfirmed.keys() - done
+        if not any(kind_at(path, files) in ("cds", "lds") for path in waiting & files.keys()):
+            done |= self.unconfirmed.keys() - files.keys()
         for path in done & self.unconfirmed.keys():
             del self.unconfirmed[path]
         self._save()
@@ -6007,7 +6017,7 @@ class Loop:
         self.stopping = False
         self._once = options.mode == "once"
         self._composition: Composition | None = None
-        self._said: set[str] = set()
+        self._said: dict[str, frozenset[str]] = {}  # what was warned of, by topic
         self._target: Files | None = None  # where the ordered steps under way lead
         self._confirmer: Confirmer | None = None
         self._request = 0  # the last one that Envoy was asked
@@ -6060,6 +6070,7 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
+        metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
         self._published_wall = self.output.switched_at()
         self._count_snapshot()
         self._name_strangers()
@@ -6146,7 +6157,7 @@ class Loop:
                 self.output.recover()
                 self._retry_at = 0.0
             wanted, notes = self.output.fitting(composition.files)
-            self._note(notes)
+            self._note("unfit", notes)
             while not self.stopping and self._advance(wanted):
                 pass
             self._backoff.reset()
@@ -6210,7 +6221,8 @@ class Loop:
             return False
         self._settled = True
         self._target = None if same(step.files, target) else target
-        self._publish(step.files, STAGES[step.stage], step.reason, target)
+        name = step.reason if step.reason == PUT_BACK else STAGES[step.stage]
+        self._publish(step.files, name, step.reason, target)
         if step.stage in (CLUSTERS, REFERENCES) or self._target is not None:
             # Also after the last step: the next change may name what this one brought.
             self._close(published)
@@ -6266,12 +6278,12 @@ class Loop:
     def _allowed(self, wanted: Files, published: Files) -> Files:
         """What is wanted, less what Envoy refused and what needs it."""
         self.envoy.forget(wanted)
-        if not self.envoy.refused:
-            return wanted
-        confirmed = self.envoy.last_confirmed(published)
-        desired, notes = withhold(wanted, published, self.envoy.refused, confirmed)
-        self._note(notes)
-        return desired
+        notes: list[str] = []
+        if self.envoy.refused:
+            confirmed = self.envoy.last_confirmed(published)
+            wanted, notes = withhold(wanted, published, self.envoy.refused, confirmed)
+        self._note("refused", notes)
+        return wanted
 
     def _ask(self, asked: Asked, baseline: Stats) -> None:
         """Ask Envoy about all that it has not confirmed; what it said before does not count."""
@@ -6308,7 +6320,9 @@ class Loop:
         envoy = self.envoy
         confirmed = envoy.last_confirmed(self.output.published)
         found = refusals(envoy.refused, verdict.rejected, asked.target, asked.files, confirmed)
-        envoy.judged(self.output.published, verdict, found, settled=self._target is None)
+        envoy.refused = found
+        envoy.judged(verdict, asked.files, last=same(asked.files, asked.target))
+        self.output.prune(envoy.needed())
         if verdict.rejected:
             self._target = None  # the plan was made without knowing this
         metrics.observe("xds_loader_confirmation_duration_seconds", verdict.waited)
@@ -6400,24 +6414,23 @@ class Loop:
             log.warning("repaired on disk: %s", shortened(repaired))
 
     def _name_strangers(self) -> None:
-        for path in self.output.strangers:
-            self._note([f"{self.output.root}/{CURRENT}/{path} is not the loader's: left alone"])
+        current = f"{self.output.root}/{CURRENT}"
+        self._note("strangers", [f"{current}/{path} is not the loader's: left alone"
+                                 for path in self.output.strangers])
 
-    def _note(self, notes: Iterable[str]) -> None:
+    def _note(self, topic: str, notes: Iterable[str]) -> None:
         """Warn once of each thing, for as long as it lasts."""
-        for note in notes:
-            if note not in self._said:
-                self._said.add(note)
-                log.warning("%s", note)
+        lasting = frozenset(notes)
+        for note in sorted(lasting - self._said.get(topic, frozenset())):
+            log.warning("%s", note)
+        self._said[topic] = lasting
 
     def _say(self, composition: Composition) -> None:
         """Name what is wrong with the sources; what is over may be named again when it returns."""
         waiting = [f"waiting for {source}: it does not exist" for source in composition.missing]
         if self._once and not self.options.timeout:
             waiting = []  # the error that ends it says so
-        lasting = {*composition.warnings, *waiting}
-        self._note(sorted(lasting))
-        self._said &= lasting | {note for note in self._said if "not the loader's" in note}
+        self._note("sources", [*composition.warnings, *waiting])
         for reflector in self.sources.reflectors():
             query = str(reflector.query)
             metrics.set("xds_loader_source_synced", float(reflector.synced), (query,))
@@ -6430,7 +6443,6 @@ class Loop:
         if self.sources.rendering is not None:
             metrics.replace("xds_loader_clusters", {
                 (mode,): count for mode, count in self.sources.rendering.clusters.items()})
-            metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
 
     def _tell(self) -> None:
         """Put what is known now before whoever asks over HTTP."""
