@@ -77,13 +77,18 @@ class Backend(NamedTuple):
 class Proxy:
     """A pod with Envoy and the loader in it, as its Deployment says."""
 
-    def __init__(self, name: str, ip: str, root: Path, envoy: PodEnvoy | None, text: str) -> None:
+    def __init__(
+        self, name: str, ip: str, root: Path, spec: Object, mounts: list[str]
+    ) -> None:
         self.name, self.ip, self.root = name, ip, root
-        self.bootstrap = text
-        self._envoy = envoy
+        self.spec, self.mounts = spec, mounts
+        self._envoy: PodEnvoy | None = None
         self.loaders: list[Loader] = []
         self.init_seconds = 0.0
         self.started = 0.0
+
+    def take(self, envoy: PodEnvoy) -> None:
+        self._envoy, self.started = envoy, time.monotonic()
 
     @property
     def envoy(self) -> PodEnvoy:
@@ -289,7 +294,7 @@ class Cluster:
         root = self.root / pod
         table = {mount: f"{root}{mount}" for mount in mounts}
         table |= {"0.0.0.0": self.ip(pod), "127.0.0.1": self.ip(pod)}
-        table["/dev/stdout"] = f"{root}/stdout"
+        table |= {"/dev/stdout": f"{root}/stdout", "https://kubernetes.default": self.api.url}
         pattern = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
         text = re.sub(rf"(?<![\w.])(?:{pattern})(?![\d.])", lambda found: table[found[0]], text)
         return re.sub(
@@ -322,59 +327,75 @@ class Cluster:
     def newest(self, deployment: str) -> str:
         return self._pods.get(deployment, deployment)
 
-    def run(self, deployment: str, start: bool = True) -> Proxy:
-        """Start the pod of a Deployment: init containers, then the others in order."""
-        spec = self.local["Deployment", deployment]["spec"]["template"]["spec"]
-        name = self.newest(deployment)
-        ip, root = self.ip(name), self.root / name
-        containers = [*spec.get("initContainers", []), *spec["containers"]]
-        mounts = self._mount(spec, containers, root)
-        # What the service account and its environment tell a loader in a pod.
-        inside = {
-            "XDS_LOADER_APISERVER": self.api.url,
-            "XDS_LOADER_TOKEN_FILE": str(self.token_file),
-            "XDS_LOADER_OUTPUT_DIR": f"{root}/srv/runtime",
-        }
-        fields = {
-            "metadata.namespace": self.namespace,
-            "metadata.name": f"{name}-0",
-            "spec.nodeName": NODES["a"],
-        }
-        begun = time.monotonic()
-        initial = 0.0
-        for container in spec.get("initContainers", []):
-            args, env = command(container, fields)
-            words = [self._words(word, name, mounts) for word in args]
-            done = run(words, {**env, **inside})
-            initial = time.monotonic() - begun
-            if done.returncode:
-                raise RuntimeError(f"{container['name']}: exit {done.returncode}\n{done.stderr}")
-        envoy, text = None, ""
-        for container in spec["containers"]:
-            if "envoyproxy/envoy" in container["image"]:
-                words = command(container, fields).args
-                path = words[words.index("-c") + 1]
-                more = [w for w in words if w not in ("-c", path, "--disable-hot-restart")]
-                text = self.localize((root / path.lstrip("/")).read_text(), name, mounts)
-                envoy = PodEnvoy(text, root / "envoy", args=more, log_level="warning", start=False)
-                envoy.take(ip, text)
-                if start:
-                    envoy.start()
-        proxy = Proxy(name, ip, root, envoy, text)
-        proxy.started, proxy.init_seconds = time.monotonic(), initial
-        self.proxies[name] = proxy
-        for container in spec["containers"]:
-            if "envoy-xds-configmap-loader" in container["image"] and start:
-                args, env = command(container, fields)
-                words = [self._words(word, name, mounts) for word in args]
-                before = self.api.watches
-                proxy.loaders.append(Loader(words, {**env, **inside}))
-                wait_until(lambda before=before: self.api.watches > before)  # type: ignore[misc]
+    def run(self, deployment: str) -> Proxy:
+        """Start the pod of a Deployment: init containers, Envoy, the loader beside it."""
+        proxy = self.schedule(deployment)
+        self.run_init(proxy)
+        self.start_envoy(proxy)
+        self.start_loaders(proxy)
         return proxy
 
-    def _words(self, word: str, pod: str, mounts: Iterable[str]) -> str:
-        word = self.localize(word, pod, mounts)
-        return re.sub(r"^(--listen=):", rf"\g<1>{self.ip(pod)}:", word)
+    def schedule(self, deployment: str) -> Proxy:
+        """A pod with its volumes, and nothing that runs."""
+        name = self.newest(deployment)
+        spec = self.spec(deployment)
+        root = self.root / name
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        proxy = Proxy(name, self.ip(name), root, spec, self._mount(spec, containers, root))
+        self.proxies[name] = proxy
+        return proxy
+
+    def spec(self, deployment: str) -> Object:
+        found: Object = self.local["Deployment", deployment]["spec"]["template"]["spec"]
+        return found
+
+    def _command(self, proxy: Proxy, container: Object) -> tuple[list[str], dict[str, str]]:
+        """A loader's arguments, and the environment that a pod gives it."""
+        fields = {
+            "metadata.namespace": self.namespace,
+            "metadata.name": f"{proxy.name}-0",
+            "spec.nodeName": NODES["a"],
+        }
+        args, env = command(container, fields)
+        words = [self.localize(word, proxy.name, proxy.mounts) for word in args]
+        words = [re.sub(r"^(--listen=):", rf"\g<1>{proxy.ip}:", word) for word in words]
+        env |= {
+            "XDS_LOADER_APISERVER": self.api.url,
+            "XDS_LOADER_TOKEN_FILE": str(self.token_file),
+            "XDS_LOADER_OUTPUT_DIR": str(proxy.output_dir),
+        }
+        return words, env
+
+    def run_init(self, proxy: Proxy) -> None:
+        for container in proxy.spec.get("initContainers", []):
+            begun = time.monotonic()
+            done = run(*self._command(proxy, container))
+            proxy.init_seconds = time.monotonic() - begun
+            if done.returncode:
+                raise RuntimeError(f"{container['name']}: exit {done.returncode}\n{done.stderr}")
+
+    def start_envoy(self, proxy: Proxy) -> None:
+        for container in proxy.spec["containers"]:
+            if "envoyproxy/envoy" in container["image"]:
+                words = container["args"]
+                path = words[words.index("-c") + 1]
+                more = [w for w in words if w not in ("-c", path, "--disable-hot-restart")]
+                place = proxy.root / path.lstrip("/")
+                text = self.localize(place.read_text(), proxy.name, proxy.mounts)
+                envoy = PodEnvoy(
+                    text, proxy.root / "envoy", args=more, log_level="warning", start=False
+                )
+                envoy.take(proxy.ip, text)
+                proxy.take(envoy)
+                envoy.start()
+
+    def start_loaders(self, proxy: Proxy) -> None:
+        """Also waits until they watch."""
+        for container in proxy.spec["containers"]:
+            if "envoy-xds-configmap-loader" in container["image"]:
+                before = self.api.watches
+                proxy.loaders.append(Loader(*self._command(proxy, container)))
+                wait_until(lambda before=before: self.api.watches > before)  # type: ignore[misc]
 
     def _mount(self, spec: Object, containers: list[Object], root: Path) -> list[str]:
         """Write the volumes below `root`; the paths where they are mounted."""
