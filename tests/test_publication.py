@@ -6,6 +6,7 @@ Crashes and failing calls are in test_crash.py, concurrent readers in test_reade
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -581,6 +582,29 @@ def test_a_file_in_a_snapshots_place_blocks_nothing(output: loader.Output, out: 
     again = reopened(output)
     publish(again, {"k": "2"})
     assert texts(disk.inspect(out, converged=False)) == {"k": "2"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOMEM])
+def test_a_file_that_cannot_be_read_at_a_start_keeps_its_link(
+    output: loader.Output, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """"Cannot be read now" is not "is not there": Envoy may start at this moment."""
+    publish(output, {"k": "1", "z": "1"})
+    real = open
+
+    def refuse(place: Any, *args: Any, **more: Any) -> Any:
+        if str(place).endswith("/k"):
+            raise OSError(number, os.strerror(number), place)
+        return real(place, *args, **more)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with Inotify(out / "current", mask=EVERYTHING) as seen:
+        again = loader.Output(output.root)
+        with contextlib.suppress(OSError):
+            again.recover()
+        monkeypatch.undo()
+        assert seen.events() == []
+    assert snapshot(out) == {"k": b"1", "z": b"1"}
 
 
 # -- directories

@@ -2,10 +2,10 @@
 
 `arm` patches `os` (and `open`) in this very process: call it in a fork, or run a loader as
 
-    python -I -S tests/support/crash.py PLAN ROOT LOADER ARGUMENTS...
+    python -I -S tests/support/crash.py PLAN ROOT python -I -S LOADER ARGUMENTS...
 
-which reads its plan from the file PLAN again whenever that changes. Only calls on paths below ROOT
-count. A death is SIGKILL: nothing is tidied up.
+which (a prefix to the usual command) reads its plan from the file PLAN again whenever that
+changes. Only calls on paths below ROOT count. A death is SIGKILL: nothing is tidied up.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ class Call(NamedTuple):
         return self.name in CHANGING
 
     def can_fail_with(self, number: int) -> bool:
-        return self.name.removesuffix(" (read)") in ERRORS[number]
+        if self.name == "open (read)":
+            return number in (errno.EIO, errno.EMFILE, errno.EACCES)
+        return self.name in ERRORS[number]
 
 
 class Plan(NamedTuple):
     """What goes wrong: at the `at`-th call (from 0; -1: at none), for `times` calls.
 
-    how: "before" and "after" (death), "halfway" (death after half of a write), "fail" (`number` is
-    the errno). `changing`: only calls that change something are failed.
+    how: "before" and "after" (death), "halfway" (death after half of a write), "short" (half of a
+    write, no error), "fail" (`number` is the errno). `changing`: only calls that change something
+    count.
     """
 
     at: int = -1
@@ -90,7 +93,7 @@ class Faults:
             name = "open (read)" if set(mode) <= set("rbt") else "open"
             return self._do(Call(name, relative), lambda: self._open(place, mode, *args, **more))
 
-        builtins.open = patched_open
+        builtins.open = patched_open  # type: ignore[assignment]
 
     def _patched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def patched(*args: Any, **more: Any) -> Any:
@@ -136,6 +139,8 @@ class Faults:
             if half is not None:
                 half()
             os.kill(os.getpid(), signal.SIGKILL)
+        if hit and plan.how == "short" and half is not None:
+            return half()
         if hit and plan.how == "fail":
             if call.name == "close":
                 real()
@@ -145,9 +150,9 @@ class Faults:
             result = real()
         finally:
             self._inside = False
+            if hit and plan.how == "after":
+                os.kill(os.getpid(), signal.SIGKILL)
         self._note_fd(call, result)
-        if hit and plan.how == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     def _note_fd(self, call: Call, result: Any) -> None:
@@ -180,7 +185,7 @@ def arm(root: str, plan: Plan, seen: Callable[[Call], None] = lambda call: None)
 
 
 def main(argv: list[str]) -> int:
-    plan_file, root, module, *arguments = argv
+    plan_file, root, _, _, _, module, *arguments = argv
     sys.path.insert(0, os.path.dirname(module))
     import loader
 
