@@ -1,0 +1,158 @@
+"""Steady load through Envoys while their configuration changes, and what stands behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from tests.support.envoy import (
+    Config,
+    Envoy,
+    address,
+    bootstrap,
+    dynamic_resources,
+    file_source,
+    free_port,
+    http_listener,
+    rds_routes,
+)
+from tests.support.load import Wrk
+
+
+_given: set[int] = set()
+
+
+def own_port() -> int:
+    """A free port that nobody was given before: two that are not bound yet must differ."""
+    while (port := free_port()) in _given:
+        pass
+    _given.add(port)
+    return port
+
+
+class Upstreams(Envoy):
+    """Servers that answer 200 with their name, all in one Envoy: much faster than Python's."""
+
+    def __init__(self, base_dir: Path, count: int) -> None:
+        self.ports = [own_port() for _ in range(count)]
+        listeners = [self._listener(f"v{i}", port) for i, port in enumerate(self.ports)]
+        super().__init__(bootstrap(listeners=listeners), base_dir, log_level="warning")
+
+    def __enter__(self) -> Upstreams:
+        return self
+
+    def _listener(self, name: str, port: int) -> Config:
+        answer = {"status": 200, "body": {"inline_string": f"{name}\n"}}
+        route = {"match": {"prefix": "/"}, "direct_response": answer}
+        host = {"name": "all", "domains": ["*"], "routes": [route]}
+        return http_listener(port, {"route_config": {"virtual_hosts": [host]}}, name=name)
+
+    def name_of(self, port: int) -> str:
+        return f"v{self.ports.index(port)}"
+
+
+ACCESS_LOG = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog"
+
+
+class Front(NamedTuple):
+    """A bootstrap whose clusters and routes come from files; the port it serves; its admin."""
+
+    port: int
+    admin_url: str
+    config: Config
+    failures: Path  # a line for each answer of 400 and more
+
+    def failed(self) -> str:
+        """Of which kinds the failures are, with their time, for whoever reads about them."""
+        lines = self.failures.read_text().splitlines() if self.failures.exists() else []
+        kinds: dict[str, list[str]] = {}
+        for line in lines:
+            when, _, what = line.partition(" ")
+            kinds.setdefault(what, []).append(when)
+        return "; ".join(f"{what}: {len(at)} ({at[0]}..{at[-1]})" for what, at in kinds.items())
+
+
+def failure_log(path: Path) -> Config:
+    """An access log of status, response flags and cluster of what failed."""
+    line = "%START_TIME(%T.%3f)% %RESPONSE_CODE% %RESPONSE_FLAGS% %UPSTREAM_CLUSTER%\n"
+    status = {"value": {"default_value": 400, "runtime_key": "none"}, "op": "GE"}
+    return {
+        "name": "envoy.access_loggers.file",
+        "filter": {"status_code_filter": {"comparison": status}},
+        "typed_config": {
+            "@type": ACCESS_LOG,
+            "path": str(path),
+            "log_format": {"text_format_source": {"inline_string": line}},
+        },
+    }
+
+
+def front(
+    out: Path,
+    *,
+    cds: str = "cds.yaml",
+    rds: str = "rds.yaml",
+    name: str = "routes",
+    watched: bool = False,
+) -> Front:
+    """`watched`: both subscriptions share the output directory as their watched_directory."""
+    directory = out if watched else None
+    port = own_port()
+    routes = rds_routes(file_source(out / "current" / rds, directory), name)
+    clusters = dynamic_resources(file_source(out / "current" / cds, directory))
+    admin = own_port()
+    failures = out.parent / f"failed-{port}.log"
+    routes["access_log"] = [failure_log(failures)]
+    config = bootstrap(clusters, listeners=[http_listener(port, routes)])
+    config["admin"] = {"address": address(admin)}
+    return Front(port, f"http://127.0.0.1:{admin}", config, failures)
+
+
+class Total(NamedTuple):
+    requests: int
+    failed: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.failed} of {self.requests} requests failed ({self.rate:.0f}/s)"
+
+
+class Load:
+    """wrk against each of these ports; `stop` gives the sum."""
+
+    def __init__(
+        self, ports: Iterable[int], *, connections: int = 4, host: str | None = None
+    ) -> None:
+        self._stack = contextlib.ExitStack()
+        self._began = time.monotonic()
+        self._each: Sequence[Wrk] = [
+            self._stack.enter_context(
+                Wrk(f"http://127.0.0.1:{port}/", connections=connections, host=host)
+            )
+            for port in ports
+        ]
+
+    def stop(self) -> Total:
+        reports = [wrk.stop() for wrk in self._each]
+        seconds = max((report.seconds for report in reports), default=0.0)
+        requests = sum(report.requests for report in reports)
+        return Total(requests, sum(report.failed for report in reports), seconds)
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
