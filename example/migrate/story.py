@@ -66,7 +66,8 @@ def main() -> int:
         story.title("And from then on")
         sent = story.kubectl("kubectl apply -f weights-0-100.yaml")
         seen = poller.wait_body("eerie-octopus", 5, after=sent).time - sent
-        story.claim("a change", seen < 1, f"{milliseconds(seen)} from the PATCH to the first answer")
+        value = f"{milliseconds(seen)} from the PATCH to the first answer"
+        story.claim("a change", seen < 1, value)
         story.watch(lambda: [f"  {shares(poller)}"])
 
         story.title("Tidy up: a new pod, without what is no longer needed")

@@ -16,6 +16,7 @@ import re
 import shlex
 import ssl
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,10 +142,13 @@ class Cluster:
         self.api = ApiServer(tokens=[TOKEN], rules=[Rule(WRITES, everything)])
         self.client = Client(self.api.url, TOKEN)
         self.names: dict[str, str] = {}  # more DNS names, to addresses
+        self.replacements: dict[str, str] = {}  # more text of bootstraps and ConfigMaps
+        self.has_dns = False  # names of Services stay as they are
         self.local: dict[tuple[str, str], Object] = {}  # what the API server does not keep
         self._pods: dict[str, str] = {}  # of a Deployment, the pod that runs its newest version
         self.proxies: dict[str, Proxy] = {}
         self.backends: dict[str, Backend] = {}
+        self._counts: Counter[str] = Counter()  # pods that a Service ever had
         self.api.node("node-a", {"topology.kubernetes.io/zone": "a"})
         self.api.node("node-b", {"topology.kubernetes.io/zone": "b"})
         root.mkdir(parents=True, exist_ok=True)
@@ -295,9 +299,10 @@ class Cluster:
         table = {mount: f"{root}{mount}" for mount in mounts}
         table |= {"0.0.0.0": self.ip(pod), "127.0.0.1": self.ip(pod)}
         table |= {"/dev/stdout": f"{root}/stdout", "https://kubernetes.default": self.api.url}
+        table |= self.replacements
         pattern = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
         text = re.sub(rf"(?<![\w.])(?:{pattern})(?![\d.])", lambda found: table[found[0]], text)
-        return re.sub(
+        return text if self.has_dns else re.sub(
             r"(address: \"?)([\w-]+)\.([\w-]+)\.svc\.[\w.]+\b",
             lambda found: found[1] + self.service_ip(found[0].removeprefix(found[1])),
             text,
@@ -432,8 +437,8 @@ class Cluster:
     ) -> Backend:
         """A pod of a Service starts, is ready, and gets into its EndpointSlice."""
         namespace = namespace or self.namespace
-        mine = sum(one.service == service for one in self.backends.values())
-        pod = f"{service}-{mine}"
+        pod = f"{service}-{self._counts[service]}"
+        self._counts[service] += 1
         found = self.api.get("Service", namespace, service)
         assert found is not None, f"no Service {service}"
         ip = self.ip(pod)

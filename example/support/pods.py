@@ -43,12 +43,6 @@ def named(name: str, delay: float = 0.0) -> Handler:
     return answer
 
 
-async def hang(request: Request) -> Response:
-    """Takes the request and never answers."""
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
 class Server(NamedTuple):
     """A listening server; its handler may be replaced while it runs."""
 
@@ -86,7 +80,7 @@ class Servers:
                 while (request := await read_request(reader)) is not None:
                     requests[0] += 1
                     await write_response(writer, await chosen[0](request))
-            except (OSError, asyncio.IncompleteReadError):
+            except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 pass
             finally:
                 writers.discard(writer)
