@@ -22,7 +22,6 @@ from tests.support.envoy import (
 )
 from tests.support.load import Wrk
 
-
 _given: set[int] = set()
 
 
