@@ -571,19 +571,19 @@ def test_a_cluster_never_flips() -> None:
 def test_a_restart_keeps_what_the_files_say(fmt: str) -> None:
     raw = many(4)
     config = {"cluster": {"name": 'x:{service} "{port}"'}}
-    before = render(*raw, endpoints="auto", budget=2, fmt=fmt, config=config)
-    found = render(
-        *(service("a/a"), *raw[1:]),
-        endpoints="auto",
-        budget=2,
-        fmt=fmt,
-        config=config,
-        on_eds=loader.eds_clusters(before.files),
-        on_inline=loader.inline_clusters(before.files),
-    )
-    assert loader.eds_clusters(before.files) == {'x:s000 "http"', 'x:s001 "http"'}
-    assert loader.inline_clusters(before.files) == {'x:s002 "http"', 'x:s003 "http"'}
-    assert on_eds(found) == ['x:a "http"', 'x:s001 "http"']
+    before = render(*raw, endpoints="auto", budget=2, fmt=fmt, config=config).files
+    assert loader.eds_clusters(before) == {'x:s000 "http"', 'x:s001 "http"'}
+    assert loader.inline_clusters(before) == {'x:s002 "http"', 'x:s003 "http"'}
+
+    def restarted(*new: Object) -> list[str]:
+        kept: dict[str, Any] = {
+            "on_eds": loader.eds_clusters(before),
+            "on_inline": loader.inline_clusters(before),
+        }
+        return on_eds(render(*new, endpoints="auto", budget=2, fmt=fmt, config=config, **kept))
+
+    assert restarted(*raw[1:]) == ['x:s001 "http"']
+    assert restarted(service("a/a"), *raw[1:]) == ['x:a "http"', 'x:s001 "http"']
 
 
 def test_a_restart_in_another_mode_starts_afresh() -> None:
@@ -1485,6 +1485,16 @@ def test_a_change_renders_what_changed_and_no_more() -> None:
     assert changed(services={("demo", "s3"): renamed}) == {
         *("cds.yaml", "rds.yaml", "eds/demo_s3_http.yaml", "eds/demo_s3_web.yaml")
     }
+
+
+def test_a_slice_may_change_hands() -> None:
+    raw = [service("demo/a"), service("demo/b")]
+    one = endpoint_slice("demo/a", endpoint("10.0.0.1"), name="x")
+    two = endpoint_slice("demo/b", endpoint("10.0.0.1"), name="x")
+    translate = translator()
+    for given, owners in (([one], "a"), ([two], "b"), ([one], "a"), ([], "")):
+        found = translate.render(objects_of(*raw, *given))
+        assert [name for name in "ab" if shown(found, f"demo/{name}/http")] == list(owners)
 
 
 def test_a_node_that_changes_moves_its_endpoints() -> None:
