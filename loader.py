@@ -982,7 +982,7 @@ def requirements(selector: str) -> list[tuple[str, str, frozenset[str]]]:
     found = []
     rest = selector.strip()
     while rest:
-        match = REQUIREMENT.match(rest)
+        match = re.match(REQUIREMENT, rest)
         if not match:
             raise UsageError(f"{selector!r} is no label selector")
         absent, label, operator, value, words, values = match.groups()
@@ -997,7 +997,7 @@ def requirements(selector: str) -> list[tuple[str, str, frozenset[str]]]:
     return found
 
 
-REQUIREMENT = re.compile(
+REQUIREMENT = (
     r"\s*(!)?\s*([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
     r"(?:\s*(==|=|!=)\s*([-._A-Za-z0-9]*)|\s+(in|notin)\s*\(([^()]*)\))?\s*(?:,(?=.)|$)"
 )
@@ -1036,8 +1036,8 @@ TOPOLOGY_ZONE = "topology.kubernetes.io/zone"
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 
-DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-DNS_NAME = re.compile(
+DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+DNS_NAME = (
     r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*"
     r"[A-Za-z0-9_])?)*"
 )
@@ -1157,7 +1157,7 @@ def port_number(parent: Json, key: str) -> int:
 def label_of(parent: Json, key: str) -> str:
     """A DNS label: namespaces and the like become file names, so nothing else may pass."""
     label = text_of(parent, key)
-    if not DNS_LABEL.fullmatch(label):
+    if not re.fullmatch(DNS_LABEL, label):
         raise ValueError(f"{key}: not a DNS label: {label!a}")
     return label
 
@@ -1174,7 +1174,7 @@ def service_from(obj: Json) -> Service:
     external = None
     if text_of(spec, "type") == "ExternalName":
         external = text_of(spec, "externalName").removesuffix(".")
-        if not DNS_NAME.fullmatch(external):
+        if not re.fullmatch(DNS_NAME, external):
             raise ValueError(f"externalName: not a DNS name: {external!a}")
     annotations = pairs_of(metadata, "annotations")
     return Service(
@@ -1194,7 +1194,7 @@ def service_port_from(port: dict[str, Json]) -> ServicePort:
     number, name = port_number(port, "port"), text_of(port, "name")
     if not number:
         raise ValueError("port: a Service port needs a number")
-    if name and not DNS_LABEL.fullmatch(name):
+    if name and not re.fullmatch(DNS_LABEL, name):
         raise ValueError(f"name: not a port name: {name!a}")
     target = port.get("targetPort")
     if type(target) is not str:
@@ -1596,7 +1596,7 @@ def config_text(value: Json, path: str, what: str = "a string") -> str:
 
 def config_dns_name(value: Json, path: str) -> str:
     text = config_text(value, path, "a DNS name")
-    if not DNS_NAME.fullmatch(text):
+    if not re.fullmatch(DNS_NAME, text):
         raise config_error(path, f"not a DNS name: {text}")
     return text
 
@@ -2118,9 +2118,9 @@ def endpoint_warnings(
 
 # `*` alone, at the start or at the end is all that Envoy takes in a domain.
 HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
-ROUTE_HOST = re.compile(rf"\*|(?:\*[.-]?)?{HOST_NAME}|{HOST_NAME}[.-]?\*")
-ROUTE_PREFIX = re.compile(r"/[!-~]*")
-GRPC_SERVICE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+ROUTE_HOST = rf"\*|(?:\*[.-]?)?{HOST_NAME}|{HOST_NAME}[.-]?\*"
+ROUTE_PREFIX = r"/[!-~]*"
+GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 MAX_WEIGHT = 2**32 - 1  # Envoy refuses a file whose weights sum up to more
 
 
@@ -2185,7 +2185,7 @@ def comma_separated(text: str) -> list[str]:
 def route_hosts(text: str, where: str, warnings: list[str]) -> tuple[str, ...]:
     hosts = []
     for host in comma_separated(text.lower()):
-        if len(host) <= 253 and ROUTE_HOST.fullmatch(host):
+        if len(host) <= 253 and re.fullmatch(ROUTE_HOST, host):
             hosts.append(host)
         else:
             warnings.append(
@@ -2199,10 +2199,10 @@ def route_prefixes(asked: Mapping[str, str], prefix: str) -> tuple[str, ...]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
     services = comma_separated(asked.get("grpc", ""))
     for service in services:
-        if not GRPC_SERVICE.fullmatch(service):
+        if not re.fullmatch(GRPC_SERVICE, service):
             raise ValueError(f"{prefix}grpc: not the name of a gRPC service: {service!a}")
     path = asked.get("prefix", "") or ("" if services else "/")
-    if path and (not ROUTE_PREFIX.fullmatch(path) or "?" in path or "#" in path):
+    if path and (not re.fullmatch(ROUTE_PREFIX, path) or "?" in path or "#" in path):
         raise ValueError(f"{prefix}prefix: not the beginning of a path: {path!a}")
     return tuple(sorted({f"/{service}/" for service in services} | ({path} if path else set())))
 
@@ -2299,13 +2299,12 @@ def split_routes(
 
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
 # addresses, durations. Everything else is quoted.
-PLAIN_SCALAR = re.compile(
-    r"(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
-    r"[a-z_/][a-z0-9_./-]*\Z|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+\Z|[0-9]+s\Z",
-    re.IGNORECASE | re.ASCII,
+PLAIN_SCALAR = (
+    r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
+    r"[a-z_/][a-z0-9_./-]*\Z|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+\Z|[0-9]+s\Z"
 )
 # What JSON's quoting leaves as it is, and YAML takes for a line break or refuses.
-UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 
 
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -2324,10 +2323,10 @@ class ResourceBlock(NamedTuple):
 @functools.lru_cache(maxsize=4096)  # keys and names come again and again
 def yaml_text(text: str) -> str:
     """A string, in the one way that cannot be misread."""
-    if PLAIN_SCALAR.match(text):
+    if re.match(PLAIN_SCALAR, text):
         return text
     quoted = json.dumps(text, ensure_ascii=False)
-    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
+    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
 def yaml_scalar(value: Json) -> str:
@@ -2451,7 +2450,10 @@ class Rendered(NamedTuple):
 
 
 # Each plan, with those of its clusters that really exist.
-KeptClusters = Sequence[tuple[ServicePlan, tuple[PlannedCluster, ...]]]
+KeptClusters = Mapping[ObjectKey, tuple[ServicePlan, tuple[PlannedCluster, ...]]]
+
+
+NOT_RENDERED = Rendered((), (), (), ())
 
 
 class Rendering(NamedTuple):
@@ -2497,6 +2499,39 @@ def rendered_clusters(files: Files, kind: bytes) -> set[str]:
     return found
 
 
+class SliceIndex:
+    """The slices of each Service; with thousands of them only what changed is looked at."""
+
+    def __init__(self) -> None:
+        self._seen: dict[ObjectKey, EndpointSlice] = {}
+        self._of: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
+
+    def update(self, slices: Mapping[ObjectKey, EndpointSlice]) -> Iterator[ObjectKey]:
+        """Take all slices; yield the Services of those that came, went or changed."""
+        for key in self._seen.keys() - slices.keys():
+            yield self._forget(key)
+        for key, found in slices.items():
+            old = self._seen.get(key)
+            if old is found or old == found:
+                continue
+            if old:
+                yield self._forget(key)
+            service = (found.namespace, found.service)
+            self._of.setdefault(service, {})[key] = self._seen[key] = found
+            yield service
+
+    def _forget(self, key: ObjectKey) -> ObjectKey:
+        found = self._seen.pop(key)
+        service = (found.namespace, found.service)
+        del self._of[service][key]
+        if not self._of[service]:
+            del self._of[service]
+        return service
+
+    def of(self, service: ObjectKey) -> tuple[EndpointSlice, ...]:
+        return tuple(self._of.get(service, {}).values())
+
+
 class Translator:
     """Renders Services again and again; a change in one of them renders that one.
 
@@ -2529,9 +2564,12 @@ class Translator:
         self._modes = initial_modes(sorted(on_eds)[: self._budget], on_inline)
         self._services: Mapping[ObjectKey, Service] | None = None
         self._plans: dict[ObjectKey, ServicePlan] = {}
-        self._kept: KeptClusters = ()
+        self._kept: KeptClusters = {}
         self._plan_warnings: tuple[str, ...] = ()
         self._routes = b""
+        self._slices = SliceIndex()
+        self._legacy: Mapping[ObjectKey, tuple[EndpointSlice, ...]] = {}
+        self._touched: set[ObjectKey] = set()  # Services to be looked at again
         self._rendered: dict[ObjectKey, Rendered] = {}
         self._hosts: dict[str, HostBlock] = {}
         self._files: dict[str, File] = {}
@@ -2543,7 +2581,13 @@ class Translator:
         self._see_nodes(objects.nodes, warnings)
         if objects.services != self._services:
             self._plan(objects.services, other_files)
-        self._rendered = self._rendered_services(objects)
+        self._touched.update(self._slices.update(objects.slices))
+        if objects.endpoints != self._legacy:
+            self._legacy = dict(objects.endpoints)
+            self._touched.update(self._kept)
+        for key in self._touched & self._kept.keys():
+            self._rendered[key] = self._service(key)
+        self._touched = set()
         clusters = [cluster for one in self._rendered.values() for cluster in one.clusters]
         files = {cluster.path: cluster.file for cluster in clusters if cluster.file}
         blocks = [cluster.block for cluster in clusters]
@@ -2552,8 +2596,7 @@ class Translator:
         files[rds] = self._file(rds, self._routes)
         self._files = files
         warnings += self._plan_warnings
-        for one in self._rendered.values():
-            warnings += one.warnings
+        warnings += [warning for one in self._rendered.values() for warning in one.warnings]
         modes = [cluster.mode for cluster in clusters]
         counts = {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)}
         inlined = [cluster.name for cluster in clusters if cluster.mode == INLINE]
@@ -2575,17 +2618,12 @@ class Translator:
         if zone == old.zone and nodes == old.nodes:
             return
         changed = {name for name in {*nodes, *old.nodes} if nodes.get(name) != old.nodes.get(name)}
-        self._rendered = (
-            {}
-            if zone != old.zone
-            else {
-                key: one
-                for key, one in self._rendered.items()
-                if not any(
-                    endpoint.node in changed for found in one.slices for endpoint in found.endpoints
-                )
-            }
-        )
+        for key, one in self._rendered.items():
+            if zone != old.zone or any(
+                endpoint.node in changed for found in one.slices for endpoint in found.endpoints
+            ):
+                self._rendered[key] = one._replace(inputs=())
+                self._touched.add(key)
         self._placement = Placement(self._config, zone, dict(nodes))
 
     def _plan(self, services: Mapping[ObjectKey, Service], other_files: int) -> None:
@@ -2597,18 +2635,25 @@ class Translator:
                 plan = self._planner.plan(services[key])
             plans[key] = plan
         warnings = [warning for plan in plans.values() for warning in plan.warnings]
-        kept = unique_clusters(plans.values(), warnings)
+        kept = unique_clusters(plans, warnings)
         self._modes = self._decided(kept, other_files)
         self._routes = self._route_configuration(kept, warnings)
         self._services, self._plans, self._kept = dict(services), plans, kept
         self._plan_warnings = tuple(warnings)
+        self._rendered = {key: self._rendered.get(key, NOT_RENDERED) for key in kept}
+        self._touched.update(kept)
 
     def _decided(self, kept: KeptClusters, other_files: int) -> dict[str, str]:
         """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
 
         A cluster that flips would be a new one to Envoy, with new connections and health.
         """
-        names = [cluster.name for _, clusters in kept for cluster in clusters if not cluster.host]
+        names = [
+            cluster.name
+            for _, clusters in kept.values()
+            for cluster in clusters
+            if not cluster.host
+        ]
         if self._endpoints != AUTO:
             return dict.fromkeys(names, self._endpoints)
         modes = {name: self._modes[name] for name in names if name in self._modes}
@@ -2621,32 +2666,15 @@ class Translator:
                 free -= 1
         return modes
 
-    def _rendered_services(self, objects: Objects) -> dict[ObjectKey, Rendered]:
-        """Each Service as rendered; anew only where something that it is made of changed."""
-        slices: dict[ObjectKey, list[EndpointSlice]] = {}
-        for found in objects.slices.values():
-            slices.setdefault((found.namespace, found.service), []).append(found)
-        rendered = {}
-        for plan, clusters in self._kept:
-            key = (plan.service.namespace, plan.service.name)
-            used = tuple(slices.get(key) or objects.endpoints.get(key, ()))
-            modes = tuple([self._modes.get(cluster.name, DNS) for cluster in clusters])
-            inputs = (plan, clusters, modes, used)
-            one = self._rendered.get(key)
-            if one is None or one.inputs != inputs:
-                one = self._service(plan.service, clusters, modes, used)
-                one = one._replace(inputs=inputs)
-            rendered[key] = one
-        return rendered
-
-    def _service(
-        self,
-        service: Service,
-        clusters: Sequence[PlannedCluster],
-        modes: Sequence[str],
-        slices: tuple[EndpointSlice, ...],
-    ) -> Rendered:
-        placer = self._placement.places(slices)
+    def _service(self, key: ObjectKey) -> Rendered:
+        """A Service as rendered; anew only if something that it is made of changed."""
+        plan, clusters = self._kept[key]
+        slices = self._slices.of(key) or self._legacy.get(key, ())
+        modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
+        inputs = (plan, clusters, modes, slices)
+        if self._rendered[key].inputs == inputs:
+            return self._rendered[key]
+        service, placer = plan.service, self._placement.places(slices)
         by_slices = [cluster for cluster in clusters if not cluster.host]
         warnings = list(endpoint_warnings(service, by_slices, slices, self._config.families))
         rendered = []
@@ -2661,7 +2689,7 @@ class Translator:
             else:
                 assignment = assignment_of(cluster, slices, placer)
             rendered.append(self._cluster(service, cluster, mode, assignment))
-        return Rendered((), tuple(rendered), tuple(warnings), slices)
+        return Rendered(inputs, tuple(rendered), tuple(warnings), slices)
 
     def _cluster(
         self, service: Service, cluster: PlannedCluster, mode: str, assignment: dict[str, Json]
@@ -2688,7 +2716,7 @@ class Translator:
     def _route_configuration(self, kept: KeptClusters, warnings: list[str]) -> bytes:
         """The RouteConfiguration; the virtual hosts of a host are made anew if its routes are."""
         routes: dict[str, list[ServiceRoute]] = {}
-        for plan, clusters in kept:
+        for plan, clusters in kept.values():
             route = plan.route
             if route and clusters is not plan.clusters:
                 route = route_to(route, clusters)
@@ -2730,11 +2758,11 @@ def initial_modes(on_eds: Iterable[str], on_inline: Iterable[str]) -> dict[str, 
     return dict.fromkeys(on_inline, INLINE) | modes if modes else {}
 
 
-def unique_clusters(plans: Iterable[ServicePlan], warnings: list[str]) -> KeptClusters:
+def unique_clusters(plans: Mapping[ObjectKey, ServicePlan], warnings: list[str]) -> KeptClusters:
     """Of two clusters of one name the first exists; Envoy would take the last, without a word."""
     taken: dict[str, Service] = {}
-    kept = []
-    for plan in plans:
+    kept = {}
+    for key, plan in plans.items():
         clusters = []
         for cluster in plan.clusters:
             if cluster.name in taken:
@@ -2745,9 +2773,8 @@ def unique_clusters(plans: Iterable[ServicePlan], warnings: list[str]) -> KeptCl
                 continue
             taken[cluster.name] = plan.service
             clusters.append(cluster)
-        kept.append(
-            (plan, plan.clusters if len(clusters) == len(plan.clusters) else tuple(clusters))
-        )
+        whole = len(clusters) == len(plan.clusters)
+        kept[key] = (plan, plan.clusters if whole else tuple(clusters))
     return kept
 
 
@@ -2771,7 +2798,7 @@ def route_to(route: ServiceRoute, clusters: Sequence[PlannedCluster]) -> Service
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 SECRET_MODE = 0o600
 EXPIRY_NEAR = 7 * 86400.0  # seconds; cert-manager renews a 90-day certificate 30 days before
-OBJECT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")  # a Kubernetes DNS subdomain
+OBJECT_NAME = r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?"  # a Kubernetes DNS subdomain
 # OpenSSL's words for a key of another certificate: of the same type; of another one.
 KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
@@ -2802,7 +2829,7 @@ def secret_from(obj: Mapping[str, Any]) -> Secret:
         value if isinstance(value := obj.get(field), dict) else {} for field in ("metadata", "data")
     )
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
-    if not (OBJECT_NAME.fullmatch(namespace) and OBJECT_NAME.fullmatch(name)):
+    if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
     cert, key, ca = (
         decode_key(held.get(entry), f"secret {namespace}/{name}: {entry}")
@@ -3155,12 +3182,12 @@ def key_problem(name: str) -> str:
     The API server checks keys, but --from-file does not come from there, and nothing may ever
     leave the output directory. Names that begin with `..` are the loader's own.
     """
-    if not KEY.fullmatch(name):
+    if not re.fullmatch(KEY, name):
         return "is no file name"
     return "begins with '..'" if name.startswith("..") or name == "." else ""
 
 
-KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
+KEY = r"[-._a-zA-Z0-9]{1,253}"
 
 
 class Named(NamedTuple):
@@ -3240,7 +3267,7 @@ KINDS = {
     b"envoy.service.runtime.v3.Runtime": "rtds",
     b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
 }
-TYPE_NAME = re.compile(rb"[A-Za-z0-9_.]+")
+TYPE_NAME = rb"[A-Za-z0-9_.]+"
 # Kinds that name clusters; the number is their place in one snapshot, children first.
 REFERRERS = {"ecds": 2, "vhds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}
 NOTIFY_RANK = {"cds": 1, **REFERRERS}
@@ -3296,7 +3323,7 @@ def kind_of(content: bytes) -> str:
     at = content.find(TYPE_URL)
     while at >= 0:
         at += len(TYPE_URL)
-        name = TYPE_NAME.match(content, at)
+        name = re.compile(TYPE_NAME).match(content, at)
         if name is not None and name.group() in KINDS:
             return KINDS[name.group()]
         at = content.find(TYPE_URL, at)
@@ -3319,6 +3346,7 @@ def kind_at(path: str, *snapshots: Files) -> str:
 # ---- What is in a file, without a YAML parser
 
 
+@functools.lru_cache(maxsize=4)
 def document_of(content: bytes) -> Document | None:
     """The parts of a DiscoveryResponse, or None where they cannot be told from its text.
 
@@ -3358,13 +3386,13 @@ def json_item(resource: dict[str, Any]) -> Item:
     return Item(name, first("alt_stat_name", "altStatName"), text)
 
 
-YAML_FIELD = re.compile(
+YAML_FIELD = (
     r"""(?:"(?P<double>[^"\\]*)"|'(?P<single>[^']*)'|(?P<plain>[^\s:#'"&*!|>%@`{}\[\],][^\s:#]*))"""
     r"""[ ]*:(?:[ ]+(?P<value>.*))?$"""
 )
-YAML_DOUBLE = re.compile(r"""("(?:[^"\\]|\\.)*")\s*(?:#.*)?$""")
-YAML_SINGLE = re.compile(r"""'((?:[^']|'')*)'\s*(?:#.*)?$""")
-YAML_PLAIN = re.compile(r"""([^\s"'#&*!|>%@`{}\[\],](?:[^#]|(?<=\S)#)*?)\s*(?:(?<=\s)#.*)?$""")
+YAML_DOUBLE = r"""("(?:[^"\\]|\\.)*")\s*(?:#.*)?$"""
+YAML_SINGLE = r"""'((?:[^']|'')*)'\s*(?:#.*)?$"""
+YAML_PLAIN = r"""([^\s"'#&*!|>%@`{}\[\],](?:[^#]|(?<=\S)#)*?)\s*(?:(?<=\s)#.*)?$"""
 
 
 def yaml_document(text: str) -> Document | None:
@@ -3444,7 +3472,7 @@ def yaml_item(text: str, dash: str) -> Item | None:
 
 def yaml_field(line: str) -> tuple[str, str | None] | None:
     """`key: value` as (key, value); None for the value if it is no scalar on this line."""
-    found = YAML_FIELD.match(line)
+    found = re.match(YAML_FIELD, line)
     if found is None:
         return None
     key = found["double"] or found["single"] or found["plain"] or ""
@@ -3453,14 +3481,14 @@ def yaml_field(line: str) -> tuple[str, str | None] | None:
         return key, ""
     if value == "[]":
         return key, value
-    if double := YAML_DOUBLE.match(value):
+    if double := re.match(YAML_DOUBLE, value):
         try:
             return key, str(json.loads(double[1]))
         except ValueError:  # an escape that only YAML knows
             return key, None
-    if single := YAML_SINGLE.match(value):
+    if single := re.match(YAML_SINGLE, value):
         return key, single[1].replace("''", "'")
-    plain = YAML_PLAIN.match(value)
+    plain = re.match(YAML_PLAIN, value)
     return key, plain[1] if plain else None
 
 
@@ -3472,12 +3500,12 @@ def clusters_in(file: File) -> frozenset[str] | None:
     return frozenset(item.name for item in document.items)
 
 
-TOKEN = re.compile(rb"[^\s\"'{}\[\],]+")
+TOKEN = rb"[^\s\"'{}\[\],]+"
 
 
 def tokens_in(content: bytes) -> frozenset[str]:
     """Every word of a text that could be a name, with JSON's escapes undone where there are any."""
-    words = {word.strip(b":") for word in TOKEN.findall(content)}
+    words = {word.strip(b":") for word in re.findall(TOKEN, content)}
     if b"\\" in content:
         strings = re.findall(rb'"(?:[^"\\]|\\.)*\\.(?:[^"\\]|\\.)*"', content)
         words.update(unescaped(each) for each in strings)
@@ -3505,7 +3533,7 @@ def references(content: bytes, names: Iterable[str]) -> bool:
 
 def is_word(name: str) -> bool:
     """Whether a name is found as one token; one with a space or a quote is not."""
-    return name == name.strip(":") and TOKEN.fullmatch(name.encode()) is not None
+    return name == name.strip(":") and re.fullmatch(TOKEN, name.encode()) is not None
 
 
 def names_file(content: bytes, path: str) -> bool:
@@ -3699,8 +3727,9 @@ def independent(published: Files, pinned: Files, newer: Files, before: Files) ->
 
     before: what stood before the step that waits; its clusters are known to serve. Taken from
     `newer` are changed files that depend on nothing pending: endpoints and secrets, and routes
-    and listeners that name only clusters which stand now and will stay. `carry` takes them along
-    into the pinned target.
+    and listeners that name only clusters which stood, and stand, as they will: one that gets its
+    first endpoints just now may serve a moment later than the route comes. `carry` takes them
+    along into the pinned target.
     """
     kinds = {
         path: kind_at(path, newer, published)
@@ -3709,8 +3738,10 @@ def independent(published: Files, pinned: Files, newer: Files, before: Files) ->
     }
     pending: frozenset[str] = frozenset()
     if any(kind in REFERRERS for kind in kinds.values()):
-        ends = [possible_clusters(files) for files in (before, published, pinned)]
-        pending = possible_clusters(newer).union(*ends) - ends[0].intersection(*ends)
+        ends = (before, published, pinned, newer)
+        names = [possible_clusters(files) for files in ends]
+        pending = names[0].union(*names) - names[0].intersection(*names)
+        pending |= changing(ends) | populated(before, published) | populated(published, newer)
     fresh = newer.keys() - published.keys()
     now = dict(published)
     for path, kind in kinds.items():
@@ -3721,6 +3752,32 @@ def independent(published: Files, pinned: Files, newer: Files, before: Files) ->
         if kind != "cds" and not waits:
             now[path] = newer[path]
     return now
+
+
+def changing(ends: Iterable[Files]) -> frozenset[str]:
+    """The clusters that are not the same in all of these, as far as the texts tell."""
+    texts: dict[str, set[str]] = {}
+    for files in ends:
+        for path, file in files.items():
+            if kind_at(path, files) == "cds" and (document := document_of(file.content)):
+                for item in document.items:
+                    texts.setdefault(item.name, set()).add(item.text)
+    return frozenset(name for name, variants in texts.items() if len(variants) > 1)
+
+
+def populated(before: Files, after: Files) -> frozenset[str]:
+    """The clusters whose EDS file gets its first endpoints in `after`.
+
+    EDS and RDS have an inotify instance each: Envoy may read a route that comes 2 ms after the
+    first endpoints of its cluster before these, and answer 503 (measured).
+    """
+    names = set()
+    for path, file in after.items():
+        if not standing(before, path, file) and kind_of(file.content) == "eds":
+            old = before.get(path)
+            if b"address" in file.content and (old is None or b"address" not in old.content):
+                names |= resource_names(path, after, "eds")
+    return frozenset(names)
 
 
 def carry(pinned: Files, published: Files, now: Files) -> dict[str, File]:
@@ -3883,7 +3940,7 @@ def settle(
 # next start (or the next publication of a loader that lives) notifies again what differs.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
-SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]+)?")
+SNAPSHOT = r"\.\.[0-9a-f]{16}(\.[0-9]+)?"
 
 
 class Print(NamedTuple):
@@ -3963,7 +4020,7 @@ class Output:
         """What is published, read without a lock and without touching anything."""
         name = read_link(self._path(SWITCH))
         self._sources = self._read_sources()
-        if name and SNAPSHOT.fullmatch(name) and is_directory(self._path(name)):
+        if name and re.fullmatch(SNAPSHOT, name) and is_directory(self._path(name)):
             return self._load(name)[0]
         current = self._path(CURRENT)
         return self._load(CURRENT)[0] if os.path.isdir(current) else {}
@@ -4175,7 +4232,7 @@ class Output:
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
         name = read_link(self._path(SWITCH)) or ""
-        return name if SNAPSHOT.fullmatch(name) and is_directory(self._path(name)) else ""
+        return name if re.fullmatch(SNAPSHOT, name) and is_directory(self._path(name)) else ""
 
     def _load(self, name: str) -> tuple[dict[str, File], dict[str, Print]]:
         files, prints = {}, {}
@@ -4212,7 +4269,7 @@ class Output:
 
     def _differing(self, marked: str) -> list[str]:
         """What differs between the snapshot before and the one that is switched to."""
-        known = SNAPSHOT.fullmatch(marked) and is_directory(self._path(marked))
+        known = re.fullmatch(SNAPSHOT, marked) and is_directory(self._path(marked))
         before = self._load(marked)[0] if known else {}
         return [
             path
@@ -4221,7 +4278,7 @@ class Output:
         ]
 
     def _snapshots(self) -> list[str]:
-        return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
+        return [entry for entry in os.listdir(self.root) if re.fullmatch(SNAPSHOT, entry)]
 
     def _prune_leftovers(self, marked: str | None) -> None:
         """At a start: half-written directories go, and all but the newest other snapshot."""
@@ -4241,7 +4298,7 @@ class Output:
 
     def file_in(self, snapshot: str, path: str) -> File | None:
         """A file as a snapshot that stands has it."""
-        found = read_file(self._path(snapshot, path)) if SNAPSHOT.fullmatch(snapshot) else None
+        found = read_file(self._path(snapshot, path)) if re.fullmatch(SNAPSHOT, snapshot) else None
         return file_of(found[0], self._sources.get(path, "disk"), found[1]) if found else None
 
     def switched_at(self) -> float:
@@ -4528,17 +4585,17 @@ def subject_of(path: str, files: Files) -> Subject:
     content, kind = files[path].content, kind_at(path, files)
     template = STAT_SCOPES.get(kind, "")
     if "{name}" in template:
-        names = sorted(resource_names(path, files, kind))
+        names = sorted(map(stat_name, resource_names(path, files, kind)))
         template = template.replace("{name}", f"(?:{'|'.join(map(re.escape, names))})")
         template = template if names else ""
     return Subject(kind, template, version_info(content))
 
 
-FIRST_NAME = re.compile(rb"[\"']?(?:cluster_?)?[nN]ame[\"']?\s*:\s*[\"']?([^\s\"',}]+)")
+FIRST_NAME = rb"[\"']?(?:cluster_?)?[nN]ame[\"']?\s*:\s*[\"']?([^\s\"',}]+)"
 
 
 def resource_names(path: str, files: Files, kind: str) -> set[str]:
-    """The names under which Envoy counts a file of one resource.
+    """The names under which routes and statistics know the resource of a file.
 
     For EDS that is the cluster's, which differs from the assignment's if the cluster has a
     `service_name` or an `alt_stat_name`: then the cluster that names the file tells.
@@ -4546,7 +4603,7 @@ def resource_names(path: str, files: Files, kind: str) -> set[str]:
     content = files[path].content
     document = document_of(content)
     names = {item.name for item in document.items[:1]} if document else set()
-    if not names and (found := FIRST_NAME.search(content)):
+    if not names and (found := re.search(FIRST_NAME, content)):
         names = {found[1].decode("utf-8", "replace")}
     for parent, file in files.items() if kind == "eds" else ():
         if kind_at(parent, files) == "cds" and re.search(
@@ -4555,8 +4612,8 @@ def resource_names(path: str, files: Files, kind: str) -> set[str]:
             clusters = document_of(file.content)
             for item in clusters.items if clusters else ():
                 if names_file(item.text.encode(), path):
-                    names.add(item.stat_name or item.name)
-    return {stat_name(name) for name in names if name}
+                    names |= {item.name, item.stat_name}
+    return names - {""}
 
 
 def stat_name(name: str) -> str:
@@ -4564,7 +4621,7 @@ def stat_name(name: str) -> str:
     return name.replace("://", "_").replace(":/", "_").replace(":", "_")
 
 
-VERSION_INFO = re.compile(
+VERSION_INFO = (
     rb"[\"']?version_?[iI]nfo[\"']?[ \t]*:[ \t]*([\"']?)([\w.+/=-]+)\1[ \t]*(?:[,\r\n#}]|$)"
 )
 
@@ -4573,7 +4630,7 @@ def version_info(content: bytes) -> str:
     """A file's own version; "" without one, or one that statistics might show otherwise."""
     if b"version_info" not in content and b"versionInfo" not in content:
         return ""
-    if found := VERSION_INFO.search(content, 0, max(content.find(b"resources"), 0)):
+    if found := re.compile(VERSION_INFO).search(content, 0, max(content.find(b"resources"), 0)):
         return found[2].decode()
     document = document_of(content)
     version = document.version if document else ""
@@ -6223,7 +6280,8 @@ class Loop:
         self._target = None if same(step.files, target) else target
         name = step.reason if step.reason == PUT_BACK else STAGES[step.stage]
         self._publish(step.files, name, step.reason, target)
-        if step.stage in (CLUSTERS, REFERENCES) or self._target is not None:
+        ordered = step.stage in (CLUSTERS, REFERENCES) or populated(published, step.files)
+        if ordered or self._target is not None:
             # Also after the last step: the next change may name what this one brought.
             self._close(published)
         return self._gate is None
