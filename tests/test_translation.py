@@ -1492,8 +1492,8 @@ def test_a_slice_may_change_hands() -> None:
     one = endpoint_slice("demo/a", endpoint("10.0.0.1"), name="x")
     two = endpoint_slice("demo/b", endpoint("10.0.0.1"), name="x")
     translate = translator()
-    for given, owners in (([one], "a"), ([two], "b"), ([one], "a"), ([], "")):
-        found = translate.render(objects_of(*raw, *given))
+    for slices, owners in (([one], "a"), ([two], "b"), ([one], "a"), ([], "")):
+        found = translate.render(objects_of(*raw, *slices))
         assert [name for name in "ab" if shown(found, f"demo/{name}/http")] == list(owners)
 
 
