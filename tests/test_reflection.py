@@ -156,7 +156,7 @@ def test_a_wrong_answer_ends_one_run(
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "configmaps envoy-xds" in done.stderr or f"127.0.0.1:{api.port}" in done.stderr
+    assert "envoy-xds" in done.stderr or f"127.0.0.1:{api.port}" in done.stderr
     assert not (out / "..data").exists()
 
 
