@@ -603,17 +603,18 @@ def error_status(status: dict[str, Any]) -> int:
 
 
 class Backoff:
-    """Delays after failures: at once-ish after a healthy time, then 0.5 s doubling to 30 s."""
+    """Delays after failures: exponential, each between half and all of what it could be."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: float = BACKOFF_LAST) -> None:
         self._failures = 0
+        self._last = last
 
     def reset(self) -> None:
         self._failures = 0
 
     def delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait now, jittered; never less than what the server asks for."""
-        ceiling = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
+        ceiling = min(self._last, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
@@ -652,10 +653,14 @@ class Wakes:
             pass  # a full pipe wakes as well
 
     def get(self, seconds: float) -> Wake | None:
-        """The next wake, waiting up to so many seconds; None where there is none, or a signal."""
-        if not self._wakes and seconds > 0 and select.select([self._read], [], [], seconds)[0]:
-            os.read(self._read, 4096)
-        return self._wakes.popleft() if self._wakes else None
+        """The next wake, waiting up to so many seconds; None where none came."""
+        until = time.monotonic() + seconds
+        while not self._wakes:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._read], [], [], left)[0]:
+                return None
+            os.read(self._read, 4096)  # there may be more bytes than wakes: those taken unwaited
+        return self._wakes.popleft()
 
 
 class Reflector(threading.Thread):
@@ -664,8 +669,9 @@ class Reflector(threading.Thread):
     `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
     `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of
     it; an object that it refuses (ValueError) keeps its last good value and is named in `bad`.
-    An `optional` query that the API server does not know (404) or grants (403) counts as synced
-    and `absent`. What the main thread reads, it reads under the lock.
+    `patience` is the longest pause between two tries, in seconds. An `optional` query that the API
+    server does not know (404) or grant (403) counts as synced and `absent`. What the main thread
+    reads, it reads under the lock.
     """
 
     def __init__(
@@ -678,6 +684,7 @@ class Reflector(threading.Thread):
         mode: str,
         interval: float = 0.0,
         optional: bool = False,
+        patience: float = BACKOFF_LAST,
     ) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
@@ -692,7 +699,7 @@ class Reflector(threading.Thread):
         self._objects: dict[Key, Any] = {}
         self._version = ""
         self._lock = threading.Lock()
-        self._backoff = Backoff()
+        self._backoff = Backoff(patience)
         self._denials = 0
         self._poke = threading.Event()
 
@@ -4240,8 +4247,10 @@ class Output:
             try:
                 with open(place, "rb") as stream:
                     content, status = stream.read(), os.fstat(stream.fileno())
-            except OSError:
-                continue  # a dangling or unreadable stranger; ours are readable
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise  # says nothing about the file
+                continue  # not readable is as good as not there: it is written anew
             prints[path] = print_of(status)
             files[path] = file_of(content, self._sources.get(path, "disk"), prints[path].mode)
         return files, prints
@@ -5781,12 +5790,13 @@ class Sources:
         if found is not None:
             return found
         options = self.options
-        mode, interval = options.mode, options.sync_interval
+        mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
         if mode == "once" and options.timeout:
-            mode, interval = "poll", min(ONETIME_POLL, options.timeout / 4)
+            mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
         client = self._file or ApiClient(options.access, self._trust, count_request)
         reflector = Reflector(
-            query, parse, client, self._wake, mode=mode, interval=interval, optional=optional
+            query, parse, client, self._wake,
+            mode=mode, interval=interval, optional=optional, patience=patience,
         )
         self._reflectors[query] = reflector
         metrics.set("xds_loader_source_synced", 0, (str(query),))
@@ -6098,9 +6108,11 @@ class Loop:
         check_at = began + self.options.sync_interval
         self._event_at = began
         self._open()
+        done = False
         while not self.stopping:
             self._turn()
-            if self._once and self._finished(deadline):
+            done = self._once and self._finished(deadline)
+            if done:
                 break
             if not self._once and time.monotonic() >= check_at:
                 check_at = time.monotonic() + self.options.sync_interval
@@ -6110,6 +6122,8 @@ class Loop:
         if self.listener is not None:
             self.listener.stop()
         self.output.unlock()
+        if self._once and not done:
+            raise LoaderError("ended by a signal before there was a snapshot to publish")
         return 0
 
     def _open(self) -> None:
