@@ -325,7 +325,7 @@ def test_death_at_each_call_of_a_publication(forks: Forks) -> None:
 
 
 def test_death_at_each_call_of_a_publication_on_tmpfs(on_tmpfs: Forks) -> None:
-    deaths(on_tmpfs, published, OLD)
+    deaths(on_tmpfs, published, OLD, thorough=False)
 
 
 def test_death_at_each_call_of_a_recovery(forks: Forks) -> None:
@@ -379,7 +379,7 @@ def test_death_while_a_predecessors_directory_is_taken_over(forks: Forks) -> Non
             check_converged(forks, same, {**same, "change": "3"})
 
 
-def deaths(forks: Forks, prepare: Prepare, old: Contents) -> None:
+def deaths(forks: Forks, prepare: Prepare, old: Contents, *, thorough: bool = True) -> None:
     calls = count(forks, prepare, NEW)
     for number, how in cases(calls):
         prepare(forks)
@@ -392,8 +392,9 @@ def deaths(forks: Forks, prepare: Prepare, old: Contents) -> None:
             assert forks.once(NEW).status == 0
             if old:
                 check_told(seen.events(), forks.out, old, NEW)
-        with blamed(how, calls[number]):
-            check_converged(forks, NEW, NEWER)
+        if thorough:
+            with blamed(how, calls[number]):
+                check_converged(forks, NEW, NEWER)
 
 
 class blamed:
@@ -437,8 +438,9 @@ def test_each_call_of_a_one_time_run_fails(forks: Forks, number: int) -> None:
                 assert str(forks.out) in errors[0]
             assert forks.once(NEW).status == 0
             check_told(seen.events(), forks.out, OLD, NEW)
-        with blamed(errno.errorcode[number], call):
-            check_converged(forks, NEW, NEWER)
+        if at % 4 == 0:  # half of the time of a case, and deaths leave more than errors do
+            with blamed(errno.errorcode[number], call):
+                check_converged(forks, NEW, NEWER)
 
 
 # -- a call that fails, in a sidecar that lives

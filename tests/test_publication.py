@@ -721,17 +721,19 @@ def test_strangers_are_left_and_named(
     assert os.readlink(out / "current/link") == "/etc/hostname"
 
 
-def test_a_stranger_where_a_directory_must_be_is_said(
+def test_a_stranger_where_a_directory_must_be_costs_only_what_goes_there(
     run_loader: RunLoader, api: ApiServer, out: Path
 ) -> None:
     api.configmap("demo", "envoy-xds", {"a": "1"})
     (out / "current").mkdir(parents=True)
     (out / "current/eds").write_text("mine")
-    done = run_loader("--onetime", "--configmap", "envoy-xds:eds")
-    assert done.returncode == 1
+    done = run_loader("--onetime", "--configmap", "envoy-xds:eds", "--configmap", "envoy-xds")
+    assert done.returncode == 0, done.stderr
     assert f"{out}/current/eds" in done.stderr
+    assert "left out" in done.stderr
     assert "Traceback" not in done.stderr
     assert (out / "current/eds").read_text() == "mine"
+    assert (out / "current/a").read_text() == "1"
 
 
 # -- modes
