@@ -727,8 +727,7 @@ class Reflector(threading.Thread):
                 passing = isinstance(error, ApiError) and is_passing(error.status)
                 delay = max(random.uniform(0.05, 0.2), getattr(error, "retry_after", 0.0))
                 if not passing or time.monotonic() + delay > until:
-                    self._failure(error)
-                    self.failed = not self.absent
+                    self._failure(error, last=True)
                     return
             self._pause(delay)
 
@@ -870,7 +869,7 @@ class Reflector(threading.Thread):
         self._denials += error.status == 403
         return error.status == 404 or self._denials >= DENIALS or self._mode == "once"
 
-    def _failure(self, error: LoaderError) -> float:
+    def _failure(self, error: LoaderError, *, last: bool = False) -> float:
         """Say what failed (once, until it is another failure) and how long to wait."""
         metrics.add("xds_loader_watch_restarts_total", (str(self.query), restart_reason(error)))
         delay = self._backoff.delay(getattr(error, "retry_after", 0.0))
@@ -881,7 +880,7 @@ class Reflector(threading.Thread):
             return ABSENT_PAUSE
         if self.absent:
             return ABSENT_PAUSE
-        self.trouble = str(error)
+        self.trouble, self.failed = str(error), last
         if self._mode != "once":  # there the error is the end, and is said as such
             log.outage(str(self.query), self.trouble)
         log.debug("%s: next try in %.1f s", self.query, delay)
@@ -4137,11 +4136,13 @@ class Output:
         return "/".join((self.root, *parts))
 
     def _may_write(self, directories: Iterable[str]) -> None:
-        """PermissionError before anything is switched: the links of all must be replaceable."""
+        """OSError before anything is switched: the links of all files must be replaceable."""
         for directory in directories:
             place = self._path(CURRENT, directory) if directory else self._path(CURRENT)
             if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place)
+                read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+                number = errno.EROFS if read_only else errno.EACCES
+                raise OSError(number, os.strerror(number), place)
 
     def _is_strangers(self, path: str) -> bool:
         """Whether something in `current/` is neither a directory nor a link that we made."""
@@ -6467,7 +6468,7 @@ class Loop:
             return ""
         said = redacted(output.text.strip()).decode("utf-8", "replace").strip()
         last = said.splitlines()[-1] if said else "said nothing"
-        return f"--check-cmd refuses (exit {process.returncode}): {last[:300]}"
+        return f"--check-cmd {command[0]} refuses (exit {process.returncode}): {last[:300]}"
 
     def _check(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
