@@ -1,0 +1,217 @@
+"""docs/bootstraps.md: each recipe of the page, started in the real Envoy and changed live.
+
+Only what a machine without a Kubernetes cluster lacks is replaced: `/srv/runtime` by the output
+directory, ports and names of Services by those of loopback.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.conftest import NAMESPACE, RunLoader, StartEnvoy, StartLoader
+from tests.support.apiserver import ApiServer
+from tests.support.backend import Backend
+from tests.support.docs import Block, blocks_of
+from tests.support.envoy import Envoy, free_port
+from tests.support.loader import wait_until
+from tests.support.tls import Authority
+
+PAGE = "docs/bootstraps.md"
+LISTENER = 10000
+HERE = "127.0.0.1"
+
+
+class Recipe(NamedTuple):
+    """How a recipe is changed, and how its change shows in the answer to a request."""
+
+    change: Mapping[str, str] = {}  # texts to replace in the ConfigMap
+    headers: Mapping[str, str] = {}
+    source: str = "--configmap=envoy-xds"
+
+
+TEXT = {'"one\\n"': '"two\\n"'}
+TO_TWO = {"one": "two", "8081": "8082"}
+RECIPES = {
+    "rds": Recipe({"one, weight: 100": "one, weight: 0", "two, weight: 0": "two, weight: 100"}),
+    "srds": Recipe(TEXT, {"x-tenant": "a"}),
+    "lds": Recipe(TEXT),
+    "cds": Recipe(TO_TWO),
+    "eds": Recipe({"10.0.0.1": "10.0.0.2", "8081": "8082"}),
+    "ecds": Recipe(TEXT),
+    "disk": Recipe({"0": "100"}, source="--configmap=flags:runtime"),
+    "rtds": Recipe({"canary: 0": "canary: 100"}),
+    "all": Recipe(TO_TWO),
+    "sds": Recipe(source="--secret=web-tls"),
+}
+
+
+def yaml_of(name: str) -> list[Block]:
+    """The recipe's YAML blocks: the bootstrap, and the ConfigMap if it has one."""
+    found = [block for block in blocks_of(PAGE) if block.arguments == (name,)]
+    return [block for block in found if block.language == "yaml"]
+
+
+class Machine(NamedTuple):
+    """What stands in for a pod's surroundings."""
+
+    out: str
+    port: int
+    one: Backend
+    two: Backend
+    watched: bool
+
+    def mapped(self, text: str) -> str:
+        """A text of the page, for this machine."""
+        text = re.sub(r"admin: .*9901.*\n", "", text)
+        text = re.sub(r"\b(?:(?:one|two)\.demo\.svc\.cluster\.local|10\.0\.0\.[12])\b", HERE, text)
+        text = text.replace("0.0.0.0", HERE).replace(str(LISTENER), str(self.port))
+        text = text.replace("8081", str(self.one.port)).replace("8082", str(self.two.port))
+        if self.watched:
+            text = re.sub(
+                r"path_config_source: \{(path: (/srv/runtime)/current/[^}]*)\}",
+                r"path_config_source: {\1, watched_directory: {path: \2}}",
+                text,
+            )
+        return text.replace("/srv/runtime", self.out)
+
+
+FORMS = ["path", "watched_directory"]
+RUNS = [
+    (name, form)
+    for name in RECIPES
+    for form in (FORMS if name != "disk" else ["path"])  # a layer on disk has no such field
+]
+
+
+@pytest.fixture(params=FORMS)
+def machine(request: pytest.FixtureRequest, out: Any) -> Iterator[Machine]:
+    with Backend("one") as one, Backend("two") as two:
+        yield Machine(str(out), free_port(), one, two, request.param == "watched_directory")
+
+
+def answer(port: int, headers: Mapping[str, str]) -> str:
+    """The body of `GET /`, or "" while nobody answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/", headers=dict(headers))
+        return connection.getresponse().read().decode().strip()
+    except OSError:
+        return ""
+    finally:
+        connection.close()
+
+
+def certificate(port: int) -> bytes:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
+    try:
+        connection.connect()
+        found = connection.sock.getpeercert(binary_form=True)
+        assert found
+        return found
+    finally:
+        connection.close()
+
+
+def replaced(data: Mapping[str, str], change: Mapping[str, str]) -> dict[str, str]:
+    """The ConfigMap's data after the change, which must find what it replaces."""
+    pattern = re.compile("|".join(map(re.escape, change)))
+    text = "".join(data.values())
+    assert all(old in text for old in change)
+    return {key: pattern.sub(lambda m: change[m[0]], value) for key, value in data.items()}
+
+
+@pytest.mark.parametrize(
+    "name,machine", [run for run in RUNS if run[0] != "sds"], indirect=["machine"]
+)
+def test_a_recipe_works(
+    name: str,
+    machine: Machine,
+    api: ApiServer,
+    run_loader: RunLoader,
+    start_loader: StartLoader,
+    start_envoy: StartEnvoy,
+) -> None:
+    recipe = RECIPES[name]
+    bootstrap, configmap = (block.text for block in yaml_of(name))
+    document = yaml.safe_load(configmap)
+    named, data = document["metadata"]["name"], document["data"]
+    assert document["metadata"]["namespace"] == NAMESPACE
+
+    def put(data: Mapping[str, str]) -> None:
+        api.configmap(NAMESPACE, named, {key: machine.mapped(text) for key, text in data.items()})
+
+    put(data)
+    assert run_loader("--onetime", recipe.source).returncode == 0
+    envoy: Envoy = start_envoy(machine.mapped(bootstrap))
+    start_loader("--watch", recipe.source)
+    api.wait_watches(1)
+    wait_until(lambda: answer(machine.port, recipe.headers) == "one", message="one")
+    put(replaced(data, recipe.change))
+    wait_until(lambda: answer(machine.port, recipe.headers) == "two", message="two")
+    assert not [key for key, value in envoy.stats("update_(rejected|failure)$").items() if value]
+    assert not re.search(r"\[(error|critical)\]", envoy.log())
+
+
+def test_the_recipe_of_sds_works(
+    machine: Machine,
+    api: ApiServer,
+    authority: Authority,
+    run_loader: RunLoader,
+    start_loader: StartLoader,
+    start_envoy: StartEnvoy,
+) -> None:
+    (bootstrap,) = (block.text for block in yaml_of("sds"))
+    source = RECIPES["sds"].source
+
+    def put(pair: Any) -> None:
+        pem = {"tls.crt": pair.cert.read_bytes(), "tls.key": pair.key.read_bytes()}
+        api.secret(NAMESPACE, "web-tls", pem, type="kubernetes.io/tls")
+
+    def der(pair: Any) -> bytes:
+        first = pair.cert.read_text().partition("-----END CERTIFICATE-----")
+        return ssl.PEM_cert_to_DER_cert(first[0][first[0].index("-----BEGIN") :] + first[1])
+
+    one, two = authority.pair("one.example"), authority.pair("two.example")
+    put(one)
+    assert run_loader("--onetime", source).returncode == 0
+    start_envoy(machine.mapped(bootstrap))
+    start_loader("--watch", source)
+    api.wait_watches(1)
+    assert certificate(machine.port) == der(one)
+    put(two)
+    wait_until(lambda: certificate(machine.port) == der(two))
+
+
+def test_both_forms_are_shown() -> None:
+    """The two forms of the page are what the recipes are run with."""
+    plain, watched = (
+        yaml.safe_load(block.text)
+        for block in blocks_of(PAGE)
+        if block.target.endswith("::test_both_forms_are_shown")
+    )
+    path = "/srv/runtime/current/rds.yaml"
+    assert plain == {"path_config_source": {"path": path}}
+    assert watched == {
+        "path_config_source": {"path": path, "watched_directory": {"path": "/srv/runtime"}}
+    }
+
+
+def test_every_recipe_of_the_page_is_run() -> None:
+    named = {block.arguments[0] for block in blocks_of(PAGE) if block.arguments}
+    assert named == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_source_of_files_needs_a_node(name: str) -> None:
+    """The test's Envoy would add one that is forgotten."""
+    bootstrap = yaml_of(name)[0].text
+    assert ("node" in yaml.safe_load(bootstrap)) == ("path_config_source" in bootstrap)
