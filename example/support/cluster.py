@@ -33,6 +33,7 @@ Object = dict[str, Any]
 TOKEN = "the-service-account-token"
 WRITES = ("create", "update", "patch", "delete")
 ALIASES = {"cm": "ConfigMap", "svc": "Service"}
+CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "Namespace")
 NODES = {"a": "node-a", "b": "node-b"}
 
 
@@ -72,7 +73,7 @@ class Backend(NamedTuple):
     service: str
     ip: str
     zone: str
-    server: Server
+    servers: list[Server]
 
 
 class Proxy:
@@ -167,7 +168,8 @@ class Cluster:
             namespace = rest[at + 1]
             del rest[at : at + 2]
         if verb == "apply":
-            self.apply(self.read(rest[1]) if rest[0] == "-f" else self.kustomize(rest[1]))
+            self.apply(self.read(rest[1]) if rest[0] == "-f"
+                       else kustomized(self.folder / rest[1], self.namespace))  # fmt: skip
         elif verb == "patch":
             text = rest[rest.index("-p") + 1]
             self.merge(rest[0], namespace, rest[1], yaml.safe_load(text))
@@ -198,42 +200,6 @@ class Cluster:
 
     def read(self, name: str) -> list[Object]:
         return [obj for obj in yaml.safe_load_all((self.folder / name).read_text()) if obj]
-
-    def kustomize(self, name: str) -> list[Object]:
-        """What the examples use of `kubectl kustomize`: resources and generators from files."""
-        folder = (self.folder / name).resolve()
-        asked = yaml.safe_load((folder / "kustomization.yaml").read_text())
-        made = []
-        for kind, field in (("configMapGenerator", "data"), ("secretGenerator", "data")):
-            for one in asked.get(kind, []):
-                data = {}
-                for entry in one.get("files", []):
-                    key, _, path = entry.rpartition("=")
-                    content = (folder / path).read_bytes()
-                    data[key or Path(path).name] = (
-                        content.decode() if kind == "configMapGenerator"
-                        else base64.b64encode(content).decode()
-                    )  # fmt: skip
-                for entry in one.get("literals", []):
-                    key, _, value = entry.partition("=")
-                    data[key] = (
-                        value if kind == "configMapGenerator"
-                        else base64.b64encode(value.encode()).decode()
-                    )  # fmt: skip
-                obj: Object = {"metadata": {"name": one["name"]}, field: data}
-                obj["kind"] = "ConfigMap" if kind == "configMapGenerator" else "Secret"
-                if "type" in one:
-                    obj["type"] = one["type"]
-                made.append(obj)
-        for entry in asked.get("resources", []):
-            path = folder / entry
-            made += (
-                self.kustomize(str(path)) if path.is_dir()
-                else [obj for obj in yaml.safe_load_all(path.read_text()) if obj]
-            )  # fmt: skip
-        for obj in made:
-            obj["metadata"].setdefault("namespace", asked.get("namespace", self.namespace))
-        return made
 
     def apply(self, objects: Iterable[Object]) -> None:
         """Roles become rules, workloads wait for `run`, the rest goes to the API server."""
@@ -354,14 +320,18 @@ class Cluster:
         found: Object = self.local["Deployment", deployment]["spec"]["template"]["spec"]
         return found
 
-    def _command(self, proxy: Proxy, container: Object) -> tuple[list[str], dict[str, str]]:
-        """A loader's arguments, and the environment that a pod gives it."""
-        fields = {
+    def _fields(self, proxy: Proxy) -> dict[str, str]:
+        """What a pod may be told about itself."""
+        return {
             "metadata.namespace": self.namespace,
             "metadata.name": f"{proxy.name}-0",
+            "metadata.labels['app']": proxy.name,
             "spec.nodeName": NODES["a"],
         }
-        args, env = command(container, fields)
+
+    def _command(self, proxy: Proxy, container: Object) -> tuple[list[str], dict[str, str]]:
+        """A loader's arguments, and the environment that a pod gives it."""
+        args, env = command(container, self._fields(proxy))
         words = [self.localize(word, proxy.name, proxy.mounts) for word in args]
         words = [re.sub(r"^(--listen=):", rf"\g<1>{proxy.ip}:", word) for word in words]
         env |= {
@@ -382,7 +352,7 @@ class Cluster:
     def start_envoy(self, proxy: Proxy) -> None:
         for container in proxy.spec["containers"]:
             if "envoyproxy/envoy" in container["image"]:
-                words = container["args"]
+                words = command(container, self._fields(proxy)).args
                 path = words[words.index("-c") + 1]
                 more = [w for w in words if w not in ("-c", path, "--disable-hot-restart")]
                 place = proxy.root / path.lstrip("/")
@@ -442,16 +412,22 @@ class Cluster:
         found = self.api.get("Service", namespace, service)
         assert found is not None, f"no Service {service}"
         ip = self.ip(pod)
-        server = None
-        for port in found["spec"]["ports"]:
-            target = port.get("targetPort", port["port"])
-            server = self.servers.serve(ip, target, handler or named(name or service), tls)
-        assert server is not None
-        backend = Backend(pod, service, ip, zone, server)
+        backend = Backend(pod, service, ip, zone, [
+            self.servers.serve(ip, port.get("targetPort", port["port"]),
+                               handler or named(name or service), tls)
+            for port in found["spec"]["ports"]
+        ])  # fmt: skip
         self.backends[pod] = backend
         if publish:
             self.publish(service, namespace=namespace)
         return backend
+
+    def join(self, service: str, ip: str, zone: str = "a") -> None:
+        """A pod whose processes run already gets into the Service's EndpointSlice."""
+        name = f"{service}-{self._counts[service]}"
+        self._counts[service] += 1
+        self.backends[name] = Backend(name, service, ip, zone, [])
+        self.publish(service)
 
     def publish(
         self, service: str, draining: Iterable[str] = (), namespace: str = ""
@@ -481,13 +457,63 @@ class Cluster:
         backend = self.backends.pop(pod)
         if publish:
             self.publish(backend.service)
-        self.servers.stop(backend.server)
+        for server in backend.servers:
+            self.servers.stop(server)
 
     def close(self) -> None:
         for proxy in self.proxies.values():
             proxy.close()
         self.client.close()
         self.api.close()
+
+
+def kustomized(folder: Path, namespace: str) -> list[Object]:
+    """What the examples use of `kubectl kustomize`: resources, patches, generators from files."""
+    folder = folder.resolve()
+    asked = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    made = [generated(folder, "ConfigMap", one) for one in asked.get("configMapGenerator", [])]
+    made += [generated(folder, "Secret", one) for one in asked.get("secretGenerator", [])]
+    for entry in asked.get("resources", []):
+        path = folder / entry
+        made += (
+            kustomized(path, namespace) if path.is_dir()
+            else [obj for obj in yaml.safe_load_all(path.read_text()) if obj]
+        )  # fmt: skip
+    for patch in asked.get("patches", []):
+        over = yaml.safe_load((folder / patch["path"]).read_text())
+        for at, obj in enumerate(made):
+            if obj["kind"] == patch["target"]["kind"]:
+                made[at] = {**overlay(obj, over), "metadata": obj["metadata"]}
+    for obj in made:
+        if obj["kind"] not in CLUSTER_WIDE:
+            obj["metadata"].setdefault("namespace", asked.get("namespace", namespace))
+    return made
+
+
+def generated(folder: Path, kind: str, asked: Object) -> Object:
+    """A ConfigMap or Secret of files and literals (its name without a hash)."""
+    data = {}
+    for entry in asked.get("files", []):
+        key, _, path = entry.rpartition("=")
+        data[key or path] = (folder / path).read_bytes()
+    for entry in asked.get("literals", []):
+        key, _, value = entry.partition("=")
+        data[key] = value.encode()
+    secret = kind == "Secret"
+    text = {k: base64.b64encode(v).decode() if secret else v.decode() for k, v in data.items()}
+    obj: Object = {"apiVersion": "v1", "kind": kind, "metadata": {"name": asked["name"]}}
+    return {**obj, "data": text} | ({"type": asked["type"]} if "type" in asked else {})
+
+
+def overlay(base: Any, patch: Any) -> Any:
+    """A strategic merge, as far as the examples go: lists of named things merge by name."""
+    if isinstance(base, dict) and isinstance(patch, dict):
+        merged = {key: overlay(base.get(key), value) for key, value in patch.items()}
+        return {**base, **merged}
+    if isinstance(base, list) and isinstance(patch, list):
+        names = {item["name"] for item in patch}
+        return [*patch, *(item for item in base if item["name"] not in names)]
+    return patch
 
 
 def kind_of(word: str) -> str:
