@@ -48,7 +48,7 @@ lint: venv
 	$(RUN) -m ruff check .
 
 types: venv
-	$(RUN) -m mypy $(wildcard loader.py bench) tests example/support $(wildcard example/*/story.py)
+	$(RUN) -m mypy $(wildcard loader.py bench) tests $(wildcard example/*/*.py)
 
 unit: venv
 	$(RUN) -m pytest $(ARGS)
