@@ -351,27 +351,17 @@ class ApiClient:
         self._url = urllib.parse.urlsplit(access.url)
         self._connection: http.client.HTTPConnection | None = None
 
-    def list(self, query: Query) -> tuple[Items, str]:
-        """All objects that match, and the resourceVersion to watch from; page by page.
-
-        A continue token that expires midway (410) starts over without pages: a server whose
-        history is shorter than one paginated list takes would else never be read.
-        """
-        try:
-            return self._pages(query, {"limit": str(PAGE)})
-        except Expired:
-            return self._pages(query, {})
-
-    def _pages(self, query: Query, page: dict[str, str]) -> tuple[Items, str]:
-        items: Items = []
-        page = dict(page)
+    def list(self, query: Query, limit: int) -> Iterator[tuple[Items, str]]:
+        """All objects that match, page by page (`limit` 0: in one), each with the resourceVersion
+        to watch from. Expired when the server forgot the list midway."""
+        page = {"limit": str(limit)} if limit else {}
         while True:
             body = self._get(query, "list", page)
-            items += list_items(body, query)
             metadata = body.get("metadata") or {}
+            yield list_items(body, query), str(metadata.get("resourceVersion") or "")
             token = metadata.get("continue")
             if not token:
-                return items, str(metadata.get("resourceVersion") or "")
+                return
             page["continue"] = token
 
     def is_future(self, query: Query, version: str) -> bool:
@@ -399,7 +389,7 @@ class ApiClient:
         response = self._open(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
         self._wait(WATCH_SILENCE)
         yield {"type": "OPENED"}
-        for line in lines(response):
+        for line in lines(response, query):
             event = watch_event(line, query)
             if event["type"] == "ERROR":
                 raise self._refusal(query, "watch", error_status(event["object"]), event["object"])
@@ -550,7 +540,7 @@ def list_items(body: dict[str, Any], query: Query) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+def lines(response: http.client.HTTPResponse, query: Query) -> Iterator[bytes]:
     """The lines of a watch. One line can span many chunks and exceed 1 MiB.
 
     `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
@@ -563,10 +553,10 @@ def lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
         except BROKEN as error:
             silent = isinstance(error, TimeoutError)
             text = f"silent for {WATCH_SILENCE:.0f} s" if silent else f"cut ({why(error)})"
-            raise Cut(f"watch {text}") from error
+            raise Cut(f"watch {query}: {text}") from error
         if not block:
             if b"".join(parts).strip():
-                raise Cut("watch cut within an event")
+                raise Cut(f"watch {query}: cut within an event")
             return
         *whole, rest = block.split(b"\n")
         for line in whole:
@@ -693,7 +683,6 @@ class Reflector(threading.Thread):
         self.failed = False
         self.trouble = ""
         self.bad: dict[Key, str] = {}
-        self.last_event = 0.0
         self._parse, self._client, self._wake = parse, client, wake
         self._mode, self._interval, self._optional = mode, interval, optional
         self._objects: dict[Key, Any] = {}
@@ -776,24 +765,45 @@ class Reflector(threading.Thread):
         self._version = ""
 
     def _relist(self) -> None:
-        """Replace the store by a complete list, so that deletions in a gap are seen."""
-        items, version = self._client.list(self.query)
-        objects: dict[Key, Any] = {}
-        bad: dict[Key, str] = {}
-        for item in items:
-            key = object_key(item)
-            value = self._parsed(key, item, bad)
-            if value is not None:
-                objects[key] = value
+        """Replace the store by a complete list, so that deletions in a gap are seen.
+
+        A list whose continue token expires midway is asked for again without pages: a server whose
+        history is shorter than a paginated list takes would else never be read.
+        """
+        try:
+            objects, bad, version = self._listed(PAGE)
+        except Expired:
+            objects, bad, version = self._listed(0)
         changed = not self.synced or bad != self.bad or objects != self._objects
         with self._lock:
             self._objects, self.bad = objects, bad
         self._version = version
         self.synced, self.absent = True, False
-        log.debug("listed %s: %d objects at %s", self.query, len(items), version)
+        log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
+        self._heard()
         self._recovered()
         if changed:
             self._changed()
+
+    def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
+        """A complete list: values by key, what is bad, and the version. One page is held at once,
+        and of each object what `parse` keeps: JSON as it is decoded is many times larger."""
+        objects: dict[Key, Any] = {}
+        bad: dict[Key, str] = {}
+        version = ""
+        for items, version in self._client.list(self.query, limit):  # noqa: B007
+            for item in items:
+                key = object_key(item)
+                value = self._parsed(key, item, bad)
+                if value is not None:
+                    objects[key] = value
+        return objects, bad, version
+
+    def _heard(self) -> None:
+        """The source lives: an event, a bookmark or a list."""
+        source = (str(self.query),)
+        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), source)
+        metrics.set("xds_loader_source_synced", 1.0, source)
 
     def _parsed(self, key: Key, item: dict[str, Any], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
@@ -833,6 +843,7 @@ class Reflector(threading.Thread):
         kind, item = event["type"], event["object"]
         metadata = item.get("metadata") or {}
         self._version = str(metadata.get("resourceVersion") or self._version)
+        self._heard()
         if kind not in ("ADDED", "MODIFIED", "DELETED"):
             if kind != "BOOKMARK":
                 log.debug("watch of %s: event of unknown type %s", self.query, kind)
@@ -853,7 +864,6 @@ class Reflector(threading.Thread):
         self._changed(now)
 
     def _changed(self, now: float | None = None) -> None:
-        self.last_event = time.time()
         self._wake(Wake("objects", now or time.monotonic()))
 
     def _recovered(self) -> None:
@@ -907,8 +917,8 @@ class FileClient:
         self._path, self._namespace = path, namespace
         self._standard_input: bytes | None = None
 
-    def list(self, query: Query) -> tuple[Items, str]:
-        """The objects of the file that the API server would give for this query."""
+    def list(self, query: Query, limit: int) -> Iterator[tuple[Items, str]]:
+        """The objects of the file that the API server would give for this query, in one page."""
         kind = RESOURCE_KINDS[query.resource]
         found = []
         for item in documents(self._read(), self._path):
@@ -919,7 +929,7 @@ class FileClient:
                 metadata.setdefault("namespace", self._namespace)
             if matches(metadata, query):
                 found.append(item)
-        return found, ""
+        yield found, ""
 
     def _read(self) -> bytes:
         try:
@@ -6504,13 +6514,6 @@ class Loop:
         if self._once and not self.options.timeout:
             waiting = []  # the error that ends it says so
         self._note("sources", [*composition.warnings, *waiting])
-        for reflector in self.sources.reflectors():
-            query = str(reflector.query)
-            metrics.set("xds_loader_source_synced", float(reflector.synced), (query,))
-            if reflector.last_event:
-                metrics.set(
-                    "xds_loader_source_last_event_timestamp_seconds", reflector.last_event, (query,)
-                )
         metrics.replace("xds_loader_certificate_expiry_timestamp_seconds",
                         self.sources.certificates())
         if self.sources.rendering is not None:
