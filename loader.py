@@ -1033,9 +1033,11 @@ def selects(selector: str, labels: Mapping[str, str]) -> bool:
             return False
     return True
 
-# ----------------------------------------------------------------------------------------------
-# Objects: what the Kubernetes API gives, reduced to what is rendered
-# ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Translation: Services, endpoints and Nodes become clusters, assignments and routes
+# ---------------------------------------------------------------------------------------------
+
+# -- objects: what the Kubernetes API gives, reduced to what is rendered -----------------------
 #
 # Five thousand Services of ten endpoints are held at once, so these are tuples of interned
 # strings. `*_from` take the raw JSON of one object. Null, absent and empty are one there, as in
@@ -1302,9 +1304,9 @@ def node_from(obj: Json) -> Node:
     return Node(text_of(metadata, "name"), pairs_of(metadata, "labels"))
 
 
-# ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # --config: how Services become clusters
-# ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 
 # The fields of envoy.config.cluster.v3.Cluster by the JSON that each takes. Envoy ignores a field
 # that it does not know, so a typing error would pass in silence; a test compares this table, and
@@ -1692,9 +1694,7 @@ def config_oneofs(value: Mapping[str, Json], path: str, field: str) -> None:
             config_oneofs(item, config_path(path, key), f"{field}.{key}".lstrip("."))
 
 
-# ----------------------------------------------------------------------------------------------
-# Merging, as protobuf does it
-# ----------------------------------------------------------------------------------------------
+# -- merging, as protobuf does it --------------------------------------------------------------
 
 
 def merge_cluster(
@@ -1735,9 +1735,7 @@ def json_kind(value: Json) -> str:
     return "an object" if type(value) is dict else "a list" if type(value) is list else "a value"
 
 
-# ----------------------------------------------------------------------------------------------
-# Clusters
-# ----------------------------------------------------------------------------------------------
+# -- clusters ----------------------------------------------------------------------------------
 
 ENVOY_TYPES = "type.googleapis.com/envoy."
 CLUSTER_TYPE = f"{ENVOY_TYPES}config.cluster.v3.Cluster"
@@ -1954,9 +1952,7 @@ def dns_warnings(service: Service, cluster: PlannedCluster) -> Iterator[str]:
         )
 
 
-# ----------------------------------------------------------------------------------------------
-# Load assignments
-# ----------------------------------------------------------------------------------------------
+# -- load assignments --------------------------------------------------------------------------
 
 EndpointPlace = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
 
@@ -2128,9 +2124,7 @@ def endpoint_warnings(
         yield (f"{service}: has only {unwanted[0]} endpoints, which endpoint.families leaves out")
 
 
-# ----------------------------------------------------------------------------------------------
-# Routes
-# ----------------------------------------------------------------------------------------------
+# -- routes ------------------------------------------------------------------------------------
 
 # `*` alone, at the start or at the end is all that Envoy takes in a domain.
 HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
@@ -2309,9 +2303,7 @@ def split_routes(
     return found
 
 
-# ----------------------------------------------------------------------------------------------
-# YAML and JSON
-# ----------------------------------------------------------------------------------------------
+# -- YAML and JSON -----------------------------------------------------------------------------
 
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
 # addresses, durations. Everything else is quoted.
@@ -2435,9 +2427,7 @@ class ResourceWriter(NamedTuple):
         return head.encode() + resources
 
 
-# ----------------------------------------------------------------------------------------------
-# The translator: renders all, and again what changed
-# ----------------------------------------------------------------------------------------------
+# -- the translator: renders all, and again what changed ---------------------------------------
 
 SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
@@ -2802,7 +2792,9 @@ def route_to(route: ServiceRoute, clusters: Sequence[PlannedCluster]) -> Service
     ports = tuple(pair for pair in route.ports if pair[1] in names)
     return route if ports == route.ports else route._replace(ports=ports)
 
-# --- secrets: TLS Secrets become SDS files ------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Secrets: TLS Secrets become SDS files
+# ---------------------------------------------------------------------------------------------
 #
 # Envoy takes one Secret resource a file (a second one is rejected), so the pair and the trusted CA
 # are two files. The PEM is inline, not by file name: certificate and key then swap in the one
@@ -3255,7 +3247,7 @@ def parents(path: str) -> Iterator[str]:
         yield path
 
 # ---------------------------------------------------------------------------------------------
-# Ordering: make before break (pure functions over Files)
+# Ordering: make before break
 # ---------------------------------------------------------------------------------------------
 #
 # A route to a cluster that is not there yet answers 503, and so does a route to one that is gone
@@ -3359,7 +3351,7 @@ def kind_at(path: str, *snapshots: Files) -> str:
     return stem if stem in NOTIFY_RANK else ""
 
 
-# ---- What is in a file, without a YAML parser
+# -- what is in a file, without a YAML parser --------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4)
@@ -3572,7 +3564,7 @@ def possible_names(file: File) -> frozenset[str]:
     return tokens_in(file.content) if known is None else known
 
 
-# ---- Old and new clusters together
+# -- old and new clusters together -------------------------------------------------------------
 
 
 def unite(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -3625,7 +3617,7 @@ def united(one: Document, two: Document, extra: list[Item]) -> bytes | None:
     return ("\n".join(lines).strip("\n") + "\n").encode()
 
 
-# ---- The steps
+# -- the steps ---------------------------------------------------------------------------------
 
 
 def standing(files: Files, path: str, file: File) -> bool:
@@ -3735,7 +3727,7 @@ def notify_order(changed: Iterable[str], files: Files) -> list[str]:
     return sorted(changed, key=lambda path: (NOTIFY_RANK.get(kind_at(path, files), 0), path))
 
 
-# ---- What need not wait, and what must
+# -- what need not wait, and what must ---------------------------------------------------------
 
 
 def independent(published: Files, pinned: Files, newer: Files, before: Files) -> dict[str, File]:
@@ -4581,7 +4573,7 @@ class Verdict(NamedTuple):
     note: str = ""
 
 
-# ---- Statistics
+# -- statistics --------------------------------------------------------------------------------
 
 
 class Subject(NamedTuple):
@@ -4722,7 +4714,7 @@ def parse_stats(text: str, at: float) -> Stats:
     )
 
 
-# ---- The judgement (pure)
+# -- the judgement (pure) ----------------------------------------------------------------------
 
 CONFIRMED, REJECTED, FAILED, UNREAD, PENDING = (
     "confirmed",
@@ -4839,7 +4831,7 @@ def likely_cause(path: str, kind: str, files: Files) -> str:
     return f"it names {', '.join(missing)}, not published" if missing else ""
 
 
-# ---- The client
+# -- the client --------------------------------------------------------------------------------
 
 
 class Admin:
@@ -4930,7 +4922,7 @@ class Admin:
         self._connection.close()
 
 
-# ---- The thread
+# -- the thread --------------------------------------------------------------------------------
 
 
 class Confirmer(threading.Thread):
@@ -5081,7 +5073,11 @@ class Confirmer(threading.Thread):
 
 __version__ = "1.0.0"  # the integrator's
 
-# --- observation: the log ------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# Observation: log, metrics, probes
+# ---------------------------------------------------------------------------------------------
+
+# -- the log -----------------------------------------------------------------------------------
 #
 # Not `logging`: it costs 6 ms of import and 1 MB, and what is needed of it are these lines.
 
@@ -5209,7 +5205,7 @@ def timestamp(now: float) -> str:
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{millis:03}Z"
 
 
-# --- observation: metrics ------------------------------------------------------------------------
+# -- metrics -----------------------------------------------------------------------------------
 
 
 class Metric(NamedTuple):
@@ -5401,7 +5397,7 @@ def process_figures() -> dict[str, float]:
     return figures
 
 
-# --- observation: probes, metrics and the snapshot over HTTP -------------------------------------
+# -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
 # One thread polls all connections. Whoever reaches the port needs no credentials, so everything is
 # bounded: connections, their time, the size of a request, what rendering may cost. It shows one
