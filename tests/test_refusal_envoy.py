@@ -1,0 +1,574 @@
+"""Files that the real Envoy refuses: said with the reason, put back, and nothing else suffers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.apiserver import ApiServer
+from tests.support.disk import Inotify, fingerprint, wait_converged
+from tests.support.envoy import (
+    assignment,
+    cluster,
+    eds_cluster,
+    file_source,
+    http_listener,
+    rds_routes,
+    response,
+)
+from tests.support.load import Poller
+from tests.support.loader import wait_until
+from tests.support.stage import Stage, routes
+from tests.support.steady import Upstreams
+
+pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
+
+
+@pytest.fixture(scope="module")
+def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
+    with Upstreams(tmp_path_factory.mktemp("upstreams"), 3) as found:
+        yield found
+
+
+@pytest.fixture
+def stage(api: ApiServer, out: Path, upstreams: Upstreams) -> Iterator[Stage]:
+    out.mkdir()
+    with Stage(api, out, upstreams) as found:
+        yield found
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+Make = Callable[[Stage, str], str]
+
+
+class Bad(NamedTuple):
+    """A bad file: `content(stage, mark)`, where another mark gives other bytes."""
+
+    path: str
+    content: Make
+    reason: str  # a pattern of what the log says
+    partial: bool = False  # Envoy takes a part of it
+
+
+def text(content: str) -> Make:
+    return lambda stage, mark: f"# {mark}\n{content}"
+
+
+def cds(*extra: Callable[[Stage], dict[str, object]]) -> Make:
+    """The good clusters and others."""
+    return lambda stage, mark: response(
+        "cluster", stage.cluster_a(), stage.cluster_e(), *(one(stage) for one in extra),
+        version=mark,
+    )  # fmt: skip
+
+
+def rds(**changes: object) -> Make:
+    return lambda stage, mark: response(
+        "routes", {**routes({"/": "a", "/e": "e"}), **changes}, version=mark
+    )
+
+
+def hosts(*domains: str) -> list[dict[str, object]]:
+    return [
+        {
+            "name": f"h{i}",
+            "domains": [domain],
+            "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "a"}}],
+        }
+        for i, domain in enumerate(domains)
+    ]
+
+
+def weighted(*weights: int) -> list[dict[str, object]]:
+    split = [{"name": "a", "weight": weight} for weight in weights]
+    route = {"match": {"prefix": "/"}, "route": {"weighted_clusters": {"clusters": split}}}
+    return [{"name": "all", "domains": ["*"], "routes": [route]}]
+
+
+def two_listeners(stage: Stage, mark: str) -> str:
+    other = stage.listener("other")
+    return response("listener", stage.listener(), other, version=mark)
+
+
+def listener_without_routes(stage: Stage, mark: str) -> str:
+    """It names an RDS file that nobody publishes."""
+    lost = file_source(stage.out / "current/lost.yaml")
+    other = http_listener(stage.extra_port, rds_routes(lost, "lost"), name="other")
+    other["address"]["socket_address"]["address"] = "127.0.0.2"
+    return response("listener", stage.listener(), other, version=mark)
+
+
+def unknown_type(stage: Stage, mark: str) -> str:
+    row = {"@type": "type.googleapis.com/envoy.config.cluster.v3.Klaster", "name": "a"}
+    return json.dumps({"version_info": mark, "resources": [row]})
+
+
+def two_assignments(stage: Stage, mark: str) -> str:
+    port = stage.upstreams.ports[1]
+    return response("assignment", assignment("e", port), assignment("f", port), version=mark)
+
+
+def other_assignment(stage: Stage, mark: str) -> str:
+    return response("assignment", assignment("other", stage.upstreams.ports[1]), version=mark)
+
+
+BROKEN = "not parsable"
+TABLE = {
+    "cds: bad yaml": Bad("cds.yaml", text("resources: [{"), BROKEN),
+    "cds: empty": Bad("cds.yaml", lambda stage, mark: " " * len(mark), "empty"),
+    "cds: unknown type": Bad("cds.yaml", unknown_type, ""),
+    "cds: version as a number": Bad("cds.yaml", text("version_info: 1\nresources: []"), BROKEN),
+    "cds: invalid duration": Bad(
+        "cds.yaml", cds(lambda stage: cluster("b", 1, connect_timeout="1 second")), BROKEN
+    ),
+    "cds: one bad cluster": Bad(
+        "cds.yaml",
+        cds(
+            lambda stage: cluster("b", stage.upstreams.ports[2]),
+            lambda stage: cluster("c", 1, lb_policy="CLUSTER_PROVIDED"),
+        ),
+        "c",
+        partial=True,
+    ),
+    "cds: missing child file": Bad(
+        "cds.yaml",
+        cds(lambda stage: eds_cluster("lost", file_source(stage.out / "current/lost.yaml"))),
+        "lost",
+        partial=True,
+    ),
+    "cds: inline and EDS at once": Bad(
+        "cds.yaml",
+        cds(lambda stage: {**stage.cluster_e(), "name": "b", "type": "STATIC"}),
+        "b",
+        partial=True,
+    ),
+    "rds: bad yaml": Bad("rds.yaml", text("resources:\n  - a: b\n c: d"), BROKEN),
+    "rds: empty": Bad("rds.yaml", lambda stage, mark: "\n" * len(mark), "empty"),
+    "rds: a host twice": Bad("rds.yaml", rds(virtual_hosts=hosts("x", "X")), ""),
+    "rds: weights sum to 0": Bad("rds.yaml", rds(virtual_hosts=weighted(0, 0)), ""),
+    "rds: weights too big": Bad("rds.yaml", rds(virtual_hosts=weighted(2**32 - 1, 1)), ""),
+    "rds: another name": Bad("rds.yaml", rds(name="other"), ""),
+    "rds: two resources": Bad(
+        "rds.yaml",
+        lambda stage, mark: response(
+            "routes", routes({"/": "a"}), routes({"/": "a"}, "more"), version=mark
+        ),
+        "2 resources",
+    ),
+    "rds: no regular expression": Bad(
+        "rds.yaml",
+        rds(
+            virtual_hosts=[
+                {
+                    "name": "all",
+                    "domains": ["*"],
+                    "routes": [
+                        {"match": {"safe_regex": {"regex": "("}}, "route": {"cluster": "a"}}
+                    ],
+                }
+            ]
+        ),
+        "",
+    ),
+    "eds: two resources": Bad("eds-e.yaml", two_assignments, "2 resources"),
+    "eds: another cluster": Bad("eds-e.yaml", other_assignment, ""),
+    "eds: bad yaml": Bad("eds-e.yaml", text("resources: }"), BROKEN),
+    "eds: empty": Bad("eds-e.yaml", lambda stage, mark: " " * len(mark), "empty"),
+    "lds: duplicate address": Bad("lds.yaml", two_listeners, "duplicate address|existing"),
+    "lds: missing child file": Bad("lds.yaml", listener_without_routes, "lost.yaml"),
+    "lds: bad yaml": Bad("lds.yaml", text("{"), BROKEN),
+    "lds: unknown cluster": Bad(
+        "lds.yaml",
+        lambda stage, mark: response("listener", stage.listener(to="nowhere"), version=mark),
+        "nowhere",
+    ),
+}
+COUNTS = r"update_(rejected|failure)$"
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> None:
+    bad, good = TABLE[row], stage.files()
+    stage.start()
+    stage.await_served("v0", "v1", "v0")
+    clusters = set(stage.envoy.clusters())
+
+    # Alone: named with its reason, and Envoy is back where it was.
+    stage.patch({bad.path: bad.content(stage, "m1")})
+    said = rf"ERROR Envoy refuses {bad.path} \([^)]*\): .*({bad.reason})"
+    stage.log.wait_log(said)
+    stage.await_files(good)
+    wait_until(lambda: set(stage.envoy.clusters()) == clusters, 5, f"{clusters} again")
+    assert stage.served() == ("v0", "v1", "v0")
+    assert stage.asked("/readyz")[0] == 200
+
+    # It is not tried again while other things change.
+    refused = sum(map(int, stage.envoy.stats(COUNTS).values()))
+    other = "eds-e.yaml" if bad.path != "eds-e.yaml" else "rds.yaml"
+    fresh = {"eds-e.yaml": stage.endpoints(2), "rds.yaml": rds()(stage, "v2")}[other]
+    stage.patch({other: fresh})
+    stage.await_files({**good, other: fresh})
+    now = ("v0", "v2" if other == "eds-e.yaml" else "v1", "v0")
+    stage.await_served(*now)
+    assert sum(map(int, stage.envoy.stats(COUNTS).values())) == refused
+    assert stage.log.count_log("Envoy refuses") == 1, stage.log.log
+
+    # Mixed with a good change, in one go: the good one is served.
+    since = len(stage.log.lines)
+    stage.patch({bad.path: bad.content(stage, "m2+"), other: good[other]})
+    stage.log.wait_log(said, since=since)
+    stage.await_files(good)
+    stage.await_served("v0", "v1", "v0")
+    assert stage.asked("/readyz")[0] == 200
+
+    # An Envoy that starts now is well.
+    stage.envoy.restart(kill=True)
+    stage.await_served("v0", "v1", "v0")
+    assert set(stage.envoy.clusters()) == clusters
+
+    # It is tried as soon as its bytes are others.
+    mended = good[bad.path].replace("\n", "\n\n", 1)
+    stage.patch({bad.path: mended})
+    stage.await_files({bad.path: mended})
+    stage.await_confirmed()
+    stage.await_served("v0", "v1", "v0")
+    wait_converged(stage.out)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a refusal holds back, and what it does not
+
+
+def more_clusters(stage: Stage, *extra: dict[str, object], mark: str) -> str:
+    return response("cluster", stage.cluster_a(), stage.cluster_e(), *extra, version=mark)
+
+
+def test_what_needs_the_refused_file_waits_with_it(stage: Stage) -> None:
+    """A route to a cluster that only the refused CDS has, while endpoints go on; later it comes."""
+    stage.start()
+    good = stage.files()
+    bad = cluster("n", stage.upstreams.ports[2], lb_policy="CLUSTER_PROVIDED")
+    route = response("routes", routes({"/": "a", "/e": "e", "/n": "n"}), version="n")
+    stage.patch({
+        "cds.yaml": more_clusters(stage, bad, mark="bad"),
+        "rds.yaml": route,
+        "eds-e.yaml": stage.endpoints(2),
+    })  # fmt: skip
+    stage.log.wait_log("Envoy refuses cds.yaml")
+    stage.log.wait_log("rds.yaml: waits for what was refused")
+    stage.await_served("v0", "v2", "v0")
+    stage.await_files({**good, "eds-e.yaml": stage.endpoints(2)})
+    assert stage.get("/n") == "v0"  # the old routes
+
+    mended = cluster("n", stage.upstreams.ports[2])
+    with Poller(f"http://127.0.0.1:{stage.port}/n") as poller:
+        poller.wait_body("v0")
+        stage.patch({"cds.yaml": more_clusters(stage, mended, mark="mended")})
+        poller.wait_body("v2")
+        assert not poller.failed  # the cluster before the route
+    assert stage.read("rds.yaml") == route
+    stage.await_confirmed()
+
+
+def test_endpoints_stay_fresh_while_a_route_file_is_broken(stage: Stage) -> None:
+    stage.start()
+    stage.patch({"rds.yaml": "resources: {"})
+    stage.log.wait_log("Envoy refuses rds.yaml")
+    with Poller(f"http://127.0.0.1:{stage.port}/e") as poller:
+        poller.wait_body("v1")
+        delays = []
+        for i in range(20):
+            upstream = 2 - i % 2
+            began = time.monotonic()
+            stage.patch({"eds-e.yaml": stage.endpoints(upstream)})
+            delays.append(poller.wait_body(f"v{upstream}", after=began).time - began)
+        assert not poller.failed
+    assert sorted(delays)[10] < 0.25, delays
+    assert stage.log.count_log("Envoy refuses") == 1
+
+
+def test_what_needs_a_new_child_that_is_refused_waits(stage: Stage) -> None:
+    """A new EDS file with two resources: no route goes to its cluster, which has no endpoint."""
+    stage.start()
+    good = stage.files()
+    new = eds_cluster("n", stage.source("eds-n.yaml"))
+    port = stage.upstreams.ports[2]
+    stage.patch({
+        "cds.yaml": more_clusters(stage, new, mark="n"),
+        "eds-n.yaml": response("assignment", assignment("n", port), assignment("m", port)),
+        "rds.yaml": response("routes", routes({"/": "a", "/e": "e", "/n": "n"}), version="n"),
+    })  # fmt: skip
+    stage.log.wait_log("Envoy refuses eds-n.yaml")
+    stage.log.wait_log("rds.yaml: waits for what was refused")
+    stage.patch({"eds-e.yaml": stage.endpoints(2)})
+    stage.await_served("v0", "v2", "v0")
+    stage.await_files({"rds.yaml": good["rds.yaml"]})
+    assert stage.get("/n") == "v0"
+    stage.envoy.restart(kill=True)
+    stage.await_served("v0", "v2", "v0")
+    stage.patch({"eds-n.yaml": response("assignment", assignment("n", port))})
+    wait_until(lambda: stage.get("/n") == "v2", 5, "the new cluster is routed to")
+    stage.await_confirmed()
+
+
+def test_unknown_fields_are_taken_and_warned_about(stage: Stage) -> None:
+    stage.start()
+    typo = {**routes({"/": "a", "/e": "e"}), "virtual_hostz": []}
+    stage.patch({"rds.yaml": response("routes", typo, version="typo")})
+    stage.log.wait_log(r"WARNING .*unknown field.*rds.yaml.*")
+    stage.await_confirmed()
+    assert stage.log.count_log("refuses") == 0
+
+
+def test_a_refused_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> None:
+    stage.start()
+    stage.patch({"rds.yaml": "resources: {"})
+    stage.log.wait_log("Envoy refuses rds.yaml")
+    row = 'xds_loader_refused_files{file="rds.yaml"} 1'
+    wait_until(lambda: row in stage.asked("/metrics")[1], 5, row)
+    status, body = stage.asked("/readyz")
+    assert status == 200
+    assert "rds.yaml" in body
+    assert stage.states()["rds.yaml"] == "refused"
+    stage.patch({"rds.yaml": stage.files()["rds.yaml"]})
+    wait_until(lambda: row not in stage.asked("/metrics")[1], 5, "it is no more")
+
+
+@pytest.mark.parametrize("signal", ["kill", "stop"])
+def test_a_loader_that_starts_again_does_not_try_refused_bytes(signal: str, stage: Stage) -> None:
+    stage.start()
+    good = stage.files()
+    bad = rds(virtual_hosts=hosts("x", "x"))(stage, "bad")
+    stage.patch({"rds.yaml": bad})
+    stage.log.wait_log("Envoy refuses rds.yaml")
+    stage.await_files(good)
+    wait_until(lambda: stage.states().get("eds-e.yaml") == "confirmed")
+    before = stage.envoy.stats("update_attempt")
+    with Inotify(stage.out, stage.out / "current") as watch:
+        stage.restart_loader(kill=signal == "kill")
+        stage.log.wait_log("rds.yaml: refused by Envoy")
+        wait_until(lambda: stage.states().get("rds.yaml") == "refused")
+        time.sleep(0.3)  # nothing shall happen
+        assert watch.moved() == []
+    assert stage.envoy.stats("update_attempt") == before
+    stage.await_files(good)
+    stage.patch({"rds.yaml": rds()(stage, "mended")})
+    stage.await_confirmed()
+    assert stage.envoy.stat("http.ingress.rds.routes.version_text") == "mended"
+
+
+# ---------------------------------------------------------------------------------------------
+# An admin interface that does not help
+
+
+class Odd:
+    """Something that listens in place of the admin interface."""
+
+    def __init__(self, answer: bytes | None) -> None:
+        """`answer` to every request; None: none, ever."""
+        self.answer = answer
+        self.sockets: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                self.sockets.append(client)
+                if self.answer is not None:
+                    client.recv(65536)
+                    client.sendall(self.answer)
+                    client.close()
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join(5)
+        for each in self.sockets:
+            each.close()
+
+
+GARBAGE = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n"
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+ODD: dict[str, Callable[[], Odd | None]] = {
+    "nobody there": lambda: None,
+    "silent": lambda: Odd(None),
+    "not Envoy": lambda: Odd(GARBAGE),
+    "not found": lambda: Odd(NOT_FOUND),
+    "no HTTP": lambda: Odd(b"\x00\xff" * 50),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Stage) -> None:
+    """Changes are served, in order; the first may wait for the bound, the rest does not."""
+    odd = ODD[kind]()
+    try:
+        stage.start(admin=odd.url if odd else "http://127.0.0.1:9")
+        stage.await_served("v0", "v1", "v0")
+        with Poller(f"http://127.0.0.1:{stage.port}/") as poller:
+            poller.wait_body("v0")
+            delays = []
+            for i in range(4):
+                upstream = 1 + i % 2
+                began = time.monotonic()
+                new = cluster(f"n{i}", stage.upstreams.ports[upstream])
+                stage.patch({
+                    "cds.yaml": more_clusters(stage, new, mark=f"n{i}"),
+                    "rds.yaml": response("routes", routes({"/": f"n{i}", "/e": "e"})),
+                })  # fmt: skip
+                delays.append(poller.wait_body(f"v{upstream}", 8).time - began)
+            assert not poller.failed
+        assert delays[0] < 3.0, delays
+        assert max(delays[1:]) < 1.2, delays  # --step-delay, on a busy machine
+        stage.log.wait_log("WARNING .*does not answer")
+        assert stage.log.count_log("does not answer") == 1
+        assert stage.asked("/readyz")[0] == 200
+    finally:
+        if odd:
+            odd.close()
+
+
+def test_an_admin_interface_that_comes_late_confirms_what_stands(stage: Stage) -> None:
+    stage.start(admin=f"http://127.0.0.1:{stage.admin_port}")
+    stage.await_confirmed()
+    stage.envoy.stop(kill=True)
+    stage.log.wait_log("does not answer")
+    stage.patch({"eds-e.yaml": stage.endpoints(2)})
+    wait_until(lambda: stage.states().get("eds-e.yaml") == "unconfirmed")
+    stage.envoy.start()
+    stage.await_served("v0", "v2", "v0")
+    stage.await_confirmed(15)
+
+
+# ---------------------------------------------------------------------------------------------
+# Restarts
+
+
+def test_envoy_may_restart_at_any_moment(stage: Stage) -> None:
+    """Also within a step, also while a bad file is tried: it comes up, and serves the last."""
+    rng = random.Random(4)
+    stage.start()
+    for i in range(6):
+        upstream = 1 + i % 2
+        new = cluster(f"n{i}", stage.upstreams.ports[upstream])
+        files = {
+            "cds.yaml": more_clusters(stage, new, mark=f"n{i}"),
+            "rds.yaml": response("routes", routes({"/": f"n{i}", "/e": "e"}), version=f"n{i}"),
+        }
+        if i % 3 == 2:
+            bad = rds(virtual_hosts=hosts("x", "x"))(stage, f"bad{i}")
+            stage.patch({"cds.yaml": files["cds.yaml"], "rds.yaml": bad})
+        else:
+            stage.patch(files)
+        time.sleep(rng.random() * 0.05)
+        stage.envoy.restart(kill=True)
+        stage.patch(files)
+        stage.await_served(f"v{upstream}", "v1", "v0", timeout=15)
+        stage.await_confirmed(20)
+        stage.await_files(files)
+    wait_converged(stage.out)
+
+
+STEPS = ("children", "clusters", "references", "removals")
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["not asked", "asked"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_loader_that_dies_between_steps_goes_on(step: str, asked: bool, stage: Stage) -> None:
+    """Killed right after each step; no request is lost while another one takes over."""
+    stage.start(*(() if asked else ("--step-delay", "200ms")), admin="" if asked else None)
+    stage.await_served("v0", "v1", "v0")
+    new = eds_cluster("n", stage.source("eds-n.yaml"))
+    port = stage.upstreams.ports[2]
+    wanted = {
+        "cds.yaml": response("cluster", stage.cluster_a(), new, version="n"),
+        "eds-n.yaml": response("assignment", assignment("n", port)),
+        "rds.yaml": response("routes", routes({"/": "a", "/e": "n"}), version="n"),
+    }
+    with Poller(f"http://127.0.0.1:{stage.port}/e", interval=0.0) as poller:
+        poller.wait_body("v1")
+        stage.patch({**wanted, "eds-e.yaml": None})
+        stage.log.wait_log(f"published.*step={step}")
+        stage.restart_loader()
+        stage.await_files(wanted)
+        wait_until(lambda: stage.read("eds-e.yaml") is None, 10, "the old endpoints are gone")
+        poller.wait_body("v2")
+        time.sleep(0.1)
+        assert not poller.failed
+    if asked:
+        stage.await_confirmed()
+    wait_until(lambda: set(stage.envoy.clusters()) == {"a", "n"}, 5, "the old cluster is gone")
+    counts = stage.envoy.stats(COUNTS)
+    assert not any(counts.values()), counts
+    wait_converged(stage.out)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["not asked", "asked"])
+def test_a_loader_that_starts_again_does_not_disturb(asked: bool, stage: Stage) -> None:
+    """Nothing changed: no event, nothing written but the state; Envoy reads nothing again."""
+    stage.start(admin="" if asked else None)
+    stage.await_served("v0", "v1", "v0")
+    attempts = stage.envoy.stats("update_attempt")
+    before = fingerprint(stage.out / "current")
+    with Inotify(stage.out, stage.out / "current") as watch:
+        for kill in (True, False, True):
+            stage.restart_loader(kill=kill)
+            wait_until(lambda: set(stage.states()) == set(stage.files()))
+            if asked:
+                stage.await_confirmed()
+        time.sleep(0.3)  # nothing shall happen
+        assert watch.events() == []
+    assert stage.envoy.stats("update_attempt") == attempts
+    assert fingerprint(stage.out / "current") == before
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
+def test_both_start_at_once_on_an_empty_directory(
+    watched: bool, api: ApiServer, out: Path, upstreams: Upstreams
+) -> None:
+    """As a kubelet does it that starts Envoy again whenever it ends: it ends well, each time."""
+    for attempt in range(3):
+        own = out / str(attempt)
+        own.mkdir(parents=True)
+        with Stage(api, own, upstreams, watched=watched) as stage:
+            stage.patch(stage.files())
+            stage.start_loader()
+            for _ in range(50):
+                with contextlib.suppress(RuntimeError):  # Envoy exited: a file is missing
+                    stage.envoy.start()
+                    break
+            stage.await_served("v0", "v1", "v0")
+            stage.await_confirmed(15)
+            stage.patch({"eds-e.yaml": stage.endpoints(2)})
+            stage.await_served("v0", "v2", "v0")
+            counts = stage.envoy.stats(COUNTS)
+            assert not any(counts.values()), counts
+
+
+def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Upstreams) -> None:
+    """Envoy starts once /readyz says 200: it never ends, and has everything at once."""
+    out.mkdir()
+    with Stage(api, out, upstreams) as stage:
+        stage.start_loader()
+        wait_until(lambda: stage.log.count_log("waiting for configmap"), 5, "it waits")
+        assert stage.asked("/readyz")[0] == 503
+        stage.patch(stage.files())
+        wait_until(lambda: stage.asked("/readyz")[0] == 200, 5, "ready")
+        stage.envoy.start()
+        assert stage.served() == ("v0", "v1", "v0")
+        stage.await_confirmed(15)
