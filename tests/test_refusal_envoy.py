@@ -337,10 +337,10 @@ def test_a_refused_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> 
     stage.log.wait_log("Envoy refuses rds.yaml")
     row = 'xds_loader_refused_files{file="rds.yaml"} 1'
     wait_until(lambda: row in stage.asked("/metrics")[1], 5, row)
+    wait_until(lambda: stage.states()["rds.yaml"] == "refused", 5, "refused in /snapshot")
     status, body = stage.asked("/readyz")
     assert status == 200
-    assert "rds.yaml" in body
-    assert stage.states()["rds.yaml"] == "refused"
+    assert "refused: rds.yaml" in body
     stage.patch({"rds.yaml": stage.files()["rds.yaml"]})
     wait_until(lambda: row not in stage.asked("/metrics")[1], 5, "it is no more")
 
