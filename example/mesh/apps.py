@@ -32,13 +32,13 @@ def trace_of(headers: Mapping[str, str]) -> Headers:
 class Outbound:
     """Calls other services, all through one listener of the own Envoy."""
 
-    def __init__(self, address: str, namespace: str) -> None:
-        self._address, self._namespace = address, namespace
+    def __init__(self, address: str, namespace: str, suffix: str = "cluster.local") -> None:
+        self._address, self._domain = address, f"{namespace}.svc.{suffix}"
         self._channels: dict[str, grpc.Channel] = {}
 
     def call(self, service: str, message: Message, trace: Headers) -> Message:
         if service not in self._channels:
-            name = f"{service}.{self._namespace}.svc.cluster.local"
+            name = f"{service}.{self._domain}"
             options = [("grpc.default_authority", name), ("grpc.use_local_subchannel_pool", 1)]
             self._channels[service] = grpc.insecure_channel(self._address, options)
         method = self._channels[service].unary_unary(

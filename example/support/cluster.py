@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import random
 import re
 import shlex
@@ -179,8 +180,8 @@ class Cluster:
             notes = {k: v if sep else None for k, sep, v in pairs}
             notes = {k.removesuffix("-") if v is None else k: v for k, v in notes.items()}
             self.merge(rest[0], namespace, rest[1], {"metadata": {"annotations": notes}})
-        elif verb == "create" and rest[:2] == ["secret", "tls"]:
-            self.tls_secret(namespace, rest[2], *(word.partition("=")[2] for word in rest[3:5]))
+        elif verb == "create":
+            self.create(namespace, rest)
         elif verb == "delete" and rest[0] == "-f":
             for obj in self.read(rest[1]):
                 self.delete(obj["kind"], self._namespace_of(obj), obj["metadata"]["name"])
@@ -189,14 +190,26 @@ class Cluster:
         else:
             raise ValueError(f"the examples do not need: {line}")
 
-    def tls_secret(self, namespace: str, name: str, cert: str, key: str) -> None:
-        """`kubectl create secret tls NAME --cert=FILE --key=FILE`; files lie in the root."""
-        data = {
-            field: base64.b64encode((self.root / file).read_bytes()).decode()
-            for field, file in (("tls.crt", cert), ("tls.key", key))
-        }
-        obj = {"metadata": {"name": name}, "type": "kubernetes.io/tls", "data": data}
-        self.merge("secret", namespace, name, obj)
+    def create(self, namespace: str, words: list[str]) -> None:
+        """`create configmap|secret [tls|generic] NAME --from-file=[KEY=]FILE ...`."""
+        secret = words[0] == "secret"
+        kind = {"tls": "kubernetes.io/tls"}.get(words[1], "Opaque") if secret else None
+        data = {}
+        for option, _, value in (word.partition("=") for word in words[2 + secret :]):
+            key, _, file = value.rpartition("=")
+            if option == "--from-literal":
+                data[key] = file.encode()
+            elif option in ("--from-file", "--cert", "--key"):
+                fixed = {"--cert": "tls.crt", "--key": "tls.key"}.get(option, "")
+                data[fixed or key or file] = self.file(file).read_bytes()
+        text = {k: base64.b64encode(v).decode() if secret else v.decode() for k, v in data.items()}
+        obj: Object = {"metadata": {"name": words[1 + secret]}, "data": text}
+        self.merge(words[0], namespace, words[1 + secret], obj | ({"type": kind} if kind else {}))
+
+    def file(self, name: str) -> Path:
+        """A file that the story made, for this cluster or for all."""
+        return next(place for place in (self.root / name, self.root.parent / name)
+                    if place.exists())  # fmt: skip
 
     def read(self, name: str) -> list[Object]:
         return [obj for obj in yaml.safe_load_all((self.folder / name).read_text()) if obj]
@@ -269,15 +282,13 @@ class Cluster:
         pattern = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
         text = re.sub(rf"(?<![\w.])(?:{pattern})(?![\d.])", lambda found: table[found[0]], text)
         return text if self.has_dns else re.sub(
-            r"(address: \"?)([\w-]+)\.([\w-]+)\.svc\.[\w.]+\b",
-            lambda found: found[1] + self.service_ip(found[0].removeprefix(found[1])),
-            text,
+            r"(?<=address: )[\w-]+\.[\w-]+\.\w[\w.-]+", lambda found: self.resolve(found[0]), text
         )
 
-    def service_ip(self, dns_name: str) -> str:
-        """Where a Service is found: at its first pod."""
-        if dns_name in self.names:
-            return self.names[dns_name]
+    def resolve(self, dns_name: str) -> str:
+        """Where a name leads; that of a Service to its first pod."""
+        if dns_name in self.names or ".svc." not in dns_name:
+            return self.names.get(dns_name, dns_name)
         return self.ip(f"{dns_name.split('.')[0]}-0")
 
     def _localized(self, obj: Object) -> Object:
@@ -329,9 +340,21 @@ class Cluster:
             "spec.nodeName": NODES["a"],
         }
 
+    def _resolved(self, proxy: Proxy, container: Object) -> tuple[list[str], dict[str, str]]:
+        """Arguments and environment of a container, as the kubelet makes them."""
+        env = []
+        for entry in container.get("env", []):
+            if ref := entry.get("valueFrom", {}).get("secretKeyRef"):
+                found = self.api.get("Secret", self.namespace, ref["name"])
+                assert found is not None, f"no Secret {ref['name']}"
+                value = base64.b64decode(found["data"][ref["key"]]).decode()
+                entry = {"name": entry["name"], "value": value}
+            env.append(entry)
+        return command({**container, "env": env}, self._fields(proxy))
+
     def _command(self, proxy: Proxy, container: Object) -> tuple[list[str], dict[str, str]]:
         """A loader's arguments, and the environment that a pod gives it."""
-        args, env = command(container, self._fields(proxy))
+        args, env = self._resolved(proxy, container)
         words = [self.localize(word, proxy.name, proxy.mounts) for word in args]
         words = [re.sub(r"^(--listen=):", rf"\g<1>{proxy.ip}:", word) for word in words]
         env |= {
@@ -352,7 +375,7 @@ class Cluster:
     def start_envoy(self, proxy: Proxy) -> None:
         for container in proxy.spec["containers"]:
             if "envoyproxy/envoy" in container["image"]:
-                words = command(container, self._fields(proxy)).args
+                words, env = self._resolved(proxy, container)
                 path = words[words.index("-c") + 1]
                 more = [w for w in words if w not in ("-c", path, "--disable-hot-restart")]
                 place = proxy.root / path.lstrip("/")
@@ -362,7 +385,11 @@ class Cluster:
                 )
                 envoy.take(proxy.ip, text)
                 proxy.take(envoy)
+                before = dict(os.environ)
+                os.environ.update(env)
                 envoy.start()
+                for name in env.keys() - before.keys():
+                    del os.environ[name]
 
     def start_loaders(self, proxy: Proxy) -> None:
         """Also waits until they watch."""
