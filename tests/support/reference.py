@@ -1,0 +1,222 @@
+"""docs/options.md and the table in docs/metrics.md, made from the tables in loader.py.
+
+`python -m tests.support.reference` writes them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import loader
+from tests.support.docs import ROOT
+
+OPTIONS_PAGE = ROOT / "docs" / "options.md"
+METRICS_PAGE = ROOT / "docs" / "metrics.md"
+BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
+
+GROUPS = {
+    "What to load": (
+        "configmap",
+        "configmap-selector",
+        "services",
+        "services-namespace",
+        "secret",
+        "namespace",
+    ),
+    "From where": (
+        "apiserver",
+        "token-file",
+        "ca-file",
+        "client-cert",
+        "client-key",
+        "insecure",
+        "from-file",
+    ),
+    "How Services are rendered": ("config", "endpoints", "format"),
+    "Where to, and when": (
+        "output-dir",
+        "onetime",
+        "watch",
+        "sync-interval",
+        "timeout",
+        "dry-run",
+        "diff",
+        "secret-mode",
+    ),
+    "Envoy's part": ("envoy-admin", "step-delay", "check-cmd"),
+    "To be observed": ("listen", "log-format", "log-level", "version", "help"),
+    "Of the Go tool": ("trafficsplit-api-version", "smi", "trafficsplit"),
+}
+
+NOTES = {
+    "What to load": """\
+- At least one of the first three or `--secret` is needed. They go together.
+- The later ConfigMap wins where two have the same key, with a warning; those named win over those
+  selected, and all of them over files that are rendered.
+- `flags:runtime` puts the keys of the ConfigMap `flags` into `runtime/`, as
+  [a runtime layer on disk](bootstraps.md#runtime-flags-a-file-a-flag) wants them.
+- Nothing is published before every named object exists: `--onetime` fails (after `--timeout`), a
+  sidecar waits and says so.
+- A selector is written as for `kubectl -l`: `app=web,tier in (a, b),!legacy`.
+""",
+    "From where": """\
+- In a pod none of these is needed.
+- `http://127.0.0.1:8001` of `kubectl proxy` works as `--apiserver`.
+- With `--from-file` the options of the API server are ignored. The file has one object, or several
+  in a list, as `kubectl get configmap,service,endpointslice -o json` prints them.
+""",
+    "How Services are rendered": """\
+- [Rendering](rendering.md) has the rules and the reference of the `--config` file.
+- `auto` writes an EDS file for each cluster as long as the inotify budget lasts, and puts further
+  endpoints into the clusters' file.
+""",
+    "Where to, and when": """\
+- Without `--onetime` and `--watch` the loader is a sidecar that polls every `--sync-interval`.
+  `--onetime` wins over `--watch`.
+- Envoy must see the directory under the same path if Services are rendered, since clusters name
+  the files of their endpoints. [On disk](on-disk.md) has what is in it.
+- `--dry-run` needs no directory and takes no lock.
+- `--timeout 0s` is one try, with up to a second of retries on 401, 403, 429 and 5xx.
+""",
+    "Envoy's part": """\
+- With `--envoy-admin` each publication is confirmed, ordered steps wait for Envoy and not for
+  `--step-delay`, and a file that Envoy refuses is taken back ([ordering](ordering.md)).
+- `--check-cmd 'check.sh {dir}'` is split into words as a shell does, but no shell runs it.
+  ([Troubleshooting](troubleshooting.md#a-broken-file-gets-as-far-as-envoy) has a use for it.)
+""",
+    "To be observed": """\
+- [Probes, metrics and the log](metrics.md) shows what is served and written.
+- Without `--listen` no port is open.
+""",
+    "Of the Go tool": """\
+- See [migration](migration.md).
+""",
+}
+
+HEAD = """\
+# Options
+
+Made from the table in `loader.py` that also makes the parser and `--help`, by
+`python -m tests.support.reference`; `tests/test_docs.py` compares them.
+
+<!-- run: tests/test_docs.py::test_the_command_lines_of_the_options_run -->
+```console
+envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
+envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
+envoy-xds-configmap-loader --services 'app in (web, api)' --services-namespace shop --dry-run
+```
+
+An option has one dash or two, its value follows after a space or `=`. A switch is on when it is
+there; `--watch=false` turns it off. A repeatable option is given several times. Durations are
+written as in Go: `250ms`, `30s`, `1m0s`, `1.5h`.
+
+Each option can come from the environment instead: `XDS_LOADER_` and its name in capitals with
+underscores (`--sync-interval`: `XDS_LOADER_SYNC_INTERVAL`). The command line wins; an empty variable
+counts as unset; values of a repeatable option are separated by white space. Besides these the
+loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `prefer_zone`), and
+`$KUBERNETES_SERVICE_HOST` and `$KUBERNETES_SERVICE_PORT` (API server).
+
+| exit code | when |
+| --- | --- |
+| 0 | the snapshot is published (`--onetime`), or it was asked to end (SIGTERM, SIGINT) |
+| 1 | it tried and could not: one line says what, where and what to do |
+| 2 | bad input: one line, before any request and before anything is touched |
+
+SIGHUP makes it check the files on disk and ask the API server now.
+"""
+
+TAIL = """\
+## What is refused
+
+Exit code 2, before anything is asked or touched:
+
+<!-- output: tests/test_docs.py::test_what_is_refused -->
+```text
+$ envoy-xds-configmap-loader --onetime
+envoy-xds-configmap-loader: nothing to load: give --configmap NAME, --configmap-selector, --services or --secret
+$ envoy-xds-configmap-loader --configmap x --diff
+envoy-xds-configmap-loader: --diff needs --dry-run
+$ envoy-xds-configmap-loader --configmap x --from-file -
+envoy-xds-configmap-loader: --from-file -: needs --onetime
+$ envoy-xds-configmap-loader --configmap x --client-cert a.pem
+envoy-xds-configmap-loader: --client-cert and --client-key belong together
+$ envoy-xds-configmap-loader --configmap x --services-namespace shop
+envoy-xds-configmap-loader: --services-namespace needs --services
+$ envoy-xds-configmap-loader --configmap x --config c.json
+envoy-xds-configmap-loader: --config needs --services
+$ envoy-xds-configmap-loader --configmap x --sync-intervall 30s
+envoy-xds-configmap-loader: unknown option --sync-intervall (did you mean --sync-interval?); see --help
+$ envoy-xds-configmap-loader --configmap x --timeout 30
+envoy-xds-configmap-loader: --timeout '30': is no duration, such as 30s, 1m0s or 250ms
+```
+"""
+
+# What the values of a label are, where the name alone does not tell.
+LABELS = {
+    "step": "`whole` (first snapshot, `--onetime`), "
+    + ", ".join(f"`{name}`" for name in loader.STAGES.values())
+    + f", `independent`, `{loader.PUT_BACK}`: see [ordering](ordering.md)",
+    "type": "`cds`, `lds`, `rds`, `eds`, `sds`, ... or `other`",
+    "file": "path below `current/`",
+    "source": "as in the log: `configmap demo/envoy-xds`, `services demo`",
+    "reason": "`ended` (by the server, as it does every few minutes), `expired` (410), `cut`, "
+    "`future` (etcd was reset), `refused`, `error`, `status <code>`",
+    "code": "HTTP status, `none` without an answer",
+    "verb": "`list`, `watch`",
+    "kind": "`disk`, `damage` (repaired on disk), `check` (`--check-cmd` refused)",
+    "endpoints": "`eds`, `inline`, `dns`",
+    "version": "of the loader, of the snapshot",
+    "secret": "`<namespace>/<name>`",
+}
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def option_row(option: loader.Option) -> str:
+    value = f" {escaped(option.metavar)}" if option.metavar else ""
+    default = f"`{option.default}`" if option.default.startswith(("/", "0", "1", "-")) else ""
+    default = default or option.default
+    return f"| `--{option.name}{value}` | {escaped(option.help)} | {default} |"
+
+
+def options_page() -> str:
+    """The whole of docs/options.md."""
+    known = {option.name: option for option in loader.OPTIONS}
+    parts = [HEAD]
+    for title, names in GROUPS.items():
+        rows = "\n".join(option_row(known[name]) for name in names)
+        table = f"| option | meaning | default |\n| --- | --- | --- |\n{rows}\n"
+        parts.append(f"## {title}\n\n{table}\n{NOTES[title]}")
+    return "\n".join([*parts, TAIL])
+
+
+def metric_rows() -> Iterator[str]:
+    yield "| metric | type | labels | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for metric in loader.METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        yield f"| `{metric.name}` | {metric.type} | {labels} | {escaped(metric.help)} |"
+    yield ""
+    yield "| label | values |"
+    yield "| --- | --- |"
+    used = {label for metric in loader.METRICS for label in metric.labels}
+    yield from (f"| `{label}` | {LABELS[label]} |" for label in sorted(used))
+
+
+def metrics_page(page: str) -> str:
+    """The page with its table as it must be."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    table = "\n".join(metric_rows())
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    OPTIONS_PAGE.write_text(options_page())
+    METRICS_PAGE.write_text(metrics_page(METRICS_PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""docs/troubleshooting.md: each symptom whose log is shown there, made to happen.
+
+A line of the page is a line of the log without its time. What differs from run to run (ports,
+durations, the test's directory) is written as on a real machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+import loader
+from tests.conftest import NAMESPACE, RunLoader, StartEnvoy, StartLoader
+from tests.support.apiserver import ApiServer, Rule
+from tests.support.docs import block_for, blocks_of
+from tests.support.envoy import (
+    Envoy,
+    bootstrap,
+    envoy_path,
+    file_source,
+    free_port,
+    http_listener,
+    rds_routes,
+    response,
+    route_config,
+)
+from tests.support.loader import wait_files
+from tests.support.tls import Authority
+
+PAGE = "docs/troubleshooting.md"
+THIS = f"tests/{Path(__file__).name}"
+EMPTY = "resources: []\n"
+
+
+class World(NamedTuple):
+    """What a symptom is made with."""
+
+    api: ApiServer
+    out: Path
+    start: StartLoader
+    run: RunLoader
+    envoy: StartEnvoy
+    authority: Authority
+    tmp_path: Path
+
+    def put(self, name: str = "envoy-xds", **files: str) -> None:
+        data = {key.replace("_", "."): text for key, text in files.items()}
+        self.api.configmap(NAMESPACE, name, data)
+
+    def with_envoy(self, *, reads: str = "current/rds.yaml") -> Envoy:
+        """An Envoy whose routes are rds.yaml, and which has what is published."""
+        self.put(rds_yaml=routes())
+        assert self.run("--onetime", "--configmap=envoy-xds").returncode == 0
+        listener = http_listener(free_port(), rds_routes(file_source(self.out / reads)))
+        return self.envoy(bootstrap(listeners=[listener]))
+
+
+@pytest.fixture
+def world(
+    api: ApiServer,
+    out: Path,
+    start_loader: StartLoader,
+    run_loader: RunLoader,
+    start_envoy: StartEnvoy,
+    authority: Authority,
+    tmp_path: Path,
+) -> World:
+    return World(api, out, start_loader, run_loader, start_envoy, authority, tmp_path)
+
+
+def routes(status: int = 200, **more: Any) -> str:
+    answer = {"match": {"prefix": "/"}, "direct_response": {"status": status}}
+    found = route_config({"x": 1})
+    found["virtual_hosts"][0]["routes"] = [answer]
+    found["virtual_hosts"][0].update(more)
+    return response("routes", found)
+
+
+Symptom = Callable[[World], str]
+SYMPTOMS: dict[str, Symptom] = {}
+
+
+def symptom(make: Symptom) -> Symptom:
+    SYMPTOMS[make.__name__] = make
+    return make
+
+
+@symptom
+def missing(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--configmap=flags:runtime")
+    sidecar.wait_log("waiting")
+    return sidecar.log
+
+
+@symptom
+def missing_once(world: World) -> str:
+    return world.run("--onetime", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def forbidden(world: World) -> str:
+    world.api.rules = [Rule(["get", "watch"], ["configmaps"], NAMESPACE, ["envoy-xds"])]
+    return world.run("--onetime", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def unauthorized(world: World) -> str:
+    world.api.tokens = ["another"]
+    return world.run("--onetime", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def unreachable(world: World) -> str:
+    world.api.stop()
+    return world.run("--onetime", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def untrusted(world: World) -> str:
+    stranger = world.tmp_path / "other.pem"
+    stranger.write_bytes(Authority(world.tmp_path).ca_file.read_bytes())
+    with ApiServer(tls=world.authority.server_context()) as server:
+        args = ["--namespace", NAMESPACE, "--apiserver", server.url, "--ca-file", str(stranger)]
+        more = ["--onetime", "--configmap=envoy-xds", "--output-dir", str(world.out)]
+        return world.run(*args, *more, server=None).stderr
+
+
+@symptom
+def gone(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    sidecar = world.start("--watch", "--configmap=envoy-xds")
+    sidecar.wait_log("published")
+    world.api.wait_watches(1)
+    world.api.delete("ConfigMap", NAMESPACE, "envoy-xds")
+    sidecar.wait_log("last files stay")
+    wait_files(world.out, {"rds.yaml": EMPTY})
+    return sidecar.log
+
+
+@symptom
+def twice(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    world.put("more", rds_yaml="resources: [] # more\n")
+    return world.run("--onetime", "--configmap=envoy-xds", "--configmap=more").stderr
+
+
+@symptom
+def bad_key(world: World) -> str:
+    world.api.configmap(NAMESPACE, "envoy-xds", {"rds.yaml": EMPTY, "..data": "x"})
+    return world.run("--onetime", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def stranger(world: World) -> str:
+    (world.out / "current").mkdir(parents=True)
+    (world.out / "current" / "old.yaml").write_text("of the past\n")
+    world.put(rds_yaml=EMPTY)
+    return world.run("--onetime", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def second_loader(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    world.start("--watch", "--configmap=envoy-xds").wait_log("published")
+    return world.run("--watch", "--configmap=envoy-xds").stderr
+
+
+@symptom
+def edited(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    sidecar = world.start("--watch", "--configmap=envoy-xds")
+    sidecar.wait_log("published")
+    (world.out / "current" / "rds.yaml").write_text("by hand\n")
+    sidecar.process.send_signal(signal.SIGHUP)
+    sidecar.wait_log("repaired")
+    wait_files(world.out, {"rds.yaml": EMPTY})
+    return sidecar.log
+
+
+@symptom
+def refused(world: World) -> str:
+    envoy = world.with_envoy()
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
+    world.api.wait_watches(1)
+    world.put(rds_yaml=routes(204, domains=["*", "*"]))
+    sidecar.wait_log("put back.*confirmed=yes")
+    wait_files(world.out, {"rds.yaml": routes()})
+    return sidecar.log
+
+
+@symptom
+def two_resources(world: World) -> str:
+    envoy = world.with_envoy()
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
+    world.api.wait_watches(1)
+    world.put(rds_yaml=response("routes", route_config({"x": 1}), route_config({"y": 1}, "more")))
+    sidecar.wait_log("put back.*confirmed=yes")
+    return sidecar.log
+
+
+@symptom
+def unquoted_version(world: World) -> str:
+    envoy = world.with_envoy()
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
+    world.api.wait_watches(1)
+    text = yaml.safe_dump({"version_info": 1, **json.loads(routes(204))}, sort_keys=False)
+    world.put(rds_yaml=text)
+    sidecar.wait_log("put back.*confirmed=yes")
+    return sidecar.log
+
+
+@symptom
+def typo(world: World) -> str:
+    envoy = world.with_envoy()
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
+    world.api.wait_watches(1)
+    world.put(rds_yaml=routes(204, retry_polcy={"num_retries": 1}))
+    sidecar.wait_log("unknown fields")
+    return sidecar.log
+
+
+@symptom
+def unread(world: World) -> str:
+    envoy = world.with_envoy()
+    admin = ["--envoy-admin", envoy.admin_url, "--log-level=debug"]
+    sidecar = world.start("--watch", "--configmap=envoy-xds", *admin)
+    world.api.wait_watches(1)
+    other = response("routes", route_config({"x": 1}, "others"))
+    world.put(rds_yaml=routes(), other_yaml=other)
+    sidecar.wait_log("no subscription")
+    return sidecar.log
+
+
+@symptom
+def no_envoy(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    admin = ["--envoy-admin", f"http://127.0.0.1:{free_port()}"]
+    sidecar = world.start("--watch", "--configmap=envoy-xds", *admin)
+    sidecar.wait_log("does not answer")
+    return sidecar.log
+
+
+@symptom
+def check_refuses(world: World) -> str:
+    world.put(rds_yaml=EMPTY)
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--check-cmd=test ! -e {dir}/no.yaml")
+    sidecar.wait_log("published")
+    world.api.wait_watches(1)
+    world.put(rds_yaml=EMPTY, no_yaml=EMPTY)
+    sidecar.wait_log("refuses")
+    return sidecar.log
+
+
+@symptom
+def mismatched_pair(world: World) -> str:
+    one, two = world.authority.pair("one.example"), world.authority.pair("two.example")
+    pem = {"tls.crt": one.cert.read_bytes(), "tls.key": two.key.read_bytes()}
+    world.api.secret(NAMESPACE, "web-tls", pem, type="kubernetes.io/tls")
+    return world.run("--onetime", "--secret=web-tls").stderr
+
+
+def steady(line: str) -> str:
+    """A line without what differs from run to run."""
+    line = re.sub(r"^\S+Z (?=[A-Z]+ )", "", line)
+    line = re.sub(r"(duration_ms|confirmed_ms|next_try_s)=[\d.]+", r"\1=N", line)
+    line = re.sub(r"version=[0-9a-f]{16}", "version=V", line)
+    return re.sub(r"127\.0\.0\.1:\d+|10\.96\.0\.1:443", "SERVER", line)
+
+
+@pytest.mark.parametrize("name", SYMPTOMS)
+def test_the_log_says_so(name: str, world: World) -> None:
+    shown = block_for(PAGE, "test_the_log_says_so", name).splitlines()
+    log = SYMPTOMS[name](world).replace(str(world.out), "/srv/runtime")
+    log = log.replace(str(world.tmp_path / "token"), f"{loader.SERVICE_ACCOUNT}/token")
+    lines = [steady(line) for line in log.splitlines()]
+    for line in shown:
+        assert steady(line) in lines
+
+
+def test_every_symptom_is_on_the_page() -> None:
+    marked = [
+        block.arguments[0]
+        for block in blocks_of(PAGE)
+        if block.target == f"{THIS}::test_the_log_says_so"
+    ]
+    assert sorted(marked) == sorted(SYMPTOMS)
+
+
+def test_envoy_needs_a_node(tmp_path: Path) -> None:
+    source = file_source(tmp_path / "cds.json")
+    (tmp_path / "cds.json").write_text('{"resources": []}')
+    config = tmp_path / "envoy.json"
+    config.write_text(json.dumps({"dynamic_resources": {"cds_config": source}}))
+    command = [envoy_path(), "-c", str(config), "--disable-hot-restart"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    shown = block_for(PAGE, "test_envoy_needs_a_node").strip()
+    assert shown in done.stderr
+
+
+@pytest.mark.envoy
+def test_the_check_that_asks_envoy(world: World) -> None:
+    """The page's script as --check-cmd: good files pass, bad ones are not published."""
+    script = world.tmp_path / "check.py"
+    script.write_text(block_for(PAGE, "test_the_check_that_asks_envoy", "script"))
+    shown = block_for(PAGE, "test_the_check_that_asks_envoy", "command").strip()
+    option = shlex.split(shown)[-1]
+    assert shown.startswith("envoy-xds-configmap-loader --watch --configmap envoy-xds --check-cmd ")
+    option = option.replace("python3", sys.executable).replace("/etc/xds/check.py", str(script))
+    path = f"{Path(envoy_path()).parent}:/usr/bin:/bin"
+    good = {"name": "web", "type": "STATIC", "connect_timeout": "1s"}
+    bad = {**good, "connect_timeout": "-1s"}
+    data = {"cds.yaml": response("cluster", good)}
+    world.api.configmap(NAMESPACE, "envoy-xds", data)
+    check = [f"--check-cmd={option}"]
+    sidecar = world.start("--watch", "--configmap=envoy-xds", *check, env={"PATH": path})
+    sidecar.wait_log("published", 15)
+    world.api.wait_watches(1)
+    world.api.configmap(NAMESPACE, "envoy-xds", {"cds.yaml": response("cluster", bad)})
+    sidecar.wait_log(r"--check-cmd .*refuses \(exit 1\): .*ConnectTimeout", 15)
+    wait_files(world.out, data)
