@@ -558,14 +558,11 @@ def lines(response: http.client.HTTPResponse, query: Query) -> Iterator[bytes]:
             if b"".join(parts).strip():
                 raise Cut(f"watch {query}: cut within an event")
             return
-        *whole, rest = block.split(b"\n")
-        for line in whole:
-            parts.append(line)
-            joined = b"".join(parts)
+        if b"\n" in block:
+            *whole, block = (b"".join(parts) + block).split(b"\n")
             parts.clear()
-            if joined.strip():
-                yield joined
-        parts.append(rest)
+            yield from filter(bytes.strip, whole)
+        parts.append(block)
 
 
 def watch_event(line: bytes, query: Query) -> dict[str, Any]:
@@ -3326,7 +3323,7 @@ def kind_of(content: bytes) -> str:
     """What a file configures: "cds", "lds", "eds", "rds", "sds", ... or "" if it is not xDS.
 
     The first v3 type URL of an xDS resource decides; other URLs (a wrapper, an extension) are
-    passed over. `bytes.find` reads 1 MiB without one in 50 µs, so there is nothing to cache.
+    passed over.
     """
     at = content.find(TYPE_URL)
     while at >= 0:
@@ -3338,6 +3335,19 @@ def kind_of(content: bytes) -> str:
     return ""
 
 
+KINDS_KNOWN: dict[str, str] = {}  # by digest: asked for every file at every change
+
+
+def kind_of_file(file: File) -> str:
+    """kind_of() its content, remembered."""
+    kind = KINDS_KNOWN.get(file.digest)
+    if kind is None:
+        if len(KINDS_KNOWN) >= 20_000:
+            KINDS_KNOWN.clear()
+        kind = KINDS_KNOWN[file.digest] = kind_of(file.content)
+    return kind
+
+
 def kind_at(path: str, *snapshots: Files) -> str:
     """The kind of the file at `path`, from the first snapshot that tells.
 
@@ -3345,7 +3355,7 @@ def kind_at(path: str, *snapshots: Files) -> str:
     else its name.
     """
     for files in snapshots:
-        if path in files and (kind := kind_of(files[path].content)):
+        if path in files and (kind := kind_of_file(files[path])):
             return kind
     stem = path.rpartition("/")[2].partition(".")[0]
     return stem if stem in NOTIFY_RANK else ""
@@ -3673,19 +3683,16 @@ def has_fewer(new: File, old: File) -> bool:
 
 def step_to(published: Files, target: Files, changed: set[str], stage: int, reason: str) -> Step:
     """What is published with `changed` as in `target`, as a step."""
+    above = {parent for path in changed for parent in parents(path)}
     files = {
         path: target[path] if path in target and standing(target, path, file) else file
         for path, file in published.items()
-        if not any(clash(path, new) for new in changed)
+        # A file and a directory of one name cannot stand side by side.
+        if path not in above and changed.isdisjoint(parents(path))
     }
     files |= {path: target[path] for path in changed}
     removed = tuple(sorted(published.keys() - files.keys()))
     return Step(files, stage, tuple(notify_order(changed, files)), removed, reason)
-
-
-def clash(path: str, new: str) -> bool:
-    """Whether one of two paths is a directory in the other: they cannot stand side by side."""
-    return path.startswith(new + "/") or new.startswith(path + "/")
 
 
 def is_child(path: str, kinds: Mapping[str, str], published: Files, target: Files) -> bool:
@@ -3779,13 +3786,17 @@ def populated(before: Files, after: Files) -> frozenset[str]:
     EDS and RDS have an inotify instance each: Envoy may read a route that comes 2 ms after the
     first endpoints of its cluster before these, and answer 503 (measured).
     """
-    names = set()
-    for path, file in after.items():
-        if not standing(before, path, file) and kind_of(file.content) == "eds":
-            old = before.get(path)
-            if b"address" in file.content and (old is None or b"address" not in old.content):
-                names |= resource_names(path, after, "eds")
-    return frozenset(names)
+    filled = [
+        path
+        for path, file in after.items()
+        if not standing(before, path, file)
+        and kind_at(path, after) == "eds"
+        and b"address" in file.content
+        and (path not in before or b"address" not in before[path].content)
+    ]
+    renaming = renaming_clusters(after) if filled else []
+    names = (resource_names(path, after[path], renaming) for path in filled)
+    return frozenset().union(*names)
 
 
 def carry(pinned: Files, published: Files, now: Files) -> dict[str, File]:
@@ -3813,9 +3824,10 @@ def withhold(
     for path in held:
         put_back(path, result, old, not is_needless(path, desired, confirmed))
         notes.append(f"{path}: refused by Envoy, {what_stands(path, result, confirmed)} stays")
+    idle = idle_clusters(held, desired, confirmed)
     while held:
         missing = desired.keys() - result.keys()
-        lacking = possible_clusters(desired) - possible_clusters(result)
+        lacking = idle | (possible_clusters(desired) - possible_clusters(result))
         waiting = [
             path
             for path in sorted(desired)
@@ -3831,6 +3843,22 @@ def withhold(
             break
         notes += kept
     return result, notes
+
+
+def idle_clusters(held: Iterable[str], desired: Files, confirmed: Files) -> frozenset[str]:
+    """The clusters without endpoints because their EDS file is refused and never was confirmed."""
+    files = [path for path in held if path not in confirmed and kind_at(path, desired) == "eds"]
+    documents = [
+        document_of(file.content)
+        for path, file in (desired.items() if files else ())
+        if kind_at(path, desired) == "cds"
+    ]
+    return frozenset(
+        item.name
+        for document in documents
+        for item in (document.items if document else ())
+        if any(names_file(item.text.encode(), path) for path in files)
+    )
 
 
 def put_back(path: str, result: dict[str, File], old: Files, stays: bool) -> None:
@@ -3961,7 +3989,7 @@ class Print(NamedTuple):
 
 
 def print_of(status: os.stat_result) -> Print:
-    return Print(status.st_ino, status.st_size, status.st_mtime_ns, stat.S_IMODE(status.st_mode))
+    return Print(status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode & 0o7777)
 
 
 class Output:
@@ -4089,8 +4117,10 @@ class Output:
         name, prints, damaged = self.stage(files)  # 1
         changed = [*moved, *sorted(damaged)]
         self._write_sources(files)  # 2
-        if read_link(self._path(MARKER)) is None:  # one that stands tells of an older snapshot
+        try:
             os.symlink(before or "none", self._path(MARKER))  # 3
+        except FileExistsError:
+            pass  # a failed publication left it: it tells of the snapshot that Envoy knows
         for path in gone:  # 4
             self._unlink_ours(path)
         for directory in sorted({parent for path in changed for parent in parents(path)}):
@@ -4160,21 +4190,23 @@ class Output:
         """Write what changed, link what did not; the kernel may refuse links, then copy."""
         made = {""}
         prints = {}
+        old, new = self._path(self.snapshot, ""), self._path(name, "")
         for path, file in files.items():
-            for directory in reversed(list(parents(path))):
-                if directory not in made:
-                    os.mkdir(self._path(name, directory), 0o755)
-                    made.add(directory)
-            stands = standing(self.published, path, file) and path not in damaged
-            if stands and self._linked(name, path):
+            if path.rpartition("/")[0] not in made:
+                for directory in reversed(list(parents(path))):
+                    if directory not in made:
+                        os.mkdir(new + directory, 0o755)
+                        made.add(directory)
+            stands = path not in damaged and standing(self.published, path, file)
+            if stands and self._linked(old + path, new + path):
                 prints[path] = self._prints[path]
                 continue
-            prints[path] = write_file(self._path(name, path), file.content, file.mode)
+            prints[path] = write_file(new + path, file.content, file.mode)
         return prints
 
-    def _linked(self, name: str, path: str) -> bool:
+    def _linked(self, old: str, new: str) -> bool:
         try:
-            os.link(self._path(self.snapshot, path), self._path(name, path))
+            os.link(old, new)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP):
                 return False
@@ -4183,12 +4215,9 @@ class Output:
 
     def _is_damaged(self, path: str) -> bool:
         """Whether the published file is not, by stat(2), the one that was written or verified."""
-        known = self._prints.get(path)
-        if known is None:
-            return True
         try:
-            return print_of(os.lstat(self._path(self.snapshot, path))) != known
-        except FileNotFoundError:
+            return print_of(os.lstat(f"{self.root}/{self.snapshot}/{path}")) != self._prints[path]
+        except (FileNotFoundError, KeyError):
             return True
 
     def _intact(self, name: str, files: Files) -> bool:
@@ -4229,15 +4258,16 @@ class Output:
         """A real directory at this place, made if need be (never replaced if it is one)."""
         place = self._path(relative)
         try:
+            mode = os.lstat(place).st_mode
+        except FileNotFoundError:
             os.mkdir(place, 0o755)
-        except FileExistsError:
-            if os.path.islink(place):
-                # A link cannot hold Envoy's watch: it would stay on the directory behind it.
-                os.unlink(place)
-                os.mkdir(place, 0o755)
-            elif not is_directory(place):
-                text = "is a file where a directory must be"
-                raise NotADirectoryError(errno.ENOTDIR, text, place) from None
+            return
+        if stat.S_ISLNK(mode):
+            # A link cannot hold Envoy's watch: it would stay on the directory behind it.
+            os.unlink(place)
+            os.mkdir(place, 0o755)
+        elif not stat.S_ISDIR(mode):
+            raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -4248,8 +4278,11 @@ class Output:
         files, prints = {}, {}
         for path, place in walk(self._path(name)):
             try:
-                with open(place, "rb") as stream:
-                    content, status = stream.read(), os.fstat(stream.fileno())
+                with open(place, "rb", opener=unblocked) as stream:
+                    status = os.fstat(stream.fileno())
+                    if not stat.S_ISREG(status.st_mode):
+                        continue
+                    content = stream.read()
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                     raise  # says nothing about the file
@@ -4271,11 +4304,11 @@ class Output:
         for path, place in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
-            if read_link(place) == link_target(path):
+            if read_link(place) != link_target(path):
+                strangers.append(path)
+            elif not os.path.lexists(self._path(self.snapshot, path)):  # unreadable is not gone
                 os.unlink(place)
                 repaired.append(path)
-            else:
-                strangers.append(path)
         self.strangers = tuple(strangers)
         return repaired
 
@@ -4431,8 +4464,13 @@ def read_file(place: str) -> tuple[bytes, int] | None:
         raise
 
 
+def unblocked(place: str, flags: int) -> int:
+    """Open without waiting for the writer of somebody's FIFO."""
+    return os.open(place, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def no_follow(place: str, flags: int) -> int:
-    return os.open(place, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    return os.open(place, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
@@ -4592,40 +4630,51 @@ class Subject(NamedTuple):
         )
 
 
-def subject_of(path: str, files: Files) -> Subject:
-    """The scopes and the version of a published file."""
-    content, kind = files[path].content, kind_at(path, files)
+def subject_of(path: str, files: Files, renaming: Sequence[Item] | None = None) -> Subject:
+    """The scopes and the version of a published file.
+
+    renaming: what renaming_clusters() gives, for who asks about many files.
+    """
+    renaming = renaming_clusters(files) if renaming is None else renaming
+    file, kind = files[path], kind_at(path, files)
     template = STAT_SCOPES.get(kind, "")
     if "{name}" in template:
-        names = sorted(map(stat_name, resource_names(path, files, kind)))
+        names = sorted(map(stat_name, resource_names(path, file, renaming)))
         template = template.replace("{name}", f"(?:{'|'.join(map(re.escape, names))})")
         template = template if names else ""
-    return Subject(kind, template, version_info(content))
+    return Subject(kind, template, version_info(file.content))
 
 
 FIRST_NAME = rb"[\"']?(?:cluster_?)?[nN]ame[\"']?\s*:\s*[\"']?([^\s\"',}]+)"
 
 
-def resource_names(path: str, files: Files, kind: str) -> set[str]:
+def resource_names(path: str, file: File, renaming: Sequence[Item]) -> set[str]:
     """The names under which routes and statistics know the resource of a file.
 
     For EDS that is the cluster's, which differs from the assignment's if the cluster has a
     `service_name` or an `alt_stat_name`: then the cluster that names the file tells.
     """
-    content = files[path].content
-    document = document_of(content)
+    document = document_of(file.content)
     names = {item.name for item in document.items[:1]} if document else set()
-    if not names and (found := re.search(FIRST_NAME, content)):
+    if not names and (found := re.search(FIRST_NAME, file.content)):
         names = {found[1].decode("utf-8", "replace")}
-    for parent, file in files.items() if kind == "eds" else ():
-        if kind_at(parent, files) == "cds" and re.search(
-            rb"service_?name|alt_?stat_?name", file.content, re.IGNORECASE
-        ):
-            clusters = document_of(file.content)
-            for item in clusters.items if clusters else ():
-                if names_file(item.text.encode(), path):
-                    names |= {item.name, item.stat_name}
+    for item in renaming if kind_of_file(file) == "eds" else ():
+        if names_file(item.text.encode(), path):
+            names |= {item.name, item.stat_name}
     return names - {""}
+
+
+def renaming_clusters(files: Files) -> list[Item]:
+    """The clusters that statistics, or their endpoints, know by another name."""
+    found: list[Item] = []
+    for path, file in files.items():
+        if kind_at(path, files) == "cds" and re.search(RENAMES, file.content):
+            document = document_of(file.content)
+            found += document.items if document else ()
+    return found
+
+
+RENAMES = rb"(?i)service_?name|alt_?stat_?name"
 
 
 def stat_name(name: str) -> str:
@@ -5007,10 +5056,11 @@ class Confirmer(threading.Thread):
             subjects, now = self._learn(request), self.admin.clock()
             self._pending.append(Pending(request, subjects, request.baseline, now, now))
         stats = self.admin.stats(stats_filter(known for _, known in self._subjects.values()))
-        if not self._met:
-            self.post(Verdict(0, note=f"{self.admin.url} answers"))
-        with self._lock:
+        with self._lock:  # before the news: who hears it asks at once
+            news = not self._met
             self.baseline, self._met, self._down = stats, True, False
+        if news:
+            self.post(Verdict(0, note=f"{self.admin.url} answers"))
         waiting, self._pending = self._pending, []
         for each in waiting:
             pending, states, note = progress(each, stats)
@@ -5022,10 +5072,11 @@ class Confirmer(threading.Thread):
     def _learn(self, request: Request) -> dict[str, Subject]:
         """What to look for, of the files in question; and of all files, for the next baseline."""
         known, self._subjects = self._subjects, {}
+        renaming = renaming_clusters(request.files)
         for path, file in request.files.items():
             digest, old = known.get(path, ("", Subject("", "", "")))
             if digest != file.digest or path in request.moved:
-                old = subject_of(path, request.files).after(old)
+                old = subject_of(path, request.files, renaming).after(old)
             self._subjects[path] = (file.digest, old)
         return {path: self._subjects[path][1] for path in request.moved if path in self._subjects}
 
@@ -5942,7 +5993,7 @@ class Sources:
             endpoints=self._gathered(ENDPOINTS, notes),
             nodes={name: node for (_, name), node in nodes.items()},
         )
-        kinds = [kind_of(file.content) for file in others.values()]
+        kinds = [kind_of_file(file) for file in others.values()]
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds)
         rendering = self._translator.render(objects, other_files=subscriptions)
         self.rendering = rendering
@@ -6025,13 +6076,18 @@ class Envoy:
         """
         done = set(verdict.confirmed)
         if last and not verdict.rejected:
-            done |= verdict.unread
+            done |= verdict.unread - {path for path in files if self.is_refused(path, files[path])}
         waiting = self.unconfirmed.keys() - done
         if not any(kind_at(path, files) in ("cds", "lds") for path in waiting & files.keys()):
             done |= self.unconfirmed.keys() - files.keys()
         for path in done & self.unconfirmed.keys():
             del self.unconfirmed[path]
         self._save()
+
+    def is_refused(self, path: str, file: File) -> bool:
+        """Whether these bytes are among those that Envoy refused."""
+        refusal = self.refused.get(path)
+        return refusal is not None and file.digest in (refusal.digest, refusal.shown)
 
     def forget(self, wanted: Files) -> None:
         """A refusal holds until the desired bytes change."""
@@ -6102,6 +6158,7 @@ class Loop:
         self._event_at = 0.0
         self._published_at = 0.0
         self._published_wall = 0.0
+        self._counted = ""  # the snapshot that the metrics tell of
         self._burst = False
         self._retry_at = 0.0
         self._backoff = Backoff()
@@ -6150,7 +6207,6 @@ class Loop:
             log.info("%s: %s", self.output.root, "; ".join(done))
         metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
         self._published_wall = self.output.switched_at()
-        self._count_snapshot()
         self._name_strangers()
         self.envoy.remember()
         self.sources.start(self.output.published)
@@ -6338,14 +6394,14 @@ class Loop:
             log.info("published", **told)
         log.recovered("disk", f"{self.output.root} can be written again")
         self.output.prune()
-        self._count_snapshot()
         if step == "whole" and not self._once:
             give_back_memory()
 
     def _count_snapshot(self) -> None:
-        """The metrics of the snapshot that stands."""
-        if not self.output.snapshot:
+        """The metrics of the snapshot that stands, once for each."""
+        if self.output.snapshot == self._counted:
             return
+        self._counted = self.output.snapshot
         files = self.output.published
         metrics.replace("xds_loader_snapshot_info", {(self.output.snapshot[2:],): 1.0})
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._published_wall)
@@ -6369,8 +6425,9 @@ class Loop:
         assert self._confirmer is not None
         self._request += 1
         self._asked[self._request] = asked
-        moved = {path: self.envoy.moved.get(path, 0.0) for path in self.envoy.unconfirmed
-                 if path in asked.files}
+        envoy, files = self.envoy, asked.files
+        moved = {path: envoy.moved.get(path, 0.0) for path in envoy.unconfirmed
+                 if path in files and not envoy.is_refused(path, files[path])}
         self._confirmer.submit(Request(self._request, asked.files, moved, baseline))
 
     def _judge(self, verdict: Verdict) -> None:
@@ -6428,6 +6485,7 @@ class Loop:
                 "Envoy ignored %d unknown fields in %s: a typo?", verdict.unknown_fields,
                 asked.told.get("changed", "what was published"),
             )
+        self._tell()  # before the metric: who sees one, finds the other
         metrics.replace("xds_loader_refused_files",
                         {(path,): 1.0 for path in self.envoy.refused})
 
@@ -6520,6 +6578,7 @@ class Loop:
         """Put what is known now before whoever asks over HTTP."""
         if self.listener is None:
             return
+        self._count_snapshot()
         composition = self._composition
         now = time.monotonic()
         self.listener.status = Status(

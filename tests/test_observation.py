@@ -319,6 +319,7 @@ held.pop().close()
 client.sendall(b"GET /healthz HTTP/1.1\\r\\n\\r\\n")
 client.settimeout(5)
 assert client.recv(100).startswith(b"HTTP/1.1 200"), "no answer"
+server.stop()  # a daemon thread that wakes at the interpreter's end needs a descriptor
 """
     run_python(script)
 
