@@ -6055,6 +6055,7 @@ class Envoy:
             if isinstance(row, list) and len(row) == len(Refusal._fields):
                 self.refused[path] = Refusal(*map(str, row))
         self.moved = self._output.link_times(self.unconfirmed)
+        metrics.replace("xds_loader_refused_files", {(path,): 1.0 for path in self.refused})
 
     def publishing(self, paths: Iterable[str], before: Files, snapshot: str) -> None:
         """Before a publication: what stands at these paths is the last that Envoy confirmed."""
@@ -6110,6 +6111,7 @@ class Envoy:
     def _save(self) -> None:
         confirmed = {path: snapshot for path, (snapshot, _) in self.unconfirmed.items()}
         self._output.write_state("envoy", {"confirmed": confirmed, "refused": self.refused})
+        metrics.replace("xds_loader_refused_files", {(path,): 1.0 for path in self.refused})
 
 
 def json_object(value: object) -> dict[str, Any]:
@@ -6457,6 +6459,7 @@ class Loop:
         confirmed = envoy.last_confirmed(self.output.published)
         found = refusals(envoy.refused, verdict.rejected, asked.target, asked.files, confirmed)
         envoy.refused = found
+        self._tell()  # before the metric: who sees one, finds the other
         envoy.judged(verdict, asked.files, last=same(asked.files, asked.target))
         self.output.prune(envoy.needed())
         if verdict.rejected:
@@ -6485,9 +6488,6 @@ class Loop:
                 "Envoy ignored %d unknown fields in %s: a typo?", verdict.unknown_fields,
                 asked.told.get("changed", "what was published"),
             )
-        self._tell()  # before the metric: who sees one, finds the other
-        metrics.replace("xds_loader_refused_files",
-                        {(path,): 1.0 for path in self.envoy.refused})
 
     # -- checks and words ---------------------------------------------------------------------
 
