@@ -116,6 +116,23 @@ def test_pages_are_of_one_version_and_expire(open_api: ApiServer, client: Client
     assert names(rest) == ["bb", "c", "d", "e"]
 
 
+def test_pages_of_two_resources_with_equal_names_are_kept_apart(
+    open_api: ApiServer, client: Client
+) -> None:
+    paths = (MAPS, MAPS.replace("configmaps", "secrets"))
+    for name in "abc":
+        open_api.configmap("demo", name, {})
+        open_api.secret("demo", name, {})
+    firsts = [client.request("GET", f"{path}?limit=1")[1] for path in paths]
+    tokens = [first["metadata"]["continue"] for first in firsts]
+    rests = [
+        client.request("GET", f"{path}?limit=9&continue={token}")[1]
+        for path, token in zip(paths, tokens, strict=True)
+    ]
+    assert [rest["kind"] for rest in rests] == ["ConfigMapList", "SecretList"]
+    assert ["type" in rest["items"][0] for rest in rests] == [False, True]
+
+
 def test_large_lists_are_gzipped_when_asked_for(open_api: ApiServer) -> None:
     open_api.configmap("demo", "big", {"k": "x" * 200_000})
     connection = http.client.HTTPConnection("127.0.0.1", open_api.port)

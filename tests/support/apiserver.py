@@ -613,7 +613,7 @@ class ApiServer:
         self._compacted = 0
         self._objects: dict[Resource, dict[Key, Stored]] = {r: {} for r in RESOURCES}
         self._history: dict[Resource, list[Change]] = {r: [] for r in RESOURCES}
-        self._pages: dict[str, tuple[int, list[tuple[Key, Stored]]]] = {}
+        self._pages: dict[tuple[str, str], tuple[int, list[tuple[Key, Stored]]]] = {}
         self._uids = itertools.count(1)
         self._watches: list[_Watch] = []
         self._watches_changed = threading.Condition(self._lock)
@@ -1291,7 +1291,7 @@ class _Exchange:
                 to_json({"v": "meta.k8s.io/v1", "rv": version, "start": items[limit - 1][0]})
             ).decode()
             with self.api._lock:
-                self.api._pages[token] = (version, items[limit:])
+                self.api._pages[scope.resource.plural, token] = (version, items[limit:])
             metadata["continue"] = token
             metadata["remainingItemCount"] = len(items) - limit
             items = items[:limit]
@@ -1311,7 +1311,7 @@ class _Exchange:
             if wanted.get("fresh"):
                 rest = [(key, item) for key, item in self.api._select(scope) if key > after]
                 return self.page(scope, int(self.api.version), rest)
-            page = self.api._pages.get(token)
+            page = self.api._pages.get((scope.resource.plural, token))
         if page is None:
             return self.expired(
                 "The provided continue parameter is too old to display a consistent list result.",
