@@ -6173,7 +6173,10 @@ class Loop:
         deadline = began + self.options.timeout
         check_at = began + self.options.sync_interval
         self._event_at = began
-        self._open()
+        try:
+            self._open()
+        except OSError as error:
+            raise LoaderError(self._disk_trouble(error)) from error
         done = False
         while not self.stopping:
             self._turn()
@@ -6184,7 +6187,14 @@ class Loop:
                 check_at = time.monotonic() + self.options.sync_interval
                 self._check()
             self._tell()
-            self._await(check_at if deadline < time.monotonic() else deadline)
+            late = not self._once or time.monotonic() >= deadline
+            self._await(check_at if late else deadline)
+        return self._end(done=done)
+
+    def _end(self, *, done: bool) -> int:
+        for asked in self._asked.values():
+            if asked.told:
+                log.info("published", **asked.told, confirmed="ended before")
         if self.listener is not None:
             self.listener.stop()
         self.output.unlock()
@@ -6347,8 +6357,8 @@ class Loop:
         if step is None:
             more, self._target, self._settled = self._target is not None, None, True
             return more
-        if step.stage == REMOVALS and not self._settled:
-            # The process before may have died between references and removals: wait again.
+        if step.stage in (REFERENCES, REMOVALS) and not self._settled:
+            # The process before may have died right after the step before: wait again.
             self._settled = True
             self._target = target
             if self._confirmer:
@@ -6656,10 +6666,13 @@ def preview(options: Options, config: Config) -> int:
     for note in composition.warnings:
         log.warning("%s", note)
     out = sys.stdout.buffer
-    for path in sorted({*composition.files, *(published if options.diff else ())}):
-        new, old = composition.files.get(path), published.get(path)
-        out.write(difference(path, old, new) if options.diff else shown(path, new))
-    out.flush()
+    try:
+        for path in sorted({*composition.files, *(published if options.diff else ())}):
+            new, old = composition.files.get(path), published.get(path)
+            out.write(difference(path, old, new) if options.diff else shown(path, new))
+        out.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -6704,6 +6717,8 @@ def run(options: Options) -> int:
     config = read_config(options.config)
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
+    if options.services is not None and config.prefer_zone is True and not options.node_name:
+        raise config_error("$.endpoint.prefer_zone", "true needs the own Node's name in $NODE_NAME")
     if options.secret:
         no_core_dumps()
     os.umask(0)  # modes are as stated, whatever the umask was
@@ -7160,6 +7175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         log.error("%s", why(error))
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
