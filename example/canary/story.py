@@ -8,19 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from example.support.cluster import TOKEN, Proxy
-from example.support.story import Story, bar, milliseconds, shares
+from example.support.story import Story, bars, milliseconds, shares
 from tests.support.load import Poller
 
 VERSION = "http.ingress.rds.{}.version_text"
 SERVICES = ("bold-olm", "eerie-octopus")
-
-
-def view(poller: Poller) -> list[str]:
-    """How the last answers were shared."""
-    found = shares(poller)
-    lines = [f"  {name:<14} {bar(found.get(name, 0))} {found.get(name, 0):>5.0%}"
-             for name in SERVICES]  # fmt: skip
-    return [*lines, f"  {len(poller.answers)} requests, {len(poller.failed)} failed"]
 
 
 def text(proxy: Proxy, routes: str) -> str:
@@ -38,7 +30,7 @@ def shift(story: Story, proxy: Proxy, poller: Poller, routes: str, command: str)
 
 def settle(story: Story, poller: Poller, wanted: Callable[[dict[str, float]], bool]) -> None:
     """Watch the answers for a while, and until they are as wanted."""
-    story.watch(lambda: view(poller))
+    story.watch(lambda: bars(poller, SERVICES))
     story.until(lambda: wanted(shares(poller)), f"the answers: {shares(poller)}")
 
 
@@ -51,13 +43,11 @@ def only(name: str) -> Callable[[dict[str, float]], bool]:
 
 
 def verdict(story: Story, proxy: Proxy, poller: Poller, took: Sequence[float], how: str) -> None:
-    answers, failed = len(poller.answers), len(poller.failed)
     story.fact(f"{how}: first snapshot, by the init run", milliseconds(proxy.init_seconds))
     for name, seconds in zip(("50/50", "0/100"), (took[-2], took[-1]), strict=True):
         value = f"{milliseconds(seconds)} from the PATCH until Envoy ran it"
         story.claim(f"{how}: {name}", seconds < 1, value)
-    story.claim(f"{how}: requests, failed", answers and not failed, f"{answers}, {failed}")
-    story.claim(f"{how}: restarts of Envoy", proxy.never_restarted(), proxy.restarts())
+    story.verdict([poller], [proxy], f"{how}: ")
 
 
 def by_configmap(story: Story) -> tuple[Proxy, Poller]:

@@ -183,10 +183,7 @@ def main() -> int:
         story.watch(lambda: [f"  {len(poller.answers)} requests, {len(poller.failed)} failed"])
         story.until(lambda: most_tries(proxy) > 1, "the access log")
         story.claim("access log", True, f"a request had {most_tries(proxy)} tries")
-        total, failed = (sum(len(x) for x in found) for found in (
-            [p.answers for p in pollers], [p.failed for p in pollers]))  # fmt: skip
-        story.claim("the shop meanwhile: requests, failed", not failed, f"{total}, {failed}")
-        story.claim("restarts of Envoy in step 3", proxy.never_restarted(), proxy.restarts())
+        story.verdict(pollers, [proxy], "the shop meanwhile: ")
         story.play([
             f"curl -s {proxy.url(8000, '/cart')}",
             f"tail -f {proxy.root}/stdout    # the access log",

@@ -6,17 +6,10 @@ import time
 
 from example.support.cluster import Proxy
 from example.support.pods import named
-from example.support.story import Story, bar, milliseconds, shares
+from example.support.story import Story, bars, milliseconds, shares
 from tests.support.load import Poller
 
 ZONES = ("a", "b")
-
-
-def view(poller: Poller) -> list[str]:
-    found = shares(poller)
-    lines = [f"  zone {zone} {bar(found.get(zone, 0))} {found.get(zone, 0):>5.0%}"
-             for zone in ZONES]  # fmt: skip
-    return [*lines, f"  {len(poller.answers)} requests, {len(poller.failed)} failed"]
 
 
 def crossed(poller: Poller, since: float) -> float:
@@ -47,7 +40,7 @@ def main() -> int:
             cluster.pod("web", handler=named(zone), zone=zone)
         old, load = serve(story)
         start = time.monotonic()
-        story.watch(lambda: view(load), story.pace + 0.5)
+        story.watch(lambda: bars(load, ZONES, "zone "), story.pace + 0.5)
         before = crossed(load, start)
 
         story.title("prefer_zone")
@@ -56,31 +49,29 @@ def main() -> int:
         load.close()
         old.close()
         start = time.monotonic()
-        story.watch(lambda: view(poller), story.pace + 0.5)
+        story.watch(lambda: bars(poller, ZONES, "zone "), story.pace + 0.5)
         after = crossed(poller, start)
         value = f"{before:.0%} before, {after:.0%} with prefer_zone"
         story.claim("requests that cross zones", before > 0.3 and after == 0, value)
 
         story.title("Zone a loses its pods, one after the other")
         cluster.publish("web", draining=["web-0"])
-        story.watch(lambda: view(poller))
+        story.watch(lambda: bars(poller, ZONES, "zone "))
         story.claim("one of two left in zone a: requests that cross",
                     shares(poller) == {"a": 1.0}, "0%")  # fmt: skip
         since = time.monotonic()
         cluster.publish("web", draining=["web-0", "web-1"])
         took = moved(story, poller, "b", since)
-        story.watch(lambda: view(poller))
+        story.watch(lambda: bars(poller, ZONES, "zone "))
         story.claim("zone a is empty: first answer from zone b", took < 1, milliseconds(took))
 
         story.title("And they come back")
         since = time.monotonic()
         cluster.publish("web")
         took = moved(story, poller, "a", since)
-        story.watch(lambda: view(poller))
+        story.watch(lambda: bars(poller, ZONES, "zone "))
         story.claim("zone a again: first answer", took < 1, milliseconds(took))
-        count, failed = len(poller.answers), len(poller.failed) + len(load.failed)
-        story.claim("requests, failed", not failed, f"{count + len(load.answers)}, {failed}")
-        story.claim("restarts of Envoy", proxy.never_restarted(), proxy.restarts())
+        story.verdict([load, poller], [proxy])
         story.play([
             f"curl -s -H 'Host: web.example' {proxy.url(10000)}",
             f"cat {proxy.output_dir}/current/eds/demo_web_http.yaml",

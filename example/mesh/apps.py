@@ -55,8 +55,8 @@ class Outbound:
 Answer = Callable[[Message, Headers], Message]
 
 
-def grpc_server(service: str, address: str, answer: Answer) -> grpc.Server:
-    """One method, `/shop.<Service>/Get`."""
+def grpc_server(service: str, address: str, answer: Answer) -> Callable[[], object]:
+    """One method, `/shop.<Service>/Get`; what ends it."""
 
     def get(message: Message, context: grpc.ServicerContext) -> Message:
         return answer(message, trace_of(dict(context.invocation_metadata())))
@@ -68,7 +68,7 @@ def grpc_server(service: str, address: str, answer: Answer) -> grpc.Server:
     )
     server.add_insecure_port(address)
     server.start()
-    return server
+    return lambda: server.stop(None).wait(2)
 
 
 def user(message: Message, trace: Headers) -> Message:

@@ -18,10 +18,8 @@ from typing import Any
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 os.environ["GRPC_VERBOSITY"] = "ERROR"
 
-import grpc
-
 from example.mesh import apps
-from example.support.cluster import Cluster, Proxy
+from example.support.cluster import Proxy
 from example.support.pods import Request, Response, fetch
 from example.support.story import Story, milliseconds
 
@@ -41,12 +39,13 @@ def sink(traces: Spans) -> Callable[[Request], Any]:
     return take
 
 
-def start_apps(cluster: Cluster, closing: list[Callable[[], object]]) -> None:
+def start_apps(story: Story) -> None:
     """The applications, each on its pod's port 8080."""
+    cluster = story.cluster
 
     def outbound(name: str) -> apps.Outbound:
         made = apps.Outbound(f"{cluster.ip(name)}:15001", cluster.namespace)
-        closing.append(made.close)
+        story.at_end(made.close)
         return made
 
     cluster.servers.serve(cluster.ip("frontend"), 8080, apps.frontend(outbound("frontend")))
@@ -55,14 +54,7 @@ def start_apps(cluster: Cluster, closing: list[Callable[[], object]]) -> None:
         ("item", apps.item),
         ("order", apps.order(outbound("order"))),
     ):
-        start_grpc(name, f"{cluster.ip(name)}:8080", answer, closing)
-
-
-def start_grpc(
-    name: str, address: str, answer: apps.Answer, closing: list[Callable[[], object]]
-) -> None:
-    server: grpc.Server = apps.grpc_server(name, address, answer)
-    closing.append(lambda: server.stop(None).wait(2))
+        story.at_end(apps.grpc_server(name, f"{cluster.ip(name)}:8080", answer))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -140,7 +132,7 @@ def known(rows: list[tuple[dict[str, str], float]]) -> list[tuple[dict[str, str]
 # The story
 
 
-def start(story: Story, closing: list[Callable[[], object]], traces: Spans) -> list[Proxy]:
+def start(story: Story, traces: Spans) -> list[Proxy]:
     cluster = story.cluster
     cluster.servers.serve(cluster.ip("zipkin"), 9411, sink(traces))
     cluster.names["zipkin.demo.svc.cluster.local"] = cluster.ip("zipkin")
@@ -151,7 +143,7 @@ def start(story: Story, closing: list[Callable[[], object]], traces: Spans) -> l
     for name in PODS:
         proxies.append(cluster.run(name))
         story.say(f"  {name}: Envoy and its loader run at {cluster.ip(name)}")
-    start_apps(cluster, closing)
+    start_apps(story)
     return proxies
 
 
@@ -173,12 +165,10 @@ def tracing(story: Story, traces: Spans) -> None:
     story.claim("one trace through all services", seen == set(PODS), f"{len(spans)} spans")
 
 
-def another_pod(
-    story: Story, proxies: list[Proxy], closing: list[Callable[[], object]]
-) -> None:
+def another_pod(story: Story, proxies: list[Proxy]) -> None:
     story.title("Another pod of item")
     cluster = story.cluster
-    start_grpc("item", f"{cluster.ip('item-1')}:15006", apps.item, closing)
+    story.at_end(apps.grpc_server("item", f"{cluster.ip('item-1')}:15006", apps.item))
     since = time.monotonic()
     cluster.join("item", cluster.ip("item-1"))
     members = "cluster.demo/item/grpc.membership_healthy"
@@ -189,10 +179,9 @@ def another_pod(
 
 
 def main() -> int:
-    closing: list[Callable[[], object]] = []
     traces: Spans = {}
     with Story("mesh") as story:
-        proxies = start(story, closing, traces)
+        proxies = start(story, traces)
         url = proxies[0].url(10000, "/order/7")
         host = {"host": "shop.example"}
         story.until(lambda: fetch(url, headers=host).status == 200, "an order")
@@ -202,9 +191,9 @@ def main() -> int:
         if Prometheus.path():
             where = story.cluster.ip("prometheus")
             prometheus = Prometheus(story.root / "prometheus", where, proxies)
-            closing.append(prometheus.close)
+            story.at_end(prometheus.close)
         tracing(story, traces)
-        another_pod(story, proxies, closing)
+        another_pod(story, proxies)
         if prometheus is not None:
             story.until(lambda: prometheus.up() == 10, "Prometheus scrapes all", 20)
             story.claim("scraped: Envoys and loaders", True, "10 of 10")
@@ -212,18 +201,12 @@ def main() -> int:
         else:
             story.say("\nNo Prometheus here: apt-get install prometheus. The figures are skipped.")
         story.watch(lambda: [f"  {len(poller.answers)} requests, {len(poller.failed)} failed"])
-        count, failed = len(poller.answers), len(poller.failed)
-        story.claim("requests, failed", not failed, f"{count}, {failed}")
-        same = all(proxy.never_restarted() for proxy in proxies)
-        story.claim("restarts of Envoys", same, "none" if same else "some")
+        story.verdict([poller], proxies)
         story.play([
             f"curl -s -H 'Host: shop.example' {url}",
             f"curl -s {proxies[2].envoy.admin_url}/clusters    # of the order service",
             f"{prometheus.url if prometheus else ''}    # Prometheus",
         ])  # fmt: skip
-        poller.close()
-        for close in reversed(closing):
-            close()
     return story.status
 
 

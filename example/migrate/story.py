@@ -75,10 +75,7 @@ def main() -> int:
         tidy = cluster.run("envoy")
         other = story.load(tidy.url(10000))
         story.until(lambda: len(other.answers) > 20, "answers")
-        answers = [*poller.answers, *other.answers]
-        failed = poller.failed + other.failed
-        story.claim("requests, failed", not failed, f"{len(answers)}, {len(failed)}")
-        story.claim("restarts of Envoy", proxy.never_restarted(), proxy.restarts())
+        story.verdict([poller, other], [proxy])
         story.play([
             f"curl -s {proxy.url(10000)}",
             f"ls -lR {proxy.output_dir}",

@@ -156,6 +156,8 @@ def main() -> int:
         port = free_udp_port(ip)
         server = DNSServer(names, address=ip, port=port, logger=DNSLogger("error"))
         server.start_thread()
+        story.at_end(server.server.server_close)
+        story.at_end(server.stop)
         cluster.has_dns = True
         cluster.replacements["10.96.0.10, port_value: 53"] = f"{ip}, port_value: {port}"
         pods = Pods(story, names)
@@ -178,8 +180,6 @@ def main() -> int:
             f"curl -s {proxy.url(10000, '/dns')}    # or /eds",
             f"curl -s {proxy.envoy.admin_url}/clusters",
         ])  # fmt: skip
-        server.stop()
-        server.server.server_close()
     return story.status
 
 

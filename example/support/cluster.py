@@ -80,9 +80,7 @@ class Backend(NamedTuple):
 class Proxy:
     """A pod with Envoy and the loader in it, as its Deployment says."""
 
-    def __init__(
-        self, name: str, ip: str, root: Path, spec: Object, mounts: list[str]
-    ) -> None:
+    def __init__(self, name: str, ip: str, root: Path, spec: Object, mounts: list[str]) -> None:
         self.name, self.ip, self.root = name, ip, root
         self.spec, self.mounts = spec, mounts
         self._envoy: PodEnvoy | None = None
@@ -281,8 +279,14 @@ class Cluster:
         table |= self.replacements
         pattern = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
         text = re.sub(rf"(?<![\w.])(?:{pattern})(?![\d.])", lambda found: table[found[0]], text)
-        return text if self.has_dns else re.sub(
-            r"(?<=address: )[\w-]+\.[\w-]+\.\w[\w.-]+", lambda found: self.resolve(found[0]), text
+        return (
+            text
+            if self.has_dns
+            else re.sub(
+                r"(?<=address: )[\w-]+\.[\w-]+\.\w[\w.-]+",
+                lambda found: self.resolve(found[0]),
+                text,
+            )
         )
 
     def resolve(self, dns_name: str) -> str:
@@ -354,7 +358,9 @@ class Cluster:
 
     def _command(self, proxy: Proxy, container: Object) -> tuple[list[str], dict[str, str]]:
         """A loader's arguments, and the environment that a pod gives it."""
-        args, env = self._resolved(proxy, container)
+        # The image knows the command by this name too; here it is the loader in any case.
+        plain = {key: value for key, value in container.items() if key != "command"}
+        args, env = self._resolved(proxy, plain)
         words = [self.localize(word, proxy.name, proxy.mounts) for word in args]
         words = [re.sub(r"^(--listen=):", rf"\g<1>{proxy.ip}:", word) for word in words]
         env |= {
@@ -456,9 +462,7 @@ class Cluster:
         self.backends[name] = Backend(name, service, ip, zone, [])
         self.publish(service)
 
-    def publish(
-        self, service: str, draining: Iterable[str] = (), namespace: str = ""
-    ) -> None:
+    def publish(self, service: str, draining: Iterable[str] = (), namespace: str = "") -> None:
         """The EndpointSlice of a Service, as its controller would write it now."""
         namespace = namespace or self.namespace
         found = self.api.get("Service", namespace, service)

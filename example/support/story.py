@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from example.support.cluster import Cluster
+from example.support.cluster import Cluster, Proxy
 from example.support.pods import Servers
 from tests.support.load import Poller
 
@@ -54,6 +54,7 @@ class Story:
         self._commands = readme_commands(self.folder / "README.md")
         self._facts: list[tuple[str, str, bool | None]] = []
         self._pollers: list[Poller] = []
+        self._closing: list[Callable[[], object]] = []
         self._drawn = 0
         self.status = 0
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -81,6 +82,10 @@ class Story:
         self._pollers.append(poller)
         return poller
 
+    def at_end(self, close: Callable[[], object]) -> None:
+        """Called when the requests have ended, before the cluster does; the last one first."""
+        self._closing.append(close)
+
     def watch(self, lines: Callable[[], Sequence[str]], seconds: float | None = None) -> None:
         """Show `lines()` in place for a while; without a terminal once, at the end."""
         until = time.monotonic() + (self.pace if seconds is None else seconds)
@@ -91,9 +96,7 @@ class Story:
         self._draw(lines())
         self._drawn = 0
 
-    def until(
-        self, condition: Callable[[], object], message: str, timeout: float = 10.0
-    ) -> float:
+    def until(self, condition: Callable[[], object], message: str, timeout: float = 10.0) -> float:
         """Wait; the time when it was so."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -132,6 +135,15 @@ class Story:
         if not holds:
             self.status = 1
 
+    def verdict(self, pollers: Sequence[Poller], proxies: Sequence[Proxy], what: str = "") -> None:
+        """What every example claims: no request failed, and no Envoy was restarted."""
+        count = sum(len(poller.answers) for poller in pollers)
+        failed = sum(len(poller.failed) for poller in pollers)
+        self.claim(f"{what}requests, failed", count and not failed, f"{count}, {failed}")
+        for proxy in proxies:
+            name = f" ({proxy.name})" if len(proxies) > 1 else ""
+            self.claim(f"{what}restarts of Envoy{name}", proxy.never_restarted(), proxy.restarts())
+
     def _table(self) -> None:
         self.title("The facts")
         width = max(len(what) for what, _, _ in self._facts)
@@ -168,6 +180,8 @@ class Story:
             self.claim("every command of the README was run", False, self._commands)
         for poller in self._pollers:
             poller.close()
+        for close in reversed(self._closing):
+            close()
         if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
             for cluster in self.clusters.values():
                 for proxy in cluster.proxies.values():
@@ -196,6 +210,15 @@ def shares(poller: Poller, seconds: float = 0.4) -> dict[str, float]:
     since = time.monotonic() - seconds
     counts = Counter(answer.body for answer in poller.answers if answer.time > since)
     return {body: count / counts.total() for body, count in sorted(counts.items())}
+
+
+def bars(poller: Poller, names: Sequence[str], label: str = "") -> list[str]:
+    """How the last answers were shared, as bars, and how many there were in all."""
+    found = shares(poller)
+    width = max(map(len, names))
+    lines = [f"  {label}{name:<{width}} {bar(found.get(name, 0))} {found.get(name, 0):>5.0%}"
+             for name in names]  # fmt: skip
+    return [*lines, f"  {len(poller.answers)} requests, {len(poller.failed)} failed"]
 
 
 def milliseconds(seconds: float) -> str:
