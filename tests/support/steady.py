@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import threading
 import time
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -115,21 +118,61 @@ class Total(NamedTuple):
     requests: int
     failed: int
     seconds: float
+    stall: float = 0.0  # the longest that an Envoy's main thread took to answer, in seconds
 
     @property
     def rate(self) -> float:
         return self.requests / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
-        return f"{self.failed} of {self.requests} requests failed ({self.rate:.0f}/s)"
+        rate = f"{self.rate:.0f}/s, longest stall {self.stall * 1000:.0f} ms"
+        return f"{self.failed} of {self.requests} requests failed ({rate})"
+
+
+class Pulse(threading.Thread):
+    """Asks one Envoy's main thread for a sign of life, all the time; `stall` is the longest wait.
+
+    On a machine that is busy beyond measure it takes seconds to read a file. Whoever does not wait
+    so long publishes the next step too early: that is the bound of what is promised.
+    """
+
+    def __init__(self, admin_url: str) -> None:
+        super().__init__(daemon=True)
+        self.stall = 0.0
+        self._where = urllib.parse.urlsplit(admin_url).netloc
+        self._done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection(self._where, timeout=30)
+        while not self._done.wait(0.03):
+            began = time.monotonic()
+            try:
+                connection.request("GET", "/ready")
+                connection.getresponse().read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+            self.stall = max(self.stall, time.monotonic() - began)
+        connection.close()
+
+    def end(self) -> float:
+        self._done.set()
+        self.join(31)
+        return self.stall
 
 
 class Load:
     """wrk against each of these ports; `stop` gives the sum."""
 
     def __init__(
-        self, ports: Iterable[int], *, connections: int = 4, host: str | None = None
+        self,
+        ports: Iterable[int],
+        *,
+        connections: int = 4,
+        host: str | None = None,
+        admins: Iterable[str] = (),
     ) -> None:
+        self._pulses = [Pulse(url) for url in admins]
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
         self._each: Sequence[Wrk] = [
@@ -143,7 +186,9 @@ class Load:
         reports = [wrk.stop() for wrk in self._each]
         seconds = max((report.seconds for report in reports), default=0.0)
         requests = sum(report.requests for report in reports)
-        return Total(requests, sum(report.failed for report in reports), seconds)
+        failed = sum(report.failed for report in reports)
+        stall = max((pulse.end() for pulse in self._pulses), default=0.0)
+        return Total(requests, failed, seconds, stall)
 
     def __enter__(self) -> Load:
         return self
