@@ -116,7 +116,7 @@ def forbidden(world: World) -> str:
 
 @symptom
 def unauthorized(world: World) -> str:
-    world.api.tokens = ["another"]
+    world.api.tokens = {"another"}
     return world.run("--onetime", "--configmap=envoy-xds").stderr
 
 
@@ -328,5 +328,5 @@ def test_the_check_that_asks_envoy(world: World) -> None:
     sidecar.wait_log("published", 15)
     world.api.wait_watches(1)
     world.api.configmap(NAMESPACE, "envoy-xds", {"cds.yaml": response("cluster", bad)})
-    sidecar.wait_log(r"--check-cmd .*refuses \(exit 1\): .*ConnectTimeout", 15)
+    sidecar.wait_log(r"--check-cmd .*refuses \(exit 1\): .*Invalid duration", 15)
     wait_files(world.out, data)

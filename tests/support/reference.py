@@ -111,9 +111,9 @@ there; `--watch=false` turns it off. A repeatable option is given several times.
 written as in Go: `250ms`, `30s`, `1m0s`, `1.5h`.
 
 Each option can come from the environment instead: `XDS_LOADER_` and its name in capitals with
-underscores (`--sync-interval`: `XDS_LOADER_SYNC_INTERVAL`). The command line wins; an empty variable
-counts as unset; values of a repeatable option are separated by white space. Besides these the
-loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `prefer_zone`), and
+underscores (`--sync-interval`: `XDS_LOADER_SYNC_INTERVAL`). The command line wins; an empty
+variable counts as unset; values of a repeatable option are separated by white space. Besides these
+the loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `prefer_zone`), and
 `$KUBERNETES_SERVICE_HOST` and `$KUBERNETES_SERVICE_PORT` (API server).
 
 | exit code | when |
@@ -149,7 +149,7 @@ envoy-xds-configmap-loader: unknown option --sync-intervall (did you mean --sync
 $ envoy-xds-configmap-loader --configmap x --timeout 30
 envoy-xds-configmap-loader: --timeout '30': is no duration, such as 30s, 1m0s or 250ms
 ```
-"""
+"""  # noqa: E501
 
 # What the values of a label are, where the name alone does not tell.
 LABELS = {
