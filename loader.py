@@ -167,10 +167,7 @@ def give_back_memory() -> None:
 
 def same(one: Files, other: Files) -> bool:
     """Whether two sets of files are the same on disk (their sources may differ)."""
-    return one.keys() == other.keys() and all(
-        one[path].digest == other[path].digest and one[path].mode == other[path].mode
-        for path in one
-    )
+    return len(one) == len(other) and all(standing(other, path, one[path]) for path in one)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3633,7 +3630,9 @@ def united(one: Document, two: Document, extra: list[Item]) -> bytes | None:
 def standing(files: Files, path: str, file: File) -> bool:
     """Whether `files` has this very file at `path`: bytes and mode; the source does not show."""
     old = files.get(path)
-    return old is not None and (old.digest, old.mode) == (file.digest, file.mode)
+    if old is None or old is file:
+        return old is file
+    return old.digest == file.digest and old.mode == file.mode
 
 
 def next_step(
@@ -4531,6 +4530,7 @@ def remove_tree(root: str, *, tolerate: bool = False) -> None:
 #   update_failure    could not be parsed (an empty file too).
 
 ANSWER_BOUND = 1.0  # seconds: one request; and how long an admin interface may be silent
+BUSY_BOUND = 2.0  # seconds of silence of an Envoy that answered before and takes connections
 ATTEMPT_BOUND = 1.0  # seconds until Envoy has read what moved: it needs 1-4 ms
 DOUBT = 0.05  # seconds until a rejection is believed of which the count before is not known
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
@@ -5021,17 +5021,28 @@ class Confirmer(threading.Thread):
                 self._look()
             except AdminError as error:
                 silent_since = begun if silent_since is None else silent_since
-                bound = ANSWER_BOUND if self._pending else 0.0
-                if self.admin.clock() - silent_since >= bound:
+                if self.admin.clock() - silent_since >= self._patience(error):
                     self._give_up(error)
                 pause = min(pause * 2, PROBE_LAST if self._down else POLL_LAST)
             else:
                 # A look costs Envoy's main thread 1 ms, with 1,000 clusters 45 ms: leave it room.
-                silent_since = None
                 pause = max(min(pause * 1.5, POLL_LAST), self.admin.clock() - begun)
+                silent_since = None
             if self._rest(max(pause, PROBE_FIRST) if self._down else pause):
                 pause = POLL_FIRST
         self.admin.close()
+
+    def _patience(self, error: AdminError) -> float:
+        """How long Envoy may be silent, in seconds.
+
+        One that answered before and takes connections is busy: with a large CDS, or with closing
+        inotify instances on a loaded node, for seconds (measured). Then it has not read what moved
+        either, and steps that do not wait for it would be read at once.
+        """
+        if not self._pending:
+            return 0.0
+        busy = self._met and isinstance(error.__cause__, TimeoutError)
+        return BUSY_BOUND if busy else ANSWER_BOUND
 
     def _rest(self, pause: float) -> bool:
         """Sleep until there is something to do; true if somebody asks.
@@ -5055,6 +5066,7 @@ class Confirmer(threading.Thread):
         for request in submitted:
             subjects, now = self._learn(request), self.admin.clock()
             self._pending.append(Pending(request, subjects, request.baseline, now, now))
+        asked_at = self.admin.clock()
         stats = self.admin.stats(stats_filter(known for _, known in self._subjects.values()))
         with self._lock:  # before the news: who hears it asks at once
             news = not self._met
@@ -5062,8 +5074,9 @@ class Confirmer(threading.Thread):
         if news:
             self.post(Verdict(0, note=f"{self.admin.url} answers"))
         waiting, self._pending = self._pending, []
+        late = max(0.0, stats.at - asked_at - POLL_LAST)  # a busy Envoy: its bounds wait with it
         for each in waiting:
-            pending, states, note = progress(each, stats)
+            pending, states, note = progress(each._replace(begun=each.begun + late), stats)
             if states is None:
                 self._pending.append(pending)
             else:
