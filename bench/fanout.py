@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import statistics
 import struct
@@ -36,6 +37,7 @@ def measure(stage: Stage, quick: bool) -> list[Row]:
     for kind in (LOADER, FLOOR):
         with contextlib.ExitStack() as stack:
             runs = start(stage, stack, kind, count)
+            began = traffic(stage)
             latency, cpu = storm(stage, runs, changes)
             rows.setdefault("one change -> the last file, p50 / p99", {})[kind] = str(latency)
             rows.setdefault("CPU a change and sidecar", {})[kind] = f"{number(cpu)} ms"
@@ -44,7 +46,7 @@ def measure(stage: Stage, quick: bool) -> list[Row]:
             text = f"{number(resident)} MB, {number(shared)} MB"
             rows.setdefault("resident, proportional share (pages in common)", {})[kind] = text
             if kind == LOADER:
-                cost = wire(stage, count)
+                cost = wire(stage, count, began)
     assert cost is not None
     title = f"{count} sidecars on one API server: "
     return [
@@ -83,37 +85,42 @@ def storm(stage: Stage, runs: Sequence[Running], changes: int) -> tuple[object, 
 # Bytes
 
 
-def wire(stage: Stage, count: int) -> Cost:
-    """What the connections of `count` loaders carried: they are the only clients now."""
+def wire(stage: Stage, count: int, began: int) -> Cost:
+    """What the connections of `count` loaders carry: they are the only clients now.
+
+    `began` is what they had carried once all were started.
+    """
     api = stage.api
     about = is_about(named(NAME))
-    watches = [r for r in api.requests.matching(about) if r.is_watch]
-    # Twice, since a fresh connection is needed to count its start.
-    api.close_watches(clean=False)
-    api.wait_watches(count, timeout=30)
-    time.sleep(0.5)
-    began = traffic(stage)
+    carried = [settled(stage)]
     api.bookmark()
-    time.sleep(0.5)
-    bookmarked = traffic(stage)
+    carried.append(settled(stage))
     stage.change(NAME)
-    time.sleep(0.5)
-    changed = traffic(stage)
+    carried.append(settled(stage))
     since = len(api.requests)
     api.close_watches(clean=True)
-    time.sleep(1.5)
+    carried.append(settled(stage))
     api.wait_watches(count, timeout=30)
-    renewed = traffic(stage)
     requests = len(list(filter(about, api.requests[since:])))
-    asked = [float(r.query["timeoutSeconds"]) for r in watches if "timeoutSeconds" in r.query]
+    watches = [r for r in api.requests.matching(about) if "timeoutSeconds" in r.query]
+    bookmark, event, renewal = (b - a for a, b in itertools.pairwise(carried))
     return Cost(
         began / count,
-        (bookmarked - began) / count,
-        (changed - bookmarked) / count,
-        (renewed - changed) / count,
+        bookmark / count,
+        event / count,
+        renewal / count,
         requests / count,
-        statistics.mean(asked),
+        statistics.mean(float(request.query["timeoutSeconds"]) for request in watches),
     )
+
+
+def settled(stage: Stage) -> int:
+    """The traffic once nothing moves for half a second."""
+    before = -1
+    while (now := traffic(stage)) != before:
+        before = now
+        time.sleep(0.5)
+    return now
 
 
 def traffic(stage: Stage) -> int:

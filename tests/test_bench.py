@@ -1,0 +1,236 @@
+"""What the figures rest on, as far as a busy machine can tell it: counts and ratios, no times."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import loader
+from bench.stage import FLOOR, KEY, LOADER, NAMESPACE, Running, Stage, is_about, named
+from tests.support.disk import IN_CREATE, IN_MOVED_TO, Inotify
+from tests.support.loader import ROOT
+
+pytestmark = pytest.mark.bench
+LABEL = {"bench": "test"}
+BY_LABEL = "labelSelector=bench%3Dtest"
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    with Stage(tmp_path) as found:
+        yield found
+
+
+def change(stage: Stage, run: Running, name: str = "one") -> None:
+    run.eye.wait(stage.change(name, 1024, LABEL))
+    time.sleep(0.01)
+
+
+def populate(stage: Stage, count: int) -> None:
+    """So many files beside that of the ConfigMap `one`, all by one label."""
+    data = {f"more-{index}.yaml": f"{index}\n" for index in range(count)}
+    stage.api.configmap(NAMESPACE, "more", data, labels=LABEL)
+
+
+# ---------------------------------------------------------------------------------------------
+# Requests and files
+
+
+def test_changes_cost_no_request(stage: Stage) -> None:
+    first = stage.change("one")
+    with stage.running(LOADER, named("one")) as run:
+        run.eye.wait(first)
+        for _ in range(20):
+            change(stage, run)
+        asked = stage.api.requests.matching(is_about(named("one")))
+    assert [request.is_watch for request in asked] == [False, True]
+    assert len({request.connection for request in asked}) == 1
+
+
+def test_many_configmaps_by_selector_are_one_connection(stage: Stage) -> None:
+    for index in range(200):
+        data = {f"file-{index}": "x"}
+        stage.api.configmap(NAMESPACE, f"many-{index}", data, labels=LABEL)
+    first = stage.change("one", labels=LABEL)
+    with stage.running(LOADER, BY_LABEL) as run:
+        run.eye.wait(first)
+        asked = stage.api.requests.matching(is_about(BY_LABEL))
+    assert [request.is_watch for request in asked] == [False, True]
+    assert stage.api.connections_total == 1
+
+
+def test_one_change_among_many_files_touches_one(stage: Stage) -> None:
+    populate(stage, 100)
+    first = stage.change("one", labels=LABEL)
+    with stage.running(LOADER, BY_LABEL) as run:
+        run.eye.wait(first)
+        run.wait_log("published")
+        before = {path: path.stat().st_ino for path in (run.place / "current").iterdir()}
+        mask = IN_MOVED_TO | IN_CREATE
+        with Inotify(run.place / "current", mask=mask) as eye:
+            change(stage, run)
+            assert [path.name for _, path in eye.events(0.2)] == [KEY]
+        after = {path: path.stat().st_ino for path in (run.place / "current").iterdir()}
+    # Only that one was written; the others are the same inodes, linked.
+    assert [path.name for path in after if before[path] != after[path]] == [KEY]
+
+
+def test_a_burst_is_few_publications_and_ends_with_the_last_state(stage: Stage) -> None:
+    first = stage.change("one")
+    with stage.running(LOADER, named("one")) as run:
+        run.eye.wait(first)
+        run.wait_log("published")
+        last = 0
+        for _ in range(1000):
+            last = stage.change("one", 512)
+        run.eye.wait(last)
+        time.sleep(0.3)
+        assert run.log().count("published") < 200
+        assert run.eye.number() == last
+
+
+# ---------------------------------------------------------------------------------------------
+# System calls
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_system_calls_of_a_change_are_bounded_by_the_files(stage: Stage) -> None:
+    few, many = (system_calls(stage, count) for count in (1, 101))
+    assert sum(few.values()) < 80, few
+    # A link, a look at its source, and its removal later: some calls a file and no more.
+    assert sum(many.values()) - sum(few.values()) < 100 * 5, many
+    for name in ("rename", "symlink", "write", "sendto", "connect", "fsync", "execve"):
+        assert many[name] - few[name] < 1, name
+
+
+def system_calls(stage: Stage, files: int, count: int = 10) -> Counter[str]:
+    """The calls of one change among so many files, on average."""
+    populate(stage, files - 1)
+    place = stage.directory("strace")
+    log = place / "calls"
+    stage.change("one", labels=LABEL)
+    command = ["strace", "-f", "-qq", "-o", str(log), *stage.command(LOADER, BY_LABEL, place)]
+    with Running(LOADER, place, command) as run:
+        run.wait_log("published")
+        time.sleep(0.5)
+        before = len(log.read_text().splitlines())
+        for _ in range(count):
+            change(stage, run)
+            time.sleep(0.05)
+        time.sleep(0.3)
+        calls = log.read_text().splitlines()[before:]
+    found = Counter(match[1] for line in calls if (match := re.match(r"\d+ +(\w+)\(", line)))
+    return Counter({name: number // count for name, number in found.items()})
+
+
+# ---------------------------------------------------------------------------------------------
+# Ratios
+
+
+def test_cpu_and_memory_are_within_a_few_times_the_floor(stage: Stage) -> None:
+    spent, resident = {}, {}
+    for kind in (FLOOR, LOADER):
+        first = stage.change("one")
+        with stage.running(kind, named("one")) as run:
+            run.eye.wait(first)
+            time.sleep(0.3)
+            before = run.cpu()
+            for _ in range(50):
+                change(stage, run)
+            spent[kind], resident[kind] = run.cpu() - before, run.memory()
+    assert spent[LOADER] < 8 * spent[FLOOR]
+    assert resident[LOADER] < 1.6 * resident[FLOOR]
+
+
+def test_ordering_is_linear_in_the_files() -> None:
+    def cost(count: int) -> float:
+        old, new = (assignments(count, number) for number in (1, 2))
+        taken = []
+        for _ in range(3):
+            began = time.thread_time()
+            step = loader.next_step(old, new)
+            taken.append(time.thread_time() - began)
+            assert step is not None
+            assert len(step.changed) == count
+        return min(taken)
+
+    assert cost(2000) < 10 * cost(500)  # linear: 4 times, quadratic: 16
+
+
+def assignments(count: int, number: int) -> dict[str, loader.File]:
+    text = (
+        'resources:\n- "@type": type.googleapis.com/envoy.config.endpoint.v3.'
+        "ClusterLoadAssignment\n  cluster_name: c{0}\n  endpoints: []  # {1}\n"
+    )
+    return {
+        f"eds/c{index}.yaml": loader.file_of(text.format(index, number).encode(), "services")
+        for index in range(count)
+    }
+
+
+def test_byte_code_starts_with_less_cpu_than_source(stage: Stage) -> None:
+    def cost(command: list[str]) -> float:
+        def once() -> float:
+            before = os.times()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            after = os.times()
+            return after.children_user + after.children_system - (
+                before.children_user + before.children_system
+            )
+
+        return min(once() for _ in range(3))
+
+    compiled = cost(stage.loader_command("--version"))
+    assert compiled < 0.8 * cost(stage.loader_command("--version", source=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.fixture(scope="module")
+def bench() -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "bench", *args],
+            cwd=ROOT,
+            env={**os.environ, "QUICK": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def test_the_table_has_a_row_for_each_measure(
+    bench: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = bench("disk")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
+    table = [row[1:-1] for row in rows if len(row) > 3]
+    assert table[0][:3] == ["", LOADER, FLOOR]
+    measures = [row[0] for row in table[2:]]
+    assert any("change -> file" in measure for measure in measures)
+    assert all(row[1] and row[2] for row in table[2:])
+    assert "noise before" in done.stdout
+    assert "load average" in done.stdout
+
+
+def test_an_unknown_part_is_named(
+    bench: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = bench("latencies")
+    assert done.returncode == 2
+    assert "no part latencies; one of latency, disk, " in done.stderr
