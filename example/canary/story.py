@@ -97,24 +97,18 @@ def patches(story: Story) -> list[Path]:
     return made
 
 
-def main() -> int:
-    with Story("canary") as story:
-        started = time.monotonic()
-        proxy, _ = by_configmap(story)
-        by_annotation(story)
-        story.fact("the whole story", f"{time.monotonic() - started:.1f} s")
-        api = f"{story.cluster.api.url}/api/v1/namespaces/demo/configmaps/envoy-xds"
-        auth = f"-H 'Authorization: Bearer {TOKEN}'"
-        files = patches(story)
-        story.play([
-            f"curl -s {proxy.url(10000)}                 # the answer of one backend",
-            f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\",
-            f"  {api} --data-binary @{files[0]}   # or {', '.join(f.name for f in files[1:])}",
-            f"curl -s {proxy.envoy.admin_url}/stats?filter=rds   # Envoy's admin interface",
-            f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
-        ])  # fmt: skip
-    return story.status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def tell(story: Story) -> None:
+    started = time.monotonic()
+    proxy, _ = by_configmap(story)
+    by_annotation(story)
+    story.fact("the whole story", f"{time.monotonic() - started:.1f} s")
+    api = f"{story.cluster.api.url}/api/v1/namespaces/demo/configmaps/envoy-xds"
+    auth = f"-H 'Authorization: Bearer {TOKEN}'"
+    files = patches(story)
+    story.play([
+        f"curl -s {proxy.url(10000)}                 # the answer of one backend",
+        f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\",
+        f"  {api} --data-binary @{files[0]}   # or {', '.join(f.name for f in files[1:])}",
+        f"curl -s {proxy.envoy.admin_url}/stats?filter=rds   # Envoy's admin interface",
+        f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
+    ])  # fmt: skip

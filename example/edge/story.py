@@ -23,6 +23,8 @@ from example.support.cluster import Proxy
 from example.support.pods import Fetched, Request, Response, fetch
 from example.support.story import Story, milliseconds
 
+CLUSTERS = "a b"
+
 ca = trustme.CA()
 signer = rsa.generate_private_key(65537, 2048)
 
@@ -171,24 +173,18 @@ def appearing(story: Story, proxies: dict[str, Proxy]) -> None:
                 f"{proxies['edge-b'].envoy.count(name)} for one request at a time")  # fmt: skip
 
 
-def main() -> int:
-    with Story("edge", clusters="a b") as story:
-        proxies = start(story)
-        winch = proxies["winch"]
-        crossing(story, winch)
-        poller = story.load(winch.url(15001), host="reports.demo.svc.b.example", interval=0.01)
-        refused(story, proxies["edge-b"])
-        appearing(story, proxies)
-        story.watch(lambda: [f"  {len(poller.answers)} requests crossed, "
-                             f"{len(poller.failed)} failed"])  # fmt: skip
-        story.verdict([poller], list(proxies.values()))
-        host, door = "-H 'Host: reports.demo.svc.b.example'", proxies["edge-b"]
-        story.play([
-            f"curl -s {host} {winch.url(15001)}",
-            f"curl -k {host} {door.url(8443, scheme='https')}    # refused: no certificate",
-        ])  # fmt: skip
-    return story.status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def tell(story: Story) -> None:
+    proxies = start(story)
+    winch = proxies["winch"]
+    crossing(story, winch)
+    poller = story.load(winch.url(15001), host="reports.demo.svc.b.example", interval=0.01)
+    refused(story, proxies["edge-b"])
+    appearing(story, proxies)
+    story.watch(lambda: [f"  {len(poller.answers)} requests crossed, "
+                         f"{len(poller.failed)} failed"])  # fmt: skip
+    story.verdict([poller], list(proxies.values()))
+    host, door = "-H 'Host: reports.demo.svc.b.example'", proxies["edge-b"]
+    story.play([
+        f"curl -s {host} {winch.url(15001)}",
+        f"curl -k {host} {door.url(8443, scheme='https')}    # refused: no certificate",
+    ])  # fmt: skip

@@ -154,48 +154,42 @@ def most_tries(proxy: Proxy) -> int:
     return max(int(line["tries"] or 0) for line in lines)
 
 
-def main() -> int:
-    with Story("gateway") as story:
-        cluster = story.cluster
-        story.title("1. Envoy alone")
-        story.kubectl("kubectl apply -f services.yaml")
-        for name, handler in (("shop", named("shop")), ("cart", cart), ("search", search)):
-            cluster.pod(name, handler=handler)
-        story.kubectl("kubectl apply -k 1-static")
-        now = roll(story, None)
-        pollers = [now[1]]
-        story.title("2. The routes from a ConfigMap")
-        story.kubectl("kubectl apply -k 2-routes")
-        now = roll(story, now)
-        pollers.append(now[1])
-        story.title("3. Everything from ConfigMaps, and TLS from a Secret")
-        new_certificate(story)
-        story.kubectl("kubectl create secret tls gateway-tls")
-        story.kubectl("kubectl apply -k 3-everything")
-        proxy, poller = roll(story, now)
-        pollers.append(poller)
-        story.say(f"  bootstrap: {bootstrap_lines(story)} lines in the three steps")
-        retries(story, proxy)
-        breakers(story, proxy)
-        limit(story, proxy)
-        tls(story, proxy)
-        nonsense(story, proxy)
-        story.watch(lambda: [f"  {len(poller.answers)} requests, {len(poller.failed)} failed"])
-        story.until(lambda: most_tries(proxy) > 1, "the access log")
-        story.claim("access log", True, f"a request had {most_tries(proxy)} tries")
-        story.verdict(pollers, [proxy], "the shop meanwhile: ")
-        story.play([
-            f"curl -s {proxy.url(8000, '/cart')}",
-            f"tail -f {proxy.root}/stdout    # the access log",
-            f"curl -s {proxy.envoy.admin_url}/config_dump",
-        ])  # fmt: skip
-    return story.status
+def tell(story: Story) -> None:
+    cluster = story.cluster
+    story.title("1. Envoy alone")
+    story.kubectl("kubectl apply -f services.yaml")
+    for name, handler in (("shop", named("shop")), ("cart", cart), ("search", search)):
+        cluster.pod(name, handler=handler)
+    story.kubectl("kubectl apply -k 1-static")
+    now = roll(story, None)
+    pollers = [now[1]]
+    story.title("2. The routes from a ConfigMap")
+    story.kubectl("kubectl apply -k 2-routes")
+    now = roll(story, now)
+    pollers.append(now[1])
+    story.title("3. Everything from ConfigMaps, and TLS from a Secret")
+    new_certificate(story)
+    story.kubectl("kubectl create secret tls gateway-tls")
+    story.kubectl("kubectl apply -k 3-everything")
+    proxy, poller = roll(story, now)
+    pollers.append(poller)
+    story.say(f"  bootstrap: {bootstrap_lines(story)} lines in the three steps")
+    retries(story, proxy)
+    breakers(story, proxy)
+    limit(story, proxy)
+    tls(story, proxy)
+    nonsense(story, proxy)
+    story.watch(lambda: [f"  {len(poller.answers)} requests, {len(poller.failed)} failed"])
+    story.until(lambda: most_tries(proxy) > 1, "the access log")
+    story.claim("access log", True, f"a request had {most_tries(proxy)} tries")
+    story.verdict(pollers, [proxy], "the shop meanwhile: ")
+    story.play([
+        f"curl -s {proxy.url(8000, '/cart')}",
+        f"tail -f {proxy.root}/stdout    # the access log",
+        f"curl -s {proxy.envoy.admin_url}/config_dump",
+    ])  # fmt: skip
 
 
 def bootstrap_lines(story: Story) -> str:
     files: list[Path] = sorted(story.folder.glob("*/bootstrap.yaml"))
     return ", ".join(str(len(file.read_text().splitlines())) for file in files)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

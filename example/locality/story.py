@@ -31,53 +31,47 @@ def moved(story: Story, poller: Poller, zone: str, since: float) -> float:
     return poller.wait_body(zone, after=since).time - since
 
 
-def main() -> int:
-    with Story("locality") as story:
-        cluster = story.cluster
-        story.title("Two pods in zone a, two in zone b; Envoy runs in zone a")
-        story.kubectl("kubectl apply -k .")
-        for zone in ("a", "a", "b", "b"):
-            cluster.pod("web", handler=named(zone), zone=zone)
-        old, load = serve(story)
-        start = time.monotonic()
-        story.watch(lambda: bars(load, ZONES, "zone "), story.pace + 0.5)
-        before = crossed(load, start)
+def tell(story: Story) -> None:
+    cluster = story.cluster
+    story.title("Two pods in zone a, two in zone b; Envoy runs in zone a")
+    story.kubectl("kubectl apply -k .")
+    for zone in ("a", "a", "b", "b"):
+        cluster.pod("web", handler=named(zone), zone=zone)
+    old, load = serve(story)
+    start = time.monotonic()
+    story.watch(lambda: bars(load, ZONES, "zone "), story.pace + 0.5)
+    before = crossed(load, start)
 
-        story.title("prefer_zone")
-        story.kubectl("kubectl apply -k prefer-zone")
-        proxy, poller = serve(story)
-        load.close()
-        old.close()
-        start = time.monotonic()
-        story.watch(lambda: bars(poller, ZONES, "zone "), story.pace + 0.5)
-        after = crossed(poller, start)
-        value = f"{before:.0%} before, {after:.0%} with prefer_zone"
-        story.claim("requests that cross zones", before > 0.3 and after == 0, value)
+    story.title("prefer_zone")
+    story.kubectl("kubectl apply -k prefer-zone")
+    proxy, poller = serve(story)
+    load.close()
+    old.close()
+    start = time.monotonic()
+    story.watch(lambda: bars(poller, ZONES, "zone "), story.pace + 0.5)
+    after = crossed(poller, start)
+    value = f"{before:.0%} before, {after:.0%} with prefer_zone"
+    story.claim("requests that cross zones", before > 0.3 and after == 0, value)
 
-        story.title("Zone a loses its pods, one after the other")
-        cluster.publish("web", draining=["web-0"])
-        story.watch(lambda: bars(poller, ZONES, "zone "))
-        story.claim("one of two left in zone a: requests that cross",
-                    shares(poller) == {"a": 1.0}, "0%")  # fmt: skip
-        since = time.monotonic()
-        cluster.publish("web", draining=["web-0", "web-1"])
-        took = moved(story, poller, "b", since)
-        story.watch(lambda: bars(poller, ZONES, "zone "))
-        story.claim("zone a is empty: first answer from zone b", took < 1, milliseconds(took))
+    story.title("Zone a loses its pods, one after the other")
+    cluster.publish("web", draining=["web-0"])
+    story.watch(lambda: bars(poller, ZONES, "zone "))
+    story.claim("one of two left in zone a: requests that cross",
+                shares(poller) == {"a": 1.0}, "0%")  # fmt: skip
+    since = time.monotonic()
+    cluster.publish("web", draining=["web-0", "web-1"])
+    took = moved(story, poller, "b", since)
+    story.watch(lambda: bars(poller, ZONES, "zone "))
+    story.claim("zone a is empty: first answer from zone b", took < 1, milliseconds(took))
 
-        story.title("And they come back")
-        since = time.monotonic()
-        cluster.publish("web")
-        took = moved(story, poller, "a", since)
-        story.watch(lambda: bars(poller, ZONES, "zone "))
-        story.claim("zone a again: first answer", took < 1, milliseconds(took))
-        story.verdict([load, poller], [proxy])
-        story.play([
-            f"curl -s -H 'Host: web.example' {proxy.url(10000)}",
-            f"cat {proxy.output_dir}/current/eds/demo_web_http.yaml",
-        ])  # fmt: skip
-    return story.status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    story.title("And they come back")
+    since = time.monotonic()
+    cluster.publish("web")
+    took = moved(story, poller, "a", since)
+    story.watch(lambda: bars(poller, ZONES, "zone "))
+    story.claim("zone a again: first answer", took < 1, milliseconds(took))
+    story.verdict([load, poller], [proxy])
+    story.play([
+        f"curl -s -H 'Host: web.example' {proxy.url(10000)}",
+        f"cat {proxy.output_dir}/current/eds/demo_web_http.yaml",
+    ])  # fmt: skip

@@ -178,37 +178,31 @@ def another_pod(story: Story, proxies: list[Proxy]) -> None:
     story.say(f"  all five Envoys know it after {took}")
 
 
-def main() -> int:
+def tell(story: Story) -> None:
     traces: Spans = {}
-    with Story("mesh") as story:
-        proxies = start(story, traces)
-        url = proxies[0].url(10000, "/order/7")
-        host = {"host": "shop.example"}
-        story.until(lambda: fetch(url, headers=host).status == 200, "an order")
-        story.say(f"  GET /order/7: {fetch(url, headers=host).body}")
-        poller = story.load(url, host="shop.example", interval=0.02)
-        prometheus = None
-        if Prometheus.path():
-            where = story.cluster.ip("prometheus")
-            prometheus = Prometheus(story.root / "prometheus", where, proxies)
-            story.at_end(prometheus.close)
-        tracing(story, traces)
-        another_pod(story, proxies)
-        if prometheus is not None:
-            story.until(lambda: prometheus.up() == 10, "Prometheus scrapes all", 20)
-            story.claim("scraped: Envoys and loaders", True, "10 of 10")
-            figures(story, prometheus)
-        else:
-            story.say("\nNo Prometheus here: apt-get install prometheus. The figures are skipped.")
-        story.watch(lambda: [f"  {len(poller.answers)} requests, {len(poller.failed)} failed"])
-        story.verdict([poller], proxies)
-        story.play([
-            f"curl -s -H 'Host: shop.example' {url}",
-            f"curl -s {proxies[2].envoy.admin_url}/clusters    # of the order service",
-            f"{prometheus.url if prometheus else ''}    # Prometheus",
-        ])  # fmt: skip
-    return story.status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    proxies = start(story, traces)
+    url = proxies[0].url(10000, "/order/7")
+    host = {"host": "shop.example"}
+    story.until(lambda: fetch(url, headers=host).status == 200, "an order")
+    story.say(f"  GET /order/7: {fetch(url, headers=host).body}")
+    poller = story.load(url, host="shop.example", interval=0.02)
+    prometheus = None
+    if Prometheus.path():
+        where = story.cluster.ip("prometheus")
+        prometheus = Prometheus(story.root / "prometheus", where, proxies)
+        story.at_end(prometheus.close)
+    tracing(story, traces)
+    another_pod(story, proxies)
+    if prometheus is not None:
+        story.until(lambda: prometheus.up() == 10, "Prometheus scrapes all", 20)
+        story.claim("scraped: Envoys and loaders", True, "10 of 10")
+        figures(story, prometheus)
+    else:
+        story.say("\nNo Prometheus here: apt-get install prometheus. The figures are skipped.")
+    story.watch(lambda: [f"  {len(poller.answers)} requests, {len(poller.failed)} failed"])
+    story.verdict([poller], proxies)
+    story.play([
+        f"curl -s -H 'Host: shop.example' {url}",
+        f"curl -s {proxies[2].envoy.admin_url}/clusters    # of the order service",
+        f"{prometheus.url if prometheus else ''}    # Prometheus",
+    ])  # fmt: skip

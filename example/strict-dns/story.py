@@ -149,39 +149,33 @@ def free_udp_port(ip: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def main() -> int:
-    with Story("strict-dns") as story:
-        cluster, names = story.cluster, Names()
-        ip = cluster.ip("dns")
-        port = free_udp_port(ip)
-        server = DNSServer(names, address=ip, port=port, logger=DNSLogger("error"))
-        server.start_thread()
-        story.at_end(server.server.server_close)
-        story.at_end(server.stop)
-        cluster.has_dns = True
-        cluster.replacements["10.96.0.10, port_value: 53"] = f"{ip}, port_value: {port}"
-        pods = Pods(story, names)
-        story.kubectl("kubectl apply -k .")
-        first, second = pods.start(), pods.start()
-        pods.tell()
-        proxy = cluster.run("envoy")
-        loads = {
-            way: [story.load(proxy.url(10000, f"/{way}"), interval=0.02) for _ in range(CLIENTS)]
-            for way in WAYS
-        }
-        every = [load for found in loads.values() for load in found]
-        story.until(lambda: all(len(load.answers) > 20 for load in every), "answers")
-        row(story, "", {"dns": "STRICT_DNS", "eds": "EDS"})
-        comes(story, pods)
-        goes(story, pods, loads, first)
-        hangs(story, pods, loads, second)
-        story.claim("restarts of Envoy", proxy.never_restarted(), proxy.restarts())
-        story.play([
-            f"curl -s {proxy.url(10000, '/dns')}    # or /eds",
-            f"curl -s {proxy.envoy.admin_url}/clusters",
-        ])  # fmt: skip
-    return story.status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def tell(story: Story) -> None:
+    cluster, names = story.cluster, Names()
+    ip = cluster.ip("dns")
+    port = free_udp_port(ip)
+    server = DNSServer(names, address=ip, port=port, logger=DNSLogger("error"))
+    server.start_thread()
+    story.at_end(server.server.server_close)
+    story.at_end(server.stop)
+    cluster.has_dns = True
+    cluster.replacements["10.96.0.10, port_value: 53"] = f"{ip}, port_value: {port}"
+    pods = Pods(story, names)
+    story.kubectl("kubectl apply -k .")
+    first, second = pods.start(), pods.start()
+    pods.tell()
+    proxy = cluster.run("envoy")
+    loads = {
+        way: [story.load(proxy.url(10000, f"/{way}"), interval=0.02) for _ in range(CLIENTS)]
+        for way in WAYS
+    }
+    every = [load for found in loads.values() for load in found]
+    story.until(lambda: all(len(load.answers) > 20 for load in every), "answers")
+    row(story, "", {"dns": "STRICT_DNS", "eds": "EDS"})
+    comes(story, pods)
+    goes(story, pods, loads, first)
+    hangs(story, pods, loads, second)
+    story.claim("restarts of Envoy", proxy.never_restarted(), proxy.restarts())
+    story.play([
+        f"curl -s {proxy.url(10000, '/dns')}    # or /eds",
+        f"curl -s {proxy.envoy.admin_url}/clusters",
+    ])  # fmt: skip

@@ -187,6 +187,8 @@ def bootstrap(
 class Envoy:
     """One Envoy, live when the constructor (or `start`) returns."""
 
+    admin_host = "127.0.0.1"
+
     def __init__(
         self,
         config: Config | str,
@@ -234,7 +236,7 @@ class Envoy:
 
     @property
     def admin_url(self) -> str:
-        return f"http://127.0.0.1:{self.admin_port}"
+        return f"http://{self.admin_host}:{self.admin_port}"
 
     @property
     def pid(self) -> int:
@@ -306,7 +308,7 @@ class Envoy:
 
     def admin(self, path: str, method: str = "GET") -> str:
         """The body of the answer; raises for a status other than 200 (503 of /ready is none)."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.admin_port, timeout=10)
+        connection = http.client.HTTPConnection(self.admin_host, self.admin_port, timeout=10)
         try:
             connection.request(method, path)
             answer = connection.getresponse()
