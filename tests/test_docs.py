@@ -6,6 +6,7 @@ has a test that goes through it.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").gl
 PAGES = [
     *DOCS,
     "CHANGELOG.md",
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "example").glob("*/README.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "example").glob("**/README.md"))),
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "charts").glob("*/README.md"))),
 ]
 # Pages whose blocks are all gone through by a test that knows their form.
@@ -191,6 +192,19 @@ def test_what_is_refused() -> None:
         assert (done.returncode, done.stderr) == (2, f"{expected}\n")
 
 
+def test_the_times_of_the_pages_are_those_of_the_loader() -> None:
+    how = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert f"nothing came for {loader.HOLDOFF_QUIET * 1000:.0f} ms" in how
+    assert f"({loader.HOLDOFF_GATHER * 1000:.0f} ms at most)" in how
+    watch = (ROOT / "docs" / "kubernetes-watch.md").read_text()
+    assert f"pages of {loader.PAGE}" in watch
+    assert f"{loader.WATCH_SILENCE:.0f} s without a byte" in watch
+    first, last = (seconds // 60 for seconds in loader.WATCH_SECONDS)
+    assert f"after {first} to {last} minutes (random)" in watch
+    assert loader.BACKOFF_FIRST == 0.5
+    assert f"from half a second doubling to {loader.BACKOFF_LAST:.0f} s" in watch
+
+
 # ---------------------------------------------------------------------------------------------
 # The README and the drawings
 
@@ -237,8 +251,9 @@ def test_the_demo_shows_what_the_readme_shows() -> None:
         if block.target.endswith("::test_the_demo_shows_what_the_readme_shows")
     )
     assert asked == "make demo\n"
-    command = [sys.executable, "-m", "example.canary.story"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    verify = str(ROOT / "example" / "canary" / "verify")
+    env = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([verify], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     wanted, seen = story(shown), story(done.stdout)
     start = seen.index(wanted[0])

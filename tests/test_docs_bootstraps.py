@@ -65,7 +65,7 @@ class Machine(NamedTuple):
     port: int
     one: Backend
     two: Backend
-    watched: bool
+    watched: str  # the directory, empty for none
 
     def mapped(self, text: str) -> str:
         """A text of the page, for this machine."""
@@ -75,25 +75,26 @@ class Machine(NamedTuple):
         text = text.replace("8081", str(self.one.port)).replace("8082", str(self.two.port))
         if self.watched:
             text = re.sub(
-                r"path_config_source: \{(path: (/srv/runtime)/current/[^}]*)\}",
-                r"path_config_source: {\1, watched_directory: {path: \2}}",
+                r"path_config_source: \{(path: /srv/runtime/current/[^}]*)\}",
+                rf"path_config_source: {{\1, watched_directory: {{path: {self.watched}}}}}",
                 text,
             )
         return text.replace("/srv/runtime", self.out)
 
 
-FORMS = ["path", "watched_directory"]
+FORMS = {"path": "", "watched_directory": "/srv/runtime"}
+INSIDE = {"current": "/srv/runtime/current"}  # also works, says the page
 RUNS = [
     (name, form)
     for name in RECIPES
     for form in (FORMS if name != "disk" else ["path"])  # a layer on disk has no such field
-]
+] + [("all", "current")]
 
 
 @pytest.fixture(params=FORMS)
 def machine(request: pytest.FixtureRequest, out: Any) -> Iterator[Machine]:
     with Backend("one") as one, Backend("two") as two:
-        yield Machine(str(out), free_port(), one, two, request.param == "watched_directory")
+        yield Machine(str(out), free_port(), one, two, {**FORMS, **INSIDE}[request.param])
 
 
 def answer(port: int, headers: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ durations, the test's directory) is written as on a real machine.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -22,10 +23,14 @@ import yaml
 import loader
 from tests.conftest import NAMESPACE, RunLoader, StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer, Rule
-from tests.support.docs import block_for, blocks_of
+from tests.support.docs import ROOT, block_for, blocks_of
 from tests.support.envoy import (
     Envoy,
+    assignment,
     bootstrap,
+    cluster,
+    dynamic_resources,
+    eds_cluster,
     envoy_path,
     file_source,
     free_port,
@@ -309,6 +314,60 @@ def test_envoy_needs_a_node(tmp_path: Path) -> None:
     assert shown in done.stderr
 
 
+def test_envoy_aborts_without_inotify_instances(tmp_path: Path) -> None:
+    """In a user namespace of its own, whose limit is 8: nobody else on this machine notices."""
+    unshare = ["unshare", "--user", "--map-root-user", "sh", "-c"]
+    limit = "/proc/sys/user/max_inotify_instances"
+    if subprocess.run([*unshare, f"echo 8 > {limit}"], capture_output=True).returncode != 0:
+        pytest.skip("no user namespace can be made here")
+    clusters = []
+    for index in range(12):
+        path = tmp_path / f"eds-{index}.json"
+        path.write_text(response("assignment", assignment(f"c{index}", 9)))
+        clusters.append(eds_cluster(f"c{index}", file_source(path)))
+    config = tmp_path / "envoy.json"
+    node = {"node": {"id": "x", "cluster": "x"}}
+    config.write_text(json.dumps({**bootstrap(clusters=clusters), **node}))
+    envoy = [envoy_path(), "-c", str(config), "--disable-hot-restart", "--concurrency", "1"]
+    command = [*unshare, f'echo 8 > {limit} && exec "$@"', "sh", *envoy]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == -signal.SIGABRT
+    assert block_for(PAGE, "test_envoy_aborts_without_inotify_instances").strip() in done.stderr
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process used so far, whatever else runs on this machine."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.bench
+def test_yaml_costs_envoy_more_than_json(start_envoy: StartEnvoy, tmp_path: Path) -> None:
+    """500 clusters of which one changes, five times."""
+
+    def cost(extension: str) -> float:
+        path = tmp_path / f"cds.{extension}"
+
+        def write(change: int) -> None:
+            made = [cluster(f"c{i}", *range(9000 + change * (i == 0), 9010)) for i in range(500)]
+            text = response("cluster", *made)
+            if extension == "yaml":
+                text = yaml.dump(json.loads(text), Dumper=yaml.CSafeDumper)
+            new = tmp_path / "new"
+            new.write_text(text)
+            new.rename(path)
+
+        write(0)
+        with start_envoy(bootstrap(dynamic_resources(cds=file_source(path)))) as envoy:
+            before = cpu_seconds(envoy.pid)
+            for count in range(1, 6):
+                write(count % 2)
+                envoy.wait_stat("cluster_manager.cds.update_success", count + 1, timeout=20)
+            return cpu_seconds(envoy.pid) - before
+
+    assert cost("yaml") > 1.5 * cost("json")
+
+
 @pytest.mark.envoy
 def test_the_check_that_asks_envoy(world: World) -> None:
     """The page's script as --check-cmd: good files pass, bad ones are not published."""
@@ -330,3 +389,11 @@ def test_the_check_that_asks_envoy(world: World) -> None:
     world.api.configmap(NAMESPACE, "envoy-xds", {"cds.yaml": response("cluster", bad)})
     sidecar.wait_log(r"--check-cmd .*refuses \(exit 1\): .*Invalid duration", 15)
     wait_files(world.out, data)
+
+
+def test_every_section_is_shown_by_a_test() -> None:
+    """Each symptom has a sample that is compared, or names the test that reproduces it."""
+    sections = re.split(r"^### ", (ROOT / PAGE).read_text(), flags=re.M)[1:]
+    assert len(sections) > 30
+    for section in sections:
+        assert re.search(r"tests/\w+\.py::\w+", section), section.splitlines()[0]
