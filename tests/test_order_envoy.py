@@ -1,9 +1,9 @@
 """Make before break, by the real Envoy under load: no request is lost, whatever changes.
 
 Random changes that add, remove, replace and re-route clusters at once. An Envoy reads what shares
-a `watched_directory` in an order of its own that differs from process to process, hence six of
-them. 34 changes for each that is asked, together more than 400; ORDER_CHANGES=200 makes it 200 for
-each. The six that are not asked see a third of that, of each kind.
+a `watched_directory` in an order of its own that differs from process to process, hence so many of
+them: eight that are asked with 26 changes each, and six that are not with a third of that, of each
+kind. ORDER_CHANGES=200 makes it 200 for each.
 
 The last tests switch the order off and see requests fail: else the others would prove nothing.
 """
@@ -43,11 +43,11 @@ from tests.support.worlds import (
     served,
 )
 
-CHANGES = int(os.environ.get("ORDER_CHANGES", "34"))
+CHANGES = int(os.environ.get("ORDER_CHANGES", "26"))
 # Longer than the default: on a busy machine Envoy's main thread may take 400 ms for a CDS that
 # takes EDS clusters away (the kernel waits when it closes an inotify instance).
 STEP_DELAY = 0.3
-ANSWER_BOUND = 1.0  # how long an Envoy that is asked may be silent
+ANSWER_BOUND = 2.0  # how long an Envoy that is asked may be silent
 NAME = "envoy-xds"
 FLUSH = ("--file-flush-interval-msec", "50")  # of the log of failures
 
@@ -293,7 +293,7 @@ def test_no_request_is_lost_when_envoy_is_asked(
     start_loader: StartLoader,
     start_envoy: StartEnvoy,
 ) -> None:
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         scene = KINDS[kind](seed, api, client, out / str(seed), upstreams.ports)
         scene.checked = True
         scene.begin()

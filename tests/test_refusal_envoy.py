@@ -572,3 +572,47 @@ def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Up
         stage.envoy.start()
         assert stage.served() == ("v0", "v1", "v0")
         stage.await_confirmed(15)
+
+
+# ---------------------------------------------------------------------------------------------
+# All of it at once
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: Stage) -> None:
+    """Up to two bad files and good ones in each change, most of them before the last is settled."""
+    rng = random.Random(seed)
+    stage.start()
+    first, rest = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{stage.extra_port}"
+    with Poller(f"{first}/") as one, Poller(f"{first}/e") as two, Poller(f"{rest}/") as three:
+        for i in range(25):
+            stage.patch({**good_files(stage, rng, f"g{i}"), **bad_files(stage, rng, f"b{i}")})
+            time.sleep(rng.choice((0.0, 0.02, 0.1, 0.3)))
+        last = {**stage.files(), **good_files(stage, rng, "last")}
+        stage.patch(last)
+        stage.await_files(last, 30)
+        stage.await_confirmed(30)
+        for poller in (one, two, three):
+            assert len(poller.answers) > 100
+            assert not poller.failed, poller.failed[:5]
+    assert stage.log.count_log("Envoy refuses") > 3
+    wait_converged(stage.out)
+
+
+def good_files(stage: Stage, rng: random.Random, mark: str) -> dict[str, str]:
+    """A route to a cluster that comes with it, one that is replaced, other endpoints."""
+    ports = stage.upstreams.ports
+    new, old = cluster(mark, rng.choice(ports)), cluster("a", rng.choice(ports))
+    return {
+        "cds.yaml": response("cluster", old, stage.cluster_e(), new, version=mark),
+        "rds.yaml": response(
+            "routes", routes({"/": rng.choice((mark, "a")), "/e": "e"}), version=mark
+        ),
+        "eds-e.yaml": stage.endpoints(rng.randrange(3)),
+        "lds.yaml": response("listener", stage.listener(), version=mark),
+    }
+
+
+def bad_files(stage: Stage, rng: random.Random, mark: str) -> dict[str, str]:
+    rows = rng.sample(sorted(TABLE), rng.randint(0, 2))
+    return {TABLE[row].path: TABLE[row].content(stage, mark) for row in rows}
