@@ -230,6 +230,8 @@ def typo(world: World) -> str:
     envoy = world.with_envoy()
     sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
     world.api.wait_watches(1)
+    world.put(rds_yaml=routes(204))
+    sidecar.wait_log("confirmed=yes")  # only now there is a count to compare with
     world.put(rds_yaml=routes(204, retry_polcy={"num_retries": 1}))
     sidecar.wait_log("unknown fields")
     return sidecar.log
