@@ -35,6 +35,7 @@ import hashlib
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -3824,15 +3825,22 @@ def withhold(
         put_back(path, result, old, not is_needless(path, desired, confirmed))
         notes.append(f"{path}: refused by Envoy, {what_stands(path, result, confirmed)} stays")
     idle = idle_clusters(held, desired, confirmed)
+    blind = any(kind_at(path, old) == "cds" and not clusters_in(desired[path]) for path in held)
     while held:
         missing = desired.keys() - result.keys()
-        lacking = idle | (possible_clusters(desired) - possible_clusters(result))
+        there = possible_clusters(result)
+        lacking = idle | (possible_clusters(desired) - there)
         waiting = [
             path
             for path in sorted(desired)
             if result.get(path) == desired[path]
             and not standing(old, path, desired[path])
-            and waits(desired[path].content, kind_at(path, desired, old), missing, lacking)
+            and waits(
+                desired[path].content,
+                kind_at(path, desired, old),
+                missing,
+                lacking | (names_added(path, desired, old) - there if blind else frozenset()),
+            )
         ]
         for path in waiting:
             put_back(path, result, old, True)
@@ -3842,6 +3850,18 @@ def withhold(
             break
         notes += kept
     return result, notes
+
+
+NAME_VALUE = (
+    rb"""["']?\b(?:cluster|name)["']?\s*:\s*["']?([^\s"',{}\[\]]+)"""
+)
+
+
+def names_added(path: str, desired: Files, old: Files) -> frozenset[str]:
+    """What a file names and did not name before: clusters too, where no CDS tells which are."""
+    before = old[path].content if path in old else b""
+    added = set(re.findall(NAME_VALUE, desired[path].content)) - set(re.findall(NAME_VALUE, before))
+    return frozenset(name.decode("utf-8", "replace") for name in added)
 
 
 def idle_clusters(held: Iterable[str], desired: Files, confirmed: Files) -> frozenset[str]:
@@ -3937,8 +3957,22 @@ def refusals(
         shown = published.get(path)
         if shown is None or (path in confirmed and confirmed[path].digest == shown.digest):
             continue
-        found[path] = Refusal(target.get(path, shown).digest, reason, shown.digest)
+        found[path] = Refusal(blamed(path, shown, target, confirmed), reason, shown.digest)
     return found
+
+
+def blamed(path: str, shown: File, target: Files, confirmed: Files) -> str:
+    """The digest of the bytes that a refusal is about.
+
+    Those of the target, if Envoy was shown them, or them united with what it had confirmed. Of any
+    other union (with bytes that it never confirmed) nobody knows which half was bad: it is put
+    back, and the target is tried on what is confirmed.
+    """
+    wanted = target.get(path, shown)
+    if shown.digest == wanted.digest or path not in confirmed:
+        return wanted.digest
+    ours = transition(confirmed[path], wanted).digest == shown.digest
+    return wanted.digest if ours else shown.digest
 
 
 def settle(
@@ -5102,7 +5136,7 @@ class Confirmer(threading.Thread):
             for path, state in states.items()
             if state in (REJECTED, FAILED)
         }
-        ignored = now.unknown_fields - base.unknown_fields if base.scopes else 0
+        ignored = now.unknown_fields - base.unknown_fields if base.at else 0
         return Verdict(
             request.id,
             frozenset(path for path, state in states.items() if state == CONFIRMED),
@@ -6103,10 +6137,11 @@ class Envoy:
         refusal = self.refused.get(path)
         return refusal is not None and file.digest in (refusal.digest, refusal.shown)
 
-    def forget(self, wanted: Files) -> None:
-        """A refusal holds until the desired bytes change."""
+    def forget(self, wanted: Files, published: Files) -> None:
+        """A refusal holds until the desired bytes change, and what was refused is put back."""
         kept = {path: refusal for path, refusal in self.refused.items()
-                if path in wanted and wanted[path].digest == refusal.digest}
+                if (path in wanted and wanted[path].digest == refusal.digest)
+                or (path in published and published[path].digest == refusal.shown)}
         if len(kept) != len(self.refused):
             self.refused = kept
             self._save()
@@ -6116,6 +6151,24 @@ class Envoy:
         files = {path: file for path, file in published.items() if path not in self.unconfirmed}
         files.update((path, file) for path, (_, file) in self.unconfirmed.items() if file)
         return files
+
+    def to_put_back(self, published: Files) -> dict[str, File]:
+        """The confirmed bytes of what stands and was refused, and the files that they name."""
+        confirmed = self.last_confirmed(published)
+        back = {
+            path: confirmed[path]
+            for path, refusal in self.refused.items()
+            if path in published
+            and path in confirmed
+            and published[path].digest == refusal.shown != confirmed[path].digest
+        }
+        named = {
+            path: file
+            for path, file in confirmed.items()
+            if path not in published
+            and any(names_file(each.content, path) for each in back.values())
+        }
+        return {**back, **named}
 
     def needed(self) -> set[str]:
         """The snapshots that hold confirmed bytes."""
@@ -6146,6 +6199,7 @@ class Asked(NamedTuple):
 
     files: Files
     target: Files  # where its step was on the way to
+    moved: frozenset[str]  # the paths that were asked about
     told: Mapping[str, object]  # the fields of its line in the log
 
 
@@ -6361,11 +6415,20 @@ class Loop:
         if not same(now, published):
             if self._target is not None:
                 self._target = carry(self._target, published, now)
+            routes = any(kind_at(path, now) in REFERRERS for path in moved_paths(published, now))
             self._publish(now, "independent", "needs nothing that is pending", self._target or now)
+            if routes:  # what these do not name any more goes after Envoy has them
+                self._gate = self._gate._replace(request=self._request)
         return False
 
     def _step(self, published: Files, target: Files) -> bool:
         """Publish one ordered step towards the target, and close the gate before the next."""
+        if back := self.envoy.to_put_back(published):
+            # First of all: a union with bytes that Envoy refused is refused again, and bytes that
+            # nobody can parse have no clusters to keep.
+            self._publish({**published, **back}, PUT_BACK, PUT_BACK, target)
+            self._close(published)
+            return False
         step = next_step(published, target, self.envoy.refused)
         if step is None:
             more, self._target, self._settled = self._target is not None, None, True
@@ -6375,7 +6438,7 @@ class Loop:
             self._settled = True
             self._target = target
             if self._confirmer:
-                self._ask(Asked(published, target, {}), UNSEEN)
+                self._ask(Asked(published, target, frozenset(), {}), UNSEEN)
             self._close(published)
             return False
         self._settled = True
@@ -6414,7 +6477,9 @@ class Loop:
             "duration_ms": round(took * 1000, 1),
         }
         if self._confirmer:
-            self._ask(Asked(files, files if target is None else target, told), baseline)
+            self._ask(
+                Asked(files, files if target is None else target, frozenset(moved), told), baseline
+            )
         else:
             log.info("published", **told)
         log.recovered("disk", f"{self.output.root} can be written again")
@@ -6437,7 +6502,7 @@ class Loop:
 
     def _allowed(self, wanted: Files, published: Files) -> Files:
         """What is wanted, less what Envoy refused and what needs it."""
-        self.envoy.forget(wanted)
+        self.envoy.forget(wanted, published)
         notes: list[str] = []
         if self.envoy.refused:
             confirmed = self.envoy.last_confirmed(published)
@@ -6449,10 +6514,12 @@ class Loop:
         """Ask Envoy about all that it has not confirmed; what it said before does not count."""
         assert self._confirmer is not None
         self._request += 1
-        self._asked[self._request] = asked
         envoy, files = self.envoy, asked.files
-        moved = {path: envoy.moved.get(path, 0.0) for path in envoy.unconfirmed
+        # What an open request is about is not asked again: counted from now it would be unread.
+        covered = {path for each in self._asked.values() for path in each.moved} - asked.moved
+        moved = {path: envoy.moved.get(path, 0.0) for path in envoy.unconfirmed.keys() - covered
                  if path in files and not envoy.is_refused(path, files[path])}
+        self._asked[self._request] = asked._replace(moved=frozenset(moved))
         self._confirmer.submit(Request(self._request, asked.files, moved, baseline))
 
     def _judge(self, verdict: Verdict) -> None:
@@ -6464,15 +6531,19 @@ class Loop:
                 log.recovered("envoy", verdict.note)
                 if self.output.snapshot:
                     target = self._target or self.output.published
-                    self._ask(Asked(self.output.published, target, {}), UNSEEN)
+                    self._ask(Asked(self.output.published, target, frozenset(), {}), UNSEEN)
             return
         asked = self._asked.pop(verdict.id)
-        rejected = {path: reason for path, reason in verdict.rejected.items()
-                    if standing(self.output.published, path, asked.files[path])}
+        now = self.output.published
+        still = {path for path, file in asked.files.items() if standing(now, path, file)}
+        rejected = {path: verdict.rejected[path] for path in verdict.rejected.keys() & still}
         if not verdict.unanswered:
-            self._take_word(verdict._replace(rejected=rejected), asked)
+            of_these = verdict._replace(
+                confirmed=verdict.confirmed & still, unread=verdict.unread & still
+            )
+            self._take_word(of_these._replace(rejected=rejected), asked)
         self._tell_verdict(verdict, rejected, asked)
-        if self._gate is not None and verdict.id >= self._gate.request:
+        if self._gate is not None and min(self._asked, default=math.inf) > self._gate.request:
             # Where Envoy does not answer, the pause between steps is what is left.
             delay = self.options.step_delay if verdict.unanswered else 0.0
             self._gate = self._gate._replace(until=self._gate.closed_at + delay)
