@@ -586,7 +586,9 @@ def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: S
     first, rest = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{stage.extra_port}"
     with Poller(f"{first}/") as one, Poller(f"{first}/e") as two, Poller(f"{rest}/") as three:
         for i in range(25):
-            stage.patch({**good_files(stage, rng, f"g{i}"), **bad_files(stage, rng, f"b{i}")})
+            bad = bad_files(stage, rng, f"b{i}")
+            good = good_files(stage, rng, f"g{i}", routed="cds.yaml" not in bad)
+            stage.patch({**good, **bad})
             time.sleep(rng.choice((0.0, 0.02, 0.1, 0.3)))
         last = {**stage.files(), **good_files(stage, rng, "last")}
         stage.patch(last)
@@ -599,14 +601,16 @@ def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: S
     wait_converged(stage.out)
 
 
-def good_files(stage: Stage, rng: random.Random, mark: str) -> dict[str, str]:
-    """A route to a cluster that comes with it, one that is replaced, other endpoints."""
+def good_files(
+    stage: Stage, rng: random.Random, mark: str, *, routed: bool = True
+) -> dict[str, str]:
+    """A cluster that comes, perhaps with a route to it; one that is replaced; other endpoints."""
     ports = stage.upstreams.ports
     new, old = cluster(mark, rng.choice(ports)), cluster("a", rng.choice(ports))
     return {
         "cds.yaml": response("cluster", old, stage.cluster_e(), new, version=mark),
         "rds.yaml": response(
-            "routes", routes({"/": rng.choice((mark, "a")), "/e": "e"}), version=mark
+            "routes", routes({"/": mark if routed else "a", "/e": "e"}), version=mark
         ),
         "eds-e.yaml": stage.endpoints(rng.randrange(3)),
         "lds.yaml": response("listener", stage.listener(), version=mark),
