@@ -86,6 +86,9 @@ BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
 # 20 ms after a restart though it means 200: these are asked again for this long.
 ONE_TRY_SECONDS = 1.0
 
+# What a server may ask us to wait: a year in a header must not stop a source for a year.
+RETRY_AFTER_LAST = 300.0
+
 # Objects in one page of a list: the chunk size of kubectl and of client-go's pager.
 PAGE = 500
 
@@ -249,8 +252,9 @@ class Cut(LoaderError):
     """A connection that ended where it should not have, or was silent for too long."""
 
 
-# What a broken network raises below http.client; IncompleteRead and bad status lines included.
-BROKEN = (OSError, http.client.HTTPException)
+# What a broken network raises below http.client; IncompleteRead and bad status lines included. A
+# host name that no resolver takes (`a..b`) is a UnicodeError.
+BROKEN = (OSError, http.client.HTTPException, UnicodeError)
 
 # Answers that may pass by themselves. A 403 too: right after its restart an API server gave a valid
 # token one 403 for some 20 ms (measured on kube-apiserver 1.36.2).
@@ -267,7 +271,7 @@ def why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}"
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:500]
     name = "" if isinstance(error, LoaderError) else f"{type(error).__name__}: "
     return f"{name}{text}".rstrip(": ")
 
@@ -320,19 +324,23 @@ class Trust:
 
     def _build(self, authority: bytes) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        access = self.access
         try:
-            if self.access.insecure:
+            where = access.ca_file
+            if access.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
             elif authority:
-                context.load_verify_locations(cadata=authority.decode("latin-1"))
+                context.load_verify_locations(cadata=authority.decode("ascii", "ignore"))
             else:
                 context.load_default_certs()
-            if self.access.client_cert:
-                context.load_cert_chain(self.access.client_cert, self.access.client_key)
-        except (ssl.SSLError, ValueError) as error:
-            text = f"{self.access.ca_file or self.access.client_cert}: no usable certificate"
-            raise LoaderError(f"{text} ({why(error)}); check --ca-file, --client-cert") from None
+            where = f"{access.client_cert}, {access.client_key}"
+            if access.client_cert:
+                paths = (access.client_cert, access.client_key)
+                context.load_cert_chain(*paths, password=no_passphrase)
+        except (ssl.SSLError, ValueError, EncryptedKey) as error:
+            hint = "check --ca-file, --client-cert and --client-key"
+            raise LoaderError(f"{where}: no usable certificate ({why(error)}); {hint}") from None
         return context
 
 
@@ -355,11 +363,13 @@ class ApiClient:
         page = {"limit": str(limit)} if limit else {}
         while True:
             body = self._get(query, "list", page)
-            metadata = body.get("metadata") or {}
+            metadata = json_object(body.get("metadata"))
             yield list_items(body, query), str(metadata.get("resourceVersion") or "")
             token = metadata.get("continue")
             if not token:
                 return
+            if token == page.get("continue"):
+                raise ApiError(200, f"list {query}: the continue token does not move on")
             page["continue"] = token
 
     def is_future(self, query: Query, version: str) -> bool:
@@ -404,14 +414,12 @@ class ApiClient:
         try:
             body = response.read()
             if response.getheader("Content-Encoding") == "gzip":
-                import gzip
-
-                body = gzip.decompress(body)
+                body = unzipped(body)
             answer = json.loads(body)
         except BROKEN as error:
             self.close()
             raise Cut(f"{query}: the answer of {self._url.netloc} stopped midway") from error
-        except (ValueError, EOFError) as error:
+        except (ValueError, RecursionError) as error:
             text = f"{query}: {self._url.netloc} answered 200 with no JSON; is it an API server?"
             raise ApiError(200, text) from error
         if not isinstance(answer, dict):
@@ -493,7 +501,9 @@ class ApiClient:
         if response is None:
             self.close()  # an ERROR event ends its stream
         said = body.get("message") if isinstance(body, dict) else body
-        text = f"{verb} {query}: {status} {' '.join(str(said or '').split())}".rstrip()
+        words, token = " ".join(str(said or "").split()), self._trust.token()
+        words = words.replace(token, "[token]") if token else words  # an error page may echo it
+        text = f"{verb} {query}: {status} {words[:500]}".rstrip()
         if status == 410:
             return Expired(status, text)
         if 300 <= status < 400:
@@ -505,12 +515,13 @@ class ApiClient:
         if status == 403:
             where = f"in namespace {query.namespace}" if query.namespace else "in all namespaces"
             text += f"; grant the service account {verb} on {query.resource.name} {where}"
-            if not self._trust.token():
+            if not token:
                 text += f" (no token was sent: there is none in {self._trust.access.token_file})"
         if status == 404:
             text += "; is --apiserver a Kubernetes API server?"
         retry = response.getheader("Retry-After") if response else ""
-        return ApiError(status, text, float(retry) if retry and retry.isdecimal() else 0.0)
+        seconds = float(retry) if retry and retry.isdecimal() else 0.0
+        return ApiError(status, text, min(seconds, RETRY_AFTER_LAST))
 
     def _hint(self, error: BaseException) -> str:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -518,6 +529,16 @@ class ApiClient:
         if isinstance(error, TimeoutError):
             return "no answer in time; check --apiserver and network policies"
         return f"{why(error)}; check --apiserver"
+
+
+def unzipped(body: bytes) -> bytes:
+    """A body that came with gzip, which nobody asked for; ValueError for what is none."""
+    import zlib
+
+    try:
+        return zlib.decompress(body, wbits=zlib.MAX_WBITS | 16)
+    except zlib.error as error:
+        raise ValueError(f"gzip: {error}") from None
 
 
 def keep_alive(sock: socket.socket) -> None:
@@ -567,10 +588,12 @@ def watch_event(line: bytes, query: Query) -> dict[str, Any]:
     """One event of a watch: {"type": ..., "object": {...}}."""
     try:
         event = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Cut(f"watch {query}: an event is no JSON") from error
     if not isinstance(event, dict) or not isinstance(event.get("object"), dict):
         raise Cut(f"watch {query}: an event has no object")
+    if not isinstance(event.get("type"), str):
+        raise Cut(f"watch {query}: an event has no type")
     return event
 
 
@@ -604,8 +627,13 @@ class Backoff:
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
 
+def json_object(value: object) -> dict[str, Any]:
+    """A value that should be a JSON object; anything else is an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def object_key(item: dict[str, Any]) -> Key:
-    metadata = item.get("metadata") or {}
+    metadata = json_object(item.get("metadata"))
     return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
 
 
@@ -710,7 +738,8 @@ class Reflector(threading.Thread):
             except LoaderError as error:
                 passing = isinstance(error, ApiError) and is_passing(error.status)
                 delay = max(random.uniform(0.05, 0.2), getattr(error, "retry_after", 0.0))
-                if not passing or time.monotonic() + delay > until:
+                # (a quarter of a second more, so that a Retry-After of 1 fits)
+                if not passing or time.monotonic() + delay > until + 0.25:
                     self._failure(error, last=True)
                     return
             self._pause(delay)
@@ -731,6 +760,7 @@ class Reflector(threading.Thread):
             try:
                 if suspect and self._version and self._is_future():
                     self._restart("future")
+                suspect = False
                 if not self._version:
                     self._relist()
                 suspect, refusals = self._follow(), 0
@@ -741,7 +771,7 @@ class Reflector(threading.Thread):
                 refusals += 1
             except LoaderError as error:
                 answered = isinstance(error, ApiError)
-                suspect = not answered or error.status >= 500  # type: ignore[attr-defined]
+                suspect = suspect or not answered or error.status >= 500  # type: ignore[attr-defined]
                 refusals = refusals + 1 if answered else 0
                 if refusals >= RELIST_AFTER:
                     self._restart("refused")
@@ -806,7 +836,8 @@ class Reflector(threading.Thread):
         try:
             value = self._parse(item)
         except ValueError as error:
-            bad[key] = str(error)
+            name = f"{RESOURCE_KINDS[self.query.resource].lower()} {'/'.join(filter(None, key))}"
+            bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
             return old
         return old if value == old else value
 
@@ -836,7 +867,7 @@ class Reflector(threading.Thread):
     def _apply(self, event: dict[str, Any], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         kind, item = event["type"], event["object"]
-        metadata = item.get("metadata") or {}
+        metadata = json_object(item.get("metadata"))
         self._version = str(metadata.get("resourceVersion") or self._version)
         self._heard()
         if kind not in ("ADDED", "MODIFIED", "DELETED"):
@@ -872,7 +903,8 @@ class Reflector(threading.Thread):
         if not self._optional or not isinstance(error, ApiError) or self.synced:
             return False
         self._denials += error.status == 403
-        return error.status == 404 or self._denials >= DENIALS or self._mode == "once"
+        denied = error.status == 403 and (self._denials >= DENIALS or self._mode == "once")
+        return denied or error.status == 404
 
     def _failure(self, error: LoaderError, *, last: bool = False) -> float:
         """Say what failed (once, until it is another failure) and how long to wait."""
@@ -911,6 +943,7 @@ class FileClient:
     def __init__(self, path: str, namespace: str) -> None:
         self._path, self._namespace = path, namespace
         self._standard_input: bytes | None = None
+        self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
     def list(self, query: Query, limit: int) -> Iterator[tuple[Items, str]]:
         """The objects of the file that the API server would give for this query, in one page."""
@@ -929,9 +962,10 @@ class FileClient:
     def _read(self) -> bytes:
         try:
             if self._path == "-":
-                if self._standard_input is None:
-                    self._standard_input = sys.stdin.buffer.read()
-                return self._standard_input
+                with self._lock:
+                    if self._standard_input is None:
+                        self._standard_input = sys.stdin.buffer.read()
+                    return self._standard_input
             with open(self._path, "rb") as stream:
                 return stream.read()
         except OSError as error:
@@ -950,16 +984,17 @@ RESOURCE_KINDS = {
 
 def documents(text: bytes, path: str) -> Iterator[dict[str, Any]]:
     """The objects of a file: single ones or lists (of lists), one after another."""
-    decoder, position = json.JSONDecoder(), 0
+    decoder, solid, position = json.JSONDecoder(), re.compile(r"\S"), 0
+    hint = "give the output of `kubectl get ... -o json`"
     try:
         whole = text.decode("utf-8-sig")
-        while whole[position:].strip():
-            position += len(whole[position:]) - len(whole[position:].lstrip())
-            value, position = decoder.raw_decode(whole, position)
+        while found := solid.search(whole, position):
+            value, position = decoder.raw_decode(whole, found.start())
             yield from flattened(value, path)
-    except ValueError as error:
-        hint = "give the output of `kubectl get ... -o json`"
+    except (ValueError, RecursionError) as error:
         raise LoaderError(f"--from-file {path}: no JSON ({why(error)}); {hint}") from None
+    if not position:  # a file that is just being rewritten; no objects at all is an empty List
+        raise LoaderError(f"--from-file {path}: is empty; {hint}")
 
 
 def flattened(value: object, path: str) -> Iterator[dict[str, Any]]:
@@ -969,7 +1004,10 @@ def flattened(value: object, path: str) -> Iterator[dict[str, Any]]:
     if not value["kind"].endswith("List"):
         yield value
         return
-    for item in value.get("items") or []:
+    items = value.get("items") or []
+    if not isinstance(items, list):
+        raise LoaderError(f"--from-file {path}: the items of a {value['kind']} are no list")
+    for item in items:
         if isinstance(item, dict):
             item.setdefault("kind", value["kind"].removesuffix("List"))
         yield from flattened(item, path)
@@ -981,7 +1019,7 @@ def matches(metadata: dict[str, Any], query: Query) -> bool:
         return False
     if query.name and metadata.get("name") != query.name:
         return False
-    return selects(query.labels, metadata.get("labels") or {})
+    return selects(query.labels, json_object(metadata.get("labels")))
 
 
 def requirements(selector: str) -> list[tuple[str, str, frozenset[str]]]:
@@ -1935,7 +1973,7 @@ def protocol_of(port: ServicePort) -> UpstreamProtocol:
     if port.protocol != "TCP":
         return PLAIN_TCP
     if port.app_protocol:
-        return APP_PROTOCOLS.get(port.app_protocol.lower(), PLAIN_TCP)
+        return APP_PROTOCOLS.get(port.app_protocol.lower(), HTTP1)
     return PORT_NAMES.get(port.name.partition("-")[0], PLAIN_TCP)
 
 
@@ -2177,6 +2215,8 @@ def route_of(
         )
     )
     if not hosts:
+        if not any(warning.startswith(f"{service}: {prefix}hosts") for warning in warnings):
+            warnings.append(f"{service}: is not routed: {prefix}hosts names no host")
         return None
     name = f"{service.namespace}/{service.name}"
     return ServiceRoute(name, hosts, prefixes, weight, names[chosen], ports)
@@ -2496,7 +2536,10 @@ def rendered_clusters(files: Files, kind: bytes) -> set[str]:
     for path, pattern in (("cds.yaml", rb"^  name: (.+)\n  type: %s$"), ("cds.json", in_json)):
         content = files[path].content if path in files else b""
         for name in re.findall(pattern % kind, content, re.MULTILINE):
-            found.add(json.loads(name) if name[:1] == b'"' else name.decode())
+            try:
+                found.add(json.loads(name) if name[:1] == b'"' else name.decode())
+            except ValueError:
+                pass  # of a ConfigMap's file that hides ours
     return found
 
 
@@ -3010,7 +3053,7 @@ class EncryptedKey(Exception):
 
 def no_passphrase() -> str:
     """Without a callback OpenSSL would prompt on the terminal and block the loader."""
-    raise EncryptedKey
+    raise EncryptedKey("the key is encrypted")
 
 
 def tls_context() -> Any:
@@ -3168,9 +3211,8 @@ def configmap_from(item: dict[str, Any]) -> ConfigMap:
     for key, value in [*text.items(), *binary.items()]:
         problem = key_problem(key)
         try:
-            plain = key in text
-            contents[key] = value.encode() if plain else base64.b64decode(value, validate=True)
-        except (AttributeError, TypeError, ValueError):
+            contents[key] = value.encode() if key in text else decode_key(value, key)
+        except (AttributeError, ValueError):
             problem = "is no text" if key in text else "is no base64"
         if problem:
             contents.pop(key, None)
@@ -3187,10 +3229,10 @@ def key_problem(name: str) -> str:
     """
     if not re.fullmatch(KEY, name):
         return "is no file name"
-    return "begins with '..'" if name.startswith("..") or name == "." else ""
+    return "begins with '..'" if name.startswith("..") else ""
 
 
-KEY = r"[-._a-zA-Z0-9]{1,253}"
+KEY = r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}"
 
 
 class Named(NamedTuple):
@@ -3374,13 +3416,18 @@ def document_of(content: bytes) -> Document | None:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
-    return json_document(text) if text.lstrip().startswith("{") else yaml_document(text)
+    try:
+        return json_document(text) if text.lstrip().startswith("{") else yaml_document(text)
+    except RecursionError:  # nested 1,000 deep: protobuf, and so Envoy, stops at 100
+        return None
 
 
 def json_document(text: str) -> Document | None:
     """The parts of a DiscoveryResponse in JSON; None if it is not JSON (flow-style YAML, say)."""
     try:
         fields = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair is valid JSON, and no text: Envoy refuses it
+            json.dumps(fields, ensure_ascii=False).encode()
     except ValueError:
         return None
     resources = fields.get("resources", [])
@@ -3469,7 +3516,9 @@ def yaml_item(text: str, dash: str) -> Item | None:
         return None
     if text.startswith("{", opening.end()):  # JSON within YAML, as `united` writes it
         try:
-            return json_item(json.loads(text[opening.end() :]))
+            item = json_item(json.loads(text[opening.end() :]))
+            item.text.encode()  # ValueError for half a surrogate pair
+            return item
         except ValueError:
             return None
     pad = " " * (opening.end() - 1 - text.rfind("\n", 0, opening.end()))
@@ -3499,8 +3548,8 @@ def yaml_field(line: str) -> tuple[str, str | None] | None:
         return key, value
     if double := re.match(YAML_DOUBLE, value):
         try:
-            return key, str(json.loads(double[1]))
-        except ValueError:  # an escape that only YAML knows
+            return key, str(json.loads(double[1])).encode().decode()
+        except ValueError:  # an escape that only YAML knows, or half a surrogate pair
             return key, None
     if single := re.match(YAML_SINGLE, value):
         return key, single[1].replace("''", "'")
@@ -4068,6 +4117,9 @@ class Output:
         Afterwards `published` is what the disk shows, and every link and notification is right.
         """
         done = []
+        if is_directory(self._path(SWITCH)):
+            place = self._path(SWITCH)
+            raise LoaderError(f"{place} is a directory and not the loader's link: remove it")
         self._own_directory(CURRENT)
         self.snapshot = self._switched()
         self._sources = self._read_sources()
@@ -4284,7 +4336,7 @@ class Output:
 
     def _unlink_ours(self, path: str) -> None:
         """Remove a link that we made; a stranger's file of the same name stays."""
-        if (read_link(self._path(CURRENT, path)) or "").startswith("../"):
+        if read_link(self._path(CURRENT, path)) == link_target(path):
             os.unlink(self._path(CURRENT, path))
 
     def _own_directory(self, relative: str) -> None:
@@ -4400,7 +4452,8 @@ class Output:
         return {str(path): str(source) for path, source in found.items()}
 
     def _write_sources(self, files: Files) -> None:
-        sources = {path: file.source for path, file in files.items()}
+        both = (*self.published.items(), *files.items())  # a restart may find the old snapshot
+        sources = {path: file.source for path, file in both}
         if sources != self._sources:
             self.write_state("sources", sources)
             self._sources = sources
@@ -4572,7 +4625,7 @@ VERDICT_BOUND = 10.0  # seconds for all of it, while one Envoy after the other s
 POLL_FIRST, POLL_LAST = 0.002, 0.05  # seconds between two looks, growing
 PROBE_FIRST, PROBE_LAST = 0.1, 5.0  # seconds between two tries while nothing answers
 ANSWER_BYTES = 64 << 20  # an answer beyond it is not Envoy's
-EXACT_NAMES = 200  # scopes asked for by name; with more the filter takes every cluster
+FILTER_LENGTH = 8_000  # characters of names in a request (Envoy takes 60 KiB of head, encoded)
 
 # Where the statistics of a file are, by kind; measured on Envoy 1.40.
 STAT_SCOPES = {
@@ -4744,9 +4797,8 @@ def stats_filter(subjects: Iterable[Subject]) -> str:
     """A regular expression for /stats: what tells about these files, and about Envoy itself."""
     patterns = {each for subject in subjects for each in (subject.pattern, subject.former)}
     patterns = (patterns - {""}) | {STAT_SCOPES["cds"], STAT_SCOPES["lds"]}
-    if len(patterns) > EXACT_NAMES:
-        patterns = {each for each in patterns if not each.startswith(r"cluster\.")}
-        patterns |= {r"cluster\..+"}
+    if sum(map(len, patterns)) > FILTER_LENGTH:
+        patterns = {each.replace("{name}", ".+") for each in STAT_SCOPES.values()}
     leaf = r"\.(?:update_(?:attempt|success|rejected|failure|time)|version_text)"
     general = (
         r"server\.(?:uptime|dynamic_unknown_fields)",
@@ -4902,7 +4954,7 @@ def likely_cause(path: str, kind: str, files: Files) -> str:
     if not path.endswith((".yaml", ".yml", ".pb", ".pb_text")):
         try:
             json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"not JSON: {error}"
     document = document_of(content)
     if document and kind in ONE_RESOURCE and len(document.items) != 1:
@@ -5825,6 +5877,11 @@ class Composition(NamedTuple):
     stale: tuple[str, ...] = ()  # sources that keep their last files
     failed: tuple[str, ...] = ()  # what a one-time run could not list
 
+    @property
+    def complete(self) -> bool:
+        """Whether it may be published."""
+        return not (self.unknown or self.missing or self.failed)
+
 
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
@@ -5851,7 +5908,8 @@ class Sources:
         options = self.options
         for named in self._named():
             owned = {path: file for path, file in published.items() if named.owns(path, file)}
-            self._kept[named] = owned
+            if owned:
+                self._kept[named] = owned
             self._reflect(self._query(named), secret_from if named.kind == "secret"
                           else configmap_from)
         if options.configmap_selector is not None:
@@ -5930,7 +5988,12 @@ class Sources:
         """The files of all sources. Precedence, last wins: rendered files, Secrets, ConfigMaps by
         selector in order of namespace and name, ConfigMaps in the order they were named."""
         failed = tuple(r.trouble for r in self.reflectors() if r.failed)
-        unknown = tuple(str(r.query) for r in self.reflectors() if not r.synced)
+        unknown = tuple(
+            str(r.query)
+            for r in self.reflectors()
+            # Endpoints sought later, for a Service that has none so far, keep nobody waiting.
+            if not r.synced and (self.rendering is None or r.query.resource is not ENDPOINTS)
+        )
         if failed or unknown:
             return Composition({}, unknown=unknown, failed=failed)
         notes: list[str] = []
@@ -5973,15 +6036,16 @@ class Sources:
         elif found is not None:
             files = placed(found.files, named.directory)
             notes += found.problems
-        if files or (found is not None and not self._kept[named] and named.kind == "configmap"):
-            self._kept[named] = files
-        elif self._kept[named]:
+        kept = self._kept.get(named)  # None: it never was there
+        if files or (found is not None and not kept and named.kind == "configmap"):
+            kept = self._kept[named] = files
+        elif kept is None:
+            missing.append(named.source)
+        else:
             state = "has no usable files" if found is not None else "does not exist any more"
             notes.append(f"{named.source} {state}: its last files stay")
             stale.append(named.source)
-        else:
-            missing.append(named.source)
-        return self._kept[named]
+        return kept or {}
 
     def _secret_files(self, secret: Secret) -> tuple[dict[str, File], tuple[str, ...]]:
         """The SDS files of a Secret, made and checked once for each change of it."""
@@ -6051,14 +6115,19 @@ def without(files: Files, hidden_by: Files) -> dict[str, File]:
     return {path: file for path, file in files.items() if path not in hidden_by}
 
 
+ROUTE_MATCH = rb"(?m)^ *- match:|\"match\":"
+
+
 def hidden(rendered: Files, others: Files) -> list[str]:
     """A warning for each rendered file that a ConfigMap key of the same name hides."""
     notes = []
     for path in sorted(rendered.keys() & others.keys()):
-        content = rendered[path].content
-        word, count = ("clusters", len(clusters_in(rendered[path]) or ())) \
-            if kind_of(content) == "cds" else ("routes", content.count(b"prefix"))
-        notes.append(f"{path} of {others[path].source} hides {count} rendered {word}")
+        kind = kind_at(path, rendered)
+        what = {
+            "cds": f"{len(clusters_in(rendered[path]) or ())} rendered clusters",
+            "rds": f"{len(re.findall(ROUTE_MATCH, rendered[path].content))} rendered routes",
+        }.get(kind, "rendered endpoints")
+        notes.append(f"{path} of {others[path].source} hides {what}")
     return notes
 
 
@@ -6180,11 +6249,6 @@ class Envoy:
         metrics.replace("xds_loader_refused_files", {(path,): 1.0 for path in self.refused})
 
 
-def json_object(value: object) -> dict[str, Any]:
-    """A value that should be a JSON object; anything else is an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
 class Gate(NamedTuple):
     """What the next ordered step waits for: Envoy's word on a request, or a time."""
 
@@ -6231,6 +6295,10 @@ class Loop:
         self._burst = False
         self._retry_at = 0.0
         self._backoff = Backoff()
+        # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
+        threading.excepthook = lambda failed: self.wakes.put(
+            Wake("defect", time.monotonic(), failed.exc_value)
+        )
 
     # -- running ------------------------------------------------------------------------------
 
@@ -6254,8 +6322,7 @@ class Loop:
                 check_at = time.monotonic() + self.options.sync_interval
                 self._check()
             self._tell()
-            late = not self._once or time.monotonic() >= deadline
-            self._await(check_at if late else deadline)
+            self._await(self._wait_until(deadline) if self._once else check_at)
         return self._end(done=done)
 
     def _end(self, *, done: bool) -> int:
@@ -6273,10 +6340,6 @@ class Loop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, lambda number, _: self._signalled(number))
-        # A defect in a thread must end the process: a sidecar that is deaf looks like a quiet one.
-        threading.excepthook = lambda failed: self.wakes.put(
-            Wake("defect", time.monotonic(), failed.exc_value)
-        )
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen and not self._once:
             self.listener = Listener(*self.options.listen, metrics)
@@ -6353,6 +6416,8 @@ class Loop:
 
     def _turn(self) -> None:
         """One decision: what is wanted, and the next snapshot on the way there."""
+        if self._gate is not None and time.monotonic() >= self._gate.until:
+            self._gate = None  # here, whatever follows: nobody may wait for a time that is past
         fresh = self._composition is None
         composition = self._composition = self._composition or self.sources.compose()
         self._go_on(composition)
@@ -6363,12 +6428,12 @@ class Loop:
         """Towards what the sources ask for, as far as it goes now."""
         if self._retry_at and time.monotonic() < self._retry_at:
             return
-        if composition.unknown or composition.missing or composition.failed:
-            return
         try:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
+            if not composition.complete:
+                return
             wanted, notes = self.output.fitting(composition.files)
             self._note("unfit", notes)
             while not self.stopping and self._advance(wanted):
@@ -6380,7 +6445,11 @@ class Loop:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        """The disk refused: what stood goes on serving, and the next try begins by repairing."""
+        """The disk refused: what stood goes on serving, and the next try begins by repairing.
+
+        A step may be half done: as after a restart, plan anew and wait before what builds on it.
+        """
+        self._target, self._settled = None, False
         delay = self._backoff.delay()
         metrics.add("xds_loader_errors_total", ("disk",))
         log.outage("disk", self._disk_trouble(error), next_try_s=round(delay, 1))
@@ -6401,14 +6470,14 @@ class Loop:
         published = self.output.published
         desired = self._allowed(wanted, published)
         if not self._accepted(desired):
-            return False
+            if self._target is None:
+                return False
+            desired = self._target  # what was accepted before goes on to its end
         if self._once or not self.output.snapshot:
             if not self.output.snapshot or not same(published, desired):
                 first = "" if self.output.snapshot else "the first snapshot"
                 self._publish(desired, "whole", first or "one step, asked for by --onetime")
             return False
-        if self._gate is not None and time.monotonic() >= self._gate.until:
-            self._gate = None
         if self._gate is None:
             return self._step(published, self._target or desired)
         now = independent(published, self._target or desired, desired, self._gate.before)
@@ -6554,8 +6623,11 @@ class Loop:
         found = refusals(envoy.refused, verdict.rejected, asked.target, asked.files, confirmed)
         envoy.refused = found
         self._tell()  # before the metric: who sees one, finds the other
-        envoy.judged(verdict, asked.files, last=same(asked.files, asked.target))
-        self.output.prune(envoy.needed())
+        try:
+            envoy.judged(verdict, asked.files, last=same(asked.files, asked.target))
+            self.output.prune(envoy.needed())
+        except OSError as error:
+            self._failed(error)
         if verdict.rejected:
             self._target = None  # the plan was made without knowing this
         metrics.observe("xds_loader_confirmation_duration_seconds", verdict.waited)
@@ -6595,6 +6667,8 @@ class Loop:
             place = f"{self.output.root}/{self.output.stage(desired)[0]}"
             refusal = self._run_check([word.replace("{dir}", place) for word in command])
             self._checked = (version, not refusal)
+            if refusal:
+                self.output.prune()  # what was staged for the check
             if refusal and self._once:
                 raise LoaderError(refusal)
             if refusal:
@@ -6620,7 +6694,8 @@ class Loop:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"--check-cmd took more than {CHECK_SECONDS:.0f} s"
+            late = f"took more than {CHECK_SECONDS:.0f} s"
+            return f"--check-cmd {'was ended by a signal' if self.stopping else late}"
         output.join(1.0)
         if process.returncode == 0:
             return ""
@@ -6630,6 +6705,8 @@ class Loop:
 
     def _check(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
+        if self.options.secret:
+            self._composition = None  # a certificate may be about to end by now
         self.sources.seek_endpoints()
         if not self.output.snapshot:
             return
@@ -6696,18 +6773,25 @@ class Loop:
                 self._composition = self.sources.compose()
             if self._finished(deadline):
                 return self._composition
-            self._await(deadline if self.options.timeout else time.monotonic() + 60.0)
+            self._await(self._wait_until(deadline))
+
+    def _wait_until(self, deadline: float) -> float:
+        """Of a one-time run: without --timeout each request has bounds of its own."""
+        return deadline if self.options.timeout else time.monotonic() + 60.0
 
     def _finished(self, deadline: float) -> bool:
         """Whether a one-time run is done; LoaderError if it never will be."""
         composition = self._composition
         if composition is None:
             return False
-        if not (composition.unknown or composition.missing or composition.failed):
+        if composition.complete:
             return True
         late = time.monotonic() >= deadline
         if composition.failed or (late and (composition.missing or self.options.timeout)):
-            raise LoaderError(unfinished(composition, self.sources.troubles()))
+            self._note("sources", composition.warnings)
+            raise LoaderError(
+                unfinished(composition, self.sources.troubles(), waited=bool(self.options.timeout))
+            )
         return False
 
 
@@ -6732,13 +6816,14 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def unfinished(composition: Composition, troubles: Sequence[str]) -> str:
+def unfinished(composition: Composition, troubles: Sequence[str], *, waited: bool) -> str:
     """Why a one-time run ends without a snapshot."""
     if composition.failed:
         return composition.failed[0]
     if composition.missing:
         names = ", ".join(composition.missing)
-        return f"{names}: does not exist or is not usable; create it, or wait for it with --timeout"
+        hint = "create it" if waited else "create it, or wait for it with --timeout"
+        return f"{names}: does not exist or is not usable; {hint}"
     return troubles[0] if troubles else f"no answer in time for {', '.join(composition.unknown)}"
 
 
@@ -6747,12 +6832,13 @@ def preview(options: Options, config: Config) -> int:
     loop = Loop(options, config)
     composition = loop.composed(time.monotonic() + options.timeout)
     published = loop.output.peek()
-    for note in composition.warnings:
+    files, unfit = loop.output.fitting(composition.files)
+    for note in (*composition.warnings, *unfit):
         log.warning("%s", note)
     out = sys.stdout.buffer
     try:
-        for path in sorted({*composition.files, *(published if options.diff else ())}):
-            new, old = composition.files.get(path), published.get(path)
+        for path in sorted({*files, *(published if options.diff else ())}):
+            new, old = files.get(path), published.get(path)
             out.write(difference(path, old, new) if options.diff else shown(path, new))
         out.flush()
     except BrokenPipeError:  # `| head` has seen enough
@@ -6818,7 +6904,7 @@ def read_config(path: str) -> Config:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
     except OSError as error:
         raise UsageError(f"--config {why(error)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path}: no JSON ({why(error)})") from None
 
 # ---------------------------------------------------------------------------------------------
@@ -6986,7 +7072,10 @@ def go_duration(text: str) -> float:
     part = r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
     if not re.fullmatch(rf"\+?(?:{part})+", text):
         raise ValueError("is no duration, such as 30s, 1m0s or 250ms")
-    return float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
+    seconds = float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
+    if seconds > 9e9:
+        raise ValueError("is longer than Go's longest, 2562047h")
+    return seconds
 
 
 def go_interval(text: str) -> float:
@@ -7051,7 +7140,8 @@ def namespaces_value(text: str) -> str:
 def base_url(text: str, schemes: Sequence[str]) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        usable = url.scheme in schemes and url.hostname and (url.port or 1) > 0
+        usable = url.scheme in schemes and url.hostname and url.port != 0
+        (url.hostname or "").encode("idna")  # what the resolver makes of it
     except ValueError:
         usable = False
     if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
@@ -7141,6 +7231,8 @@ NO_SMI = (
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     values = parsed(argv, environ)
+    for name in ("help", "version"):
+        values.pop(name, None)
     if values.pop("smi", False):
         raise UsageError(f"--smi: {NO_SMI}")
     warnings = []
@@ -7212,7 +7304,12 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT")
     if not host:
         return "https://kubernetes"
-    return f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
+    url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
+    try:
+        return base_url(url, ("https",))
+    except ValueError as error:
+        text = f"$KUBERNETES_SERVICE_HOST and $KUBERNETES_SERVICE_PORT: {url!r} {error}"
+        raise UsageError(text) from None
 
 
 def help_text() -> str:
