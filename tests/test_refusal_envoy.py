@@ -443,6 +443,57 @@ def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Sta
             odd.close()
 
 
+class Slow(Odd):
+    """Envoy's own admin interface, each answer late."""
+
+    def __init__(self, admin_port: int, delay: float) -> None:
+        self.admin_port = admin_port
+        self.delay = delay
+        super().__init__(None)
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                self.sockets.append(client)
+                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def _relay(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            request = client.recv(65536).replace(
+                b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n"
+            )
+            time.sleep(self.delay)
+            with socket.create_connection(("127.0.0.1", self.admin_port)) as envoy:
+                envoy.sendall(request)
+                while part := envoy.recv(65536):
+                    client.sendall(part)
+
+
+def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
+    """0.4 s for each answer: steps are late by as much, in order, confirmed; refusals are seen."""
+    slow = Slow(stage.admin_port, 0.4)
+    try:
+        stage.start(admin=slow.url)
+        stage.await_confirmed(15)
+        with Poller(f"http://127.0.0.1:{stage.port}/") as poller:
+            poller.wait_body("v0")
+            began = time.monotonic()
+            new = cluster("n", stage.upstreams.ports[1])
+            stage.patch({
+                "cds.yaml": more_clusters(stage, new, mark="n"),
+                "rds.yaml": response("routes", routes({"/": "n", "/e": "e"})),
+            })  # fmt: skip
+            assert poller.wait_body("v1", 8).time - began < 4.0
+            stage.patch({"rds.yaml": "resources: {", "eds-e.yaml": stage.endpoints(2)})
+            stage.log.wait_log("Envoy refuses rds.yaml", 8)
+            stage.await_served("v1", "v2", "v0", timeout=8)
+            assert not poller.failed
+        assert stage.log.count_log("does not answer") <= 1  # before Envoy was there
+    finally:
+        slow.close()
+
+
 def test_an_admin_interface_that_comes_late_confirms_what_stands(stage: Stage) -> None:
     stage.start(admin=f"http://127.0.0.1:{stage.admin_port}")
     stage.await_confirmed()
