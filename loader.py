@@ -49,7 +49,7 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -92,9 +92,15 @@ RETRY_AFTER_LAST = 300.0
 # Objects in one page of a list: the chunk size of kubectl and of client-go's pager.
 PAGE = 500
 
+# Beyond this an event of a watch is none (etcd takes objects of 1.5 MiB).
+EVENT_BYTES = 64 << 20
+
 # Holdoff: an event that arrives while a publication is under way belongs to a burst. It is gathered
 # until nothing came for QUIET, for GATHER at most; an event of a quiet time never waits.
 HOLDOFF_QUIET, HOLDOFF_GATHER = 0.004, 0.2
+
+# Snapshots that are kept for what Envoy has not confirmed.
+KEPT_MOST = 8
 
 # What `--check-cmd` may take.
 CHECK_SECONDS = 30.0
@@ -207,6 +213,9 @@ SERVICES = Resource("/api/v1", "services")
 ENDPOINTS = Resource("/api/v1", "endpoints")
 NODES = Resource("/api/v1", "nodes")
 ENDPOINTSLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices")
+
+# ConfigMaps hold up to 1 MiB each: a page of them must not need half a gigabyte.
+PAGES = {CONFIGMAPS: 100, SECRETS: 100}
 
 
 class Query(NamedTuple):
@@ -582,6 +591,8 @@ def lines(response: http.client.HTTPResponse, query: Query) -> Iterator[bytes]:
             parts.clear()
             yield from filter(bytes.strip, whole)
         parts.append(block)
+        if len(parts) % 256 == 0 and sum(map(len, parts)) > EVENT_BYTES:
+            raise Cut(f"watch {query}: an event without end")
 
 
 def watch_event(line: bytes, query: Query) -> dict[str, Any]:
@@ -682,7 +693,7 @@ class Reflector(threading.Thread):
     `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
     `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of
     it; an object that it refuses (ValueError) keeps its last good value and is named in `bad`.
-    `patience` is the longest pause between two tries, in seconds. An `optional` query that the API
+    `patience` is the longest backoff, in seconds. An `optional` query that the API
     server does not know (404) or grant (403) counts as synced and `absent`. What the main thread
     reads, it reads under the lock.
     """
@@ -796,7 +807,7 @@ class Reflector(threading.Thread):
         history is shorter than a paginated list takes would else never be read.
         """
         try:
-            objects, bad, version = self._listed(PAGE)
+            objects, bad, version = self._listed(PAGES.get(self.query.resource, PAGE))
         except Expired:
             objects, bad, version = self._listed(0)
         changed = not self.synced or bad != self.bad or objects != self._objects
@@ -954,7 +965,7 @@ class FileClient:
             if item.get("kind") != kind or not isinstance(metadata, dict):
                 continue
             if query.resource is not NODES:
-                metadata.setdefault("namespace", self._namespace)
+                metadata["namespace"] = metadata.get("namespace") or self._namespace
             if matches(metadata, query):
                 found.append(item)
         yield found, ""
@@ -1077,7 +1088,6 @@ def selects(selector: str, labels: Mapping[str, str]) -> bool:
 # Go's types; what has a wrong type raises ValueError with the path of the member at fault.
 
 Json = Any  # what json.loads returns: written once, so that each use says what it is
-ObjectKey = tuple[str, str]  # (namespace, name)
 JsonType = TypeVar("JsonType")
 
 HEALTHY, DRAINING, UNHEALTHY = range(3)  # of an endpoint, best first
@@ -1155,9 +1165,9 @@ class Node(NamedTuple):
 class Objects(NamedTuple):
     """All that is rendered. Unchanged values are the same objects from one call to the next."""
 
-    services: Mapping[ObjectKey, Service]
-    slices: Mapping[ObjectKey, EndpointSlice]
-    endpoints: Mapping[ObjectKey, tuple[EndpointSlice, ...]]
+    services: Mapping[Key, Service]
+    slices: Mapping[Key, EndpointSlice]
+    endpoints: Mapping[Key, tuple[EndpointSlice, ...]]
     nodes: Mapping[str, Node]
 
 
@@ -2491,7 +2501,7 @@ class Rendered(NamedTuple):
 
 
 # Each plan, with those of its clusters that really exist.
-KeptClusters = Mapping[ObjectKey, tuple[ServicePlan, tuple[PlannedCluster, ...]]]
+KeptClusters = Mapping[Key, tuple[ServicePlan, tuple[PlannedCluster, ...]]]
 
 
 NOT_RENDERED = Rendered((), (), (), ())
@@ -2547,10 +2557,10 @@ class SliceIndex:
     """The slices of each Service; with thousands of them only what changed is looked at."""
 
     def __init__(self) -> None:
-        self._seen: dict[ObjectKey, EndpointSlice] = {}
-        self._of: dict[ObjectKey, dict[ObjectKey, EndpointSlice]] = {}
+        self._seen: dict[Key, EndpointSlice] = {}
+        self._of: dict[Key, dict[Key, EndpointSlice]] = {}
 
-    def update(self, slices: Mapping[ObjectKey, EndpointSlice]) -> Iterator[ObjectKey]:
+    def update(self, slices: Mapping[Key, EndpointSlice]) -> Iterator[Key]:
         """Take all slices; yield the Services of those that came, went or changed."""
         for key in self._seen.keys() - slices.keys():
             yield self._forget(key)
@@ -2564,7 +2574,7 @@ class SliceIndex:
             self._of.setdefault(service, {})[key] = self._seen[key] = found
             yield service
 
-    def _forget(self, key: ObjectKey) -> ObjectKey:
+    def _forget(self, key: Key) -> Key:
         found = self._seen.pop(key)
         service = (found.namespace, found.service)
         del self._of[service][key]
@@ -2572,7 +2582,7 @@ class SliceIndex:
             del self._of[service]
         return service
 
-    def of(self, service: ObjectKey) -> tuple[EndpointSlice, ...]:
+    def of(self, service: Key) -> tuple[EndpointSlice, ...]:
         return tuple(self._of.get(service, {}).values())
 
 
@@ -2606,15 +2616,15 @@ class Translator:
         self._directory = f"{current_dir.rstrip('/')}/"
         self._budget = config.eds_budget if config.eds_budget is not None else budget
         self._modes = initial_modes(sorted(on_eds)[: self._budget], on_inline)
-        self._services: Mapping[ObjectKey, Service] | None = None
-        self._plans: dict[ObjectKey, ServicePlan] = {}
+        self._services: Mapping[Key, Service] | None = None
+        self._plans: dict[Key, ServicePlan] = {}
         self._kept: KeptClusters = {}
         self._plan_warnings: tuple[str, ...] = ()
         self._routes = b""
         self._slices = SliceIndex()
-        self._legacy: Mapping[ObjectKey, tuple[EndpointSlice, ...]] = {}
-        self._touched: set[ObjectKey] = set()  # Services to be looked at again
-        self._rendered: dict[ObjectKey, Rendered] = {}
+        self._legacy: Mapping[Key, tuple[EndpointSlice, ...]] = {}
+        self._touched: set[Key] = set()  # Services to be looked at again
+        self._rendered: dict[Key, Rendered] = {}
         self._hosts: dict[str, HostBlock] = {}
         self._files: dict[str, File] = {}
         self._placement = Placement(config, own_zone(config, node_name, {}), {})
@@ -2670,7 +2680,7 @@ class Translator:
                 self._touched.add(key)
         self._placement = Placement(self._config, zone, dict(nodes))
 
-    def _plan(self, services: Mapping[ObjectKey, Service], other_files: int) -> None:
+    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
         plans = {}
         for key in sorted(services):
@@ -2710,7 +2720,7 @@ class Translator:
                 free -= 1
         return modes
 
-    def _service(self, key: ObjectKey) -> Rendered:
+    def _service(self, key: Key) -> Rendered:
         """A Service as rendered; anew only if something that it is made of changed."""
         plan, clusters = self._kept[key]
         slices = self._slices.of(key) or self._legacy.get(key, ())
@@ -2802,7 +2812,7 @@ def initial_modes(on_eds: Iterable[str], on_inline: Iterable[str]) -> dict[str, 
     return dict.fromkeys(on_inline, INLINE) | modes if modes else {}
 
 
-def unique_clusters(plans: Mapping[ObjectKey, ServicePlan], warnings: list[str]) -> KeptClusters:
+def unique_clusters(plans: Mapping[Key, ServicePlan], warnings: list[str]) -> KeptClusters:
     """Of two clusters of one name the first exists; Envoy would take the last, without a word."""
     taken: dict[str, Service] = {}
     kept = {}
@@ -3005,8 +3015,6 @@ def certificates_problem(pem: bytes) -> str:
 
 def authority_problem(ca: bytes) -> str:
     """Why OpenSSL does not take a bundle of CAs, "" if it does."""
-    import ssl
-
     try:
         tls_context().load_verify_locations(cadata=b"".join(pem_blocks(ca)))
     except ssl.SSLError as error:
@@ -3021,8 +3029,6 @@ def pair_problem(cert: bytes, key: bytes) -> str:
     no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which refuses
     a bad one itself and keeps the last.
     """
-    import ssl
-
     if not hasattr(os, "memfd_create"):
         return ""
     descriptors: list[int] = []
@@ -3058,8 +3064,6 @@ def no_passphrase() -> str:
 
 def tls_context() -> Any:
     """An SSLContext that judges form and not strength: Envoy decides what is too weak."""
-    import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_ciphers("ALL:@SECLEVEL=0")
     return context
@@ -3590,10 +3594,14 @@ def references(content: bytes, names: Iterable[str]) -> bool:
 
     A route that takes its cluster from a header or a plugin names none: nobody can tell.
     """
-    names = frozenset(names)
-    if names and not tokens_in(content).isdisjoint(names):
-        return True
-    return any(not is_word(name) and name.encode() in content for name in names)
+    return bool(named_in(content, frozenset(names)))
+
+
+def named_in(content: bytes, names: frozenset[str]) -> frozenset[str]:
+    """Those of the clusters that a text names."""
+    found = names & tokens_in(content) if names else names
+    return found | {name for name in names - found
+                    if not is_word(name) and name.encode() in content}
 
 
 def is_word(name: str) -> bool:
@@ -3685,6 +3693,11 @@ def standing(files: Files, path: str, file: File) -> bool:
     return old.digest == file.digest and old.mode == file.mode
 
 
+def moved_paths(before: Files, after: Files) -> list[str]:
+    """The paths that are new or have other bytes or another mode."""
+    return [path for path, file in after.items() if not standing(before, path, file)]
+
+
 def next_step(
     published: Files, target: Files, refused: Mapping[str, Refusal] | None = None
 ) -> Step | None:
@@ -3693,7 +3706,7 @@ def next_step(
     The first snapshot of all is one step. refused: bytes that Envoy refused are put back before
     anything is built on them.
     """
-    moved = {path for path, file in target.items() if not standing(published, path, file)}
+    moved = set(moved_paths(published, target))
     if not moved and published.keys() == target.keys():
         return None
     if not published:
@@ -3850,8 +3863,7 @@ def populated(before: Files, after: Files) -> frozenset[str]:
 
 def carry(pinned: Files, published: Files, now: Files) -> dict[str, File]:
     """The pinned target with what went out meanwhile, so that no later step takes it back."""
-    ahead = {path: file for path, file in now.items() if not standing(published, path, file)}
-    return {**pinned, **ahead}
+    return {**pinned, **{path: now[path] for path in moved_paths(published, now)}}
 
 
 def withhold(
@@ -3980,7 +3992,7 @@ def keep_needed(result: dict[str, File], desired: Files, old: Files) -> list[str
             continue
         lost = possible_names(file) - there
         users = [result[each].content for each in holders if each != path]
-        needed = frozenset(name for name in lost if any(references(u, (name,)) for u in users))
+        needed: frozenset[str] = frozenset().union(*(named_in(user, lost) for user in users))
         if needed:
             both = unite(file, result[path], needed)
             result[path] = both if both != result[path] else file
@@ -4023,18 +4035,6 @@ def blamed(path: str, shown: File, target: Files, confirmed: Files) -> str:
     ours = transition(confirmed[path], wanted).digest == shown.digest
     return wanted.digest if ours else shown.digest
 
-
-def settle(
-    confirmed: Files, published: Files, accepted: Iterable[str], rejected: Iterable[str]
-) -> dict[str, File]:
-    """The last confirmed file of each path after a verdict on `published`.
-
-    Files that are gone are kept as long as something is rejected: what comes back may name them.
-    """
-    known = {**confirmed, **{path: published[path] for path in accepted if path in published}}
-    if list(rejected):
-        return known
-    return {path: file for path, file in known.items() if path in published}
 
 # ---------------------------------------------------------------------------------------------
 # Publication: the only code that touches the output directory
@@ -4086,6 +4086,7 @@ class Output:
         self._sources: dict[str, str] = {}
         self._untold: set[str] = set()  # switched to, and Envoy not told yet
         self._before = ""  # the last snapshot but one
+        self.switching = 0.0  # wall clock just before the last switch
         self._kept: frozenset[str] = frozenset()  # snapshots that others still need
         self._lock = -1
 
@@ -4105,6 +4106,13 @@ class Output:
             raise LoaderError(
                 f"{self.root}: another loader is at work here; give each its own --output-dir"
             ) from None
+
+    def is_there(self) -> bool:
+        """Whether the directory that is locked still is the one at this place."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.root))
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
 
     def unlock(self) -> None:
         if self._lock >= 0:
@@ -4134,17 +4142,14 @@ class Output:
             os.unlink(self._path(MARKER))
             self._untold.clear()
             done.append(f"notified again: {', '.join(changed) or 'nothing'}")
-        self._prune_leftovers(marked)
+        self._prune_leftovers()
         return done
 
     def peek(self) -> Files:
         """What is published, read without a lock and without touching anything."""
-        name = read_link(self._path(SWITCH))
         self._sources = self._read_sources()
-        if name and re.fullmatch(SNAPSHOT, name) and is_directory(self._path(name)):
-            return self._load(name)[0]
-        current = self._path(CURRENT)
-        return self._load(CURRENT)[0] if os.path.isdir(current) else {}
+        name = self._switched() or CURRENT
+        return self._load(name)[0] if os.path.isdir(self._path(name)) else {}
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -4211,6 +4216,7 @@ class Output:
         for directory in sorted({parent for path in changed for parent in parents(path)}):
             self._own_directory(f"{CURRENT}/{directory}")
         self._untold |= set(changed)
+        self.switching = time.time()
         self._switch(name)  # 5
         self.snapshot, self._prints, self.published = name, prints, dict(files)
         for path in notify_order(self._untold & files.keys(), files):  # 6
@@ -4228,7 +4234,7 @@ class Output:
                 remove_tree(self._path(entry), tolerate=True)
 
     def damage(self) -> list[str]:
-        """The paths whose bytes, mode or link on disk are no longer what was published."""
+        """The paths whose bytes or mode on disk are no longer what was published."""
         if not self.snapshot:
             return []
         damaged = [path for path in self.published if not self._is_intact(self.snapshot, path)]
@@ -4410,19 +4416,21 @@ class Output:
     def _snapshots(self) -> list[str]:
         return [entry for entry in os.listdir(self.root) if re.fullmatch(SNAPSHOT, entry)]
 
-    def _prune_leftovers(self, marked: str | None) -> None:
+    def _prune_leftovers(self) -> None:
         """At a start: half-written directories go, and all but the newest other snapshot."""
-        others = []
+        others, needed = [], self._needed() | {self.snapshot}
         for entry in self._snapshots():
             place = self._path(entry)
-            if entry == self.snapshot or entry in self._needed():
+            if entry in needed:
                 continue
             if is_directory(place) and version_of(self._load(entry)[0]) == entry[2:18]:
                 others.append((os.stat(place).st_mtime_ns, entry))
             else:
                 remove_tree(place, tolerate=True)
-        for _, entry in sorted(others)[:-1]:
-            remove_tree(self._path(entry), tolerate=True)
+        self._before = max(others)[1] if others else ""
+        for _, entry in others:
+            if entry != self._before:
+                remove_tree(self._path(entry), tolerate=True)
         if read_link(self._path(LINK)) is not None:
             os.unlink(self._path(LINK))
 
@@ -4483,11 +4491,6 @@ class Output:
         """Snapshots that hold the last confirmed bytes of a file that is not confirmed yet."""
         pointers = self.read_state("envoy").get("confirmed")
         return frozenset(map(str, pointers.values())) if isinstance(pointers, dict) else frozenset()
-
-
-def moved_paths(before: Files, after: Files) -> list[str]:
-    """The paths that are new or have other bytes or another mode."""
-    return [path for path, file in after.items() if not standing(before, path, file)]
 
 
 def link_target(path: str) -> str:
@@ -4619,6 +4622,7 @@ def remove_tree(root: str, *, tolerate: bool = False) -> None:
 ANSWER_BOUND = 1.0  # seconds: one request; and how long an admin interface may be silent
 BUSY_BOUND = 2.0  # seconds of silence of an Envoy that answered before and takes connections
 ATTEMPT_BOUND = 1.0  # seconds until Envoy has read what moved: it needs 1-4 ms
+OVERLAP_DOUBT = 0.5  # the same, of a file that moved twice before Envoy was seen to read it once
 DOUBT = 0.05  # seconds until a rejection is believed of which the count before is not known
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 VERDICT_BOUND = 10.0  # seconds for all of it, while one Envoy after the other starts and dies
@@ -4682,7 +4686,7 @@ class Request(NamedTuple):
     files: Files  # all that is published
     moved: Mapping[str, float]
     baseline: Stats  # `Confirmer.baseline` from before the publication; UNSEEN to judge by times
-    stage: int = 0
+    overlapping: frozenset[str] = frozenset()  # moved while the move before it was not judged yet
 
 
 class Verdict(NamedTuple):
@@ -4886,34 +4890,42 @@ def restarted(base: Stats, now: Stats) -> bool:
     )
 
 
-def outcome(old: Scope | None, new: Scope, version: str, moved: float, age: float) -> str:
+def outcome(
+    old: Scope | None, new: Scope, version: str, moved: float, age: float, overlaps: bool = False
+) -> str:
     """What became of a file that moved at `moved`, by one scope, `age` seconds into the counting.
 
     old: the scope before; None if it is not known (a new cluster, another Envoy): then the time of
     the last success tells whether it was this file's. Where the file has a version that must be
     the one that runs, and yet a success is asked for: after a rejection in part version_text is
     still the old one. A rejection may be one of long ago if the count before is not known; Envoy
-    reads its events and our question in turns, so after DOUBT it is not.
+    reads its events and our question in turns, so after DOUBT it is not. overlaps: the count before
+    is from before another move, so a success that was counted may be that one's, and so may a
+    rejection.
     """
     if old is not None and began_anew(old, new):
         old = None
     known = old or Scope()
-    rose = old is not None and new.success > old.success
+    rose = old is not None and new.success > old.success and not overlaps
     spotless = new.success > 0 and not new.rejected and not new.failure
     in_time = 0 < int(moved * 1000) <= new.updated if moved else spotless
     if (rose or in_time) and version in ("", new.version):
         return CONFIRMED
     if old is None and (age < DOUBT or (not moved and new.success)):
         return PENDING
+    if overlaps and age < OVERLAP_DOUBT:
+        return PENDING
     if new.rejected > known.rejected:
         return REJECTED
     return FAILED if new.failure > known.failure else PENDING
 
 
-def judge(subject: Subject, base: Stats, now: Stats, moved: float, age: float) -> str:
+def judge(
+    subject: Subject, base: Stats, now: Stats, moved: float, age: float, overlaps: bool = False
+) -> str:
     """What became of one file. It may have several scopes: two listeners can share its route."""
     said = {
-        outcome(base.scopes.get(name), now.scopes[name], subject.version, moved, age)
+        outcome(base.scopes.get(name), now.scopes[name], subject.version, moved, age, overlaps)
         for name in scopes(subject, now.scopes)
     }
     order = (REJECTED, FAILED, CONFIRMED, PENDING)
@@ -4929,7 +4941,9 @@ def progress(pending: Pending, now: Stats) -> tuple[Pending, dict[str, str] | No
     if now.at - pending.submitted >= VERDICT_BOUND:
         age = VERDICT_BOUND
     states = {
-        path: judge(subject, pending.base, now, request.moved[path], age)
+        path: judge(
+            subject, pending.base, now, request.moved[path], age, path in request.overlapping
+        )
         for path, subject in pending.subjects.items()
     }
     said = set(states.values())
@@ -5137,13 +5151,15 @@ class Confirmer(threading.Thread):
         went away is looked for before anybody asks.
         """
         busy = bool(self._pending) or not self._met
-        ears: list[socket.socket | Admin] = [self._ear]
+        poll = select.poll()  # not select(2), which takes no descriptor beyond 1023
+        poll.register(self._ear, select.POLLIN)
         if not busy and self.admin.fileno() >= 0:
-            ears.append(self.admin)
-        ready, _, _ = select.select(ears, [], [], pause if busy else None)
-        if self._ear in ready:
-            self._ear.recv(4096)
-        return self._ear in ready
+            poll.register(self.admin.fileno(), select.POLLIN)
+        ready = dict(poll.poll(pause * 1000 if busy else None))
+        if self._ear.fileno() not in ready:
+            return False
+        self._ear.recv(4096)
+        return True
 
     def _look(self) -> None:
         """Take what was submitted, look at Envoy once, and say what can be said."""
@@ -5221,7 +5237,6 @@ class Confirmer(threading.Thread):
         for number, waited in waiting:
             self.post(Verdict(number, unanswered=True, waited=waited))
 
-__version__ = "1.0.0"  # the integrator's
 
 # ---------------------------------------------------------------------------------------------
 # Observation: log, metrics, probes
@@ -5734,8 +5749,6 @@ class Listener:
 
     def _serve(self) -> None:
         """Serve until the other end of the wake socket is closed."""
-        import select
-
         while True:
             self._drop_overdue()
             poll = select.poll()  # made anew each time: some 30 entries, and no state to keep true
@@ -5956,6 +5969,8 @@ class Sources:
         mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
         if mode == "once" and options.timeout:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
+        elif options.from_file:
+            patience = min(patience, interval)  # nobody is hammered
         client = self._file or ApiClient(options.access, self._trust, count_request)
         reflector = Reflector(
             query, parse, client, self._wake,
@@ -6015,6 +6030,9 @@ class Sources:
                 return Composition({}, unknown=("endpoints",))
             rendering = self._render(others)
             notes += rendering.warnings
+            if rendering.inlined:
+                beyond = f"beyond the EDS budget of {self.budget}"
+                notes.append(f"{beyond}, endpoints are in CDS: {shortened(rendering.inlined)}")
             notes += hidden(rendering.files, others)
             others, warnings = overlaid([without(rendering.files, others), *layers])
         return Composition(others, (*notes, *warnings), (), tuple(missing), tuple(stale))
@@ -6183,7 +6201,7 @@ class Envoy:
             if path not in self.unconfirmed:
                 old = before.get(path)
                 self.unconfirmed[path] = (snapshot if old else "", old)
-        self._save()
+        self.save()
 
     def judged(self, verdict: Verdict, files: Files, *, last: bool) -> None:
         """Take in a verdict on published files; `last`: no further step was to come.
@@ -6199,12 +6217,11 @@ class Envoy:
             done |= self.unconfirmed.keys() - files.keys()
         for path in done & self.unconfirmed.keys():
             del self.unconfirmed[path]
-        self._save()
+        self.save()
 
     def is_refused(self, path: str, file: File) -> bool:
         """Whether these bytes are among those that Envoy refused."""
-        refusal = self.refused.get(path)
-        return refusal is not None and file.digest in (refusal.digest, refusal.shown)
+        return is_refused(file, path, self.refused)
 
     def forget(self, wanted: Files, published: Files) -> None:
         """A refusal holds until the desired bytes change, and what was refused is put back."""
@@ -6213,7 +6230,7 @@ class Envoy:
                 or (path in published and published[path].digest == refusal.shown)}
         if len(kept) != len(self.refused):
             self.refused = kept
-            self._save()
+            self.save()
 
     def last_confirmed(self, published: Files) -> dict[str, File]:
         """The confirmed bytes by path: what is published, unless it is not confirmed."""
@@ -6240,10 +6257,17 @@ class Envoy:
         return {**back, **named}
 
     def needed(self) -> set[str]:
-        """The snapshots that hold confirmed bytes."""
-        return {snapshot for snapshot, _ in self.unconfirmed.values() if snapshot}
+        """The snapshots that hold confirmed bytes: those of most files, should Envoy never answer.
 
-    def _save(self) -> None:
+        What a living loader puts back it has in memory; the snapshots are for a restart.
+        """
+        held = Counter(snapshot for snapshot, _ in self.unconfirmed.values() if snapshot)
+        return {snapshot for snapshot, _ in held.most_common(KEPT_MOST)}
+
+    def save(self) -> None:
+        """Remember it for a restart."""
+        if not self.asked:
+            return
         confirmed = {path: snapshot for path, (snapshot, _) in self.unconfirmed.items()}
         self._output.write_state("envoy", {"confirmed": confirmed, "refused": self.refused})
         metrics.replace("xds_loader_refused_files", {(path,): 1.0 for path in self.refused})
@@ -6402,8 +6426,8 @@ class Loop:
             if self._composition is not None:
                 self._event_at = wake.at
             self._composition = None
-        elif wake.what == "trouble":
-            self._composition = None
+        elif wake.what == "trouble" and self._once:
+            self._composition = None  # it has failed
         elif isinstance(wake.news, Verdict):
             self._judge(wake.news)
         elif wake.what == "signal" and wake.news == signal.SIGHUP:
@@ -6431,16 +6455,20 @@ class Loop:
         try:
             if self._retry_at:
                 self.output.recover()
+                self.envoy.save()
+                self._look_again()
                 self._retry_at = 0.0
             if not composition.complete:
                 return
             wanted, notes = self.output.fitting(composition.files)
             self._note("unfit", notes)
+            if self._target is not None:
+                self._target = self.output.fitting(self._target)[0]
             while not self.stopping and self._advance(wanted):
                 pass
             self._backoff.reset()
         except OSError as error:
-            if self._once:
+            if self._once or not self.output.is_there():
                 raise LoaderError(self._disk_trouble(error)) from error
             self._failed(error)
 
@@ -6487,7 +6515,8 @@ class Loop:
             routes = any(kind_at(path, now) in REFERRERS for path in moved_paths(published, now))
             self._publish(now, "independent", "needs nothing that is pending", self._target or now)
             if routes:  # what these do not name any more goes after Envoy has them
-                self._gate = self._gate._replace(request=self._request)
+                until = max(self._gate.until, self._paused(self._gate))
+                self._gate = self._gate._replace(request=self._request, until=until)
         return False
 
     def _step(self, published: Files, target: Files) -> bool:
@@ -6533,6 +6562,7 @@ class Loop:
         self.envoy.publishing(moved, before, snapshot)
         baseline = self._confirmer.baseline if self._confirmer else UNSEEN
         paths = self.output.publish(files, self.envoy.needed())
+        self.envoy.moved.update(dict.fromkeys(moved, self.output.switching))
         self._published_at, self._published_wall = time.monotonic(), time.time()
         took = self._published_at - self._event_at
         metrics.add("xds_loader_publications_total", (step,))
@@ -6585,11 +6615,21 @@ class Loop:
         self._request += 1
         envoy, files = self.envoy, asked.files
         # What an open request is about is not asked again: counted from now it would be unread.
-        covered = {path for each in self._asked.values() for path in each.moved} - asked.moved
-        moved = {path: envoy.moved.get(path, 0.0) for path in envoy.unconfirmed.keys() - covered
+        covered = {path for each in self._asked.values() for path in each.moved}
+        moved = {path: envoy.moved.get(path, 0.0)
+                 for path in envoy.unconfirmed.keys() - (covered - asked.moved)
                  if path in files and not envoy.is_refused(path, files[path])}
         self._asked[self._request] = asked._replace(moved=frozenset(moved))
-        self._confirmer.submit(Request(self._request, asked.files, moved, baseline))
+        overlapping = frozenset(covered & asked.moved)
+        self._confirmer.submit(
+            Request(self._request, files, moved, baseline, overlapping=overlapping)
+        )
+
+    def _look_again(self) -> None:
+        """Ask about what stands: since the last question links moved, or Envoy started."""
+        if self._confirmer is not None and self.output.snapshot:
+            target = self._target or self.output.published
+            self._ask(Asked(self.output.published, target, frozenset(), {}), UNSEEN)
 
     def _judge(self, verdict: Verdict) -> None:
         """Take in Envoy's word on a publication, or on whether it is there at all."""
@@ -6598,9 +6638,7 @@ class Loop:
                 log.outage("envoy", f"Envoy does not answer ({verdict.note}): unconfirmed so long")
             else:
                 log.recovered("envoy", verdict.note)
-                if self.output.snapshot:
-                    target = self._target or self.output.published
-                    self._ask(Asked(self.output.published, target, frozenset(), {}), UNSEEN)
+                self._look_again()
             return
         asked = self._asked.pop(verdict.id)
         now = self.output.published
@@ -6614,8 +6652,13 @@ class Loop:
         self._tell_verdict(verdict, rejected, asked)
         if self._gate is not None and min(self._asked, default=math.inf) > self._gate.request:
             # Where Envoy does not answer, the pause between steps is what is left.
-            delay = self.options.step_delay if verdict.unanswered else 0.0
-            self._gate = self._gate._replace(until=self._gate.closed_at + delay)
+            until = self._paused(self._gate) if verdict.unanswered else self._gate.closed_at
+            self._gate = self._gate._replace(until=until)
+
+    def _paused(self, gate: Gate) -> float:
+        """When the pause after the last publication is over; no stream of them lasts for ever."""
+        last = max(self._published_at, gate.closed_at)
+        return min(last + self.options.step_delay, gate.closed_at + VERDICT_BOUND)
 
     def _take_word(self, verdict: Verdict, asked: Asked) -> None:
         envoy = self.envoy
@@ -6705,8 +6748,8 @@ class Loop:
 
     def _check(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
-        if self.options.secret:
-            self._composition = None  # a certificate may be about to end by now
+        if self.options.secret:  # a certificate may be about to end by now
+            self.wakes.put(Wake("objects", time.monotonic()))
         self.sources.seek_endpoints()
         if not self.output.snapshot:
             return
@@ -6718,6 +6761,7 @@ class Loop:
         self._name_strangers()
         give_back_memory()
         if repaired:
+            self._look_again()
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
 
@@ -6916,7 +6960,7 @@ class Option(NamedTuple):
     """One option: the same table makes the parser, the environment variables, --help and docs."""
 
     name: str
-    kind: str  # text, list (repeatable), switch, or a function's name in PARSERS
+    kind: str  # a key of PARSERS; "gone" is refused
     metavar: str
     help: str
     default: str = ""
@@ -7137,7 +7181,7 @@ def namespaces_value(text: str) -> str:
     return text if text == "*" else namespace_name(text)
 
 
-def base_url(text: str, schemes: Sequence[str]) -> str:
+def base_url(text: str, schemes: Sequence[str], example: str = "https://10.0.0.1:6443") -> str:
     try:
         url = urllib.parse.urlsplit(text)
         usable = url.scheme in schemes and url.hostname and url.port != 0
@@ -7145,7 +7189,7 @@ def base_url(text: str, schemes: Sequence[str]) -> str:
     except ValueError:
         usable = False
     if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
-        raise ValueError(f"is no URL such as {schemes[0]}://10.0.0.1:6443")
+        raise ValueError(f"is no URL such as {example}")
     if url.username is not None:
         raise ValueError("must not hold a user; see --token-file and --client-cert")
     return text
@@ -7191,7 +7235,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "selector": label_selector,
     "services": services_selector,
     "url": lambda text: base_url(text, ("https", "http")),
-    "admin": lambda text: base_url(text, ("http",)),
+    "admin": lambda text: base_url(text, ("http",), "http://127.0.0.1:9901"),
     "duration": go_duration,
     "interval": go_interval,
     "mode": file_mode,
@@ -7253,7 +7297,8 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if values["mode"] == "watch" and values.get("from_file"):
         values["mode"] = "poll"
     values["access"] = Access(
-        values.pop("apiserver", None) or default_apiserver(environ),
+        values.pop("apiserver", None)
+        or ("" if values.get("from_file") else default_apiserver(environ)),
         values.pop("token_file", None) or f"{SERVICE_ACCOUNT}/token",
         values.pop("ca_file", None) or f"{SERVICE_ACCOUNT}/ca.crt",
         values.pop("client_cert", ""),
@@ -7273,7 +7318,8 @@ def check_combination(values: Mapping[str, Any]) -> None:
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (not values.get("diff") or values.get("dry_run"), "--diff needs --dry-run"),
         (values.get("from_file") != "-" or once, "--from-file -: needs --onetime"),
-        (bool(values.get("client_cert")) == bool(values.get("client_key")),
+        (bool(values.get("client_cert")) == bool(values.get("client_key"))
+         or values.get("from_file"),
          "--client-cert and --client-key belong together"),
         (discovers or not values.get("services_namespace"),
          "--services-namespace needs --services"),
@@ -7335,9 +7381,22 @@ def help_text() -> str:
     return "\n".join(parts)
 
 
+def own_standard_streams() -> None:
+    """Where a standard stream is closed, none of our files may take its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
+    own_standard_streams()
     try:
         values = parsed(arguments, os.environ)
         if values.get("help") or values.get("version"):

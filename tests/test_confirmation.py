@@ -230,7 +230,7 @@ def look(at: float, scope: Scope | None = CDS, **more: Any) -> Stats:
 
 
 def asked(version: str = "v2") -> Pending:
-    request = Request(1, {"cds.yaml": text("")}, {"cds.yaml": NOW}, BEFORE, 2)
+    request = Request(1, {"cds.yaml": text("")}, {"cds.yaml": NOW}, BEFORE)
     subject = Subject("cds", r"cluster_manager\.cds", version)
     return Pending(request, {"cds.yaml": subject}, BEFORE, 10.0, 10.0)
 

@@ -25,7 +25,6 @@ from loader import (
     notify_order,
     references,
     refusals,
-    settle,
     unite,
     withhold,
 )
@@ -646,13 +645,6 @@ def test_a_refused_union_is_a_refusal_of_what_was_desired() -> None:
     assert withhold(target, A | {"cds.yaml": shown}, known, A)[0] == A
     # What was put back and is rejected too is no news about the desired bytes.
     assert refusals(known, {"cds.yaml": "still"}, A, A, A) == known
-
-
-def test_confirmed_files_are_kept_while_something_is_rejected() -> None:
-    gone = A | {"eds/a.yaml": eds("a")}
-    published = A | {"cds.yaml": cds("b")}
-    assert settle(gone, published, ["cds.yaml"], []) == published
-    assert settle(gone, published, [], ["cds.yaml"]) == gone
 
 
 @settings(max_examples=80, deadline=None)
