@@ -95,9 +95,11 @@ PAGE = 500
 # Beyond this an event of a watch is none (etcd takes objects of 1.5 MiB).
 EVENT_BYTES = 64 << 20
 
-# Holdoff: an event that arrives while a publication is under way belongs to a burst. It is gathered
-# until nothing came for QUIET, for GATHER at most; an event of a quiet time never waits.
-HOLDOFF_QUIET, HOLDOFF_GATHER = 0.004, 0.2
+# Holdoff: an event of a quiet time is published at once. One that comes within QUIET of the last
+# publication may belong to a burst, which is gathered until nothing came for QUIET, for GATHER at
+# most. If nobody else came, then somebody waits for each of his changes before he makes the next:
+# his next ones, twice as many each time up to LONELY, are not held up.
+HOLDOFF_QUIET, HOLDOFF_GATHER, HOLDOFF_LONELY = 0.004, 0.2, 64
 
 # Snapshots that are kept for what Envoy has not confirmed.
 KEPT_MOST = 8
@@ -6316,7 +6318,9 @@ class Loop:
         self._published_at = 0.0
         self._published_wall = 0.0
         self._counted = ""  # the snapshot that the metrics tell of
-        self._burst = False
+        self._newest = 0.0  # when the newest event came that is not published yet
+        self._alone = 1  # how many close events in a row may go unheld, once nobody else came
+        self._lonely = 0  # how many of them are left
         self._retry_at = 0.0
         self._backoff = Backoff()
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
@@ -6396,33 +6400,48 @@ class Loop:
             times.append(self._gate.until)
         if self._retry_at:
             times.append(self._retry_at)
+        self._newest = 0.0
         wake = self._next(min(times))
         while wake is not None:
             self._take(wake)
             wake = self._next(0.0)
-        if self._burst:
-            self._gather()
+        if self._newest and not self._once:
+            self._hold_off()
 
     def _next(self, until: float) -> Wake | None:
         return self.wakes.get(0.0 if self.stopping else until - time.monotonic())
 
-    def _gather(self) -> None:
-        """Holdoff: a burst is gathered until it is quiet, for a bounded time."""
-        end = time.monotonic() + HOLDOFF_GATHER
+    def _hold_off(self) -> None:
+        """Gather what belongs to a burst before it is published."""
+        since = self._newest - self._published_at
+        if since >= HOLDOFF_QUIET:
+            return
+        if since > 0 and self._lonely > 0:
+            self._lonely -= 1
+            return
+        if self._gathered():
+            self._alone = 1
+        else:
+            self._alone = min(2 * self._alone, HOLDOFF_LONELY)
+            self._lonely = self._alone
+
+    def _gathered(self) -> int:
+        """Take in events until it is quiet, for a bounded time; how many came."""
+        end, count = time.monotonic() + HOLDOFF_GATHER, 0
         while not self.stopping and time.monotonic() < end:
             wake = self._next(min(end, time.monotonic() + HOLDOFF_QUIET))
             if wake is None:
-                self._burst = False
-                return
+                break
             self._take(wake)
+            count += wake.what == "objects"
+        return count
 
     def _take(self, wake: Wake) -> None:
         if wake.what == "defect":
             assert isinstance(wake.news, BaseException)
             raise wake.news
         if wake.what == "objects":
-            # What arrives while a publication is under way is part of a burst.
-            self._burst = self._burst or (wake.at < self._published_at and not self._once)
+            self._newest = wake.at
             if self._composition is not None:
                 self._event_at = wake.at
             self._composition = None
@@ -6505,6 +6524,7 @@ class Loop:
             if not self.output.snapshot or not same(published, desired):
                 first = "" if self.output.snapshot else "the first snapshot"
                 self._publish(desired, "whole", first or "one step, asked for by --onetime")
+            self._settled = True
             return False
         if self._gate is None:
             return self._step(published, self._target or desired)
