@@ -233,7 +233,7 @@ def test_events_that_change_nothing_cost_no_publication(
 ) -> None:
     api.configmap("demo", "envoy-xds", {"k": "0"}, labels={"app": "x"})
     running = start_loader("--watch", "--configmap-selector", "app=x")
-    wait_until(lambda: read(out / "current/k") == "0")
+    running.wait_log("published")
     api.wait_watches(1)
     before = disk.fingerprint(out)
     put: Callable[[int], object] = {
