@@ -86,7 +86,7 @@ bench: venv system
 	@$(RUN) -m bench $(ARGS)
 
 soak: venv system
-	@$(RUN) -m bench.soak $(ARGS)
+	@$(RUN) -m tests.soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3407,7 +3407,7 @@ def kind_of_file(file: File) -> str:
     """kind_of() its content, remembered."""
     kind = KINDS_KNOWN.get(file.digest)
     if kind is None:
-        if len(KINDS_KNOWN) >= 20_000:
+        if len(KINDS_KNOWN) >= 8_000:
             KINDS_KNOWN.clear()
         kind = KINDS_KNOWN[file.digest] = kind_of(file.content)
     return kind
@@ -4106,6 +4106,7 @@ class Output:
         self._prints: dict[str, Print] = {}
         self._sources: dict[str, str] = {}
         self._untold: set[str] = set()  # switched to, and Envoy not told yet
+        self._unread: set[str] = set()  # in the snapshot and linked, but could not be read
         self._before = ""  # the last snapshot but one
         self.switching = 0.0  # wall clock just before the last switch
         self._kept: frozenset[str] = frozenset()  # snapshots that others still need
@@ -4152,6 +4153,7 @@ class Output:
         self._own_directory(CURRENT)
         self.snapshot = self._switched()
         self._sources = self._read_sources()
+        self._unread.clear()
         self.published, self._prints = self._load(self.snapshot) if self.snapshot else ({}, {})
         if self._repair_links():
             done.append("links repaired")
@@ -4222,7 +4224,7 @@ class Output:
         files, _ = self.fitting(files)
         before = self.snapshot
         self._own_directory(CURRENT)
-        gone = [path for path in self.published if path not in files]
+        gone = [path for path in (*self.published, *self._unread) if path not in files]
         moved = moved_paths(self.published, files)
         self._may_write({os.path.dirname(path) for path in (*moved, *gone)})
         name, prints, damaged = self.stage(files)  # 1
@@ -4244,6 +4246,7 @@ class Output:
             self._notify(path)
         os.unlink(self._path(MARKER))  # 7
         self._untold.clear()
+        self._unread.clear()
         self._before, self._kept = before, frozenset(keep)
         return changed + gone
 
@@ -4418,7 +4421,9 @@ class Output:
                 continue
             if read_link(place) != link_target(path):
                 strangers.append(path)
-            elif not os.path.lexists(self._path(self.snapshot, path)):  # unreadable is not gone
+            elif os.path.lexists(self._path(self.snapshot, path)):
+                self._unread.add(path)  # that is not gone
+            else:
                 os.unlink(place)
                 repaired.append(path)
         self.strangers = tuple(strangers)
