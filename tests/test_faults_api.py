@@ -450,6 +450,22 @@ def test_an_answer_that_never_comes(
     assert "Traceback" not in running.log
 
 
+@pytest.mark.parametrize("line", [b'{"type":"MODIFIED","object":{"ki\n', b"\0\xff\n", b"[]\n",
+                                  b'{"type":"MODIFIED"}\n', b'{"type":"MODIFIED","object":7}\n'],
+                         ids=repr)  # fmt: skip
+def test_an_event_that_cannot_be_read_is_asked_for_again(
+    start_loader: StartLoader, api: ApiServer, out: Path, line: bytes
+) -> None:
+    """It may have been the last one for a long time: to pass it over would be to lose it."""
+    put(api, 1)
+    api.fail_next("watch=", Stream([line], "silent"))
+    running = start_loader(*NAMED, "--watch")
+    wait_shown(out, 1, 5)
+    put(api, 2)
+    wait_shown(out, 2, BOUND)
+    assert "Traceback" not in running.log
+
+
 # -- slow, large, compressed
 
 
