@@ -127,7 +127,7 @@ def test_a_configmap_rewritten_without_a_pause_starves_nobody(
     third = len(resident) // 3
     assert max(resident[-third:]) - max(resident[third : 2 * third]) < 2 << 20
     assert max(files) - min(files) <= 2
-    disk.inspect(out)
+    disk.wait_converged(out)
 
 
 def test_a_thousand_configmaps_by_selector_are_one_connection(
