@@ -622,15 +622,22 @@ STEPS_NEW = {"cds.json": cds("green"), "rds.json": rds("green"), "eds/green": "g
 
 def references_hold(out: Path) -> tuple[frozenset[str], str]:
     """What one resolution of `..data` shows: its clusters, and the one that is routed to."""
-    home = out / os.readlink(out / "..data")
-    clusters = frozenset(
-        row["name"] for row in json.loads((home / "cds.json").read_text())["resources"]
-    )
-    (route,) = json.loads((home / "rds.json").read_text())["resources"]
-    name = route["virtual_hosts"][0]["routes"][0]["route"]["cluster"]
-    assert name in clusters, f"routed to {name}, which is not among {sorted(clusters)}"
-    assert (home / f"eds/{name}").exists(), f"the endpoints of {name} are gone"
-    return clusters, name
+    while True:
+        target = os.readlink(out / "..data")
+        home = out / target
+        try:
+            clusters = frozenset(
+                row["name"] for row in json.loads((home / "cds.json").read_text())["resources"]
+            )
+            (route,) = json.loads((home / "rds.json").read_text())["resources"]
+            name = route["virtual_hosts"][0]["routes"][0]["route"]["cluster"]
+            assert name in clusters, f"routed to {name}, which is not among {sorted(clusters)}"
+            assert (home / f"eds/{name}").exists(), f"the endpoints of {name} are gone"
+        except (AssertionError, FileNotFoundError):
+            if home.exists() and os.readlink(out / "..data") == target:
+                raise
+            continue  # two publications passed meanwhile: what was looked at is pruned
+        return clusters, name
 
 
 def stepping(forks: Forks, plan: Plan, *, restart: bool = False) -> Ended | None:
