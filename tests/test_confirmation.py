@@ -69,6 +69,9 @@ OLD = Scope(attempt=3, success=2, rejected=1, failure=0, updated=MS - 500, versi
         (OLD, OLD._replace(attempt=4, success=3, updated=MS + 1, version=""), "", "confirmed"),
         # of other bytes: the file that stood there before was read once more
         (OLD, OLD._replace(attempt=4, success=3, updated=MS + 1), "v2", "pending"),
+        # the success that is known already, in the millisecond of the move, is not this file's
+        (OLD._replace(updated=MS), OLD._replace(updated=MS), "v1", "pending"),
+        (OLD._replace(updated=MS), OLD._replace(updated=MS, rejected=2), "", "rejected"),
         # refused; after a rejection in part version_text is the old one
         (OLD, OLD._replace(attempt=4, rejected=2), "v2", "rejected"),
         (OLD, OLD._replace(attempt=4, rejected=2), "v1", "rejected"),
@@ -88,6 +91,22 @@ OLD = Scope(attempt=3, success=2, rejected=1, failure=0, updated=MS - 500, versi
 )
 def test_what_one_scope_says(old: Scope | None, new: Scope, version: str, said: str) -> None:
     assert outcome(old, new, version, NOW, age=0.5) == said
+
+
+@pytest.mark.parametrize(
+    ("new", "age", "said"),
+    [
+        (OLD._replace(success=3, updated=MS - 1), 0.9, "pending"),  # the move before this one
+        (OLD._replace(success=3, updated=MS + 1), 0.002, "confirmed"),
+        (OLD._replace(success=3, updated=MS), 0.002, "pending"),  # which of the two?
+        (OLD._replace(success=3, updated=MS), 0.1, "confirmed"),  # nothing came after it
+        (OLD._replace(success=3, updated=MS, rejected=2), 0.1, "pending"),
+        (OLD._replace(success=3, updated=MS, rejected=2), 0.6, "rejected"),
+        (OLD._replace(rejected=2), 0.1, "pending"),  # this one, or the move before it?
+    ],
+)
+def test_moves_that_overlap_are_told_apart_by_time(new: Scope, age: float, said: str) -> None:
+    assert outcome(OLD, new, "", NOW, age, overlaps=True) == said
 
 
 @pytest.mark.parametrize(
@@ -458,14 +477,14 @@ def test_an_idle_confirmer_asks_nothing(script: Script, asker: Asker) -> None:
 def test_two_requests_at_once_are_answered_by_the_same_looks(script: Script, asker: Asker) -> None:
     """An endpoint that moves does not queue behind a step that waits for warm clusters."""
     asker.hear()
-    script.answer = lambda it: script.stats(it, WARM.replace('"v1"', '"v0"'))
     base = asker.confirmer.baseline
     asker.confirmer.submit(Request(1, ONE, {"cds.yaml": NOW}, base))
     began = time.monotonic()
     asker.confirmer.submit(Request(2, ONE, {}, base))
     assert asker.hear().id == 2
     assert time.monotonic() - began < 0.3
-    script.answer = script.stats
+    read = WARM.replace("success: 2", "success: 3").replace("attempt: 3", "attempt: 4")
+    script.answer = lambda it: script.stats(it, read)
     assert asker.hear().confirmed == {"cds.yaml"}
 
 
