@@ -770,7 +770,7 @@ class Reflector(threading.Thread):
                 return
             except LoaderError as error:
                 passing = isinstance(error, ApiError) and is_passing(error.status)
-                delay = max(random.uniform(0.05, 0.2), getattr(error, "retry_after", 0.0))
+                delay = max(random.uniform(0.1, 0.2), getattr(error, "retry_after", 0.0))
                 # (a quarter of a second more, so that a Retry-After of 1 fits)
                 if not passing or time.monotonic() + delay > until + 0.25:
                     self._failure(error, last=True)
