@@ -4261,7 +4261,8 @@ class Output:
         """The paths whose bytes or mode on disk are no longer what was published."""
         if not self.snapshot:
             return []
-        damaged = [path for path in self.published if not self._is_intact(self.snapshot, path)]
+        damaged = [path for path, file in self.published.items()
+                   if not holds(self._path(self.snapshot, path), file)]
         if self._switched() != self.snapshot or self._extra(self.snapshot, self.published):
             damaged.append(SWITCH)
         return damaged
@@ -4340,13 +4341,8 @@ class Output:
         if not is_directory(self._path(name)):
             return False
         return not self._extra(name, files) and all(
-            read_file(self._path(name, path)) == (file.content, file.mode)
-            for path, file in files.items()
+            holds(self._path(name, path), file) for path, file in files.items()
         )
-
-    def _is_intact(self, name: str, path: str) -> bool:
-        file = self.published[path]
-        return read_file(self._path(name, path)) == (file.content, file.mode)
 
     def _extra(self, name: str, files: Files) -> bool:
         return any(path not in files for path, _ in walk(self._path(name)))
@@ -4577,6 +4573,11 @@ def read_file(place: str) -> tuple[bytes, int] | None:
         if error.errno == errno.ELOOP:
             return None
         raise
+
+
+def holds(place: str, file: File) -> bool:
+    """Whether this very file is on disk there."""
+    return read_file(place) == (file.content, file.mode)
 
 
 def unblocked(place: str, flags: int) -> int:

@@ -39,6 +39,9 @@ from tests.support.loader import wait_until
 
 TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
 ROTATIONS = 50
+# Connections that may end before a new certificate is seen: 3 to 6 (measured); waiting for
+# anything but events (a poll of 100 ms) would make it 20.
+SOON = 15
 HOST = "web.example"
 PAIR_FILE = "sds/demo_web-tls.yaml"
 CA_FILE = "sds/demo_web-tls_ca.yaml"
@@ -268,7 +271,7 @@ def rotate_under_load(
     """Publish one after another while clients connect; the delays, downstream and upstream.
 
     A delay is from the publication to the end of the first connection that saw the certificate,
-    less what a connection takes anyway: these clients are Python, and share its lock.
+    in connections: by what one takes at that moment, so that a busy machine changes nothing.
     """
     delays: tuple[list[float], list[float]] = ([], [])
     with Clients(edge.downstream) as down, Clients(edge.upstream) as up:
@@ -289,8 +292,12 @@ def rotate_under_load(
         assert [seen for seen in clients.seen if seen.error] == []
         assert len(clients.seen) > len(issued)
         never_back(clients.seen, order)
-    down_cost, up_cost = (connection_cost(clients.seen) for clients in (down, up))
-    return [delay - down_cost for delay in delays[0]], [delay - up_cost for delay in delays[1]]
+    costs = [connection_cost(clients.seen) for clients in (down, up)]
+    for found, cost, side in zip(delays, costs, ("downstream", "upstream"), strict=True):
+        late = statistics.median(found)
+        print(f"{side}: served {late * 1000:.1f} ms after the change, of which a connection takes "
+              f"{cost * 1000:.1f} ms")  # fmt: skip
+    return [delay / costs[0] for delay in delays[0]], [delay / costs[1] for delay in delays[1]]
 
 
 def connection_cost(seen: Sequence[Seen]) -> float:
@@ -321,8 +328,8 @@ def test_fifty_rotations_by_moving_files(
 
     issued = [issue(root) for _ in range(ROTATIONS)]
     downstream, upstream = rotate_under_load(running, issued, publish)
-    assert statistics.median(downstream) < 0.025
-    assert statistics.median(upstream) < 0.025
+    assert statistics.median(downstream) < SOON
+    assert statistics.median(upstream) < SOON
     version = running.envoy.stat("sds.demo/web-tls.version_text") or ""
     assert str(version) in (current / PAIR_FILE).read_text()
     assert running.envoy.count("sds.demo/web-tls.update_rejected") == 0
@@ -348,8 +355,8 @@ def test_fifty_rotations_of_the_secret(
     running = edge(out / "current")
     issued = [issue(root) for _ in range(ROTATIONS)]
     downstream, upstream = rotate_under_load(running, issued, publish)
-    assert statistics.median(downstream) < 0.025
-    assert statistics.median(upstream) < 0.025
+    assert statistics.median(downstream) < SOON
+    assert statistics.median(upstream) < SOON
     for path in (PAIR_FILE, CA_FILE):
         assert (out / "current" / path).stat().st_mode & 0o777 == 0o600
     assert "PRIVATE" not in running_loader.log
