@@ -353,6 +353,7 @@ def test_a_loader_that_starts_again_does_not_try_refused_bytes(signal: str, stag
     stage.patch({"rds.yaml": bad})
     stage.log.wait_log("Envoy refuses rds.yaml")
     stage.await_files(good)
+    stage.log.wait_log("put back.*confirmed=yes")  # Envoy has been told, and has read
     wait_until(lambda: stage.states().get("eds-e.yaml") == "confirmed")
     before = stage.envoy.stats("update_attempt")
     with Inotify(stage.out, stage.out / "current") as watch:
