@@ -21,6 +21,7 @@ import pytest
 from tests.conftest import StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer
 from tests.support.crash import Plan
+from tests.support.disk import wait_converged
 from tests.support.envoy import (
     Config,
     Envoy,
@@ -277,7 +278,7 @@ def test_envoy_may_restart_at_any_time(served: Served, api: ApiServer) -> None:
 
 
 def test_the_loader_may_restart_at_any_time(
-    served: Served, api: ApiServer, start_loader: StartLoader
+    served: Served, api: ApiServer, start_loader: StartLoader, out: Path
 ) -> None:
     """Envoy goes on serving; what changed meanwhile is seen; what did not is not read again."""
     assert served.loader is not None
@@ -288,6 +289,7 @@ def test_the_loader_may_restart_at_any_time(
         assert served.body("source") != f"gap{number}"
         running = start_loader(*WATCH)
         served.wait_body(f"gap{number}")
+        wait_converged(out)  # a publication that is cut short would be told again
         attempts = served.counts("update_attempt")
         running.kill()
         asked = len(api.requests)

@@ -575,6 +575,7 @@ def test_a_loader_that_starts_again_does_not_disturb(asked: bool, stage: Stage) 
     """Nothing changed: no event, nothing written but the state; Envoy reads nothing again."""
     stage.start(admin="" if asked else None)
     stage.await_served("v0", "v1", "v0")
+    wait_converged(stage.out)
     attempts = stage.envoy.stats("update_attempt")
     before = fingerprint(stage.out / "current")
     with Inotify(stage.out, stage.out / "current") as watch:
