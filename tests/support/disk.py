@@ -81,15 +81,23 @@ def _links(output_dir: Path, home: Path, strangers: set[str]) -> dict[str, bytes
             relative = str(path.relative_to(current))
             if relative in strangers:
                 continue
-            if not os.path.lexists(path):
-                continue  # listed, and taken away by a publication under way
-            assert path.is_symlink(), f"{relative} is no link"
-            wanted = "../" * (depth + 1) + f"..data/{relative}"
-            assert os.readlink(path) == wanted, f"{relative} -> {os.readlink(path)}"
-            file = home / relative
-            assert stat.S_ISREG(file.lstat().st_mode), f"{relative} is no regular file"
-            files[relative] = path.read_bytes()
+            try:
+                files[relative] = _linked(path, relative, home, depth)
+            except FileNotFoundError:
+                if os.path.lexists(path):
+                    raise
+                # else listed, and taken away by a publication under way
     return files
+
+
+def _linked(path: Path, relative: str, home: Path, depth: int) -> bytes:
+    """What a link in `current/` shows; its target is as stated. FileNotFoundError if it went."""
+    wanted = "../" * (depth + 1) + f"..data/{relative}"
+    found = os.readlink(path) if path.is_symlink() or not os.path.lexists(path) else "no link"
+    assert found == wanted, f"{relative} -> {found}"
+    file = home / relative
+    assert stat.S_ISREG(file.lstat().st_mode), f"{relative} is no regular file"
+    return path.read_bytes()
 
 
 def modes(output_dir: Path) -> dict[str, int]:
