@@ -428,7 +428,7 @@ class ApiClient:
         response = self._open(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
         self._wait(WATCH_SILENCE)
         yield {"type": "OPENED"}
-        for line in lines(response, query):
+        for line in watch_lines(response, query):
             event = watch_event(line, query)
             if event["type"] == "ERROR":
                 raise self._refusal(query, "watch", error_status(event["object"]), event["object"])
@@ -590,7 +590,7 @@ def list_items(body: dict[str, Any], query: Query) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def lines(response: http.client.HTTPResponse, query: Query) -> Iterator[bytes]:
+def watch_lines(response: http.client.HTTPResponse, query: Query) -> Iterator[bytes]:
     """The lines of a watch. One line can span many chunks and exceed 1 MiB.
 
     `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
@@ -3788,8 +3788,8 @@ def is_child(path: str, kinds: Mapping[str, str], published: Files, target: File
         return True
     if kinds[path] == "lds" or path in published:
         return False
-    parents = [other for other, kind in kinds.items() if kind in ("lds", "ecds", "scoped_rds")]
-    return any(other != path and names_file(target[other].content, path) for other in parents)
+    namers = [other for other, kind in kinds.items() if kind in ("lds", "ecds", "scoped_rds")]
+    return any(other != path and names_file(target[other].content, path) for other in namers)
 
 
 def is_refused(file: File | None, path: str, refused: Mapping[str, Refusal]) -> bool:
@@ -3917,7 +3917,7 @@ def withhold(
             for path in sorted(desired)
             if result.get(path) == desired[path]
             and not standing(old, path, desired[path])
-            and waits(
+            and must_wait(
                 desired[path].content,
                 kind_at(path, desired, old),
                 missing,
@@ -3977,9 +3977,9 @@ def is_needless(path: str, desired: Files, confirmed: Files) -> bool:
     """
     if path in confirmed:
         return False
-    parents = [each for each in desired if names_file(desired[each].content, path)]
-    return bool(parents) and all(
-        each in confirmed and not names_file(confirmed[each].content, path) for each in parents
+    namers = [each for each in desired if names_file(desired[each].content, path)]
+    return bool(namers) and all(
+        each in confirmed and not names_file(confirmed[each].content, path) for each in namers
     )
 
 
@@ -3990,7 +3990,7 @@ def what_stands(path: str, result: Files, confirmed: Files) -> str:
     return "the last confirmed file" if path in confirmed else "the first file"
 
 
-def waits(content: bytes, kind: str, missing: Iterable[str], lacking: frozenset[str]) -> bool:
+def must_wait(content: bytes, kind: str, missing: Iterable[str], lacking: frozenset[str]) -> bool:
     """Whether a file names a file that is missing, or a cluster that is lacking."""
     if kind != "cds" and kind not in REFERRERS:
         return False
@@ -4816,7 +4816,7 @@ def version_info(content: bytes) -> str:
     return version if re.fullmatch(r"[\w.+/=-]*", version) else ""
 
 
-def scopes(subject: Subject, stats_names: Iterable[str]) -> list[str]:
+def scopes_of(subject: Subject, stats_names: Iterable[str]) -> list[str]:
     """The scopes among `stats_names` that are about this file; none: nobody reads it."""
     if not subject.pattern:
         return []
@@ -4959,7 +4959,7 @@ def judge(
     """What became of one file. It may have several scopes: two listeners can share its route."""
     said = {
         outcome(base.scopes.get(name), now.scopes[name], subject.version, moved, age, overlaps)
-        for name in scopes(subject, now.scopes)
+        for name in scopes_of(subject, now.scopes)
     }
     order = (REJECTED, FAILED, CONFIRMED, PENDING)
     return next((state for state in order if state in said), UNREAD)
@@ -6934,14 +6934,14 @@ def preview(options: Options, config: Config) -> int:
     try:
         for path in sorted({*files, *(published if options.diff else ())}):
             new, old = files.get(path), published.get(path)
-            out.write(difference(path, old, new) if options.diff else shown(path, new))
+            out.write(difference(path, old, new) if options.diff else preview_text(path, new))
         out.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def shown(path: str, file: File | None) -> bytes:
+def preview_text(path: str, file: File | None) -> bytes:
     """One file under a header; key material is not shown."""
     assert file is not None
     content = redacted(file.content)
@@ -7142,7 +7142,9 @@ def close_to(name: str, known: Iterable[str]) -> str:
     return f" (did you mean --{near[0]}?)" if near else ""
 
 
-def given(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, tuple[str, list[str]]]:
+def given_options(
+    argv: Sequence[str], environ: Mapping[str, str]
+) -> dict[str, tuple[str, list[str]]]:
     """Every option that was given: where (for messages) and its values; the command line wins."""
     words = command_line_words(argv)
     found = {}
@@ -7302,7 +7304,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the tuple of values) of each option that was given."""
     values: dict[str, Any] = {}
-    for name, (where, texts) in given(argv, environ).items():
+    for name, (where, texts) in given_options(argv, environ).items():
         kind = next(option.kind for option in OPTIONS if option.name == name)
         if kind == "gone":
             raise UsageError(f"{where}: {NO_SMI}")

@@ -91,7 +91,7 @@ STEPS = (
     "watch_event,Reflector._apply,configmap_from,Wakes.put,Wakes.get,Loop._await,Loop._turn,"
     "Sources.compose,Loop._advance,next_step,independent,Loop._publish,Output.stage,"
     "Output.publish,Output.prune,Log._write,Metrics.add,Metrics.set,Metrics.observe,"
-    "Metrics.replace,Loop._count_snapshot,Loop._say,lines,kind_of,same,version_of,file_of,"
+    "Metrics.replace,Loop._count_snapshot,Loop._say,watch_lines,kind_of,same,version_of,file_of,"
     "Output._notify,Output._switch,Output._write_sources,Output._own_directory,"
     "Output._writable,replace_link,remove_tree,Translator.render,Sources._gathered,overlaid,"
     "endpointslice_from,Reflector.objects"

@@ -33,7 +33,7 @@ from loader import (
     outcome,
     parse_stats,
     progress,
-    scopes,
+    scopes_of,
     stats_filter,
     subject_of,
     version_info,
@@ -159,7 +159,7 @@ def files_of(**contents: str) -> dict[str, File]:
 def test_the_scopes_of_a_file(path: str, content: str, found: list[str]) -> None:
     known = ["cluster_manager.cds", "listener_manager.lds", "cluster.demo/web_80", "cluster.other",
              "http.in.rds.r", "http.a.b.rds.r", "http.in.rds.rr", "sds.s", "runtime"]  # fmt: skip
-    assert scopes(subject_of(path, {path: text(content)}), known) == found
+    assert scopes_of(subject_of(path, {path: text(content)}), known) == found
 
 
 def test_a_cluster_may_count_its_endpoints_under_another_name() -> None:
@@ -167,16 +167,16 @@ def test_a_cluster_may_count_its_endpoints_under_another_name() -> None:
     cluster = real.eds_cluster("web", source, alt_stat_name="alias")
     cluster["eds_cluster_config"]["service_name"] = "demo/web:80"
     files = files_of(cds=real.response("cluster", cluster), eds__a=EDS)
-    assert scopes(subject_of("eds/a.yaml", files), ["cluster.alias"]) == ["cluster.alias"]
+    assert scopes_of(subject_of("eds/a.yaml", files), ["cluster.alias"]) == ["cluster.alias"]
 
 
 def test_a_broken_file_is_looked_for_where_the_good_one_was() -> None:
     good = subject_of("r.yaml", files_of(r=real.response("routes", {"name": "r"})))
     broken = subject_of("r.yaml", files_of(r="{{{")).after(good)
     assert broken.kind == "rds"
-    assert scopes(broken, ["http.in.rds.r"]) == ["http.in.rds.r"]
+    assert scopes_of(broken, ["http.in.rds.r"]) == ["http.in.rds.r"]
     renamed = subject_of("r.yaml", files_of(r=real.response("routes", {"name": "x"}))).after(good)
-    assert scopes(renamed, ["http.in.rds.r"]) == ["http.in.rds.r"]
+    assert scopes_of(renamed, ["http.in.rds.r"]) == ["http.in.rds.r"]
 
 
 @pytest.mark.parametrize(
