@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import pytest
 from tests.conftest import StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer, Client, Object, Rule
 from tests.support.disk import wait_converged
-from tests.support.envoy import Config, Envoy
+from tests.support.envoy import Config, Envoy, inotify_instances
 from tests.support.load import Poller, have_wrk
 from tests.support.loader import Loader, snapshot, wait_until
 from tests.support.steady import Front, Load, Upstreams, front, own_port
@@ -357,14 +356,6 @@ def test_an_external_name_is_asked_of_dns(shop: Shop) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Many
-
-
-def inotify_instances(pid: int) -> int:
-    count = 0
-    for entry in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            count += os.readlink(f"/proc/{pid}/fd/{entry}") == "anon_inode:inotify"
-    return count
 
 
 class Highest(threading.Thread):
