@@ -219,7 +219,7 @@ def loaded(
 
 
 def once_loaded(scene: Scene, fronts: Sequence[Front], changes: int) -> Total:
-    connections = max(1, 8 // len(fronts))
+    connections = 24 // len(fronts)
     ports, admins = [each.port for each in fronts], [each.admin_url for each in fronts]
     with Load(ports, host=scene.host, connections=connections, admins=admins) as load:
         time.sleep(0.2)
