@@ -6930,15 +6930,23 @@ def preview(options: Options, config: Config) -> int:
     files, unfit = loop.output.fitting(composition.files)
     for note in (*composition.warnings, *unfit):
         log.warning("%s", note)
-    out = sys.stdout.buffer
+    paths = sorted({*files, *(published if options.diff else ())})
+    print_out(
+        difference(path, published.get(path), files.get(path)) if options.diff
+        else preview_text(path, files.get(path))
+        for path in paths
+    )
+    return 0
+
+
+def print_out(texts: Iterable[bytes]) -> None:
+    """To standard output, as far as anybody reads."""
     try:
-        for path in sorted({*files, *(published if options.diff else ())}):
-            new, old = files.get(path), published.get(path)
-            out.write(difference(path, old, new) if options.diff else preview_text(path, new))
-        out.flush()
+        for text in texts:
+            sys.stdout.buffer.write(text)
+        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def preview_text(path: str, file: File | None) -> bytes:
@@ -7454,7 +7462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = parsed(arguments, os.environ)
         if values.get("help") or values.get("version"):
             version = f"envoy-xds-configmap-loader {__version__}"
-            print(help_text() if values.get("help") else version)
+            print_out([f"{help_text() if values.get('help') else version}\n".encode()])
             return 0
         options = options_from(arguments, os.environ)
         log.configure(options.log_format, options.log_level)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support.apiserver import ApiServer
-from tests.support.loader import ROOT, run, snapshot, wait_files
+from tests.support.loader import COMMAND, ROOT, run, snapshot, wait_files
 
 OPTIONS = (
     "configmap configmap-selector namespace apiserver token-file ca-file client-cert client-key "
@@ -60,6 +62,24 @@ def test_version(option: str) -> None:
     assert declared is not None
     assert done.returncode == 0
     assert declared.group(1) in done.stdout.split()
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "--dry-run --from-file objects.json"])
+def test_who_reads_no_further_is_no_error(words: str, tmp_path: Path) -> None:
+    """`| head` closes the pipe."""
+    items = [{"kind": "ConfigMap", "metadata": {"namespace": "demo", "name": "x"},
+              "data": {"rds.yaml": "x" * 100_000}}]  # fmt: skip
+    (tmp_path / "objects.json").write_text(json.dumps({"kind": "List", "items": items}))
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*COMMAND, *words.split(), "--namespace", "demo", "--configmap", "x"]
+    try:
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, timeout=20, check=False
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # -- one dash, two dashes, `=`, Go's switches
