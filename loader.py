@@ -4934,14 +4934,14 @@ def outcome(
         old = None
     known = old or Scope()
     rose = old is not None and new.success > old.success and not overlaps
-    spotless = new.success > 0 and not new.rejected and not new.failure
-    moved_ms = int(moved * 1000)
-    # In the millisecond of the move Envoy may have read what stood there before (measured).
     refused = new.rejected > known.rejected or new.failure > known.failure
-    same_ms = old is None or (overlaps and age >= DOUBT and not refused)
-    in_time = spotless
+    # In the millisecond of the move Envoy may have read what stood there before (measured).
+    same_ms_counts = old is None or (overlaps and age >= DOUBT and not refused)
     if moved:
-        in_time = new.updated > moved_ms or (new.updated == moved_ms and same_ms)
+        moved_ms = int(moved * 1000)
+        in_time = new.updated > moved_ms or (new.updated == moved_ms and same_ms_counts)
+    else:
+        in_time = new.success > 0 and not new.rejected and not new.failure
     if (rose or in_time) and version in ("", new.version):
         return CONFIRMED
     if old is None and (age < DOUBT or (not moved and new.success)):
