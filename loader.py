@@ -84,40 +84,6 @@ __version__ = "1.0.0"
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
-# A TCP and TLS handshake, and the silence within one answer. An API server that needs longer for
-# a page of 500 objects is not going to answer.
-CONNECT_TIMEOUT = 10.0
-ANSWER_TIMEOUT = 30.0
-
-# An API server bookmarks a watch about once a minute. A watch from a resourceVersion of the future
-# (etcd was restored) is silent for ever, and so is a half-open connection: 90 s without a byte is
-# taken for either, and answered by one cheap probe.
-WATCH_SILENCE = 90.0
-
-# The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
-# together do not renew together (client-go: 5 to 10 minutes).
-WATCH_SECONDS = (300, 600)
-
-# A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
-# proper end after that much silence may hide a new server with an older etcd behind it.
-SUSPICIOUS_SILENCE = 30.0
-
-# Backoff after failures: exponential, with jitter.
-BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
-
-# `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
-# 20 ms after a restart though it means 200: these are asked again for this long.
-ONE_TRY_SECONDS = 1.0
-
-# What a server may ask us to wait: a year in a header must not stop a source for a year.
-RETRY_AFTER_LAST = 300.0
-
-# Objects in one page of a list: the chunk size of kubectl and of client-go's pager.
-PAGE = 500
-
-# Beyond this an event of a watch is none (etcd takes objects of 1.5 MiB).
-EVENT_BYTES = 64 << 20
-
 # Holdoff: an event of a quiet time is published at once. One that comes within QUIET of the last
 # publication may belong to a burst, which is gathered until nothing came for QUIET, for GATHER at
 # most. If nobody else came, then somebody waits for each of his changes before he makes the next:
@@ -130,17 +96,8 @@ KEPT_MOST = 8
 # What `--check-cmd` may take.
 CHECK_SECONDS = 30.0
 
-# Answers other than 200 to a resumed watch, in a row, after which only a list can help.
-RELIST_AFTER = 3
-
 # `--onetime --timeout` lists again this often what does not exist yet.
 ONETIME_POLL = 1.0
-
-# A 403 may be a passing one (see PASSING): an optional resource is missed after this many.
-DENIALS = 3
-
-# An optional resource that the API server does not have or grant is asked for again this seldom.
-ABSENT_PAUSE = 300.0
 
 # ---------------------------------------------------------------------------------------------
 # Errors and values
@@ -205,13 +162,65 @@ def same(one: Files, other: Files) -> bool:
     return len(one) == len(other) and all(standing(other, path, one[path]) for path in one)
 
 
+def why(error: BaseException) -> str:
+    """An exception as one readable line."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}"
+    text = " ".join(str(error).split())[:500]
+    name = "" if isinstance(error, LoaderError) else f"{type(error).__name__}: "
+    return f"{name}{text}".rstrip(": ")
+
+
+def json_object(value: object) -> dict[str, Any]:
+    """A value that should be a JSON object; anything else is an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON as Python values; ValueError for what is not JSON, or nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 # ---------------------------------------------------------------------------------------------
-# The Kubernetes client
+# Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
+
+# A TCP and TLS handshake, and the silence within one answer. An API server that needs longer for
+# a page of 500 objects is not going to answer.
+CONNECT_TIMEOUT = 10.0
+ANSWER_TIMEOUT = 30.0
+
+# One whole answer, from its request to its last byte: no server holds a thread by trickling.
+ANSWER_SECONDS = 120.0
+
+# Sizes of answers, unpacked. A page of 500 objects of 512 KiB each; the text of an error; an event
+# (etcd stores objects of 1.5 MiB).
+LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
+
+# Objects in one page of a list: the chunk size of kubectl and of client-go's pager. And pages in
+# one list: a million objects, beyond which the server is going round in circles.
+PAGE, LIST_PAGES = 500, 2_000
+
+# An API server bookmarks a watch about once a minute. A watch from a resourceVersion of the future
+# (etcd was restored) is silent for ever, and so is a half-open connection: 80 s without a byte is
+# taken for either, and answered by one cheap probe.
+WATCH_SILENCE = 80.0
+
+# The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
+# together do not renew together (client-go: 5 to 10 minutes).
+WATCH_SECONDS = (300, 600)
+
+# What a server may ask us to wait: a year in a header must not stop a source for a year.
+RETRY_AFTER_LAST = 300.0
 
 
 class Access(NamedTuple):
-    """Where the API server is and how to prove who asks. Paths are read again for each request."""
+    """Where the API server is and how to prove who asks. Files are read again when they are used:
+    the token for each request, the rest for each connection."""
 
     url: str
     token_file: str
@@ -222,22 +231,19 @@ class Access(NamedTuple):
 
 
 class Resource(NamedTuple):
-    """A resource of the Kubernetes API: the path of its API group and its plural name."""
+    """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
 
     api: str
     name: str
-
-    def path(self, namespace: str) -> str:
-        scope = f"/namespaces/{urllib.parse.quote(namespace, safe='')}" if namespace else ""
-        return f"{self.api}{scope}/{self.name}"
+    kind: str
 
 
-CONFIGMAPS = Resource("/api/v1", "configmaps")
-SECRETS = Resource("/api/v1", "secrets")
-SERVICES = Resource("/api/v1", "services")
-ENDPOINTS = Resource("/api/v1", "endpoints")
-NODES = Resource("/api/v1", "nodes")
-ENDPOINTSLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices")
+CONFIGMAPS = Resource("/api/v1", "configmaps", "ConfigMap")
+SECRETS = Resource("/api/v1", "secrets", "Secret")
+SERVICES = Resource("/api/v1", "services", "Service")
+ENDPOINTS = Resource("/api/v1", "endpoints", "Endpoints")
+NODES = Resource("/api/v1", "nodes", "Node")
+ENDPOINTSLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices", "EndpointSlice")
 
 
 class Query(NamedTuple):
@@ -248,11 +254,15 @@ class Query(NamedTuple):
     name: str = ""
     labels: str = ""
 
-    def parameters(self) -> dict[str, str]:
-        """The selectors. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
+    def target(self, parameters: Mapping[str, str]) -> str:
+        """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
+        path = self.resource.api
+        if self.namespace:
+            path += f"/namespaces/{urllib.parse.quote(self.namespace, safe='')}"
         chosen = {"fieldSelector": self.name and f"metadata.name={self.name}"}
-        chosen["labelSelector"] = self.labels
-        return {key: value for key, value in chosen.items() if value}
+        chosen |= {"labelSelector": self.labels, **parameters}
+        words = urllib.parse.urlencode({key: value for key, value in chosen.items() if value})
+        return f"{path}/{self.resource.name}?{words}"
 
     def __str__(self) -> str:
         if self.name:
@@ -260,10 +270,6 @@ class Query(NamedTuple):
             return f"{kind} {self.namespace}/{self.name}".replace(" /", " ")
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
-
-
-Items = list[dict[str, Any]]
-"""API objects as JSON gives them."""
 
 
 class ApiError(LoaderError):
@@ -284,124 +290,33 @@ class Cut(LoaderError):
 
 
 # What a broken network raises below http.client; IncompleteRead and bad status lines included. A
-# host name that no resolver takes (`a..b`) is a UnicodeError.
+# host name that no resolver accepts (`a..b`) is a UnicodeError.
 BROKEN = (OSError, http.client.HTTPException, UnicodeError)
 
-# Answers that may pass by themselves. A 403 too: right after its restart an API server gave a valid
-# token one 403 for some 20 ms (measured on kube-apiserver 1.36.2).
-PASSING = frozenset((401, 403, 408, 429))
 
-
-def is_passing(status: int) -> bool:
-    """Whether asking again soon may help."""
-    return status in PASSING or status >= 500
-
-
-def why(error: BaseException) -> str:
-    """An exception as one readable line."""
-    if isinstance(error, OSError) and error.strerror:
-        name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}"
-    text = " ".join(str(error).split())[:500]
-    name = "" if isinstance(error, LoaderError) else f"{type(error).__name__}: "
-    return f"{name}{text}".rstrip(": ")
-
-
-class Trust:
-    """The TLS context and the bearer token, made anew when the files they come from change.
-
-    Kubernetes rotates both under a running pod: tokens about every hour, a CA within years.
-    """
-
-    def __init__(self, access: Access) -> None:
-        self.access = access
-        self._lock = threading.Lock()
-        self._material: tuple[bytes, ...] | None = None
-        self._context: ssl.SSLContext | None = None
-
-    def token(self) -> str:
-        """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        try:
-            with open(self.access.token_file, "rb") as stream:
-                token = stream.read().decode("latin-1").strip()
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            raise LoaderError(f"token file {why(error)}; check --token-file") from None
-        if not token.isprintable():
-            raise LoaderError(f"token file {self.access.token_file}: not a token")
-        return token
-
-    def context(self) -> ssl.SSLContext:
-        """The TLS context: the CA of `--ca-file`, or the system's where that file is not."""
-        paths = (self.access.ca_file, self.access.client_cert, self.access.client_key)
-        material = tuple(self._read(path) for path in paths)
-        with self._lock:
-            if self._context is None or material != self._material:
-                self._context = self._build(material[0])
-                self._material = material
-            return self._context
-
-    def _read(self, path: str) -> bytes:
-        try:
-            with open(path, "rb") as stream:
-                return stream.read()
-        except FileNotFoundError:
-            if path and path != f"{SERVICE_ACCOUNT}/ca.crt":
-                raise LoaderError(f"{path}: no such file; check --ca-file, --client-cert") from None
-            return b""
-        except OSError as error:
-            raise LoaderError(f"{why(error)}; check --ca-file, --client-cert") from None
-
-    def _build(self, authority: bytes) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        access = self.access
-        try:
-            where = access.ca_file
-            if access.insecure:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-            elif authority:
-                context.load_verify_locations(cadata=authority.decode("ascii", "ignore"))
-            else:
-                context.load_default_certs()
-            where = f"{access.client_cert}, {access.client_key}"
-            if access.client_cert:
-                paths = (access.client_cert, access.client_key)
-                context.load_cert_chain(*paths, password=no_passphrase)
-        except (ssl.SSLError, ValueError, EncryptedKey) as error:
-            hint = "check --ca-file, --client-cert and --client-key"
-            raise LoaderError(f"{where}: no usable certificate ({why(error)}); {hint}") from None
-        return context
-
-
-class ApiClient:
+class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it.
 
     `http.client` and not `urllib.request`: it keeps its connection, and a redirect must be refused
-    rather than followed with the token. `count` is told every answer: (verb, status).
+    rather than followed with the token. `count` is called for every answer: (verb, status).
     """
 
-    def __init__(self, access: Access, trust: Trust, count: Callable[[str, str], None]) -> None:
-        self._trust = trust
-        self._count = count
+    def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
+        self._access, self._count = access, count
         self._url = urllib.parse.urlsplit(access.url)
         self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
+        self._token = ""  # the one that was sent last
 
-    def list(self, query: Query, limit: int) -> Iterator[tuple[Items, str]]:
-        """All objects that match, page by page (`limit` 0: in one), each with the resourceVersion
-        to watch from. Expired when the server forgot the list midway."""
+    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Any]], None]) -> str:
+        """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
+        resourceVersion to watch from. Expired when the server forgot the list midway."""
         page = {"limit": str(limit)} if limit else {}
-        while True:
-            body = self._get(query, "list", page)
-            metadata = json_object(body.get("metadata"))
-            yield list_items(body, query), str(metadata.get("resourceVersion") or "")
-            token = metadata.get("continue")
-            if not token:
-                return
-            if token == page.get("continue"):
-                raise ApiError(200, f"list {query}: the continue token does not move on")
-            page["continue"] = token
+        for _ in range(LIST_PAGES):
+            version, page["continue"] = self._page(query, page, keep)
+            if not page["continue"]:
+                return version
+        raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
         """Whether `version` is one that this server never reached: its etcd was reset.
@@ -410,303 +325,346 @@ class ApiClient:
         """
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
-            self._get(query, "list", page)
+            self._ask(query, "list", page)
         except ApiError as error:
             if error.status != 504:
                 raise
             return True
         return False
 
-    def watch(self, query: Query, version: str) -> Iterator[dict[str, Any]]:
-        """The events after `version`, until the server ends the watch properly.
+    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Open a watch: its events (type, object), until the server ends it properly.
 
         Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
-        event), ApiError for other refusals, Cut for an end that is none.
+        event), ApiError for other failures, Cut where the stream stops without an end.
         """
         seconds = random.randint(*WATCH_SECONDS)
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
-        response = self._open(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
+        response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
         self._wait(WATCH_SILENCE)
-        yield {"type": "OPENED"}
-        for line in watch_lines(response, query):
-            event = watch_event(line, query)
-            if event["type"] == "ERROR":
-                raise self._refusal(query, "watch", error_status(event["object"]), event["object"])
-            yield event
+        return self._events(query, response, time.monotonic() + seconds + ANSWER_SECONDS)
+
+    def interrupt(self) -> None:
+        """End what goes on, from any thread: the one that reads finds the end of its stream."""
+        if self._socket is not None:
+            try:
+                # (not SSLSocket's own: that one would make a plain socket of it)
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            except OSError:
+                pass
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+        self._connection = self._socket = None
 
-    def _get(self, query: Query, verb: str, page: dict[str, str]) -> dict[str, Any]:
-        response = self._open(query, verb, page)
-        self._wait(ANSWER_TIMEOUT)
+    # -- one answer -------------------------------------------------------------------------
+
+    def _page(
+        self, query: Query, page: Mapping[str, str], keep: Callable[[dict[str, Any]], None]
+    ) -> tuple[str, str]:
+        """One page of a list: its resourceVersion and its continue token. Anything that is not
+        plainly a list of what was asked for is unknown, never empty."""
+        _, body = self._ask(query, "list", page)
         try:
-            body = response.read()
-            if response.getheader("Content-Encoding") == "gzip":
-                body = unzipped(body)
-            answer = json.loads(body)
-        except BROKEN as error:
-            self.close()
-            raise Cut(f"{query}: the answer of {self._url.netloc} stopped midway") from error
-        except (ValueError, RecursionError) as error:
-            text = f"{query}: {self._url.netloc} answered 200 with no JSON; is it an API server?"
-            raise ApiError(200, text) from error
-        if not isinstance(answer, dict):
-            raise ApiError(200, f"{query}: {self._url.netloc} answered with no Kubernetes object")
-        return answer
+            answer = json_object(parse_json(body))
+        except ValueError:
+            text = f"{query}: {self._url.netloc} answered 200 with invalid JSON"
+            raise ApiError(200, f"{text}; is it an API server?") from None
+        kind, items = f"{query.resource.kind}List", answer.get("items", False)
+        if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
+            raise ApiError(200, f"list {query}: the answer of {self._url.netloc} is not a {kind}")
+        for item in items or ():  # Go's JSON writes an empty slice as null
+            keep(json_object(item))
+        metadata = json_object(answer.get("metadata"))
+        return str(metadata.get("resourceVersion") or ""), str(metadata.get("continue") or "")
 
-    def _open(self, query: Query, verb: str, page: dict[str, str]) -> http.client.HTTPResponse:
-        """Ask; the answer's head is read and is a 200, else ApiError."""
-        parameters = urllib.parse.urlencode({**query.parameters(), **page})
-        target = f"{self._url.path.rstrip('/')}{query.resource.path(query.namespace)}?{parameters}"
+    def _events(
+        self, query: Query, response: http.client.HTTPResponse, until: float
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for line in watch_lines(query, response, until):
+                try:
+                    event = json_object(parse_json(line))
+                except ValueError as error:
+                    raise Cut(f"watch {query}: an event is not valid JSON") from error
+                kind, item = event.get("type"), event.get("object")
+                if not isinstance(kind, str) or not isinstance(item, dict):
+                    raise Cut(f"watch {query}: an event has no type or no object")
+                if kind == "ERROR":
+                    raise self._rejection(query, "watch", error_status(item), item)
+                yield kind, item
+        finally:
+            if not response.isclosed():
+                self.close()  # it cannot be used again
+
+    def _ask(
+        self, query: Query, verb: str, page: Mapping[str, str]
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
-        token = self._trust.token()
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        self._token = self._read_token()
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        target = self._url.path.rstrip("/") + query.target(page)
+        until = time.monotonic() + ANSWER_SECONDS
+        timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
+        timer.daemon = True
+        timer.start()
+        status = "none"
         try:
-            response = self._send(target, headers)
-        except BROKEN as error:
-            self._count(verb, "none")
-            raise Cut(f"{verb} {query} at {self._url.netloc}: {self._hint(error)}") from error
-        self._count(verb, str(response.status))
-        if response.status == 200:
-            return response
-        text = self._rest(response)
-        raise self._refusal(query, verb, response.status, text, response)
+            response = self._send(target, headers, until)
+            status = str(response.status)
+            if response.status != 200:
+                said = self._error_body(response)
+                raise self._rejection(query, verb, response.status, said, response)
+            return response, b"" if verb == "watch" else self._body(response, LIST_BYTES)
+        except (*BROKEN, ValueError) as error:
+            self.close()
+            text = f"{verb} {query} at {self._url.netloc}"
+            raise Cut(f"{text}: {self._hint(error)}; check --apiserver") from error
+        finally:
+            timer.cancel()
+            self._count(verb, status)
 
-    def _send(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _send(
+        self, target: str, headers: Mapping[str, str], until: float
+    ) -> http.client.HTTPResponse:
         """Over the open connection if there is one; a server may have closed it meanwhile."""
         while True:
-            fresh = self._connection is None
+            connection = self._connection
+            fresh = connection is None or connection.sock is None
             try:
-                connection = self._connection or self._connect()
-                connection.request("GET", target, headers=headers)
+                if connection is None or fresh:
+                    connection = self._connect()
+                connection.request("GET", target, headers=dict(headers))
                 self._wait(ANSWER_TIMEOUT)
                 return connection.getresponse()
             except BROKEN:
                 self.close()
-                if fresh:
+                if fresh or time.monotonic() >= until:
                     raise
+
+    def _body(self, response: http.client.HTTPResponse, most: int) -> bytes:
+        """All of an answer, or ValueError if it is larger than `most`."""
+        body = response.read(most + 1)
+        if len(body) > most:
+            raise ValueError(f"the answer is larger than {most >> 20} MiB")
+        if response.length:  # read() with a bound does not raise it
+            raise http.client.IncompleteRead(b"", response.length)
+        if response.headers.get("Content-Encoding") == "gzip":  # nobody asked for it
+            import zlib
+
+            try:
+                unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+                body = unpacker.decompress(body, most)
+            except zlib.error as error:
+                raise ValueError(f"the answer is not valid gzip ({error})") from None
+            if not unpacker.eof:
+                raise ValueError(f"the answer is cut, or larger than {most >> 20} MiB unpacked")
+        return body
+
+    def _error_body(self, response: http.client.HTTPResponse) -> object:
+        """What came with a failure: a Kubernetes Status, or some text."""
+        try:
+            body = self._body(response, ERROR_BYTES)
+        except (*BROKEN, ValueError):
+            self.close()
+            return ""
+        try:
+            return parse_json(body)
+        except ValueError:
+            return body.decode("utf-8", "replace")
+
+    def _rejection(
+        self, query: Query, verb: str, status: int, body: object,
+        response: http.client.HTTPResponse | None = None,
+    ) -> ApiError:
+        """The error that a Kubernetes Status, or whatever text came instead, stands for."""
+        message = body.get("message") if isinstance(body, dict) else body
+        text = f"{verb} {query}: {status} {self._quoted(str(message or ''))}".rstrip()
+        headers = response.headers if response else {}
+        retry = headers.get("Retry-After") or ""
+        seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
+        if status == 410:
+            return Expired(status, text)
+        if 300 <= status < 400:
+            where = self._quoted(headers.get("Location") or "")
+            text += f": redirect to {where} rejected; correct --apiserver"
+        elif status == 401:
+            text += f"; is the token in {self._access.token_file} valid?"
+        elif status == 403:
+            where = f"in namespace {query.namespace}" if query.namespace else "in all namespaces"
+            text += f"; grant the service account {verb} on {query.resource.name} {where}"
+            if not self._token:
+                text += f" (no token was sent: there is none in {self._access.token_file})"
+        elif status == 404:
+            text += "; is --apiserver a Kubernetes API server?"
+        return ApiError(status, text, seconds)
+
+    def _hint(self, error: BaseException) -> str:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"{error.verify_message or why(error)}; check --ca-file"
+        if isinstance(error, TimeoutError):
+            return "no answer in time; check network policies"
+        if isinstance(error, http.client.IncompleteRead):
+            return "the answer stopped midway"
+        return self._quoted(why(error))
+
+    def _quoted(self, text: str) -> str:
+        """Foreign text as one line for the log. An error page may echo the request, token and all,
+        in a URL or in base64 too, where three alignments are possible."""
+        raw = self._token.encode("latin-1")
+        forms = [self._token]
+        for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
+            encoded = base64.b64encode(bytes(shift) + raw).decode()
+            forms.append(encoded[first : len(encoded) // 4 * 4 - 4])
+        plain = "".join(urllib.parse.unquote(text).split())
+        usual = plain.replace("-", "+").replace("_", "/")
+        if any(form and (form in plain or form in usual) for form in forms):
+            return "[a text that quotes the token]"
+        return " ".join(text.split())[:500]
+
+    # -- one connection ---------------------------------------------------------------------
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
         if self._url.scheme == "https":
-            context = self._trust.context()
             self._connection = http.client.HTTPSConnection(
-                host, port, timeout=CONNECT_TIMEOUT, context=context
+                host, port, timeout=CONNECT_TIMEOUT, context=self._context()
             )
         else:
             self._connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT)
         self._connection.connect()
-        keep_alive(self._connection.sock)
+        self._socket = self._connection.sock
+        # The kernel notices within about a minute that the other side is gone.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, name):
+                self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return self._connection
 
     def _wait(self, seconds: float) -> None:
-        if self._connection is not None and self._connection.sock is not None:
-            self._connection.sock.settimeout(seconds)
+        if self._socket is not None:
+            self._socket.settimeout(seconds)
 
-    def _rest(self, response: http.client.HTTPResponse) -> object:
-        """The body of a refusal: a Kubernetes Status, or the start of whatever came."""
+    def _read_token(self) -> str:
+        """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
+        path = self._access.token_file
         try:
-            body = response.read(1 << 20)
-        except BROKEN:
-            self.close()
+            with open(path, "rb") as stream:
+                token = stream.read(ERROR_BYTES).decode("latin-1").strip()
+        except FileNotFoundError:
             return ""
-        if not response.isclosed():
-            self.close()
+        except OSError as error:
+            raise LoaderError(f"token file {why(error)}; check --token-file") from None
+        if not token.isprintable():
+            raise LoaderError(f"token file {path}: not a valid token; check --token-file")
+        if token and self._url.scheme == "http" and not is_loopback(self._url.hostname or ""):
+            text = f"the token in {path} is not sent to {self._url.netloc} over plain HTTP"
+            raise LoaderError(f"{text}; give --apiserver an https URL")
+        return token
+
+    def _context(self) -> ssl.SSLContext:
+        """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
+        service account."""
+        context, access = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._access
+        where = access.ca_file
         try:
-            return json.loads(body)
-        except ValueError:
-            return body[:200].decode("utf-8", "replace")
-
-    def _refusal(
-        self,
-        query: Query,
-        verb: str,
-        status: int,
-        body: object,
-        response: http.client.HTTPResponse | None = None,
-    ) -> ApiError:
-        if response is None:
-            self.close()  # an ERROR event ends its stream
-        said = body.get("message") if isinstance(body, dict) else body
-        words, token = " ".join(str(said or "").split()), self._trust.token()
-        words = words.replace(token, "[token]") if token else words  # an error page may echo it
-        text = f"{verb} {query}: {status} {words[:500]}".rstrip()
-        if status == 410:
-            return Expired(status, text)
-        if 300 <= status < 400:
-            where = response.getheader("Location") if response else ""
-            self.close()
-            return ApiError(status, f"{text}: redirect to {where} refused; correct --apiserver")
-        if status == 401:
-            text += f"; is the token in {self._trust.access.token_file} valid?"
-        if status == 403:
-            where = f"in namespace {query.namespace}" if query.namespace else "in all namespaces"
-            text += f"; grant the service account {verb} on {query.resource.name} {where}"
-            if not token:
-                text += f" (no token was sent: there is none in {self._trust.access.token_file})"
-        if status == 404:
-            text += "; is --apiserver a Kubernetes API server?"
-        retry = response.getheader("Retry-After") if response else ""
-        seconds = float(retry) if retry and retry.isdecimal() else 0.0
-        return ApiError(status, text, min(seconds, RETRY_AFTER_LAST))
-
-    def _hint(self, error: BaseException) -> str:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return f"{error.verify_message or why(error)}; check --ca-file and --apiserver"
-        if isinstance(error, TimeoutError):
-            return "no answer in time; check --apiserver and network policies"
-        return f"{why(error)}; check --apiserver"
+            if access.insecure:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
+                context.load_default_certs()
+            else:
+                context.load_verify_locations(cafile=where)
+            if access.client_cert:
+                where = f"{access.client_cert}, {access.client_key}"
+                # (an empty password: without one OpenSSL would ask on the terminal, and wait)
+                context.load_cert_chain(access.client_cert, access.client_key, password="")
+        except OSError as error:  # an SSLError is one
+            hint = "check --ca-file, --client-cert and --client-key"
+            raise LoaderError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
+        return context
 
 
-def unzipped(body: bytes) -> bytes:
-    """A body that came with gzip, which nobody asked for; ValueError for what is none."""
-    import zlib
+def is_loopback(host: str) -> bool:
+    """Whether a URL's host is this machine."""
+    import ipaddress
 
     try:
-        return zlib.decompress(body, wbits=zlib.MAX_WBITS | 16)
-    except zlib.error as error:
-        raise ValueError(f"gzip: {error}") from None
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """Let the kernel notice within about a minute that the other side is gone."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+def error_status(status: Mapping[str, Any]) -> int:
+    """The code of an ERROR event. 410 is also known by its reason."""
+    if status.get("reason") in ("Expired", "Gone"):
+        return 410
+    code = status.get("code")
+    return code if isinstance(code, int) and 100 <= code < 600 else 500
 
 
-def list_items(body: dict[str, Any], query: Query) -> list[dict[str, Any]]:
-    """The objects of a list. Anything that is not plainly a list is unknown, never empty."""
-    kind, items = body.get("kind"), body.get("items")
-    if items is None and isinstance(kind, str) and kind.endswith("List") and "items" in body:
-        return []  # Go's JSON writes an empty slice as null
-    if not isinstance(items, list):
-        raise ApiError(200, f"list {query}: the answer is no list (kind {kind!r})")
-    return [item for item in items if isinstance(item, dict)]
-
-
-def watch_lines(response: http.client.HTTPResponse, query: Query) -> Iterator[bytes]:
+def watch_lines(
+    query: Query, response: http.client.HTTPResponse, until: float
+) -> Iterator[bytes]:
     """The lines of a watch. One line can span many chunks and exceed 1 MiB.
 
     `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
     boundary as a normal end (measured), and a cut must be told from an end.
     """
-    parts: list[bytes] = []
+    buffer = bytearray()
     while True:
         try:
             block = response.read1(1 << 18)
         except BROKEN as error:
             silent = isinstance(error, TimeoutError)
-            text = f"silent for {WATCH_SILENCE:.0f} s" if silent else f"cut ({why(error)})"
+            text = f"silent for {WATCH_SILENCE:.0f} s" if silent else "cut"
             raise Cut(f"watch {query}: {text}") from error
-        if not block:
-            if b"".join(parts).strip():
+        buffer += block
+        if b"\n" in block:
+            *lines, rest = bytes(buffer).split(b"\n")
+            yield from filter(bytes.strip, lines)
+            buffer = bytearray(rest)
+        elif not block:
+            if buffer.strip():
                 raise Cut(f"watch {query}: cut within an event")
             return
-        if b"\n" in block:
-            *whole, block = (b"".join(parts) + block).split(b"\n")
-            parts.clear()
-            yield from filter(bytes.strip, whole)
-        parts.append(block)
-        if len(parts) % 256 == 0 and sum(map(len, parts)) > EVENT_BYTES:
-            raise Cut(f"watch {query}: an event without end")
-
-
-def watch_event(line: bytes, query: Query) -> dict[str, Any]:
-    """One event of a watch: {"type": ..., "object": {...}}."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Cut(f"watch {query}: an event is no JSON") from error
-    if not isinstance(event, dict) or not isinstance(event.get("object"), dict):
-        raise Cut(f"watch {query}: an event has no object")
-    if not isinstance(event.get("type"), str):
-        raise Cut(f"watch {query}: an event has no type")
-    return event
-
-
-def error_status(status: dict[str, Any]) -> int:
-    """The code of an ERROR event. Status objects of 410 are also known by their reason."""
-    code = status.get("code")
-    if status.get("reason") in ("Expired", "Gone"):
-        return 410
-    return code if isinstance(code, int) else 500
-
+        if len(buffer) > EVENT_BYTES or time.monotonic() > until:
+            raise Cut(f"watch {query}: an event without end, or a watch")
 
 # ---------------------------------------------------------------------------------------------
-# Reflection: list, then watch or poll
+# Reflecting
 # ---------------------------------------------------------------------------------------------
 
+# Backoff after failures: exponential, with jitter.
+BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
 
-class Backoff:
-    """Delays after failures: exponential, each between half and all of what it could be."""
+# A watch that ends sooner than this after it began is followed by a pause: a server or a proxy that
+# ends each at once must not be asked thousands of times a second.
+WATCH_SHORT = 1.0
 
-    def __init__(self, last: float = BACKOFF_LAST) -> None:
-        self._failures = 0
-        self._last = last
+# A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
+# proper end after that much silence may hide a new server with an older etcd behind it.
+SUSPICIOUS_SILENCE = 30.0
 
-    def reset(self) -> None:
-        self._failures = 0
+# Failures that are answers to a resumed watch, in a row, after which only a list can help.
+RELIST_AFTER = 3
 
-    def delay(self, retry_after: float = 0.0) -> float:
-        """Seconds to wait now, jittered; never less than what the server asks for."""
-        ceiling = min(self._last, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
-        self._failures += 1
-        return max(retry_after, ceiling * random.uniform(0.5, 1.0))
-
-
-def json_object(value: object) -> dict[str, Any]:
-    """A value that should be a JSON object; anything else is an empty one."""
-    return value if isinstance(value, dict) else {}
+# `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
+# 20 ms after a restart though it means 200: these are asked again for this long.
+ONE_TRY_SECONDS = 1.0
+PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
-def object_key(item: dict[str, Any]) -> Key:
+def object_key(item: Mapping[str, Any]) -> Key:
     metadata = json_object(item.get("metadata"))
     return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
 
 
-class Wake(NamedTuple):
-    """What wakes the main thread: why, when (monotonic), and the news if it is not in a store."""
-
-    what: str
-    at: float
-    news: object = None
-
-
-class Wakes:
-    """A queue for the main thread, and a wait on it that a signal ends.
-
-    A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
-    sets a flag that nobody looks at. To the pipe the interpreter itself writes
-    (signal.set_wakeup_fd), so that select(2) returns at once.
-    """
-
-    def __init__(self) -> None:
-        self._wakes: deque[Wake] = deque()
-        self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def put(self, wake: Wake) -> None:
-        """Add a wake, from any thread."""
-        self._wakes.append(wake)
-        try:
-            os.write(self.write, b"\0")
-        except BlockingIOError:
-            pass  # a full pipe wakes as well
-
-    def get(self, seconds: float) -> Wake | None:
-        """The next wake, waiting up to so many seconds; None where none came."""
-        until = time.monotonic() + seconds
-        while not self._wakes:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([self._read], [], [], left)[0]:
-                return None
-            os.read(self._read, 4096)  # there may be more bytes than wakes: those taken unwaited
-        return self._wakes.popleft()
+class Absent(Exception):
+    """The API server does not have an optional resource."""
 
 
 class Reflector(threading.Thread):
@@ -714,18 +672,18 @@ class Reflector(threading.Thread):
 
     `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
     `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of
-    it; an object that it refuses (ValueError) keeps its last good value and is named in `bad`.
-    `patience` is the longest backoff, in seconds. An `optional` query that the API
-    server does not know (404) or grant (403) counts as synced and `absent`. What the main thread
-    reads, it reads under the lock.
+    it; an object that it rejects (ValueError) keeps its last good value and is named in `bad`.
+    `patience` is the longest backoff, in seconds. An `optional` resource that the API server
+    answers with 404 at the start counts as synced and `absent`, for good. `wake` is called with
+    "objects", "trouble" or "recovered", and when (monotonic).
     """
 
     def __init__(
         self,
         query: Query,
         parse: Callable[[dict[str, Any]], Any],
-        client: ApiClient | FileClient,
-        wake: Callable[[Wake], None],
+        client: Api | FileSource,
+        wake: Callable[[str, float], None],
         *,
         mode: str,
         interval: float = 0.0,
@@ -734,92 +692,103 @@ class Reflector(threading.Thread):
     ) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = False
-        self.absent = False
-        self.failed = False
+        self.synced = self.absent = self.failed = False
         self.trouble = ""
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake = parse, client, wake
         self._mode, self._interval, self._optional = mode, interval, optional
-        self._objects: dict[Key, Any] = {}
+        self._patience = patience
+        self._topic = str(query)
+        self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version = ""
-        self._lock = threading.Lock()
-        self._backoff = Backoff(patience)
-        self._denials = 0
-        self._poke = threading.Event()
+        self._failures = 0
+        self._asked = threading.Event()  # by refresh()
+        self._watching: Api | None = None  # while a watch is open
+        self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
 
     def objects(self) -> dict[Key, Any]:
         """A copy of what is known now."""
-        with self._lock:
-            return dict(self._objects)
+        return self._objects.copy()
 
-    def poke(self) -> None:
-        """End a pause: list or connect now."""
-        self._poke.set()
+    def refresh(self) -> None:
+        """List now: a pause ends for it, and an open watch."""
+        with self._lock:
+            self._asked.set()
+            if self._watching:
+                self._watching.interrupt()
 
     def run(self) -> None:
-        {"once": self._once, "poll": self._poll, "watch": self._watch}[self._mode]()
+        try:
+            {"once": self._once, "poll": self._poll, "watch": self._watch}[self._mode]()
+        except Absent as error:
+            self.synced = self.absent = True
+            log.info("%s: not available here (%s)", self.query, error)
+            self._wake("objects", time.monotonic())
 
     # -- the three ways ---------------------------------------------------------------------
 
     def _once(self) -> None:
         until = time.monotonic() + ONE_TRY_SECONDS
-        while True:
+        while not self.synced:
+            self._refreshed()
             try:
                 self._relist()
-                return
             except LoaderError as error:
-                passing = isinstance(error, ApiError) and is_passing(error.status)
                 delay = max(random.uniform(0.1, 0.2), getattr(error, "retry_after", 0.0))
                 # (a quarter of a second more, so that a Retry-After of 1 fits)
-                if not passing or time.monotonic() + delay > until + 0.25:
-                    self._failure(error, last=True)
+                late = time.monotonic() + delay > until + 0.25
+                if late or getattr(error, "status", 0) not in PASSING:
+                    self.failed = True
+                    self._failure(error)
                     return
-            self._pause(delay)
+                self._pause(delay)
 
     def _poll(self) -> None:
         while True:
+            self._refreshed()
             try:
                 self._relist()
-                self._backoff.reset()
+                self._failures = 0
                 delay = self._interval
             except LoaderError as error:
                 delay = self._failure(error)
             self._pause(delay)
 
     def _watch(self) -> None:
-        suspect, refusals = False, 0
+        api = self._client
+        assert isinstance(api, Api)
+        suspect, rejections = False, 0
         while True:
             try:
-                if suspect and self._version and self._is_future():
-                    self._restart("future")
+                if self._refreshed():
+                    self._forget("refresh")
+                elif suspect and self._version and api.is_future(self.query, self._version):
+                    self._forget("future")
                 suspect = False
                 if not self._version:
                     self._relist()
-                suspect, refusals = self._follow(), 0
+                suspect, rejections = self._follow(api), 0
             except Expired as error:
-                self._restart("expired")
                 log.debug("%s", error)
-                self._pause(self._backoff.delay() if refusals else 0.0)
-                refusals += 1
+                self._forget("expired")
+                self._pause(self._delay() if rejections else 0.0)
+                rejections += 1
             except LoaderError as error:
-                answered = isinstance(error, ApiError)
-                suspect = suspect or not answered or error.status >= 500  # type: ignore[attr-defined]
-                refusals = refusals + 1 if answered else 0
-                if refusals >= RELIST_AFTER:
-                    self._restart("refused")
+                if self._asked.is_set():
+                    continue  # refresh() cut the watch
+                status = getattr(error, "status", 0)  # 0: not an answer
+                suspect = suspect or not status or status >= 500
+                rejections = rejections + 1 if status else 0
+                if rejections >= RELIST_AFTER:
+                    self._forget("rejected")
                 self._pause(self._failure(error))
 
     # -- their parts ------------------------------------------------------------------------
 
-    def _is_future(self) -> bool:
-        assert isinstance(self._client, ApiClient)
-        return self._client.is_future(self.query, self._version)
-
-    def _restart(self, reason: str) -> None:
-        """Forget the version: the next step is a list. The objects stay until it has come."""
+    def _forget(self, reason: str) -> None:
+        """Drop the version: the next step is a list. The objects stay until it has come."""
         log.debug("%s: %s, listing anew", self.query, reason)
-        metrics.add("xds_loader_watch_restarts_total", (str(self.query), reason))
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
         self._version = ""
 
     def _relist(self) -> None:
@@ -829,148 +798,140 @@ class Reflector(threading.Thread):
         history is shorter than a paginated list takes would else never be read.
         """
         try:
-            objects, bad, version = self._listed(PAGE)
-        except Expired:
-            objects, bad, version = self._listed(0)
+            try:
+                objects, bad, version = self._listed(PAGE)
+            except Expired:
+                objects, bad, version = self._listed(0)
+        except ApiError as error:
+            if error.status == 404 and self._optional and not self.synced:
+                raise Absent(str(error)) from None
+            raise
         changed = not self.synced or bad != self.bad or objects != self._objects
-        with self._lock:
-            self._objects, self.bad = objects, bad
-        self._version = version
-        self.synced, self.absent = True, False
+        self._objects, self.bad, self._version = objects, bad, version
+        self.synced = True
         log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
-        self._heard()
         self._recovered()
         if changed:
-            self._changed()
+            self._wake("objects", time.monotonic())
+        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
+        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
-        """A complete list: values by key, what is bad, and the version. One page is held at once,
-        and of each object what `parse` keeps: JSON as it is decoded is many times larger."""
+        """A complete list: values by key, what is bad, and the version. Of each object only what
+        `parse` keeps is held: JSON as it is decoded is many times larger."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-        version = ""
-        for items, version in self._client.list(self.query, limit):  # noqa: B007
-            for item in items:
-                key = object_key(item)
-                value = self._parsed(key, item, bad)
-                if value is not None:
-                    objects[key] = value
+
+        def keep(item: dict[str, Any]) -> None:
+            key = object_key(item)
+            value = self._value(key, item, bad)
+            if value is not None:
+                objects[key] = value
+
+        version = self._client.list(self.query, limit, keep)
         return objects, bad, version
 
-    def _heard(self) -> None:
-        """The source lives: an event, a bookmark or a list."""
-        source = (str(self.query),)
-        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), source)
-        metrics.set("xds_loader_source_synced", 1.0, source)
-
-    def _parsed(self, key: Key, item: dict[str, Any], bad: dict[Key, str]) -> Any:
+    def _value(self, key: Key, item: dict[str, Any], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
         old = self._objects.get(key)
         try:
             value = self._parse(item)
         except ValueError as error:
-            name = f"{RESOURCE_KINDS[self.query.resource].lower()} {'/'.join(filter(None, key))}"
+            name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
             bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
             return old
         return old if value == old else value
 
-    def _follow(self) -> bool:
+    def _follow(self, api: Api) -> bool:
         """Watch until the server ends it properly; whether that end wants a closer look."""
-        assert isinstance(self._client, ApiClient)
+        events = api.watch(self.query, self._version)
         began = last = time.monotonic()
-        fruitful = False
-        for event in self._client.watch(self.query, self._version):
-            last = time.monotonic()
-            if event["type"] == "OPENED":
-                log.debug("watching %s from %s", self.query, self._version)
-                self._recovered()
-            else:
-                self._apply(event, last)
-                self._backoff.reset()
-                fruitful = True
-        now = time.monotonic()
+        log.debug("watching %s from %s", self.query, self._version)
+        self._recovered()
+        self._watching = api
+        try:
+            while not self._asked.is_set():
+                event = next(events, None)
+                if event is None:
+                    break
+                last = time.monotonic()
+                self._apply(*event, last)
+        finally:
+            self._watching = None
+            now = time.monotonic()
+            if now - began >= WATCH_SHORT:
+                self._failures = 0
+            elif last > began:  # it brought news: the next may come soon, but not at once
+                self._failures = min(self._failures, 1)
         log.debug("watch of %s ended after %.0f s", self.query, now - began)
-        metrics.add("xds_loader_watch_restarts_total", (str(self.query), "ended"))
-        if now - began >= 1.0:
-            self._backoff.reset()
-        elif not fruitful:
-            self._pause(self._backoff.delay())
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
+        if now - began < WATCH_SHORT:
+            self._pause(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
-    def _apply(self, event: dict[str, Any], now: float) -> None:
+    def _apply(self, kind: str, item: dict[str, Any], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
-        kind, item = event["type"], event["object"]
         metadata = json_object(item.get("metadata"))
         self._version = str(metadata.get("resourceVersion") or self._version)
-        self._heard()
-        if kind not in ("ADDED", "MODIFIED", "DELETED"):
-            if kind != "BOOKMARK":
-                log.debug("watch of %s: event of unknown type %s", self.query, kind)
-            return
-        key = object_key(item)
-        old = self._objects.get(key)
-        bad = dict(self.bad)
-        bad.pop(key, None)
-        value = None if kind == "DELETED" else self._parsed(key, item, bad)
-        if value is old and bad == self.bad:
-            return
-        with self._lock:
-            self.bad = bad
-            if value is None:
-                self._objects.pop(key, None)
-            else:
-                self._objects[key] = value
-        self._changed(now)
-
-    def _changed(self, now: float | None = None) -> None:
-        self._wake(Wake("objects", now or time.monotonic()))
+        if kind in ("ADDED", "MODIFIED", "DELETED"):
+            key = object_key(item)
+            old = self._objects.get(key)
+            bad = {other: text for other, text in self.bad.items() if other != key}
+            value = None if kind == "DELETED" else self._value(key, item, bad)
+            if value is not old or bad != self.bad:
+                self.bad = bad
+                if value is None:
+                    self._objects.pop(key, None)
+                else:
+                    self._objects[key] = value
+                self._wake("objects", now)
+        elif kind != "BOOKMARK":
+            log.debug("watch of %s: event of unknown type %s", self.query, kind)
+        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _recovered(self) -> None:
         if self.trouble:
             self.trouble = ""
-            log.recovered(str(self.query), f"{self.query}: answered again")
-            self._wake(Wake("recovered", time.monotonic()))
+            log.recovered(self._topic, f"{self.query}: answered again")
+            self._wake("recovered", time.monotonic())
 
-    def _is_absence(self, error: LoaderError) -> bool:
-        """Whether an optional resource is not there, or not granted: not just for one answer."""
-        if not self._optional or not isinstance(error, ApiError) or self.synced:
-            return False
-        self._denials += error.status == 403
-        denied = error.status == 403 and (self._denials >= DENIALS or self._mode == "once")
-        return denied or error.status == 404
-
-    def _failure(self, error: LoaderError, *, last: bool = False) -> float:
-        """Say what failed (once, until it is another failure) and how long to wait."""
-        metrics.add("xds_loader_watch_restarts_total", (str(self.query), restart_reason(error)))
-        delay = self._backoff.delay(getattr(error, "retry_after", 0.0))
-        if self._is_absence(error):
-            self.synced = self.absent = True
-            log.info("%s: not available here (%s)", self.query, error)
-            self._wake(Wake("objects", time.monotonic()))
-            return ABSENT_PAUSE
-        if self.absent:
-            return ABSENT_PAUSE
-        self.trouble, self.failed = str(error), last
-        if self._mode != "once":  # there the error is the end, and is said as such
-            log.outage(str(self.query), self.trouble)
+    def _failure(self, error: LoaderError) -> float:
+        """Log what failed (once, until it is another failure); how long to wait."""
+        reason = "cut" if isinstance(error, Cut) else "error"
+        if isinstance(error, ApiError):
+            reason = f"status {error.status}"
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
+        delay = self._delay(getattr(error, "retry_after", 0.0))
+        self.trouble = str(error)
+        if self._mode != "once":  # there the error is the end, and is reported as such
+            log.outage(self._topic, self.trouble)
         log.debug("%s: next try in %.1f s", self.query, delay)
-        self._wake(Wake("trouble", time.monotonic()))
+        self._wake("trouble", time.monotonic())
         return delay
 
+    def _delay(self, retry_after: float = 0.0) -> float:
+        """Seconds to wait after one more failure; never less than what the server asks for."""
+        ceiling = min(self._patience, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
+        self._failures += 1
+        return max(retry_after, ceiling * random.uniform(0.5, 1.0))
+
+    def _refreshed(self) -> bool:
+        """Whether refresh() was called since."""
+        with self._lock:
+            asked = self._asked.is_set()
+            self._asked.clear()
+            return asked
+
     def _pause(self, seconds: float) -> None:
-        """Wait, unless poked. Daemon threads need no other word to stop: they own no disk."""
-        self._poke.wait(seconds)
-        self._poke.clear()
+        """Wait, unless refresh() is called. Daemon threads need nothing else to stop: they own no
+        disk."""
+        self._asked.wait(seconds)
 
 
-def restart_reason(error: LoaderError) -> str:
-    """A label for metrics: few values, whatever the error."""
-    if isinstance(error, ApiError):
-        return f"status {error.status}"
-    return "cut" if isinstance(error, Cut) else "error"
+# -- --from-file ------------------------------------------------------------------------------
 
 
-class FileClient:
+class FileSource:
     """The objects of `kubectl get ... -o json` in a file (`-`: standard input), as a lister."""
 
     def __init__(self, path: str, namespace: str) -> None:
@@ -978,41 +939,64 @@ class FileClient:
         self._standard_input: bytes | None = None
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
-    def list(self, query: Query, limit: int) -> Iterator[tuple[Items, str]]:
-        """The objects of the file that the API server would give for this query, in one page."""
-        kind = RESOURCE_KINDS[query.resource]
-        found = []
+    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Any]], None]) -> str:
+        """Call `keep` with the objects that an API server with this file's objects would list."""
+        wanted = requirements(query.labels)
+        objects = self._objects()
+        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
+        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
+            raise ApiError(404, f"{self._path} holds Endpoints and no EndpointSlice")
+        for item in objects:
+            namespace, name = object_key(item)
+            if (
+                item["kind"] == query.resource.kind
+                and query.namespace in ("", namespace)
+                and query.name in ("", name)
+                and selects(wanted, json_object(item["metadata"].get("labels")))
+            ):
+                keep(item)
+        return ""
+
+    def elsewhere(self, query: Query) -> str:
+        """Where the named object of a query is, which is not where it was looked for; or ""."""
+        try:
+            keys = [object_key(item) for item in self._objects()
+                    if item["kind"] == query.resource.kind]
+        except LoaderError:
+            return ""
+        same = sorted(key for key in keys if key[1] == query.name)
+        names = [f"{namespace}/{name}" for namespace, name in same or sorted(keys)]
+        if not names:
+            return ""
+        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
+        return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
+
+    def _objects(self) -> Sequence[dict[str, Any]]:
+        """All objects of the file, each with its metadata and its namespace."""
+        objects = []
         for item in documents(self._read(), self._path):
             metadata = item.get("metadata")
-            if item.get("kind") != kind or not isinstance(metadata, dict):
-                continue
-            if query.resource is not NODES:
-                metadata["namespace"] = metadata.get("namespace") or self._namespace
-            if matches(metadata, query):
-                found.append(item)
-        yield found, ""
+            if isinstance(metadata, dict):
+                if item["kind"] != NODES.kind:
+                    metadata["namespace"] = metadata.get("namespace") or self._namespace
+                objects.append(item)
+        return objects
 
     def _read(self) -> bytes:
         try:
             if self._path == "-":
                 with self._lock:
                     if self._standard_input is None:
-                        self._standard_input = sys.stdin.buffer.read()
-                    return self._standard_input
-            with open(self._path, "rb") as stream:
-                return stream.read()
+                        self._standard_input = sys.stdin.buffer.read(LIST_BYTES + 1)
+                    text = self._standard_input
+            else:
+                with open(self._path, "rb") as stream:
+                    text = stream.read(LIST_BYTES + 1)
         except OSError as error:
             raise LoaderError(f"--from-file {why(error)}") from None
-
-
-RESOURCE_KINDS = {
-    CONFIGMAPS: "ConfigMap",
-    SECRETS: "Secret",
-    SERVICES: "Service",
-    ENDPOINTS: "Endpoints",
-    NODES: "Node",
-    ENDPOINTSLICES: "EndpointSlice",
-}
+        if len(text) > LIST_BYTES:
+            raise LoaderError(f"--from-file {self._path}: larger than {LIST_BYTES >> 20} MiB")
+        return text
 
 
 def documents(text: bytes, path: str) -> Iterator[dict[str, Any]]:
@@ -1025,7 +1009,7 @@ def documents(text: bytes, path: str) -> Iterator[dict[str, Any]]:
             value, position = decoder.raw_decode(whole, found.start())
             yield from flattened(value, path)
     except (ValueError, RecursionError) as error:
-        raise LoaderError(f"--from-file {path}: no JSON ({why(error)}); {hint}") from None
+        raise LoaderError(f"--from-file {path}: not valid JSON ({why(error)}); {hint}") from None
     if not position:  # a file that is just being rewritten; no objects at all is an empty List
         raise LoaderError(f"--from-file {path}: is empty; {hint}")
 
@@ -1033,68 +1017,61 @@ def documents(text: bytes, path: str) -> Iterator[dict[str, Any]]:
 def flattened(value: object, path: str) -> Iterator[dict[str, Any]]:
     """The objects in a value: itself, or the items of a List kind."""
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise LoaderError(f"--from-file {path}: holds something that is no Kubernetes object")
+        raise LoaderError(f"--from-file {path}: holds something that is not a Kubernetes object")
     if not value["kind"].endswith("List"):
         yield value
         return
     items = value.get("items") or []
     if not isinstance(items, list):
-        raise LoaderError(f"--from-file {path}: the items of a {value['kind']} are no list")
+        raise LoaderError(f"--from-file {path}: the items of a {value['kind']} are not a list")
     for item in items:
         if isinstance(item, dict):
             item.setdefault("kind", value["kind"].removesuffix("List"))
         yield from flattened(item, path)
 
 
-def matches(metadata: dict[str, Any], query: Query) -> bool:
-    """Whether the API server would list an object of this metadata for this query."""
-    if query.namespace and metadata.get("namespace") != query.namespace:
-        return False
-    if query.name and metadata.get("name") != query.name:
-        return False
-    return selects(query.labels, json_object(metadata.get("labels")))
+# -- label selectors --------------------------------------------------------------------------
+
+# One requirement of a selector whose words are one space apart, which makes this linear.
+REQUIREMENT = (
+    r"(?:(!) )?([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
+    r"(?: (==?|!=)(?: ([-._A-Za-z0-9]+))?| (in|notin) \(((?: [-._A-Za-z0-9]+| ,)*) \))?(?: , |$)"
+)
 
 
 def requirements(selector: str) -> list[tuple[str, str, frozenset[str]]]:
-    """A label selector as (label, operator, values); UsageError for what is none.
+    """A label selector as (label, operator, values); UsageError for what is not one.
 
     The grammar of the Kubernetes page "Labels and Selectors": `a=b`, `a==b`, `a!=b`,
     `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, with commas between.
     """
-    found = []
-    rest = selector.strip()
-    while rest:
-        match = re.match(REQUIREMENT, rest)
+    text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
+    pattern, found, position = re.compile(REQUIREMENT), [], 0
+    while position < len(text):
+        match = pattern.match(text, position)
         if not match:
-            raise UsageError(f"{selector!r} is no label selector")
+            raise UsageError(f"{selector[:200]!r} is not a valid label selector")
         absent, label, operator, value, words, values = match.groups()
         if words:
             chosen = frozenset(word.strip() for word in values.split(","))
             found.append((label, words, chosen))
         elif operator:
-            found.append((label, "notin" if operator == "!=" else "in", frozenset({value})))
+            chosen = frozenset({value or ""})
+            found.append((label, "notin" if operator == "!=" else "in", chosen))
         else:
             found.append((label, "absent" if absent else "exists", frozenset()))
-        rest = rest[match.end() :]
+        position = match.end()
     return found
 
 
-REQUIREMENT = (
-    r"\s*(!)?\s*([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
-    r"(?:\s*(==|=|!=)\s*([-._A-Za-z0-9]*)|\s+(in|notin)\s*\(([^()]*)\))?\s*(?:,(?=.)|$)"
-)
-
-
-def selects(selector: str, labels: Mapping[str, str]) -> bool:
-    """Whether a label selector matches; like the API server, `!=` and `notin` match absence."""
-    for label, operator, values in requirements(selector):
-        value = labels.get(label)
-        if operator == "exists":
-            holds = value is not None
-        elif operator == "absent":
-            holds = value is None
+def selects(wanted: Sequence[tuple[str, str, frozenset[str]]], labels: Mapping[str, Any]) -> bool:
+    """Whether all requirements hold; like the API server, `!=` and `notin` match absence."""
+    for label, operator, values in wanted:
+        if operator in ("exists", "absent"):
+            holds = (label in labels) == (operator == "exists")
         else:
-            holds = (value in values) == (operator == "in")
+            value = labels.get(label)
+            holds = (isinstance(value, str) and value in values) == (operator == "in")
         if not holds:
             return False
     return True
@@ -5913,6 +5890,62 @@ STAGES = {
 }
 
 
+class Backoff:
+    """Delays after failures: exponential, each between half and all of what it could be."""
+
+    def __init__(self, last: float = BACKOFF_LAST) -> None:
+        self._failures = 0
+        self._last = last
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def delay(self, retry_after: float = 0.0) -> float:
+        """Seconds to wait now, jittered; never less than what the server asks for."""
+        ceiling = min(self._last, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
+        self._failures += 1
+        return max(retry_after, ceiling * random.uniform(0.5, 1.0))
+
+
+class Wake(NamedTuple):
+    """What wakes the main thread: why, when (monotonic), and the news if it is not in a store."""
+
+    what: str
+    at: float
+    news: object = None
+
+
+class Wakes:
+    """A queue for the main thread, and a wait on it that a signal ends.
+
+    A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
+    sets a flag that nobody looks at. To the pipe the interpreter itself writes
+    (signal.set_wakeup_fd), so that select(2) returns at once.
+    """
+
+    def __init__(self) -> None:
+        self._wakes: deque[Wake] = deque()
+        self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def put(self, wake: Wake) -> None:
+        """Add a wake, from any thread."""
+        self._wakes.append(wake)
+        try:
+            os.write(self.write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
+
+    def get(self, seconds: float) -> Wake | None:
+        """The next wake, waiting up to so many seconds; None where none came."""
+        until = time.monotonic() + seconds
+        while not self._wakes:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._read], [], [], left)[0]:
+                return None
+            os.read(self._read, 4096)  # there may be more bytes than wakes: those taken unwaited
+        return self._wakes.popleft()
+
+
 class Composition(NamedTuple):
     """What the sources ask for now. `missing` or `unknown`: nothing may be published yet."""
 
@@ -5936,8 +5969,7 @@ class Sources:
         self.options = options
         self._config = config
         self._wake = wake
-        self._trust = Trust(options.access)
-        self._file = FileClient(options.from_file, options.namespace) if options.from_file else None
+        self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
         self._kept: dict[Named, dict[str, File]] = {}
         self._secrets: dict[Key, tuple[Secret, dict[str, File], tuple[str, ...]]] = {}
@@ -6004,9 +6036,9 @@ class Sources:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
         elif options.from_file:
             patience = min(patience, interval)  # nobody is hammered
-        client = self._file or ApiClient(options.access, self._trust, count_request)
+        client = self._file or Api(options.access, count_request)
         reflector = Reflector(
-            query, parse, client, self._wake,
+            query, parse, client, lambda what, at: self._wake(Wake(what, at)),
             mode=mode, interval=interval, optional=optional, patience=patience,
         )
         self._reflectors[query] = reflector
@@ -6017,7 +6049,7 @@ class Sources:
     def poke(self) -> None:
         """List or connect now."""
         for reflector in self._reflectors.values():
-            reflector.poke()
+            reflector.refresh()
 
     def troubles(self) -> tuple[str, ...]:
         """What goes wrong now, in words."""
