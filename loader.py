@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import zlib
 from bisect import bisect_left
 from collections import Counter, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,6 +111,9 @@ class LoaderError(Exception):
 
 class UsageError(LoaderError):
     """Bad input, said in one line before anything is touched (exit 2)."""
+
+
+Json = Any  # what json.loads returns
 
 
 class File(NamedTuple):
@@ -219,8 +223,8 @@ RETRY_AFTER_LAST = 300.0
 
 
 class Access(NamedTuple):
-    """Where the API server is and how to prove who asks. Files are read again when they are used:
-    the token for each request, the rest for each connection."""
+    """Where the API server is and how to prove who asks. The token is read again for each request,
+    the other files for each connection: Kubernetes rotates both under a running pod."""
 
     url: str
     token_file: str
@@ -254,15 +258,13 @@ class Query(NamedTuple):
     name: str = ""
     labels: str = ""
 
-    def target(self, parameters: Mapping[str, str]) -> str:
+    def target(self, more: Mapping[str, str]) -> str:
         """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
-        path = self.resource.api
-        if self.namespace:
-            path += f"/namespaces/{urllib.parse.quote(self.namespace, safe='')}"
-        chosen = {"fieldSelector": self.name and f"metadata.name={self.name}"}
-        chosen |= {"labelSelector": self.labels, **parameters}
-        words = urllib.parse.urlencode({key: value for key, value in chosen.items() if value})
-        return f"{path}/{self.resource.name}?{words}"
+        scope = f"/namespaces/{urllib.parse.quote(self.namespace, '')}" if self.namespace else ""
+        field = f"metadata.name={self.name}" if self.name else ""
+        words = {"fieldSelector": field, "labelSelector": self.labels, **more}
+        given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
+        return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
 
     def __str__(self) -> str:
         if self.name:
@@ -277,8 +279,7 @@ class ApiError(LoaderError):
 
     def __init__(self, status: int, text: str, retry_after: float = 0.0) -> None:
         super().__init__(text)
-        self.status = status
-        self.retry_after = retry_after
+        self.status, self.retry_after = status, retry_after
 
 
 class Expired(ApiError):
@@ -289,9 +290,9 @@ class Cut(LoaderError):
     """A connection that ended where it should not have, or was silent for too long."""
 
 
-# What a broken network raises below http.client; IncompleteRead and bad status lines included. A
-# host name that no resolver accepts (`a..b`) is a UnicodeError.
-BROKEN = (OSError, http.client.HTTPException, UnicodeError)
+# What a broken network raises below http.client (IncompleteRead and bad status lines included), and
+# an answer that cannot be unpacked. A host name that no resolver accepts (`a..b`) is a ValueError.
+BROKEN = (OSError, http.client.HTTPException, ValueError, zlib.error)
 
 
 class Api:
@@ -308,14 +309,27 @@ class Api:
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
 
-    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Any]], None]) -> str:
+    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
-        resourceVersion to watch from. Expired when the server forgot the list midway."""
-        page = {"limit": str(limit)} if limit else {}
+        resourceVersion to watch from. Anything that is not plainly a list of what was asked for is
+        unknown, never empty. Expired when the server forgot the list midway."""
+        kind = f"{query.resource.kind}List"
+        page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
-            version, page["continue"] = self._page(query, page, keep)
+            try:
+                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
+            except ValueError:
+                text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
+                raise ApiError(200, f"{text}; is it an API server?") from None
+            items, metadata = answer.pop("items", 0), json_object(answer.get("metadata"))
+            if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
+                text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
+                raise ApiError(200, text)
+            while items:  # (None: Go's JSON writes an empty slice as null)
+                keep(json_object(items.pop()))  # each is let go before the next page is read
+            page["continue"] = str(metadata.get("continue") or "")
             if not page["continue"]:
-                return version
+                return str(metadata.get("resourceVersion") or "")
         raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
@@ -332,7 +346,7 @@ class Api:
             return True
         return False
 
-    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
         """Open a watch: its events (type, object), until the server ends it properly.
 
         Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
@@ -347,8 +361,7 @@ class Api:
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
         if self._socket is not None:
-            try:
-                # (not SSLSocket's own: that one would make a plain socket of it)
+            try:  # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             except OSError:
                 pass
@@ -360,43 +373,45 @@ class Api:
 
     # -- one answer -------------------------------------------------------------------------
 
-    def _page(
-        self, query: Query, page: Mapping[str, str], keep: Callable[[dict[str, Any]], None]
-    ) -> tuple[str, str]:
-        """One page of a list: its resourceVersion and its continue token. Anything that is not
-        plainly a list of what was asked for is unknown, never empty."""
-        _, body = self._ask(query, "list", page)
-        try:
-            answer = json_object(parse_json(body))
-        except ValueError:
-            text = f"{query}: {self._url.netloc} answered 200 with invalid JSON"
-            raise ApiError(200, f"{text}; is it an API server?") from None
-        kind, items = f"{query.resource.kind}List", answer.get("items", False)
-        if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
-            raise ApiError(200, f"list {query}: the answer of {self._url.netloc} is not a {kind}")
-        for item in items or ():  # Go's JSON writes an empty slice as null
-            keep(json_object(item))
-        metadata = json_object(answer.get("metadata"))
-        return str(metadata.get("resourceVersion") or ""), str(metadata.get("continue") or "")
-
     def _events(
         self, query: Query, response: http.client.HTTPResponse, until: float
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    ) -> Iterator[tuple[str, dict[str, Json]]]:
+        """The events in the lines of a watch. One line can span many chunks and exceed 1 MiB.
+
+        `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
+        boundary as a normal end (measured), and a cut must be told from an end.
+        """
+        buffer = bytearray()
         try:
-            for line in watch_lines(query, response, until):
-                try:
-                    event = json_object(parse_json(line))
-                except ValueError as error:
-                    raise Cut(f"watch {query}: an event is not valid JSON") from error
-                kind, item = event.get("type"), event.get("object")
-                if not isinstance(kind, str) or not isinstance(item, dict):
-                    raise Cut(f"watch {query}: an event has no type or no object")
-                if kind == "ERROR":
-                    raise self._rejection(query, "watch", error_status(item), item)
-                yield kind, item
+            while block := response.read1(1 << 18):
+                buffer += block
+                if b"\n" in block:
+                    *lines, rest = bytes(buffer).split(b"\n")
+                    buffer = bytearray(rest)
+                    for line in filter(bytes.strip, lines):
+                        yield self._event(query, line)
+                if len(buffer) > EVENT_BYTES or time.monotonic() > until:
+                    raise ValueError("it does not end")
+            if buffer.strip():
+                raise ValueError("cut within an event")
+        except BROKEN as error:
+            raise Cut(f"watch {query}: cut or silent ({self._quoted(why(error))})") from error
         finally:
             if not response.isclosed():
-                self.close()  # it cannot be used again
+                self.close()  # it cannot be used for another request
+
+    def _event(self, query: Query, line: bytes) -> tuple[str, dict[str, Json]]:
+        event = json_object(parse_json(line))
+        kind, item = event.get("type"), event.get("object")
+        if not isinstance(kind, str) or not isinstance(item, dict):
+            raise ValueError("an event has no type or no object")
+        if kind == "ERROR":
+            code = item.get("code")
+            status = code if isinstance(code, int) and 400 <= code < 600 else 500
+            if item.get("reason") in ("Expired", "Gone"):
+                status = 410
+            raise self._error(query, "watch", status, item.get("message"))
+        return kind, item
 
     def _ask(
         self, query: Query, verb: str, page: Mapping[str, str]
@@ -406,143 +421,102 @@ class Api:
         self._token = self._read_token()
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        target = self._url.path.rstrip("/") + query.target(page)
-        until = time.monotonic() + ANSWER_SECONDS
         timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
         timer.daemon = True
         timer.start()
-        status = "none"
+        code = "none"
         try:
-            response = self._send(target, headers, until)
-            status = str(response.status)
+            response = self._send(self._url.path.rstrip("/") + query.target(page), headers)
+            code = str(response.status)
             if response.status != 200:
-                said = self._error_body(response)
-                raise self._rejection(query, verb, response.status, said, response)
-            return response, b"" if verb == "watch" else self._body(response, LIST_BYTES)
-        except (*BROKEN, ValueError) as error:
+                raise self._failure(query, verb, response)
+            return response, b"" if verb == "watch" else body_of(response, LIST_BYTES)
+        except BROKEN as error:
             self.close()
-            text = f"{verb} {query} at {self._url.netloc}"
-            raise Cut(f"{text}: {self._hint(error)}; check --apiserver") from error
+            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(why(error))}"
+            raise Cut(f"{text}; check --apiserver and --ca-file") from error
         finally:
             timer.cancel()
-            self._count(verb, status)
+            self._count(verb, code)
 
-    def _send(
-        self, target: str, headers: Mapping[str, str], until: float
-    ) -> http.client.HTTPResponse:
+    def _send(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         """Over the open connection if there is one; a server may have closed it meanwhile."""
         while True:
-            connection = self._connection
+            began, connection = time.monotonic(), self._connection
             fresh = connection is None or connection.sock is None
             try:
                 if connection is None or fresh:
                     connection = self._connect()
-                connection.request("GET", target, headers=dict(headers))
+                connection.request("GET", target, headers=headers)
                 self._wait(ANSWER_TIMEOUT)
                 return connection.getresponse()
             except BROKEN:
                 self.close()
-                if fresh or time.monotonic() >= until:
+                if fresh or time.monotonic() - began > CONNECT_TIMEOUT:
                     raise
 
-    def _body(self, response: http.client.HTTPResponse, most: int) -> bytes:
-        """All of an answer, or ValueError if it is larger than `most`."""
-        body = response.read(most + 1)
-        if len(body) > most:
-            raise ValueError(f"the answer is larger than {most >> 20} MiB")
-        if response.length:  # read() with a bound does not raise it
-            raise http.client.IncompleteRead(b"", response.length)
-        if response.headers.get("Content-Encoding") == "gzip":  # nobody asked for it
-            import zlib
-
-            try:
-                unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-                body = unpacker.decompress(body, most)
-            except zlib.error as error:
-                raise ValueError(f"the answer is not valid gzip ({error})") from None
-            if not unpacker.eof:
-                raise ValueError(f"the answer is cut, or larger than {most >> 20} MiB unpacked")
-        return body
-
-    def _error_body(self, response: http.client.HTTPResponse) -> object:
-        """What came with a failure: a Kubernetes Status, or some text."""
+    def _failure(self, query: Query, verb: str, response: http.client.HTTPResponse) -> ApiError:
+        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
         try:
-            body = self._body(response, ERROR_BYTES)
-        except (*BROKEN, ValueError):
+            body = body_of(response, ERROR_BYTES)
+        except BROKEN:
+            body = b""
             self.close()
-            return ""
         try:
-            return parse_json(body)
+            message = json_object(parse_json(body)).get("message")
         except ValueError:
-            return body.decode("utf-8", "replace")
-
-    def _rejection(
-        self, query: Query, verb: str, status: int, body: object,
-        response: http.client.HTTPResponse | None = None,
-    ) -> ApiError:
-        """The error that a Kubernetes Status, or whatever text came instead, stands for."""
-        message = body.get("message") if isinstance(body, dict) else body
-        text = f"{verb} {query}: {status} {self._quoted(str(message or ''))}".rstrip()
-        headers = response.headers if response else {}
-        retry = headers.get("Retry-After") or ""
+            message = body.decode("utf-8", "replace")
+        if 300 <= response.status < 400:
+            where = self._quoted(response.headers.get("Location", ""))
+            message = f"redirect to {where} rejected; correct --apiserver"
+        retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        if status == 410:
-            return Expired(status, text)
-        if 300 <= status < 400:
-            where = self._quoted(headers.get("Location") or "")
-            text += f": redirect to {where} rejected; correct --apiserver"
-        elif status == 401:
-            text += f"; is the token in {self._access.token_file} valid?"
-        elif status == 403:
-            where = f"in namespace {query.namespace}" if query.namespace else "in all namespaces"
-            text += f"; grant the service account {verb} on {query.resource.name} {where}"
-            if not self._token:
-                text += f" (no token was sent: there is none in {self._access.token_file})"
-        elif status == 404:
-            text += "; is --apiserver a Kubernetes API server?"
-        return ApiError(status, text, seconds)
+        return self._error(query, verb, response.status, message, seconds)
 
-    def _hint(self, error: BaseException) -> str:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return f"{error.verify_message or why(error)}; check --ca-file"
-        if isinstance(error, TimeoutError):
-            return "no answer in time; check network policies"
-        if isinstance(error, http.client.IncompleteRead):
-            return "the answer stopped midway"
-        return self._quoted(why(error))
+    def _error(
+        self, query: Query, verb: str, status: int, message: object, retry_after: float = 0.0
+    ) -> ApiError:
+        access, resource = self._access, query.resource.name
+        scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
+        sent = "" if self._token else f" (no token was sent: there is none in {access.token_file})"
+        hint = {
+            401: f"; is the token in {access.token_file} valid?",
+            403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
+            404: "; is --apiserver a Kubernetes API server?",
+        }.get(status, "")
+        text = f"{verb} {query}: {status} {self._quoted(str(message or ''))}".rstrip()
+        return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
 
     def _quoted(self, text: str) -> str:
         """Foreign text as one line for the log. An error page may echo the request, token and all,
         in a URL or in base64 too, where three alignments are possible."""
-        raw = self._token.encode("latin-1")
-        forms = [self._token]
+        forms = {self._token}
         for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
-            encoded = base64.b64encode(bytes(shift) + raw).decode()
-            forms.append(encoded[first : len(encoded) // 4 * 4 - 4])
+            encoded = base64.b64encode(bytes(shift) + self._token.encode("latin-1")).decode()
+            forms.add(encoded[first : len(encoded) // 4 * 4 - 4])
         plain = "".join(urllib.parse.unquote(text).split())
-        usual = plain.replace("-", "+").replace("_", "/")
-        if any(form and (form in plain or form in usual) for form in forms):
+        seen = plain + plain.replace("-", "+").replace("_", "/")
+        if any(form in seen for form in forms if form):
             return "[a text that quotes the token]"
         return " ".join(text.split())[:500]
 
     # -- one connection ---------------------------------------------------------------------
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port = self._url.hostname or "", self._url.port
+        host, port, wait = self._url.hostname or "", self._url.port, CONNECT_TIMEOUT
         if self._url.scheme == "https":
-            self._connection = http.client.HTTPSConnection(
-                host, port, timeout=CONNECT_TIMEOUT, context=self._context()
+            made: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, port, timeout=wait, context=self._context()
             )
         else:
-            self._connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT)
-        self._connection.connect()
-        self._socket = self._connection.sock
+            made = http.client.HTTPConnection(host, port, timeout=wait)
+        made.connect()
+        self._connection, self._socket = made, made.sock
         # The kernel notices within about a minute that the other side is gone.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        return self._connection
+        made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        return made
 
     def _wait(self, seconds: float) -> None:
         if self._socket is not None:
@@ -550,7 +524,7 @@ class Api:
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path = self._access.token_file
+        path, url = self._access.token_file, self._url
         try:
             with open(path, "rb") as stream:
                 token = stream.read(ERROR_BYTES).decode("latin-1").strip()
@@ -560,8 +534,8 @@ class Api:
             raise LoaderError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
             raise LoaderError(f"token file {path}: not a valid token; check --token-file")
-        if token and self._url.scheme == "http" and not is_loopback(self._url.hostname or ""):
-            text = f"the token in {path} is not sent to {self._url.netloc} over plain HTTP"
+        if token and url.scheme == "http" and url.hostname not in ("127.0.0.1", "::1", "localhost"):
+            text = f"the token in {path} is not sent to {url.netloc} over plain HTTP"
             raise LoaderError(f"{text}; give --apiserver an https URL")
         return token
 
@@ -588,51 +562,16 @@ class Api:
         return context
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a URL's host is this machine."""
-    import ipaddress
-
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def error_status(status: Mapping[str, Any]) -> int:
-    """The code of an ERROR event. 410 is also known by its reason."""
-    if status.get("reason") in ("Expired", "Gone"):
-        return 410
-    code = status.get("code")
-    return code if isinstance(code, int) and 100 <= code < 600 else 500
-
-
-def watch_lines(
-    query: Query, response: http.client.HTTPResponse, until: float
-) -> Iterator[bytes]:
-    """The lines of a watch. One line can span many chunks and exceed 1 MiB.
-
-    `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
-    boundary as a normal end (measured), and a cut must be told from an end.
-    """
-    buffer = bytearray()
-    while True:
-        try:
-            block = response.read1(1 << 18)
-        except BROKEN as error:
-            silent = isinstance(error, TimeoutError)
-            text = f"silent for {WATCH_SILENCE:.0f} s" if silent else "cut"
-            raise Cut(f"watch {query}: {text}") from error
-        buffer += block
-        if b"\n" in block:
-            *lines, rest = bytes(buffer).split(b"\n")
-            yield from filter(bytes.strip, lines)
-            buffer = bytearray(rest)
-        elif not block:
-            if buffer.strip():
-                raise Cut(f"watch {query}: cut within an event")
-            return
-        if len(buffer) > EVENT_BYTES or time.monotonic() > until:
-            raise Cut(f"watch {query}: an event without end, or a watch")
+def body_of(response: http.client.HTTPResponse, most: int) -> bytes:
+    """All of an answer, unpacked; ValueError if that is more than `most` bytes."""
+    body = response.read(most + 1)
+    if response.headers.get("Content-Encoding") == "gzip":  # nobody asked for it
+        body = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, most + 1)
+    if len(body) > most:
+        raise ValueError(f"the answer is larger than {most >> 20} MiB")
+    if response.length:  # with a bound, read() does not raise it
+        raise http.client.IncompleteRead(b"", response.length)
+    return body
 
 # ---------------------------------------------------------------------------------------------
 # Reflecting
@@ -658,13 +597,14 @@ ONE_TRY_SECONDS = 1.0
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
-def object_key(item: Mapping[str, Any]) -> Key:
+def object_key(item: Mapping[str, Json]) -> Key:
     metadata = json_object(item.get("metadata"))
     return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
 
 
-class Absent(Exception):
-    """The API server does not have an optional resource."""
+def status_of(error: LoaderError) -> int:
+    """The HTTP status of an error, 0 for one that is not an answer."""
+    return error.status if isinstance(error, ApiError) else 0
 
 
 class Reflector(threading.Thread):
@@ -681,7 +621,7 @@ class Reflector(threading.Thread):
     def __init__(
         self,
         query: Query,
-        parse: Callable[[dict[str, Any]], Any],
+        parse: Callable[[dict[str, Json]], Any],
         client: Api | FileSource,
         wake: Callable[[str, float], None],
         *,
@@ -718,45 +658,34 @@ class Reflector(threading.Thread):
                 self._watching.interrupt()
 
     def run(self) -> None:
-        try:
-            {"once": self._once, "poll": self._poll, "watch": self._watch}[self._mode]()
-        except Absent as error:
-            self.synced = self.absent = True
-            log.info("%s: not available here (%s)", self.query, error)
-            self._wake("objects", time.monotonic())
-
-    # -- the three ways ---------------------------------------------------------------------
-
-    def _once(self) -> None:
-        until = time.monotonic() + ONE_TRY_SECONDS
-        while not self.synced:
-            self._refreshed()
-            try:
-                self._relist()
-            except LoaderError as error:
-                delay = max(random.uniform(0.1, 0.2), getattr(error, "retry_after", 0.0))
-                # (a quarter of a second more, so that a Retry-After of 1 fits)
-                late = time.monotonic() + delay > until + 0.25
-                if late or getattr(error, "status", 0) not in PASSING:
-                    self.failed = True
-                    self._failure(error)
-                    return
-                self._pause(delay)
+        if self._mode == "watch" and isinstance(self._client, Api):
+            self._watch(self._client)
+        else:
+            self._poll()
 
     def _poll(self) -> None:
+        """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
+        until = time.monotonic() + ONE_TRY_SECONDS
         while True:
             self._refreshed()
             try:
                 self._relist()
-                self._failures = 0
-                delay = self._interval
+                self._failures, delay = 0, self._interval
+                if self._mode == "once" or self.absent:
+                    return
             except LoaderError as error:
                 delay = self._failure(error)
+                # (a quarter of a second more, so that a Retry-After of 1 fits)
+                late = time.monotonic() + delay > until + 0.25
+                if self._mode == "once" and (late or status_of(error) not in PASSING):
+                    self.failed = True
+                    self._wake("trouble", time.monotonic())
+                    return
             self._pause(delay)
 
-    def _watch(self) -> None:
-        api = self._client
-        assert isinstance(api, Api)
+    def _watch(self, api: Api) -> None:
+        """List, then watch from there; resume a watch that ended, list again where only that
+        helps. After a failure the server may be another one: its etcd may have been restored."""
         suspect, rejections = False, 0
         while True:
             try:
@@ -767,6 +696,8 @@ class Reflector(threading.Thread):
                 suspect = False
                 if not self._version:
                     self._relist()
+                if self.absent:
+                    return
                 suspect, rejections = self._follow(api), 0
             except Expired as error:
                 log.debug("%s", error)
@@ -776,7 +707,7 @@ class Reflector(threading.Thread):
             except LoaderError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
-                status = getattr(error, "status", 0)  # 0: not an answer
+                status = status_of(error)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
                 if rejections >= RELIST_AFTER:
@@ -803,9 +734,10 @@ class Reflector(threading.Thread):
             except Expired:
                 objects, bad, version = self._listed(0)
         except ApiError as error:
-            if error.status == 404 and self._optional and not self.synced:
-                raise Absent(str(error)) from None
-            raise
+            if error.status != 404 or not self._optional or self.synced:
+                raise
+            log.info("%s: not available here (%s)", self.query, error)
+            objects, bad, version, self.absent = {}, {}, "", True
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version = objects, bad, version
         self.synced = True
@@ -822,7 +754,7 @@ class Reflector(threading.Thread):
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
 
-        def keep(item: dict[str, Any]) -> None:
+        def keep(item: dict[str, Json]) -> None:
             key = object_key(item)
             value = self._value(key, item, bad)
             if value is not None:
@@ -831,7 +763,7 @@ class Reflector(threading.Thread):
         version = self._client.list(self.query, limit, keep)
         return objects, bad, version
 
-    def _value(self, key: Key, item: dict[str, Any], bad: dict[Key, str]) -> Any:
+    def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
         old = self._objects.get(key)
         try:
@@ -869,7 +801,7 @@ class Reflector(threading.Thread):
             self._pause(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
-    def _apply(self, kind: str, item: dict[str, Any], now: float) -> None:
+    def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         metadata = json_object(item.get("metadata"))
         self._version = str(metadata.get("resourceVersion") or self._version)
@@ -897,9 +829,8 @@ class Reflector(threading.Thread):
 
     def _failure(self, error: LoaderError) -> float:
         """Log what failed (once, until it is another failure); how long to wait."""
-        reason = "cut" if isinstance(error, Cut) else "error"
-        if isinstance(error, ApiError):
-            reason = f"status {error.status}"
+        status = status_of(error)
+        reason = f"status {status}" if status else "cut" if isinstance(error, Cut) else "error"
         metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
         delay = self._delay(getattr(error, "retry_after", 0.0))
         self.trouble = str(error)
@@ -936,10 +867,10 @@ class FileSource:
 
     def __init__(self, path: str, namespace: str) -> None:
         self._path, self._namespace = path, namespace
-        self._standard_input: bytes | None = None
+        self._text = b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
-    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Any]], None]) -> str:
+    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
         wanted = requirements(query.labels)
         objects = self._objects()
@@ -971,110 +902,101 @@ class FileSource:
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
         return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
 
-    def _objects(self) -> Sequence[dict[str, Any]]:
+    def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with its metadata and its namespace."""
-        objects = []
-        for item in documents(self._read(), self._path):
-            metadata = item.get("metadata")
-            if isinstance(metadata, dict):
-                if item["kind"] != NODES.kind:
-                    metadata["namespace"] = metadata.get("namespace") or self._namespace
-                objects.append(item)
+        text, hint = self._read(), "give the output of `kubectl get ... -o json`"
+        try:
+            objects = [item for item in documents(text) if isinstance(item.get("metadata"), dict)]
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(str(error)[:200].split())
+            raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
+        for item in objects:
+            if item["kind"] != NODES.kind:
+                metadata = item["metadata"]
+                metadata["namespace"] = metadata.get("namespace") or self._namespace
         return objects
 
     def _read(self) -> bytes:
+        standard_input = self._path == "-"
         try:
-            if self._path == "-":
-                with self._lock:
-                    if self._standard_input is None:
-                        self._standard_input = sys.stdin.buffer.read(LIST_BYTES + 1)
-                    text = self._standard_input
-            else:
-                with open(self._path, "rb") as stream:
-                    text = stream.read(LIST_BYTES + 1)
+            with self._lock:
+                if not (standard_input and self._text):
+                    path = 0 if standard_input else self._path
+                    with open(path, "rb", closefd=not standard_input) as stream:
+                        self._text = stream.read(LIST_BYTES + 1)
+                return self._text
         except OSError as error:
             raise LoaderError(f"--from-file {why(error)}") from None
-        if len(text) > LIST_BYTES:
-            raise LoaderError(f"--from-file {self._path}: larger than {LIST_BYTES >> 20} MiB")
-        return text
 
 
-def documents(text: bytes, path: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file: single ones or lists (of lists), one after another."""
+def documents(text: bytes) -> Iterator[dict[str, Json]]:
+    """The objects of a file: single ones or lists (of lists), one after another; ValueError for
+    anything else."""
     decoder, solid, position = json.JSONDecoder(), re.compile(r"\S"), 0
-    hint = "give the output of `kubectl get ... -o json`"
-    try:
-        whole = text.decode("utf-8-sig")
-        while found := solid.search(whole, position):
-            value, position = decoder.raw_decode(whole, found.start())
-            yield from flattened(value, path)
-    except (ValueError, RecursionError) as error:
-        raise LoaderError(f"--from-file {path}: not valid JSON ({why(error)}); {hint}") from None
+    if len(text) > LIST_BYTES:
+        raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
+    whole = text.decode("utf-8-sig")
+    while found := solid.search(whole, position):
+        value, position = decoder.raw_decode(whole, found.start())
+        yield from flattened(value)
     if not position:  # a file that is just being rewritten; no objects at all is an empty List
-        raise LoaderError(f"--from-file {path}: is empty; {hint}")
+        raise ValueError("is empty")
 
 
-def flattened(value: object, path: str) -> Iterator[dict[str, Any]]:
+def flattened(value: Json) -> Iterator[dict[str, Json]]:
     """The objects in a value: itself, or the items of a List kind."""
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise LoaderError(f"--from-file {path}: holds something that is not a Kubernetes object")
-    if not value["kind"].endswith("List"):
+    kind = json_object(value).get("kind")
+    if not isinstance(kind, str):
+        raise ValueError("holds something that is not a Kubernetes object")
+    if not kind.endswith("List"):
         yield value
         return
     items = value.get("items") or []
     if not isinstance(items, list):
-        raise LoaderError(f"--from-file {path}: the items of a {value['kind']} are not a list")
+        raise ValueError(f"the items of a {kind} are not a list")
     for item in items:
-        if isinstance(item, dict):
-            item.setdefault("kind", value["kind"].removesuffix("List"))
-        yield from flattened(item, path)
+        json_object(item).setdefault("kind", kind.removesuffix("List"))
+        yield from flattened(item)
 
 
 # -- label selectors --------------------------------------------------------------------------
 
 # One requirement of a selector whose words are one space apart, which makes this linear.
 REQUIREMENT = (
-    r"(?:(!) )?([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
+    r"((?:! )?)([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
     r"(?: (==?|!=)(?: ([-._A-Za-z0-9]+))?| (in|notin) \(((?: [-._A-Za-z0-9]+| ,)*) \))?(?: , |$)"
 )
+Requirement = tuple[str, Sequence[str] | None, bool]  # label, values (None: any), whether it holds
 
 
-def requirements(selector: str) -> list[tuple[str, str, frozenset[str]]]:
-    """A label selector as (label, operator, values); UsageError for what is not one.
+def requirements(selector: str) -> list[Requirement]:
+    """A label selector as its requirements; UsageError for what is not one.
 
     The grammar of the Kubernetes page "Labels and Selectors": `a=b`, `a==b`, `a!=b`,
     `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, with commas between.
     """
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
-    pattern, found, position = re.compile(REQUIREMENT), [], 0
+    found: list[Requirement] = []
+    pattern, position = re.compile(REQUIREMENT), 0
     while position < len(text):
         match = pattern.match(text, position)
-        if not match:
+        if not match or (match[1] and (match[3] or match[5])):
             raise UsageError(f"{selector[:200]!r} is not a valid label selector")
         absent, label, operator, value, words, values = match.groups()
-        if words:
-            chosen = frozenset(word.strip() for word in values.split(","))
-            found.append((label, words, chosen))
-        elif operator:
-            chosen = frozenset({value or ""})
-            found.append((label, "notin" if operator == "!=" else "in", chosen))
-        else:
-            found.append((label, "absent" if absent else "exists", frozenset()))
+        chosen = None
+        if operator or words:
+            chosen = [word.strip() for word in (values or value or "").split(",")]
+        found.append((label, chosen, not absent and operator != "!=" and words != "notin"))
         position = match.end()
     return found
 
 
-def selects(wanted: Sequence[tuple[str, str, frozenset[str]]], labels: Mapping[str, Any]) -> bool:
+def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
     """Whether all requirements hold; like the API server, `!=` and `notin` match absence."""
-    for label, operator, values in wanted:
-        if operator in ("exists", "absent"):
-            holds = (label in labels) == (operator == "exists")
-        else:
-            value = labels.get(label)
-            holds = (isinstance(value, str) and value in values) == (operator == "in")
-        if not holds:
-            return False
-    return True
+    return all(
+        (label in labels if values is None else labels.get(label) in values) == holds
+        for label, values, holds in wanted
+    )
 
 # ---------------------------------------------------------------------------------------------
 # Translation: Services, endpoints and Nodes become clusters, assignments and routes
@@ -1086,7 +1008,6 @@ def selects(wanted: Sequence[tuple[str, str, frozenset[str]]], labels: Mapping[s
 # strings. `*_from` take the raw JSON of one object. Null, absent and empty are one there, as in
 # Go's types; what has a wrong type raises ValueError with the path of the member at fault.
 
-Json = Any  # what json.loads returns: written once, so that each use says what it is
 
 HEALTHY, DRAINING, UNHEALTHY = range(3)  # of an endpoint, best first
 IPV4, IPV6, FQDN = "ipv4", "ipv6", "fqdn"
