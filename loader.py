@@ -325,8 +325,9 @@ class Api:
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
                 raise ApiError(200, text)
-            while items:  # (None: Go's JSON writes an empty slice as null)
-                keep(json_object(items.pop()))  # each is let go before the next page is read
+            for item in items or ():  # Go's JSON writes an empty slice as null
+                keep(json_object(item))
+            del answer, items  # before the next page is read
             page["continue"] = str(metadata.get("continue") or "")
             if not page["continue"]:
                 return str(metadata.get("resourceVersion") or "")
@@ -642,7 +643,7 @@ class Reflector(threading.Thread):
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version = ""
         self._failures = 0
-        self._asked = threading.Event()  # by refresh()
+        self._asked = threading.Event()  # by refresh(): ends each wait
         self._watching: Api | None = None  # while a watch is open
         self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
 
@@ -658,6 +659,7 @@ class Reflector(threading.Thread):
                 self._watching.interrupt()
 
     def run(self) -> None:
+        """As a daemon thread it owns no disk, and needs nobody's word to stop."""
         if self._mode == "watch" and isinstance(self._client, Api):
             self._watch(self._client)
         else:
@@ -681,7 +683,7 @@ class Reflector(threading.Thread):
                     self.failed = True
                     self._wake("trouble", time.monotonic())
                     return
-            self._pause(delay)
+            self._asked.wait(delay)
 
     def _watch(self, api: Api) -> None:
         """List, then watch from there; resume a watch that ended, list again where only that
@@ -702,7 +704,7 @@ class Reflector(threading.Thread):
             except Expired as error:
                 log.debug("%s", error)
                 self._forget("expired")
-                self._pause(self._delay() if rejections else 0.0)
+                self._asked.wait(self._delay() if rejections else 0.0)
                 rejections += 1
             except LoaderError as error:
                 if self._asked.is_set():
@@ -712,7 +714,7 @@ class Reflector(threading.Thread):
                 rejections = rejections + 1 if status else 0
                 if rejections >= RELIST_AFTER:
                     self._forget("rejected")
-                self._pause(self._failure(error))
+                self._asked.wait(self._failure(error))
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -737,7 +739,8 @@ class Reflector(threading.Thread):
             if error.status != 404 or not self._optional or self.synced:
                 raise
             log.info("%s: not available here (%s)", self.query, error)
-            objects, bad, version, self.absent = {}, {}, "", True
+            objects, bad, version = {}, {}, ""
+            self.absent = True
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version = objects, bad, version
         self.synced = True
@@ -760,8 +763,7 @@ class Reflector(threading.Thread):
             if value is not None:
                 objects[key] = value
 
-        version = self._client.list(self.query, limit, keep)
-        return objects, bad, version
+        return objects, bad, self._client.list(self.query, limit, keep)
 
     def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
@@ -782,10 +784,7 @@ class Reflector(threading.Thread):
         self._recovered()
         self._watching = api
         try:
-            while not self._asked.is_set():
-                event = next(events, None)
-                if event is None:
-                    break
+            while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event, last)
         finally:
@@ -798,14 +797,14 @@ class Reflector(threading.Thread):
         log.debug("watch of %s ended after %.0f s", self.query, now - began)
         metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
         if now - began < WATCH_SHORT:
-            self._pause(self._delay())
+            self._asked.wait(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
     def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         metadata = json_object(item.get("metadata"))
         self._version = str(metadata.get("resourceVersion") or self._version)
-        if kind in ("ADDED", "MODIFIED", "DELETED"):
+        if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
             old = self._objects.get(key)
             bad = {other: text for other, text in self.bad.items() if other != key}
@@ -817,8 +816,6 @@ class Reflector(threading.Thread):
                 else:
                     self._objects[key] = value
                 self._wake("objects", now)
-        elif kind != "BOOKMARK":
-            log.debug("watch of %s: event of unknown type %s", self.query, kind)
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _recovered(self) -> None:
@@ -836,7 +833,6 @@ class Reflector(threading.Thread):
         self.trouble = str(error)
         if self._mode != "once":  # there the error is the end, and is reported as such
             log.outage(self._topic, self.trouble)
-        log.debug("%s: next try in %.1f s", self.query, delay)
         self._wake("trouble", time.monotonic())
         return delay
 
@@ -852,11 +848,6 @@ class Reflector(threading.Thread):
             asked = self._asked.is_set()
             self._asked.clear()
             return asked
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, unless refresh() is called. Daemon threads need nothing else to stop: they own no
-        disk."""
-        self._asked.wait(seconds)
 
 
 # -- --from-file ------------------------------------------------------------------------------
