@@ -274,6 +274,18 @@ class Query(NamedTuple):
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
 
 
+def text_at(item: Mapping[str, Json], *path: str) -> str:
+    """The text at a path of names in an API object; "" for whatever else is there."""
+    value: Json = item
+    for name in path:
+        value = json_object(value).get(name)
+    return value if isinstance(value, str) else ""
+
+
+def object_key(item: Mapping[str, Json]) -> Key:
+    return text_at(item, "metadata", "namespace"), text_at(item, "metadata", "name")
+
+
 class ApiError(LoaderError):
     """The API server answered, and not with what was asked for."""
 
@@ -321,16 +333,16 @@ class Api:
             except ValueError:
                 text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
                 raise ApiError(200, f"{text}; is it an API server?") from None
-            items, metadata = answer.pop("items", 0), json_object(answer.get("metadata"))
+            items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
                 raise ApiError(200, text)
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
-            del answer, items  # before the next page is read
-            page["continue"] = str(metadata.get("continue") or "")
+            del items  # before the next page is read
+            page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
-                return str(metadata.get("resourceVersion") or "")
+                return text_at(answer, "metadata", "resourceVersion")
         raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
@@ -411,7 +423,7 @@ class Api:
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
             if item.get("reason") in ("Expired", "Gone"):
                 status = 410
-            raise self._error(query, "watch", status, item.get("message"))
+            raise self._error(query, "watch", status, text_at(item, "message"))
         return kind, item
 
     def _ask(
@@ -464,7 +476,7 @@ class Api:
             body = b""
             self.close()
         try:
-            message = json_object(parse_json(body)).get("message")
+            message = text_at(json_object(parse_json(body)), "message")
         except ValueError:
             message = body.decode("utf-8", "replace")
         if 300 <= response.status < 400:
@@ -475,7 +487,7 @@ class Api:
         return self._error(query, verb, response.status, message, seconds)
 
     def _error(
-        self, query: Query, verb: str, status: int, message: object, retry_after: float = 0.0
+        self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
     ) -> ApiError:
         access, resource = self._access, query.resource.name
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
@@ -485,7 +497,7 @@ class Api:
             403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
         }.get(status, "")
-        text = f"{verb} {query}: {status} {self._quoted(str(message or ''))}".rstrip()
+        text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
         return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
 
     def _quoted(self, text: str) -> str:
@@ -596,11 +608,6 @@ RELIST_AFTER = 3
 # 20 ms after a restart though it means 200: these are asked again for this long.
 ONE_TRY_SECONDS = 1.0
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
-
-
-def object_key(item: Mapping[str, Json]) -> Key:
-    metadata = json_object(item.get("metadata"))
-    return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
 
 
 def status_of(error: LoaderError) -> int:
@@ -770,11 +777,11 @@ class Reflector(threading.Thread):
         old = self._objects.get(key)
         try:
             value = self._parse(item)
-        except ValueError as error:
+            return old if value == old else value
+        except (ValueError, RecursionError) as error:
             name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
             bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
             return old
-        return old if value == old else value
 
     def _follow(self, api: Api) -> bool:
         """Watch until the server ends it properly; whether that end wants a closer look."""
@@ -802,8 +809,7 @@ class Reflector(threading.Thread):
 
     def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
-        metadata = json_object(item.get("metadata"))
-        self._version = str(metadata.get("resourceVersion") or self._version)
+        self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
             old = self._objects.get(key)
