@@ -408,7 +408,7 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            raise Cut(f"watch {query}: cut or silent ({self._quoted(why(error))})") from error
+            raise Cut(f"watch {query}: cut or silent ({self._quoted(str(error), why(error))})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
@@ -446,7 +446,7 @@ class Api:
             return response, b"" if verb == "watch" else body_of(response, LIST_BYTES)
         except BROKEN as error:
             self.close()
-            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(why(error))}"
+            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(str(error), why(error))}"
             raise Cut(f"{text}; check --apiserver and --ca-file") from error
         finally:
             timer.cancel()
@@ -500,9 +500,9 @@ class Api:
         text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
         return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
 
-    def _quoted(self, text: str) -> str:
-        """Foreign text as one line for the log. An error page may echo the request, token and all,
-        in a URL or in base64 too, where three alignments are possible."""
+    def _quoted(self, text: str, shown: str = "") -> str:
+        """Foreign text (or a line about it) for the log. An error page may echo the request, token
+        and all, in a URL or in base64 too, where three alignments are possible."""
         forms = {self._token}
         for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
             encoded = base64.b64encode(bytes(shift) + self._token.encode("latin-1")).decode()
@@ -511,7 +511,7 @@ class Api:
         seen = plain + plain.replace("-", "+").replace("_", "/")
         if any(form in seen for form in forms if form):
             return "[a text that quotes the token]"
-        return " ".join(text.split())[:500]
+        return shown or " ".join(text.split())[:500]
 
     # -- one connection ---------------------------------------------------------------------
 
