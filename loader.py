@@ -408,7 +408,8 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            raise Cut(f"watch {query}: cut or silent ({self._quoted(str(error), why(error))})") from error
+            reason = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({reason})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
@@ -751,7 +752,7 @@ class Reflector(threading.Thread):
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version = objects, bad, version
         self.synced = True
-        log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
             self._wake("objects", time.monotonic())
@@ -787,7 +788,7 @@ class Reflector(threading.Thread):
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
         began = last = time.monotonic()
-        log.debug("watching %s from %s", self.query, self._version)
+        log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
         self._watching = api
         try:
