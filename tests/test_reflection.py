@@ -11,6 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
@@ -578,6 +584,20 @@ def test_the_name_in_the_certificate_is_verified(
         assert not api.requests
 
 
+def test_an_encrypted_key_is_an_error_and_no_question(
+    run_loader: RunLoader, authority: Authority, api_tls: ApiServer, tmp_path: Path
+) -> None:
+    pair = Authority(tmp_path / "clients").pair("loader")
+    key = load_pem_private_key(pair.key.read_bytes(), None)
+    hidden = BestAvailableEncryption(b"secret")
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
+    given = ("--client-cert", str(pair.cert), "--client-key", str(locked))
+    done = run_loader("--onetime", "--configmap", "envoy-xds", *given, server=api_tls, timeout=10)
+    assert done.returncode == 1
+    assert f"{locked}: not a usable certificate" in done.stderr
+
+
 def test_a_ca_file_that_is_missing_is_named(
     run_loader: RunLoader, api_tls: ApiServer, tmp_path: Path
 ) -> None:
@@ -713,11 +733,17 @@ def test_watches_that_end_after_an_event_are_backed_off_from(
     assert 4 <= len(api.requests.matching(is_watch)) <= 10
 
 
-def test_sighup_asks_the_api_server(watching: Loader, api: ApiServer, out: Path) -> None:
+@pytest.mark.parametrize("server", ["api", "api_tls"])
+def test_sighup_asks_the_api_server(
+    start_loader: StartLoader, request: pytest.FixtureRequest, out: Path, server: str
+) -> None:
     """In watch mode too: whatever the open watch has missed. It is no failure."""
+    api: ApiServer = request.getfixturevalue(server)
+    put(api, "1")
     api.fail_next("watch=", k8s.Stream([], "silent"))
-    api.close_watches()
-    api.requests.wait_for(is_watch, count=2)
+    watching = start_loader(*WATCH, server=api)
+    wait_text(out, "1")
+    api.requests.wait_for(is_watch)
     put(api, "2")
     watching.process.send_signal(signal.SIGHUP)
     wait_text(out, "2")
@@ -725,7 +751,7 @@ def test_sighup_asks_the_api_server(watching: Loader, api: ApiServer, out: Path)
     put(api, "3")
     wait_text(out, "3")
     assert len(api.requests.matching(is_list)) == 2
-    assert "WARNING" not in watching.log
+    assert "WARN" not in watching.log
 
 
 def test_sighup_ends_a_pause(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
