@@ -481,7 +481,8 @@ class Api:
         except ValueError:
             message = body.decode("utf-8", "replace")
         if 300 <= response.status < 400:
-            message = f"redirect to {response.headers.get('Location', '')}"
+            where = self._quoted(response.headers.get("Location", ""))
+            message = f"redirects are not followed: correct --apiserver ({where})"
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
@@ -496,7 +497,7 @@ class Api:
             401: f"; is the token in {access.token_file} valid?",
             403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
-        }.get(status, "; redirects are not followed, correct --apiserver" if status < 400 else "")
+        }.get(status, "")
         text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
         return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
 
