@@ -97,6 +97,7 @@ def test_no_echo_of_the_token_reaches_the_log(
         done = run_loader(*ONCE, "--log-level", "debug")
         assert done.returncode == 1
         assert "quotes the token" in done.stderr, (name, done.stderr)
+        assert ("redirect" in done.stderr) == (place == "redirect"), "and the advice stays"
         for part in (SECRET[:12], SECRET[-12:], text[-40:-20]):
             assert part not in done.stderr, name
 

@@ -874,6 +874,10 @@ def test_a_file_of_endpoints_without_slices(
     done = run_loader(*args, server=None)
     assert done.returncode == 0, done.stderr
     assert "10.1.1.1" in (out / "current/cds.yaml").read_text()
+    slices = loader.Query(loader.ENDPOINTSLICES, "demo")
+    with pytest.raises(loader.ApiError, match="no EndpointSlice") as failed:
+        loader.FileSource(str(path), "demo").list(slices, 0, print)
+    assert failed.value.status == 404
 
 
 def test_a_file_says_where_else_an_object_is(tmp_path: Path) -> None:
