@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,7 @@ def wrapped() -> dict[str, str]:
     }
 
 
-SHOWN = {
+SHOWN: dict[str, Callable[[str], k8s.Fault]] = {
     "message": lambda text: k8s.failure(400, "BadRequest", text),
     "page": lambda text: Response(400, f"<html>{text}</html>".encode()),
     "redirect": lambda text: k8s.redirect("http://127.0.0.1:1/?" + "".join(text.split())),
@@ -122,7 +122,7 @@ def deep(start: bytes, end: bytes = b"") -> bytes:
     return start + b'{"a":' * DEEP + b"1" + b"}" * DEEP + end
 
 
-TOO_DEEP = {
+TOO_DEEP: dict[str, k8s.Fault] = {
     "an error page": Response(503, b"[" * DEEP),
     "an error that is JSON": Response(503, deep(b'{"message":', b"}")),
     "a list": Response(200, deep(b'{"kind":"ConfigMapList","items":[', b"]}")),
@@ -157,7 +157,7 @@ def test_what_is_nested_deep_is_an_error_and_no_crash(
 
 
 @pytest.fixture
-def tight(api: ApiServer, common: list[str]) -> Iterator[object]:
+def tight(api: ApiServer, common: list[str]) -> Iterator[Callable[..., Loader]]:
     """`tight(*args, LIST_BYTES=1 << 20)`: a loader with other bounds, ended with the test."""
     started: list[Loader] = []
 
@@ -177,7 +177,7 @@ def gzipped(size: int) -> Response:
     return Response(200, gzip.compress(bytes(size)), {"Content-Encoding": "gzip"})
 
 
-def test_a_bomb_is_not_unpacked(tight: type[Loader], api: ApiServer) -> None:
+def test_a_bomb_is_not_unpacked(tight: Callable[..., Loader], api: ApiServer) -> None:
     """A server that answers with gzip that nobody asked for."""
     api.fail_next("GET", gzipped(256 << 20), times=1000)
     running = tight(*WATCH, LIST_BYTES=4 << 20)
@@ -188,7 +188,7 @@ def test_a_bomb_is_not_unpacked(tight: type[Loader], api: ApiServer) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_list_of_any_size_is_not_read(
-    tight: type[Loader], api: ApiServer, out: Path, chunked: bool
+    tight: Callable[..., Loader], api: ApiServer, out: Path, chunked: bool
 ) -> None:
     """With its length, or in chunks without end."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000000\r\n\r\n"
@@ -203,7 +203,9 @@ def test_a_list_of_any_size_is_not_read(
     wait_files(out, {"rds.yaml": "1"})
 
 
-def test_a_list_without_end_is_left(tight: type[Loader], api: ApiServer, out: Path) -> None:
+def test_a_list_without_end_is_left(
+    tight: Callable[..., Loader], api: ApiServer, out: Path
+) -> None:
     put(api, "1")
     page = {"kind": "ConfigMapList", "items": [], "metadata": {"continue": "more"}}
     api.fail_next("GET", Response(200, json.dumps(page).encode()), times=10)
@@ -221,7 +223,7 @@ def test_an_error_page_of_any_size(run_loader: RunLoader, api: ApiServer) -> Non
     assert len(done.stderr) < 1_000
 
 
-def test_an_event_without_end(tight: type[Loader], api: ApiServer, out: Path) -> None:
+def test_an_event_without_end(tight: Callable[..., Loader], api: ApiServer, out: Path) -> None:
     put(api, "1")
     api.fail_next("watch=", Stream([b"x" * (1 << 16)] * 40, "silent"))
     running = tight(*WATCH, EVENT_BYTES=1 << 20)
@@ -282,7 +284,7 @@ def test_a_server_that_trickles_is_left(common: list[str], start: bytes) -> None
 
 
 def test_no_server_makes_a_source_wait_for_years(
-    tight: type[Loader], api: ApiServer, out: Path
+    tight: Callable[..., Loader], api: ApiServer, out: Path
 ) -> None:
     put(api, "1")
     refusal = k8s.failure(429, "TooManyRequests", "", {"Retry-After": "9" * 400})
@@ -341,7 +343,9 @@ def test_a_file_has_a_bound(common: list[str], tmp_path: Path) -> None:
         assert "larger than 1 MiB" in running.log
 
 
-def test_nothing_waits_for_a_thread(api: ApiServer, tight: type[Loader], out: Path) -> None:
+def test_nothing_waits_for_a_thread(
+    api: ApiServer, tight: Callable[..., Loader], out: Path
+) -> None:
     """Bounds in time cost no thread that stays."""
     put(api, "1")
     running = tight("--configmap", "envoy-xds", "--sync-interval", "20ms")
