@@ -408,7 +408,8 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            raise Cut(f"watch {query}: cut or silent ({self._quoted(str(error), why(error))})") from error
+            reason = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({reason})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
@@ -481,7 +482,7 @@ class Api:
             message = body.decode("utf-8", "replace")
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
-            message = f"redirect to {where} rejected; correct --apiserver"
+            message = f"redirects are not followed: correct --apiserver ({where})"
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
@@ -752,7 +753,7 @@ class Reflector(threading.Thread):
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version = objects, bad, version
         self.synced = True
-        log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
             self._wake("objects", time.monotonic())
@@ -788,7 +789,7 @@ class Reflector(threading.Thread):
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
         began = last = time.monotonic()
-        log.debug("watching %s from %s", self.query, self._version)
+        log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
         self._watching = api
         try:
