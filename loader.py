@@ -49,32 +49,12 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
-from collections import Counter, deque, namedtuple
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO, TypeVar
 
-TYPE_CHECKING = False  # a type checker takes it for True
-if TYPE_CHECKING:
-    from typing import Any, NamedTuple, TextIO, TypeVar
-
-    JsonType = TypeVar("JsonType")
-else:
-    # An init container's start is mostly imports: `typing` costs 5 ms of it and checks each field
-    # of each of its named tuples, 4 ms more. At run time these are the ones of `collections`.
-    Any = object
-
-    class NamedTupleMaker(type):
-        """Makes `class X(NamedTuple)` a `collections.namedtuple` with the defaults and methods."""
-
-        def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, object]) -> type:
-            fields = body.get("__annotations__", {})
-            defaults = [body[field] for field in fields if field in body]
-            made = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
-            for key, value in body.items():
-                if key not in fields and key not in ("__annotations__", "__module__"):
-                    setattr(made, key, value)
-            return made
-
-    NamedTuple = type.__new__(NamedTupleMaker, "NamedTuple", (), {})
+JsonType = TypeVar("JsonType")
+Json = Any
 
 __version__ = "1.0.0"
 
@@ -178,6 +158,13 @@ Key = tuple[str, str]
 def file_of(content: bytes, source: str, mode: int = 0o644) -> File:
     """A file with the digest of its content."""
     return File(content, hashlib.sha256(content).hexdigest(), source, mode)
+
+
+def parse_json(text: bytes | str) -> Json:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def version_of(files: Files) -> str:
@@ -1100,16 +1087,12 @@ def selects(selector: str, labels: Mapping[str, str]) -> bool:
     return True
 
 # ---------------------------------------------------------------------------------------------
-# Translation: Services, endpoints and Nodes become clusters, assignments and routes
+# Objects
 # ---------------------------------------------------------------------------------------------
-
-# -- objects: what the Kubernetes API gives, reduced to what is rendered -----------------------
 #
-# Five thousand Services of ten endpoints are held at once, so these are tuples of interned
-# strings. `*_from` take the raw JSON of one object. Null, absent and empty are one there, as in
-# Go's types; what has a wrong type raises ValueError with the path of the member at fault.
-
-Json = Any  # what json.loads returns: written once, so that each use says what it is
+# What the Kubernetes API gives, reduced to what is rendered: five thousand Services of ten
+# endpoints are held at once. `*_from` read the raw JSON of one object. Null, absent and empty are
+# the same there, as in Go's types; a wrong type or value raises ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = range(3)  # of an endpoint, best first
 IPV4, IPV6, FQDN = "ipv4", "ipv6", "fqdn"
@@ -1117,12 +1100,8 @@ SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
 TOPOLOGY_ZONE = "topology.kubernetes.io/zone"
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
-
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-DNS_NAME = (
-    r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*"
-    r"[A-Za-z0-9_])?)*"
-)
+SURROGATES = "[\ud800-\udfff]"  # "\ud800" is valid JSON, and not valid UTF-8
 
 
 class ServicePort(NamedTuple):
@@ -1141,18 +1120,19 @@ class ServicePort(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A Service. `external_name` is empty unless its type is ExternalName."""
+    """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
+    one. Of annotations that cannot be ours only the names are kept.
+    """
 
     namespace: str
     name: str
+    created: str
     ports: tuple[ServicePort, ...]
     headless: bool
     external_name: str | None
-    labels: tuple[tuple[str, str], ...]
-    annotations: tuple[tuple[str, str], ...]  # those that may be about routes
-
-    def __str__(self) -> str:
-        return f"service {self.namespace}/{self.name}"
+    family: str
+    labels: dict[str, str]
+    annotations: dict[str, str]
 
 
 class Endpoint(NamedTuple):
@@ -1180,225 +1160,175 @@ class Node(NamedTuple):
     """A Node, for the localities of the endpoints on it."""
 
     name: str
-    labels: tuple[tuple[str, str], ...]
+    labels: dict[str, str]
 
 
 class Objects(NamedTuple):
     """All that is rendered. Unchanged values are the same objects from one call to the next."""
 
     services: Mapping[Key, Service]
-    slices: Mapping[Key, EndpointSlice]
-    endpoints: Mapping[Key, tuple[EndpointSlice, ...]]
+    slices: Sequence[EndpointSlice]
     nodes: Mapping[str, Node]
 
 
-def member_of(parent: Json, key: str, kind: type[JsonType]) -> JsonType:
-    """The member of a raw object; null and absent are the kind's empty value."""
+def member(parent: Json, key: str, kind: type) -> Json:
+    """The member of a raw object; null and absent are the kind's empty value.
+
+    Strings are interned: zones, nodes and names of ports are few and are held thousands of times.
+    """
+    if type(parent) is not dict:
+        raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
     if value is None:
         return kind()
     if type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    return value
+    if type(value) is not str:
+        return value
+    if re.search(SURROGATES, value):
+        raise ValueError(f"{key}: not a Unicode text: {value[:60]!a}")
+    return sys.intern(value)
 
 
-def items_of(parent: Json, key: str) -> list[dict[str, Json]]:
-    """The objects of a list."""
-    items = member_of(parent, key, list)
-    for index, item in enumerate(items):
-        if type(item) is not dict:
-            raise ValueError(f"{key}[{index}]: dict expected, not {type(item).__name__}")
-    return items
-
-
-def text_of(parent: Json, key: str) -> str:
-    """A string, interned: zones, nodes and port names are few, and are held thousands of times."""
-    text = member_of(parent, key, str)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # "\ud800" is valid JSON, and no valid UTF-8
-            raise ValueError(f"{key}: not a Unicode text: {text!a}") from None
-    return sys.intern(text)
-
-
-def pairs_of(parent: Json, key: str) -> tuple[tuple[str, str], ...]:
-    """A map of strings (labels, annotations), sorted."""
-    pairs = member_of(parent, key, dict)
-    return tuple((sys.intern(name), text_of(pairs, name)) for name in sorted(pairs))
+def text_map(parent: Json, key: str) -> dict[str, str]:
+    """Labels or annotations."""
+    found = member(parent, key, dict)
+    return {sys.intern(name): member(found, name, str) for name in found}
 
 
 def port_number(parent: Json, key: str) -> int:
     """A port, 0 where there is none."""
-    number = member_of(parent, key, int)
+    number: int = member(parent, key, int)
     if not 0 <= number <= 65535:
-        raise ValueError(f"{key}: a port is between 1 and 65535, not {number}")
+        raise ValueError(f"{key}: a port is between 1 and 65535")
     return number
 
 
-def label_of(parent: Json, key: str) -> str:
-    """A DNS label: namespaces and the like become file names, so nothing else may pass."""
-    label = text_of(parent, key)
+def dns_label(parent: Json, key: str) -> str:
+    """A DNS label: namespaces and names become file names, so nothing else may pass."""
+    label: str = member(parent, key, str)
     if not re.fullmatch(DNS_LABEL, label):
-        raise ValueError(f"{key}: not a DNS label: {label!a}")
+        raise ValueError(f"{key}: not a DNS label: {label[:60]!a}")
     return label
-
-
-def metadata_of(obj: Json) -> dict[str, Json]:
-    if type(obj) is not dict:
-        raise ValueError(f"a JSON object expected, not {type(obj).__name__}")
-    return member_of(obj, "metadata", dict)
 
 
 def service_from(obj: Json) -> Service:
     """A v1 Service, reduced."""
-    metadata, spec = metadata_of(obj), member_of(obj, "spec", dict)
-    external = None
-    if text_of(spec, "type") == "ExternalName":
-        external = text_of(spec, "externalName").removesuffix(".")
-        if not re.fullmatch(DNS_NAME, external):
-            raise ValueError(f"externalName: not a DNS name: {external!a}")
-    annotations = pairs_of(metadata, "annotations")
+    metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
+    annotations = text_map(metadata, "annotations")
+    for name in annotations:
+        if name.rpartition("/")[2] not in ROUTE_ANNOTATIONS:
+            annotations[name] = ""
+    external = member(spec, "type", str) == "ExternalName"
     return Service(
-        namespace=label_of(metadata, "namespace"),
-        name=label_of(metadata, "name"),
-        ports=tuple(service_port_from(port) for port in items_of(spec, "ports")),
-        headless=text_of(spec, "clusterIP") == "None",
-        external_name=external,
-        labels=pairs_of(metadata, "labels"),
-        annotations=tuple(
-            pair for pair in annotations if pair[0].rpartition("/")[2] in ROUTE_ANNOTATIONS
-        ),
+        namespace=dns_label(metadata, "namespace"),
+        name=dns_label(metadata, "name"),
+        created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
+        ports=tuple(service_port_from(port) for port in member(spec, "ports", list)),
+        headless=member(spec, "clusterIP", str) == "None",
+        external_name=member(spec, "externalName", str) if external else None,
+        family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
+        labels=text_map(metadata, "labels"),
+        annotations=annotations,
     )
 
 
-def service_port_from(port: dict[str, Json]) -> ServicePort:
-    number, name = port_number(port, "port"), text_of(port, "name")
+def service_port_from(port: Json) -> ServicePort:
+    number = port_number(port, "port")
     if not number:
         raise ValueError("port: a Service port needs a number")
-    if name and not re.fullmatch(DNS_LABEL, name):
-        raise ValueError(f"name: not a port name: {name!a}")
+    name = dns_label(port, "name") if port.get("name") else ""
     target = port.get("targetPort")
     if type(target) is not str:
         target = port_number(port, "targetPort")
-    return ServicePort(
-        name,
-        number,
-        text_of(port, "protocol") or "TCP",
-        text_of(port, "appProtocol"),
-        target or number,
-    )
+    protocol = member(port, "protocol", str) or "TCP"
+    return ServicePort(name, number, protocol, member(port, "appProtocol", str), target or number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
-    metadata = metadata_of(obj)
-    family = text_of(obj, "addressType").lower()
+    metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in (IPV4, IPV6, FQDN):
-        raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family!a}")
+        raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
+    ports = [(member(each, "name", str), port_number(each, "port"))
+             for each in member(obj, "ports", list)]
     return EndpointSlice(
-        namespace=text_of(metadata, "namespace"),
-        name=text_of(metadata, "name"),
-        service=text_of(member_of(metadata, "labels", dict), SERVICE_NAME_LABEL),
+        namespace=member(metadata, "namespace", str),
+        name=member(metadata, "name", str),
+        service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
-        ports=slice_ports_from(obj),
-        endpoints=tuple(
-            endpoint
-            for item in items_of(obj, "endpoints")
-            for endpoint in endpoint_from(item, family)
-        ),
+        ports=tuple(ports),
+        endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
+                        for endpoint in endpoint_from(item, family)),
     )
 
 
-def slice_ports_from(obj: Json) -> tuple[tuple[str, int], ...]:
-    return tuple(
-        (text_of(port, "name"), port_number(port, "port")) for port in items_of(obj, "ports")
-    )
-
-
-def endpoint_from(item: dict[str, Json], family: str) -> Iterator[Endpoint]:
+def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
     only matter where `ready` is false, and null is false there.
     """
-    conditions = member_of(item, "conditions", dict)
-    ready = conditions.get("ready") is None or member_of(conditions, "ready", bool)
-    serving, terminating = (member_of(conditions, key, bool) for key in ("serving", "terminating"))
-    state = HEALTHY if ready else DRAINING if serving and terminating else UNHEALTHY
-    hints = items_of(member_of(item, "hints", dict), "forZones")
-    zones = tuple(text_of(zone, "name") for zone in hints)
-    zone, node = text_of(item, "zone"), text_of(item, "nodeName")
-    for address in member_of(item, "addresses", list):
-        yield Endpoint(checked_address(address, family), state, zone, node, zones)
-
-
-def checked_address(address: Json, family: str) -> str:
-    """The address itself, if Envoy can parse it: one that it cannot costs it the whole file."""
-    try:
-        if family != FQDN:
-            socket.inet_pton(SOCKET_FAMILIES[family], address)
-        return str(address)
-    except (OSError, TypeError, ValueError):
-        raise ValueError(f"addresses: not an {family} address: {address!a}") from None
+    conditions = member(item, "conditions", dict)
+    ready = conditions.get("ready") is None or member(conditions, "ready", bool)
+    leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
+    state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
+    hints = member(member(item, "hints", dict), "forZones", list)
+    zones = tuple(member(zone, "name", str) for zone in hints)
+    for address in member(item, "addresses", list):
+        try:  # one that Envoy cannot parse would cost it the whole file
+            if family != FQDN:
+                socket.inet_pton(SOCKET_FAMILIES[family], address)
+        except (OSError, TypeError, ValueError):
+            text = str(address)[:60]
+            raise ValueError(f"addresses: not an {family} address: {text!a}") from None
+        zone, node = member(item, "zone", str), member(item, "nodeName", str)
+        yield Endpoint(str(address), state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
-    """A legacy v1 Endpoints object as slices: one for each subset and family in it."""
-    metadata, slices = metadata_of(obj), []
-    namespace, name = text_of(metadata, "namespace"), text_of(metadata, "name")
-    for subset in items_of(obj, "subsets"):
-        found: dict[str, list[Endpoint]] = {IPV4: [], IPV6: []}
-        for key, state in (("addresses", HEALTHY), ("notReadyAddresses", UNHEALTHY)):
-            for item in items_of(subset, key):
-                address = text_of(item, "ip")
-                family = IPV6 if ":" in address else IPV4
-                checked_address(address, family)
-                found[family].append(Endpoint(address, state, "", text_of(item, "nodeName"), ()))
-        ports = slice_ports_from(subset)
-        slices += [
-            EndpointSlice(namespace, name, name, family, ports, tuple(endpoints))
-            for family, endpoints in found.items()
-            if endpoints
-        ]
+    """A legacy v1 Endpoints object as slices: one for each subset and family, at least one."""
+    metadata = member(obj, "metadata", dict)
+    labels = {SERVICE_NAME_LABEL: member(metadata, "name", str)}
+    slices = []
+    for subset in member(obj, "subsets", list) or [{}]:
+        families: dict[str, list[Json]] = {"IPv4": []}
+        for key, ready in (("addresses", True), ("notReadyAddresses", False)):
+            for item in member(subset, key, list):
+                address = member(item, "ip", str)
+                families.setdefault("IPv6" if ":" in address else "IPv4", []).append(
+                    {**item, "addresses": [address], "conditions": {"ready": ready}})
+        for family, endpoints in families.items():
+            raw = {"metadata": {**metadata, "labels": labels}, "addressType": family}
+            slices.append(endpointslice_from(
+                {**raw, "ports": subset.get("ports"), "endpoints": endpoints}))
     return tuple(slices)
 
 
 def node_from(obj: Json) -> Node:
     """A v1 Node, reduced."""
-    metadata = metadata_of(obj)
-    return Node(text_of(metadata, "name"), pairs_of(metadata, "labels"))
+    metadata = member(obj, "metadata", dict)
+    return Node(member(metadata, "name", str), text_map(metadata, "labels"))
 
 
 # ---------------------------------------------------------------------------------------------
-# --config: how Services become clusters
+# --config
 # ---------------------------------------------------------------------------------------------
 
-# The fields of envoy.config.cluster.v3.Cluster by the JSON that each takes. Envoy ignores a field
-# that it does not know, so a typing error would pass in silence; a test compares this table, and
-# the two below, with the protobuf descriptors.
-CLUSTER_FIELDS = {
-    name: kind
-    for kind, names in {
-        "an object": """transport_socket_matcher circuit_breakers upstream_http_protocol_options
-        common_http_protocol_options http_protocol_options http2_protocol_options
-        typed_extension_protocol_options dns_failure_refresh_rate dns_resolution_config
-        typed_dns_resolver_config outlier_detection upstream_bind_config lb_subset_config
-        ring_hash_lb_config maglev_lb_config original_dst_lb_config least_request_lb_config
-        round_robin_lb_config common_lb_config transport_socket metadata
-        upstream_connection_options load_balancing_policy lrs_server upstream_config
-        track_cluster_stats preconnect_policy""",
-        "a list": """transport_socket_matches health_checks dns_resolvers filters
-        lrs_report_endpoint_metrics""",
-        'a duration such as "1.5s"': """connect_timeout dns_refresh_rate dns_jitter
-        cleanup_interval""",
-        "a number": "per_connection_buffer_limit_bytes max_requests_per_connection",
-        "true or false": """respect_dns_ttl use_tcp_for_dns_lookups wait_for_warm_on_init
-        close_connections_on_host_health_failure ignore_health_on_host_removal
-        track_timeout_budgets connection_pool_per_downstream_connection""",
-        "a string": "alt_stat_name lb_policy dns_lookup_family protocol_selection",
-    }.items()
-    for name in names.split()
-}
-
+# The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
+# misspelled; a test compares them with the protobuf descriptor.
+CLUSTER_FIELDS = frozenset("""
+    alt_stat_name circuit_breakers cleanup_interval close_connections_on_host_health_failure
+    common_http_protocol_options common_lb_config connect_timeout dns_failure_refresh_rate
+    connection_pool_per_downstream_connection dns_jitter dns_lookup_family dns_refresh_rate
+    dns_resolution_config dns_resolvers filters health_checks http2_protocol_options
+    http_protocol_options ignore_health_on_host_removal lb_policy lb_subset_config
+    least_request_lb_config load_balancing_policy lrs_report_endpoint_metrics lrs_server
+    maglev_lb_config max_requests_per_connection metadata original_dst_lb_config outlier_detection
+    per_connection_buffer_limit_bytes preconnect_policy protocol_selection respect_dns_ttl
+    ring_hash_lb_config round_robin_lb_config track_cluster_stats track_timeout_budgets
+    transport_socket transport_socket_matcher transport_socket_matches typed_dns_resolver_config
+    typed_extension_protocol_options upstream_bind_config upstream_config
+    upstream_connection_options upstream_http_protocol_options use_tcp_for_dns_lookups
+    wait_for_warm_on_init""".split())
 # The loader's own fields, and what to use instead.
 OWN_FIELDS = {
     "name": "use cluster.name, a template",
@@ -1407,92 +1337,149 @@ OWN_FIELDS = {
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
-
-# Where merging a Cluster meets a oneof (setting one member clears the others), and where a map
-# (entries are replaced, not merged): paths of fields, from the Cluster down.
-CLUSTER_ONEOFS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "": (
-        (
-            "ring_hash_lb_config",
-            "maglev_lb_config",
-            "original_dst_lb_config",
-            "least_request_lb_config",
-            "round_robin_lb_config",
-        ),
-    ),
-    "common_lb_config": (("zone_aware_lb_config", "locality_weighted_lb_config"),),
-    "http_protocol_options.header_key_format": (("proper_case_words", "stateful_formatter"),),
-    "lrs_server": (("path", "path_config_source", "api_config_source", "ads", "self"),),
-    "transport_socket_matcher": (("matcher_list", "matcher_tree"),),
-    "transport_socket_matcher.matcher_tree": (
-        ("exact_match_map", "prefix_match_map", "custom_match"),
-    ),
-    "transport_socket_matcher.on_no_match": (("matcher", "action"),),
-    "upstream_bind_config.source_address": (("port_value", "named_port"),),
-}
-CLUSTER_MAPS = frozenset(
-    (
-        "lb_subset_config.default_subset",
-        "metadata.filter_metadata",
-        "metadata.typed_filter_metadata",
-        "transport_socket_matcher.matcher_tree.exact_match_map.map",
-        "transport_socket_matcher.matcher_tree.prefix_match_map.map",
-        "typed_extension_protocol_options",
-    )
-)
-
-CONFIG_SECTIONS = ("cluster", "cluster_domain", "endpoint", "route")
-
-
-class ClusterMatch(NamedTuple):
-    """What a cluster must be for an override to apply: all that is not None must hold."""
-
-    cluster_name: str | None
-    port_name: str | None
-    namespace: str | None
-    labels: tuple[tuple[str, str], ...]
-
-
-class ClusterOverride(NamedTuple):
-    """Clusters that match any of `matches` get `merge`, or do not exist where it is None."""
-
-    matches: tuple[ClusterMatch, ...]
-    merge: Mapping[str, Json] | None
-
-
-class LocalityPart(NamedTuple):
-    """Where one part of a locality comes from: a Node's label, a literal, or a Node's name."""
-
-    source: str = ""  # "label", "literal", "node_name"; empty: what the slice says
-    value: str = ""
+DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
 class Config(NamedTuple):
-    """What `--config` says; a member is named after its path in the JSON."""
+    """What `--config` says; `cluster.name` is `cluster_name`, `endpoint.families` is `families`."""
 
     cluster_name: str = "{namespace}/{service}/{port}"
     cluster_base: Mapping[str, Json] = {}
-    cluster_overrides: tuple[ClusterOverride, ...] = ()
+    cluster_overrides: Sequence[Mapping[str, Json]] = ()
     trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
     include_not_ready: bool = False
-    families: tuple[str, ...] = (IPV4,)
+    families: Sequence[str] | None = None
     eds_budget: int | None = None
     prefer_zone: bool | str = False
-    external_name: str = "strict_dns"
-    region: LocalityPart = LocalityPart()
-    zone: LocalityPart = LocalityPart()
-    sub_zone: LocalityPart = LocalityPart()
+    external_name: str = ""
+    locality: Mapping[str, Mapping[str, Json]] = {}
     route_name: str = "services"
     route_suffix: str = "cluster.local"
     annotation_prefix: str = "xds-loader"
     cluster_domain: str = "cluster.local"
 
 
-def needs_nodes(config: Config) -> bool:
-    """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.prefer_zone is True or any(
-        part.source == "label" for part in (config.region, config.zone, config.sub_zone)
-    )
+def is_text(value: Json) -> bool:
+    """A string that is not empty, and that neither Envoy nor UTF-8 stumbles over."""
+    return type(value) is str and value.isprintable() and value != ""
+
+
+def is_dns_name(value: Json) -> bool:
+    return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
+
+
+def is_template(value: Json) -> bool:
+    rest, found = re.subn(r"\{(namespace|service|port)\}", "", value if is_text(value) else "")
+    return found > 0 and "{" not in rest and "}" not in rest
+
+
+def depth_of(value: Json) -> int:
+    items = value.values() if type(value) is dict else value if type(value) is list else ()
+    return 1 + max(map(depth_of, items), default=0)
+
+
+def is_json(value: Json) -> bool:
+    """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return depth_of(value) <= CONFIG_DEPTH
+    except (ValueError, RecursionError):
+        return False
+
+
+ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
+# What is expected where, and how to tell.
+RULES: dict[str, Callable[[Json], object]] = {
+    "a string": is_text,
+    "a DNS name": is_dns_name,
+    "a string with {namespace}, {service} or {port}": is_template,
+    "an absolute path": lambda value: is_text(value) and value.startswith("/"),
+    "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
+    "true or false": lambda value: type(value) is bool,
+    "true": lambda value: value is True,
+    "a zone, true or false": lambda value: type(value) is bool or is_text(value),
+    '"strict_dns" or "logical_dns"': lambda value: value in ("strict_dns", "logical_dns"),
+    'a list of "ipv4", "ipv6" or both': lambda value: value in (
+        [IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
+    ENVOY_JSON: is_json,
+    "one of label, literal and node_name": lambda value: len(value) == 1,
+    "something to match (what is for every cluster belongs into base)": lambda value: (
+        value and value.get("labels") != {}),
+    "match, and one of merge and suppress": lambda value: (
+        value.get("match") and ("merge" in value) != ("suppress" in value)),
+}
+# The schema: a rule, a list of items, (either this object, or that list), or an object with these
+# keys ("*": any other; "": a rule for the whole).
+FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
+        "node_name": "true"}
+MATCH = {"": "something to match (what is for every cluster belongs into base)",
+         "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
+         "port_name": "a string"}
+OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
+            "merge": FIELDS, "suppress": "true"}
+SCHEMA = {
+    "cluster": {"base": FIELDS, "name": "a string with {namespace}, {service} or {port}",
+                "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
+    "cluster_domain": "a DNS name",
+    "endpoint": {"eds_budget": "a whole number of EDS files",
+                 "external_name": '"strict_dns" or "logical_dns"',
+                 "families": 'a list of "ipv4", "ipv6" or both',
+                 "include_not_ready": "true or false",
+                 "locality": {"region": PART, "sub_zone": PART, "zone": PART},
+                 "prefer_zone": "a zone, true or false"},
+    "route": {"annotation_prefix": "a DNS name", "name": "a string", "suffix": "a DNS name"},
+}  # fmt: skip
+
+
+def config_error(path: str, what: str) -> UsageError:
+    return UsageError(f"--config: {path}: {what}")
+
+
+def config_check(value: Json, schema: Json, path: str) -> None:
+    """Raise UsageError with the JSON path of the first value that the schema does not allow."""
+    if type(schema) is tuple:
+        schema = schema[type(value) is list]
+    expected = schema
+    if type(schema) is dict:
+        if type(value) is not dict:
+            raise config_error(path, "an object expected")
+        for key, item in value.items():
+            where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
+            rule = schema.get(key, schema.get("*")) if key else None
+            if rule is None or (schema is FIELDS and key in OWN_FIELDS):
+                raise config_error(where, wrong_key(key, schema))
+            config_check(item, rule, where)
+        expected = schema.get("", "")
+    elif type(schema) is list:
+        if type(value) is not list:
+            raise config_error(path, "a list expected")
+        for index, item in enumerate(value):
+            config_check(item, schema[0], f"{path}[{index}]")
+        return
+    if expected and not RULES[expected](value):
+        raise config_error(path, f"{expected} expected")
+
+
+def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
+    if schema is not FIELDS:
+        return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
+    if key in OWN_FIELDS:
+        return f"the loader's own: {OWN_FIELDS[key]}"
+    snake = re.sub("([A-Z])", lambda match: "_" + match[1].lower(), key)
+    return "not a field of Envoy's Cluster" + (f": write {snake}" if snake in schema else "")
+
+
+def config_from(document: Json) -> Config:
+    """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
+    config_check(document, SCHEMA, "$")
+    chosen = {}
+    for section, value in document.items():
+        for key, item in value.items() if type(value) is dict else [(section, value)]:
+            name = f"{section}_{key}"
+            chosen[name if name in Config._fields else key] = item
+    return Config(**chosen)
 
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -1505,752 +1492,413 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
-def config_error(path: str, what: str) -> UsageError:
-    return UsageError(f"--config: {path}: {what}")
+def by_node_label(config: Config) -> bool:
+    return any("label" in source for source in config.locality.values())
 
 
-def config_path(path: str, key: str) -> str:
-    """The JSON path of a member."""
-    return f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
+def needs_nodes(config: Config) -> bool:
+    """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
+    return config.prefer_zone is True or by_node_label(config)
 
 
-def config_from(document: Json) -> Config:
-    """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
-    root = config_object(document, "$", CONFIG_SECTIONS)
-    chosen: dict[str, Json] = {}
-    if "cluster_domain" in root:
-        chosen["cluster_domain"] = config_dns_name(root["cluster_domain"], "$.cluster_domain")
-    if "cluster" in root:
-        chosen |= config_cluster(root["cluster"], "$.cluster")
-    if "endpoint" in root:
-        chosen |= config_endpoint(root["endpoint"], "$.endpoint")
-    if "route" in root:
-        chosen |= config_route(root["route"], "$.route")
-    return Config(**chosen)
-
-
-def config_cluster(value: Json, path: str) -> dict[str, Json]:
-    cluster = config_object(value, path, ("base", "name", "overrides", "trusted_ca"))
-    chosen: dict[str, Json] = {}
-    if "name" in cluster:
-        chosen["cluster_name"] = config_template(cluster["name"], f"{path}.name")
-    if "base" in cluster:
-        chosen["cluster_base"] = config_fields(cluster["base"], f"{path}.base")
-    if "overrides" in cluster:
-        overrides = config_list(cluster["overrides"], f"{path}.overrides")
-        chosen["cluster_overrides"] = tuple(
-            config_override(override, f"{path}.overrides[{index}]")
-            for index, override in enumerate(overrides)
-        )
-    if "trusted_ca" in cluster:
-        chosen["trusted_ca"] = config_text(cluster["trusted_ca"], f"{path}.trusted_ca")
-        if not chosen["trusted_ca"].startswith("/"):
-            raise config_error(f"{path}.trusted_ca", "an absolute path expected")
-    return chosen
-
-
-def config_endpoint(value: Json, path: str) -> dict[str, Json]:
-    endpoint = config_object(
-        value,
-        path,
-        ("eds_budget", "external_name", "families", "include_not_ready", "locality", "prefer_zone"),
-    )
-    chosen = dict(endpoint)
-    if type(endpoint.get("eds_budget", 0)) is not int or endpoint.get("eds_budget", 0) < 0:
-        raise config_error(f"{path}.eds_budget", "a whole number of EDS files expected")
-    if endpoint.get("external_name", "strict_dns") not in ("strict_dns", "logical_dns"):
-        raise config_error(f"{path}.external_name", '"strict_dns" or "logical_dns" expected')
-    if type(endpoint.get("include_not_ready", False)) is not bool:
-        raise config_error(f"{path}.include_not_ready", "true or false expected")
-    if "prefer_zone" in endpoint and type(endpoint["prefer_zone"]) is not bool:
-        config_text(endpoint["prefer_zone"], f"{path}.prefer_zone", "a zone, true or false")
-    if "families" in endpoint:
-        families = config_list(endpoint["families"], f"{path}.families")
-        if sorted(map(str, families)) not in ([IPV4], [IPV6], [IPV4, IPV6]):
-            raise config_error(f"{path}.families", '"ipv4", "ipv6" or both expected, once each')
-        chosen["families"] = tuple(families)
-    if "locality" in endpoint:
-        del chosen["locality"]
-        parts = config_object(
-            endpoint["locality"], f"{path}.locality", ("region", "sub_zone", "zone")
-        )
-        chosen |= {
-            part: config_locality(source, f"{path}.locality.{part}")
-            for part, source in parts.items()
-        }
-    return chosen
-
-
-def config_locality(value: Json, path: str) -> LocalityPart:
-    source = config_object(value, path, ("label", "literal", "node_name"))
-    if len(source) != 1:
-        raise config_error(path, "one of label, literal and node_name expected")
-    [(kind, given)] = source.items()
-    if kind == "node_name":
-        if given is not True:
-            raise config_error(f"{path}.node_name", "true expected")
-        return LocalityPart(kind)
-    return LocalityPart(kind, config_text(given, f"{path}.{kind}"))
-
-
-def config_route(value: Json, path: str) -> dict[str, Json]:
-    route = config_object(value, path, ("annotation_prefix", "name", "suffix"))
-    chosen: dict[str, Json] = {}
-    if "name" in route:
-        chosen["route_name"] = config_text(route["name"], f"{path}.name")
-    if "suffix" in route:
-        chosen["route_suffix"] = config_dns_name(route["suffix"], f"{path}.suffix")
-    if "annotation_prefix" in route:
-        where = f"{path}.annotation_prefix"
-        chosen["annotation_prefix"] = config_dns_name(route["annotation_prefix"], where)
-    return chosen
-
-
-def config_override(value: Json, path: str) -> ClusterOverride:
-    override = config_object(value, path, ("match", "merge", "suppress"))
-    if "match" not in override:
-        raise config_error(path, "match is missing: which clusters is it about?")
-    match = override["match"]
-    alternatives = match if type(match) is list else [match]
-    if not alternatives:
-        raise config_error(f"{path}.match", "an empty list matches nothing")
-    matches = tuple(
-        config_match(item, f"{path}.match[{index}]" if match is alternatives else f"{path}.match")
-        for index, item in enumerate(alternatives)
-    )
-    if ("merge" in override) == ("suppress" in override):
-        raise config_error(path, "one of merge and suppress expected")
-    if "merge" in override:
-        return ClusterOverride(matches, config_fields(override["merge"], f"{path}.merge"))
-    if override["suppress"] is not True:
-        raise config_error(f"{path}.suppress", "true expected; leave the override out instead")
-    return ClusterOverride(matches, None)
-
-
-def config_match(value: Json, path: str) -> ClusterMatch:
-    match = config_object(value, path, ("cluster_name", "labels", "namespace", "port_name"))
-    if not match:
-        raise config_error(
-            path,
-            "one or more of cluster_name, labels, namespace, port_name "
-            "expected: what is for every cluster belongs into base",
-        )
-    labels = match.get("labels", {})
-    if type(labels) is not dict or ("labels" in match and not labels):
-        raise config_error(f"{path}.labels", "an object of labels expected")
-    for label, given in labels.items():
-        if type(given) is not str:
-            raise config_error(config_path(f"{path}.labels", label), "a string expected")
-    for key in ("cluster_name", "namespace", "port_name"):
-        if key in match:
-            config_text(match[key], f"{path}.{key}")
-    return ClusterMatch(
-        match.get("cluster_name"),
-        match.get("port_name"),
-        match.get("namespace"),
-        tuple(sorted(labels.items())),
-    )
-
-
-def config_object(value: Json, path: str, keys: Sequence[str]) -> dict[str, Json]:
-    if type(value) is not dict:
-        raise config_error(path, "an object expected")
-    for key in value:
-        if key not in keys:
-            raise config_error(config_path(path, key), f"unknown key (one of {', '.join(keys)})")
-    return value
-
-
-def config_list(value: Json, path: str) -> list[Json]:
-    if type(value) is not list:
-        raise config_error(path, "a list expected")
-    return value
-
-
-def config_text(value: Json, path: str, what: str = "a string") -> str:
-    """A string that is not empty, and that neither Envoy nor UTF-8 stumbles over."""
-    if type(value) is not str or not value:
-        raise config_error(path, f"{what} expected")
-    if not value.isprintable():  # neither are lone surrogates, which JSON allows
-        raise config_error(path, f"a character that does not print: {value!a}")
-    return value
-
-
-def config_dns_name(value: Json, path: str) -> str:
-    text = config_text(value, path, "a DNS name")
-    if not re.fullmatch(DNS_NAME, text):
-        raise config_error(path, f"not a DNS name: {text}")
-    return text
-
-
-def config_template(value: Json, path: str) -> str:
-    template = config_text(value, path)
-    rest = re.sub(r"\{(namespace|service|port)\}", "", template)
-    if unknown := re.search(r"\{[^{}]*\}|[{}]", rest):
-        raise config_error(path, f"{unknown[0]} is none of {{namespace}}, {{service}}, {{port}}")
-    if "{" not in template:
-        raise config_error(path, "every cluster would have this one name")
-    return template
-
-
-def config_fields(value: Json, path: str) -> dict[str, Json]:
-    """Fields of a Cluster, for `base` and `merge`."""
-    if type(value) is not dict:
-        raise config_error(path, "an object expected")
-    for key, given in value.items():
-        where = config_path(path, key)
-        if key in OWN_FIELDS:
-            raise config_error(where, f"the loader's own: {OWN_FIELDS[key]}")
-        kind = CLUSTER_FIELDS.get(key)
-        if kind is None:
-            snake = re.sub("([A-Z])", lambda match: "_" + match[1].lower(), key)
-            known = f", here {snake} (names are in snake_case)" if snake in CLUSTER_FIELDS else ""
-            raise config_error(where, f"no field of Envoy's Cluster{known}")
-        if not is_field_value(given, kind):
-            raise config_error(where, f"{kind} expected")
-        config_values(given, where)
-    config_oneofs(value, path, "")
-    return value
-
-
-def is_field_value(value: Json, kind: str) -> bool:
-    """Whether protobuf's JSON takes the value for a field of the kind."""
-    if kind.startswith("a duration"):
-        return type(value) is str and bool(re.fullmatch(r"-?\d+(\.\d{1,9})?s", value))
-    types: dict[str, type] = {
-        "an object": dict,
-        "a list": list,
-        "a number": int,
-        "true or false": bool,
-        "a string": str,
-    }
-    return type(value) is types[kind]
-
-
-def config_values(value: Json, path: str) -> None:
-    """Refuse what JSON lets pass at any depth: an Any without a type, NaN, lone surrogates."""
-    if type(value) is dict:
-        for key, item in value.items():
-            where = config_path(path, key)
-            if "@type" not in (item if type(item) is dict else ()) and (
-                key == "typed_config" or path.endswith(".typed_extension_protocol_options")
-            ):
-                raise config_error(where, 'an object with "@type" expected')
-            config_values(key, path)
-            config_values(item, where)
-    elif type(value) is list:
-        for index, item in enumerate(value):
-            config_values(item, f"{path}[{index}]")
-    elif type(value) is float and value - value != 0:
-        raise config_error(path, "a finite number expected")
-    elif type(value) is str and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise config_error(path, f"not a Unicode text: {value!a}")
-
-
-def config_oneofs(value: Mapping[str, Json], path: str, field: str) -> None:
-    """Refuse two members of one oneof, for which Envoy would refuse every cluster."""
-    for group in CLUSTER_ONEOFS.get(field, ()):
-        given = [name for name in group if value.get(name) is not None]
-        if len(given) > 1:
-            raise config_error(path, f"only one of {' and '.join(given)} can be set")
-    for key, item in value.items():
-        if type(item) is dict:
-            config_oneofs(item, config_path(path, key), f"{field}.{key}".lstrip("."))
-
-
-# -- merging, as protobuf does it --------------------------------------------------------------
-
-
-def merge_cluster(
-    into: Mapping[str, Json], more: Mapping[str, Json], path: str = ""
-) -> dict[str, Json]:
-    """Merge the JSON of two Clusters: messages merge, lists append, scalars replace, the other
-    member of a oneof goes, entries of a map and `typed_config` are replaced whole.
-
-    Neither is changed; the result shares what the two did not disagree about. Values of
-    different kinds raise ValueError: which one is wrong, only Envoy knows.
+def merge(into: Json, more: Json) -> Json:
+    """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
+    append, and an object of another `@type` replaces the whole. Neither argument is changed.
     """
-    merged = dict(into)
-    for group in CLUSTER_ONEOFS.get(path, ()):
-        if any(more.get(name) is not None for name in group):
-            for name in group:
-                if more.get(name) is None:
-                    merged.pop(name, None)
-    for key, new in more.items():
-        old, where = merged.get(key), f"{path}.{key}".lstrip(".")
-        if old is None or new is None:  # null is a field that is not set
-            merged[key] = old if new is None else new
-        elif type(old) is not type(new) and (
-            dict in (types := {type(old), type(new)}) or list in types
-        ):
-            raise ValueError(f"{where}: {json_kind(new)} cannot be merged into {json_kind(old)}")
-        elif type(old) is list:
-            merged[key] = old + new
-        elif type(old) is not dict or key == "typed_config":
-            merged[key] = new
-        elif where in CLUSTER_MAPS:
-            merged[key] = {**old, **new}
-        else:
-            merged[key] = merge_cluster(old, new, where)
+    if type(into) is list and type(more) is list:
+        return into + more
+    if type(more) is not dict:
+        return more
+    if type(into) is not dict:
+        into = {}
+    if "@type" in into and into["@type"] != more.get("@type", into["@type"]):
+        into = {}
+    merged = {key: value for key, value in into.items() if more.get(key, "") is not None}
+    for key, value in more.items():
+        if value is not None:
+            merged[key] = merge(merged.get(key), value)
     return merged
 
 
-def json_kind(value: Json) -> str:
-    return "an object" if type(value) is dict else "a list" if type(value) is list else "a value"
+# ---------------------------------------------------------------------------------------------
+# Clusters, assignments, routes
+# ---------------------------------------------------------------------------------------------
 
-
-# -- clusters ----------------------------------------------------------------------------------
-
-ENVOY_TYPES = "type.googleapis.com/envoy."
-CLUSTER_TYPE = f"{ENVOY_TYPES}config.cluster.v3.Cluster"
-ASSIGNMENT_TYPE = f"{ENVOY_TYPES}config.endpoint.v3.ClusterLoadAssignment"
-ROUTE_TYPE = f"{ENVOY_TYPES}config.route.v3.RouteConfiguration"
+TYPE_PREFIX = "type.googleapis.com/"
+CLUSTER_TYPE = f"{TYPE_PREFIX}envoy.config.cluster.v3.Cluster"
+ASSIGNMENT_TYPE = f"{TYPE_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
+ROUTE_TYPE = f"{TYPE_PREFIX}envoy.config.route.v3.RouteConfiguration"
+UPSTREAM_TLS_TYPE = f"{TYPE_PREFIX}envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-UPSTREAM_TLS_TYPE = f"{ENVOY_TYPES}extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 API_SERVER = ("default", "kubernetes")
-
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
+# Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
+# a file that Envoy reads on its main thread.
+PORTS_MOST = 256
+HOSTS_MOST = PREFIXES_MOST = 32
+PREFIX_LENGTH, ANNOTATION_LENGTH = 255, 10_000
+WEIGHT_MOST = 1_000_000
+SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
+NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
-class UpstreamProtocol(NamedTuple):
-    """How Envoy speaks upstream. `http`: a port that routes may go to without being named."""
+# What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
+# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
+LOCAL_NAME = r"(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
+# What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
+HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
+ROUTE_HOST = rf"\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*"
+ROUTE_PREFIX = r"/(?:(?![?#])[!-~])*"
+GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
-    http2: bool
-    tls: bool
-    http: bool
-
-
-PLAIN_TCP = UpstreamProtocol(http2=False, tls=False, http=False)
-HTTP1 = UpstreamProtocol(http2=False, tls=False, http=True)
-HTTP2 = UpstreamProtocol(http2=True, tls=False, http=True)
-HTTPS = UpstreamProtocol(http2=False, tls=True, http=True)
-HTTP2_TLS = UpstreamProtocol(http2=True, tls=True, http=True)
-APP_PROTOCOLS = {
-    "http": HTTP1,
-    "https": HTTPS,
-    "grpc": HTTP2,
-    "grpcs": HTTP2_TLS,
-    "kubernetes.io/h2c": HTTP2,
-    "kubernetes.io/ws": HTTP1,
-    "kubernetes.io/wss": HTTPS,
-}
-PORT_NAMES = {
-    "http": HTTP1,
-    "http2": HTTP2,
-    "h2c": HTTP2,
-    "grpc": HTTP2,
-    "https": HTTPS,
-    "tls": UpstreamProtocol(http2=False, tls=True, http=False),
-    "httptls": HTTPS,
-    "grpctls": HTTP2_TLS,
-    "grpcs": HTTP2_TLS,
-}
+# How Envoy speaks upstream to a port of an appProtocol, or of a name (up to its first dash).
+HTTP2_PORTS = frozenset(("http2", "h2c", "grpc", "grpcs", "grpctls", "kubernetes.io/h2c"))
+TLS_PORTS = frozenset(("https", "tls", "httptls", "grpcs", "grpctls", "kubernetes.io/wss"))
+HTTP_PORTS = (HTTP2_PORTS | TLS_PORTS | {"http", "kubernetes.io/ws"}) - {"tls"}
+ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name alone
 
 
-class PlannedCluster(NamedTuple):
+class Cluster(NamedTuple):
     """One cluster to be: everything that does not depend on endpoints.
 
-    `stem` names its EDS file. `dns_type` and `host` (what DNS is asked for) are empty where the
-    endpoints come from slices.
+    `stem` names its EDS file. With `mode` DNS, `host` is what DNS is asked for, and `number` the
+    port there; 0 is a target port that only the slices know.
     """
 
     name: str
     stem: str
     port: ServicePort
-    dns_type: str
+    families: Sequence[str]
+    mode: str
     host: str
+    number: int
     options: Mapping[str, Json]
 
 
+class Route(NamedTuple):
+    """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
+
+    namespace: str
+    name: str
+    created: str
+    hosts: Sequence[str]
+    prefixes: Sequence[str] = ()
+    weight: int | None = None
+    cluster: str = ""
+
+
 class ServicePlan(NamedTuple):
-    """What one Service becomes: depends on it and on the configuration alone."""
+    """What one Service becomes; depends on it and on the configuration alone."""
 
-    service: Service
-    clusters: tuple[PlannedCluster, ...]
-    route: ServiceRoute | None
-    warnings: tuple[str, ...]
-
-
-class ClusterPlanner(NamedTuple):
-    """Plans Services: the configuration and the mode that was asked for."""
-
-    config: Config
-    endpoints: str  # AUTO, EDS, INLINE or DNS
-
-    def plan(self, service: Service) -> ServicePlan:
-        """Plan one Service; what cannot be rendered is left out and named."""
-        warnings: list[str] = []
-        clusters = []
-        if not service.ports:
-            warnings.append(f"{service}: has no ports, so there is no cluster")
-        for port in service.ports:
-            try:
-                cluster = self.cluster(service, port)
-            except ValueError as error:
-                warnings.append(f"{service}: port {port.label} is left out: {error}")
-                continue
-            if cluster:
-                clusters.append(cluster)
-                warnings += dns_warnings(service, cluster)
-        route = route_of(service, clusters, self.config, warnings)
-        return ServicePlan(service, tuple(clusters), route, tuple(warnings))
-
-    def cluster(self, service: Service, port: ServicePort) -> PlannedCluster | None:
-        """The cluster of a port; None where it is not wanted, ValueError where it cannot be."""
-        if port.protocol not in ("TCP", "UDP"):
-            raise ValueError(f"Envoy does not speak {port.protocol}")
-        name = cluster_name(self.config.cluster_name, service, port)
-        matching = [
-            (override, match)
-            for override in self.config.cluster_overrides
-            for match in override.matches
-            if is_match(match, name, service, port)
-        ]
-        if any(override.merge is None for override, _ in matching):
-            return None
-        by_name = any(match.cluster_name for _, match in matching)
-        if (service.namespace, service.name) == API_SERVER and not by_name:
-            return None
-        dns_type, host, options = self.dns(service)
-        options = merge_cluster(options, self.config.cluster_base)
-        options = merge_cluster(options, self.protocol_options(service, port, options))
-        for override in self.config.cluster_overrides:
-            if any(override is found for found, _ in matching):
-                options = merge_cluster(options, override.merge or {})
-        return PlannedCluster(name, cluster_stem(service, port), port, dns_type, host, options)
-
-    def dns(self, service: Service) -> tuple[str, str, dict[str, Json]]:
-        """Type, host and options of a DNS cluster: the families asked for, and no others."""
-        only = {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
-        families = self.config.families
-        options = {"dns_lookup_family": only[families[0]] if len(families) == 1 else "ALL"}
-        if service.external_name:
-            return self.config.external_name.upper(), service.external_name, options
-        if self.endpoints == DNS:
-            return "STRICT_DNS", service_dns_name(service, self.config), options
-        return "", "", {}
-
-    def protocol_options(
-        self, service: Service, port: ServicePort, options: Mapping[str, Json]
-    ) -> dict[str, Json]:
-        """HTTP/2 and TLS upstream, on top of `options`."""
-        protocol, found = protocol_of(port), dict[str, Json]()
-        if protocol.http2:
-            given = options.get("typed_extension_protocol_options") or {}
-            found["typed_extension_protocol_options"] = {
-                HTTP_OPTIONS: http2_options(given.get(HTTP_OPTIONS) or {})
-            }
-        if protocol.tls:
-            host = service.external_name or service_dns_name(service, self.config)
-            context: dict[str, Json] = {"alpn_protocols": ["h2"]} if protocol.http2 else {}
-            context["validation_context"] = {
-                "trusted_ca": {"filename": self.config.trusted_ca},
-                "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": host}}],
-            }
-            found["transport_socket"] = {
-                "name": "envoy.transport_sockets.tls",
-                "typed_config": {
-                    "@type": UPSTREAM_TLS_TYPE,
-                    "sni": host,
-                    "common_tls_context": context,
-                },
-            }
-        return found
+    clusters: tuple[Cluster, ...]
+    route: Route | None
+    problems: tuple[str, ...]
 
 
-def http2_options(base: Mapping[str, Json]) -> dict[str, Json]:
-    """HttpProtocolOptions for HTTP/2; what `base` says of them stays, but for the protocol."""
-    kept = {
-        key: value
-        for key, value in base.items()
-        if key not in ("auto_config", "use_downstream_protocol_config")
-    }
-    explicit = kept.get("explicit_http_config") or {}
-    return {
-        "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
-        **kept,
-        "explicit_http_config": {
-            "http2_protocol_options": explicit.get("http2_protocol_options") or {}
-        },
-    }
+def warning_line(key: Key, problems: Sequence[str]) -> str:
+    """One line for one Service, whatever is wrong with it."""
+    line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
+    return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
+
+
+def first_of(items: Sequence[str]) -> str:
+    """The first of some texts that somebody else wrote, and how many there are."""
+    return f"{items[0][:60]!a}" + (f" and {len(items) - 1} more" if items[1:] else "")
+
+
+def present(**members: Json) -> dict[str, Json]:
+    """The members that are not empty."""
+    return {name: value for name, value in members.items() if value}
+
+
+def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
+    """Plan one Service; what cannot be rendered is left out and named."""
+    problems: list[str] = []
+    clusters: list[Cluster] = []
+    if not service.ports:
+        problems.append("has no ports, so there is no cluster")
+    elif problem := external_problem(service, config):
+        problems.append(f"is left out: {problem}")
+    else:
+        known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
+        if other := [port.label for port in service.ports if port not in known]:
+            problems.append(f"port {first_of(other)} left out: Envoy supports TCP and UDP")
+        if len(known) > PORTS_MOST:
+            problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
+        found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
+        clusters = [cluster for cluster in found if cluster]
+        if endpoints == DNS and clusters and not service.headless and service.external_name is None:
+            problems.append("kube-proxy balances behind its one clusterIP, where --endpoints dns "
+                            "needs a headless Service (clusterIP: None)")
+    route = route_of(service, clusters, config, problems)
+    return ServicePlan(tuple(clusters), route, tuple(problems))
+
+
+def external_problem(service: Service, config: Config) -> str:
+    """Why an ExternalName is not rendered; "" if it is, or if the Service has none."""
+    if service.external_name is None:
+        return ""
+    name = service.external_name.removesuffix(".")
+    if not config.external_name:
+        return "ExternalName needs endpoint.external_name in --config"
+    if not is_dns_name(name) or re.fullmatch(LOCAL_NAME, name.lower()):
+        return f"externalName is not a DNS name, or local: {name[:60]!a}"
+    return ""
+
+
+def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
+                 ) -> Cluster | None:
+    """The cluster of a port; None where it is not wanted."""
+    facts = {"cluster_name": cluster_name(config.cluster_name, service, port),
+             "namespace": service.namespace, "port_name": port.label}
+    overrides, by_name = [], False
+    for override in config.cluster_overrides:
+        match = override["match"]
+        matches = [one for one in (match if type(match) is list else [match])
+                   if one.get("labels", {}).items() <= service.labels.items()
+                   and all(one.get(key, fact) == fact for key, fact in facts.items())]
+        by_name = by_name or any("cluster_name" in one for one in matches)
+        overrides += [override] if matches else []
+    api_server = (service.namespace, service.name) == API_SERVER
+    if (api_server and not by_name) or any("suppress" in override for override in overrides):
+        return None
+    families = config.families or (service.family,)
+    host, number, kind = service_dns_name(service, config.cluster_domain), port.number, ""
+    if service.external_name is not None:
+        host, kind = service.external_name.removesuffix("."), config.external_name.upper()
+    elif endpoints == DNS:
+        kind = "STRICT_DNS"
+        if service.headless:
+            number = port.target if isinstance(port.target, int) else 0
+    both, only = len(families) > 1, {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
+    options: Json = {}
+    if kind:
+        options = {"type": kind, "dns_lookup_family": "ALL" if both else only[families[0]]}
+    patches = [protocol_options(port, host, config.trusted_ca)]
+    for patch in [config.cluster_base, *patches, *(override["merge"] for override in overrides)]:
+        options = merge(options, patch)
+    stem = f"{service.namespace}_{service.name}_{port.label}"
+    mode = DNS if kind else ""
+    return Cluster(facts["cluster_name"], stem, port, families, mode, host, number, options)
 
 
 def cluster_name(template: str, service: Service, port: ServicePort) -> str:
-    """The name of a cluster: the one function that CDS, EDS and RDS take it from."""
+    """The name of a cluster: the one function that CDS, EDS and RDS have it from."""
     parts = {"{namespace}": service.namespace, "{service}": service.name, "{port}": port.label}
     return re.sub(r"\{\w+\}", lambda match: parts[match[0]], template)
 
 
-def cluster_stem(service: Service, port: ServicePort) -> str:
-    """The name of the EDS file: `_` is in no namespace, Service or port name, so it is unique."""
-    return f"{service.namespace}_{service.name}_{port.label}"
+def service_dns_name(service: Service, domain: str) -> str:
+    return f"{service.name}.{service.namespace}.svc.{domain}"
 
 
-def service_dns_name(service: Service, config: Config) -> str:
-    return f"{service.name}.{service.namespace}.svc.{config.cluster_domain}"
-
-
-def is_match(match: ClusterMatch, name: str, service: Service, port: ServicePort) -> bool:
-    return (
-        match.cluster_name in (None, name)
-        and match.port_name in (None, port.label)
-        and match.namespace in (None, service.namespace)
-        and all(pair in service.labels for pair in match.labels)
-    )
-
-
-def protocol_of(port: ServicePort) -> UpstreamProtocol:
-    """appProtocol decides where there is one, else the port's name up to the first dash."""
+def protocol_of(port: ServicePort) -> str:
+    """The name of a port's protocol: its appProtocol, else its name up to the first dash."""
     if port.protocol != "TCP":
-        return PLAIN_TCP
-    if port.app_protocol:
-        return APP_PROTOCOLS.get(port.app_protocol.lower(), HTTP1)
-    return PORT_NAMES.get(port.name.partition("-")[0], PLAIN_TCP)
+        return ""
+    found = port.app_protocol.lower() or port.name.partition("-")[0]
+    unknown = found in ONLY_NAMES or found not in HTTP_PORTS
+    return "http" if port.app_protocol and unknown else found
 
 
-def dns_warnings(service: Service, cluster: PlannedCluster) -> Iterator[str]:
-    if cluster.host and not service.external_name and not service.headless:
-        yield (
-            f"{service}: --endpoints dns sees its one clusterIP, behind which kube-proxy and "
-            f"not Envoy balances: make it headless (clusterIP: None)"
-        )
+def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str, Json]:
+    """HTTP/2 and TLS upstream, as a patch: what `base` says beside them stays."""
+    protocol, patch = protocol_of(port), dict[str, Json]()
+    if protocol in HTTP2_PORTS:
+        patch["typed_extension_protocol_options"] = {HTTP_OPTIONS: {
+            "@type": TYPE_PREFIX + HTTP_OPTIONS,
+            "auto_config": None, "use_downstream_protocol_config": None,
+            "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
+                                     "http2_protocol_options": {}},
+        }}
+    if protocol in TLS_PORTS:
+        names = [{"san_type": "DNS", "matcher": {"exact": host}}]
+        validation = {"trusted_ca": {"filename": trusted_ca},
+                      "match_typed_subject_alt_names": names}
+        alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
+        patch["transport_socket"] = {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
+                             "common_tls_context": {**alpn, "validation_context": validation}},
+        }
+    return patch
+
+
+def unique_clusters(plans: Mapping[Key, ServicePlan], problems: Mapping[Key, list[str]]
+                    ) -> dict[Key, list[Cluster]]:
+    """Of two clusters of one name the first exists; Envoy would use the last, in silence."""
+    owners: dict[str, Key] = {}
+    kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
+    for key, plan in plans.items():
+        for cluster in plan.clusters:
+            if cluster.name in owners:
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owners[cluster.name])} has a cluster of the same "
+                                     f"name, {cluster.name}")
+            else:
+                owners[cluster.name] = key
+                kept[key].append(cluster)
+    return kept
 
 
 # -- load assignments --------------------------------------------------------------------------
 
-EndpointPlace = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
+Place = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
 
 
-class Placement(NamedTuple):
-    """Where endpoints are seen from here: localities and priorities.
-
-    `zone` is the own one, None where none is preferred.
-    """
+class View(NamedTuple):
+    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
 
     config: Config
     zone: str | None
     nodes: Mapping[str, Node]
 
-    def places(self, slices: Iterable[EndpointSlice]) -> Placer:
-        """For the endpoints of one Service: hints count only if all ready ones have them.
-
-        Kubernetes gives none to an endpoint that terminates: it must not take them from the
-        others at every rolling update.
-        """
-        ready = [
-            endpoint
-            for found in slices
-            for endpoint in found.endpoints
-            if endpoint.state == HEALTHY and found.family in self.config.families
-        ]
-        hinted = self.zone is not None and bool(ready) and all(e.hints for e in ready)
-        return Placer(self, hinted, {})
-
-    def locality(self, zone: str, node_name: str) -> tuple[str, str, str]:
-        config, node = self.config, self.nodes.get(node_name)
-        return (
-            locality_part(config.region, "", node_name, node),
-            locality_part(config.zone, zone, node_name, node),
-            locality_part(config.sub_zone, "", node_name, node),
-        )
-
-
-class Placer(NamedTuple):
-    """Places the endpoints of one Service, and remembers: they share few zones and nodes."""
-
-    placement: Placement
-    hinted: bool
-    known: dict[tuple[str, str, tuple[str, ...]], EndpointPlace]
-
-    def place(self, endpoint: Endpoint) -> EndpointPlace:
-        key = (endpoint.zone, endpoint.node, endpoint.hints)
-        found = self.known.get(key)
-        if found is None:
-            own = self.placement.zone
-            locality = self.placement.locality(endpoint.zone, endpoint.node)
-            near = own is None or (
-                own in endpoint.hints if self.hinted and endpoint.hints else own == locality[1]
-            )
-            found = self.known[key] = (0 if near else 1, locality)
-        return found
-
-
-def locality_part(part: LocalityPart, default: str, node_name: str, node: Node | None) -> str:
-    if part.source == "label":
-        return dict(node.labels).get(part.value, "") if node else ""
-    return {"literal": part.value, "node_name": node_name}.get(part.source, default)
+    def place(self, endpoint: Endpoint, hinted: bool) -> Place:
+        """Priority and locality. `hinted`: the topology hints of its Service count."""
+        node, sources = self.nodes.get(endpoint.node), self.config.locality
+        region = locality_part(sources.get("region"), "", endpoint.node, node)
+        zone = locality_part(sources.get("zone"), endpoint.zone, endpoint.node, node)
+        sub_zone = locality_part(sources.get("sub_zone"), "", endpoint.node, node)
+        near = self.zone in endpoint.hints if hinted and endpoint.hints else self.zone == zone
+        return 0 if near or self.zone is None else 1, (region, zone, sub_zone)
 
 
 def own_zone(config: Config, node_name: str, nodes: Mapping[str, Node]) -> str | None:
-    """The zone to prefer; None: none, or the own Node is not known or says nothing."""
+    """The zone to prefer; None: none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
         return config.prefer_zone or None
     node = nodes.get(node_name)
-    default = dict(node.labels).get(TOPOLOGY_ZONE, "") if node else ""
-    return locality_part(config.zone, default, node_name, node) or None
+    default = node.labels.get(TOPOLOGY_ZONE, "") if node else ""
+    return locality_part(config.locality.get("zone"), default, node_name, node) or None
 
 
-def assignment_of(
-    cluster: PlannedCluster, slices: Iterable[EndpointSlice], placer: Placer
-) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name."""
-    config = placer.placement.config
-    worst = UNHEALTHY if config.include_not_ready else DRAINING
-    best: dict[tuple[int, bytes, int], tuple[int, EndpointPlace, str]] = {}
-    for found in slices:
-        if found.family not in config.families:
-            continue
-        rank, family = config.families.index(found.family), SOCKET_FAMILIES[found.family]
-        for number in [
-            number for name, number in found.ports if number and name == cluster.port.name
-        ]:
-            for endpoint in found.endpoints:
-                if endpoint.state <= worst:
-                    key = (rank, socket.inet_pton(family, endpoint.address), number)
-                    seen = (endpoint.state, placer.place(endpoint), endpoint.address)
+def locality_part(source: Json, default: str, node_name: str, node: Node | None) -> str:
+    if not source:
+        return default
+    if "label" in source:
+        return node.labels.get(source["label"], "") if node else ""
+    return node_name if "node_name" in source else str(source["literal"])
+
+
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
+    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
+
+    Hints count only if all ready endpoints have them: Kubernetes gives none to one that
+    terminates, which must not take them from the others at every rolling update.
+    """
+    used = [found for found in slices if found.family in cluster.families]
+    ready = [each for found in used for each in found.endpoints if each.state == HEALTHY]
+    hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
+    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
+    best: dict[tuple[int, bytes, int], tuple[int, Place, str]] = {}
+    for found in used:
+        rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
+        numbers = {number for name, number in found.ports if number and name == cluster.port.name}
+        for endpoint in found.endpoints if numbers else ():
+            if endpoint.state <= worst:
+                packed = socket.inet_pton(family, endpoint.address)
+                seen = (endpoint.state, view.place(endpoint, hinted), endpoint.address)
+                for key in [(rank, packed, number) for number in numbers]:
                     best[key] = min(best.get(key, seen), seen)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
-    localities: dict[EndpointPlace, list[Json]] = {}
-    for key in sorted(best):
-        state, (priority, locality), address = best[key]
-        localities.setdefault((priority - nearest, locality), []).append(
-            lb_endpoint(address, key[2], cluster.port.protocol, state)
-        )
-    return load_assignment(
-        cluster.name, [locality_endpoints(place, localities[place]) for place in sorted(localities)]
-    )
+    groups: dict[Place, list[Json]] = {}
+    for (_, _, number), (state, place, address) in sorted(best.items()):
+        endpoint_there = lb_endpoint(address, number, cluster.port.protocol, state)
+        groups.setdefault(place, []).append(endpoint_there)
+    localities = []
+    for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
+        locality = present(region=region, zone=zone, sub_zone=sub_zone)
+        where = present(locality=locality, priority=priority - nearest)
+        localities.append({**where, "lb_endpoints": endpoints})
+    return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
-def dns_assignment(
-    cluster: PlannedCluster, service: Service, slices: Iterable[EndpointSlice]
-) -> dict[str, Json]:
+def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
     """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    port = cluster.port
-    number: int | None = port.number
-    if service.headless:
-        number = port.target if type(port.target) is int else None
-        if number is None:
-            numbers = {
-                number
-                for found in slices
-                for name, number in found.ports
-                if name == port.name and number
-            }
-            number = numbers.pop() if len(numbers) == 1 else None
-    endpoints = [lb_endpoint(cluster.host, number, port.protocol, HEALTHY)] if number else []
-    return load_assignment(cluster.name, [{"lb_endpoints": endpoints}] if endpoints else [])
-
-
-def load_assignment(name: str, localities: list[Json]) -> dict[str, Json]:
-    return {"cluster_name": name, **({"endpoints": localities} if localities else {})}
-
-
-def locality_endpoints(place: EndpointPlace, endpoints: list[Json]) -> dict[str, Json]:
-    priority, parts = place
-    named = zip(("region", "zone", "sub_zone"), parts, strict=True)
-    locality = {name: value for name, value in named if value}
-    return {
-        **({"locality": locality} if locality else {}),
-        **({"priority": priority} if priority else {}),
-        "lb_endpoints": endpoints,
-    }
+    name = cluster.port.name
+    numbers = {number for found in slices for key, number in found.ports if key == name and number}
+    number = cluster.number or (numbers.pop() if len(numbers) == 1 else 0)
+    endpoint = lb_endpoint(cluster.host, number, cluster.port.protocol, HEALTHY)
+    localities = [{"lb_endpoints": [endpoint]}] if number else []
+    return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def lb_endpoint(address: str, port: int, protocol: str, state: int) -> dict[str, Json]:
-    where: dict[str, Json] = {"address": address, "port_value": port}
-    if protocol == "UDP":
-        where = {"protocol": "UDP", **where}
-    endpoint: dict[str, Json] = {"endpoint": {"address": {"socket_address": where}}}
-    if state != HEALTHY:
-        endpoint["health_status"] = "DRAINING" if state == DRAINING else "UNHEALTHY"
-    return endpoint
+    where = {**present(protocol="UDP" if protocol == "UDP" else ""),
+             "address": address, "port_value": port}
+    health = {HEALTHY: "", DRAINING: "DRAINING", UNHEALTHY: "UNHEALTHY"}[state]
+    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=health)}
 
 
-def endpoint_warnings(
-    service: Service,
-    clusters: Sequence[PlannedCluster],
-    slices: Sequence[EndpointSlice],
-    families: Sequence[str],
-) -> Iterator[str]:
+def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
+                      ) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
-    used = [found for found in slices if found.endpoints and clusters]
+    if not slices:
+        yield "has no EndpointSlice, so it has no endpoints"
+    used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"{service}: endpoints of slice {found.name} are left out"
+        where = f"endpoints of slice {found.name} are left out"
         if found.family == FQDN:
             yield f"{where}: host names, where Envoy needs addresses"
         elif not found.ports:
             yield f"{where}: it has no ports"
+        numberless = {name for name, number in found.ports if not number}
         for cluster in clusters:
-            if cluster.port.name in [name for name, number in found.ports if not number]:
+            if cluster.port.name in numberless:
                 yield f"{where}: its port {cluster.port.label} has no number"
-    unwanted = sorted({found.family for found in used if found.family in SOCKET_FAMILIES})
-    if unwanted and not set(unwanted) & set(families):
-        yield (f"{service}: has only {unwanted[0]} endpoints, which endpoint.families leaves out")
+    families = {found.family for found in used} - {FQDN}
+    if families and not families & set(clusters[0].families):
+        yield f"has only {min(families)} endpoints, which endpoint.families leaves out"
 
 
 # -- routes ------------------------------------------------------------------------------------
 
-# `*` alone, at the start or at the end is all that Envoy takes in a domain.
-HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
-ROUTE_HOST = rf"\*|(?:\*[.-]?)?{HOST_NAME}|{HOST_NAME}[.-]?\*"
-ROUTE_PREFIX = r"/[!-~]*"
-GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
-MAX_WEIGHT = 2**32 - 1  # Envoy refuses a file whose weights sum up to more
 
+def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
+             ) -> Route | None:
+    """What the annotations of a Service ask for; None if nothing. What is wrong is named.
 
-class ServiceRoute(NamedTuple):
-    """What the annotations of a Service ask for.
-
-    `cluster` is where its hosts go, `ports` (number, cluster) all its HTTP ports, that one's too.
+    A Service that is not routed for another error still claims its hosts: a typing error must not
+    hand a host over to the Service of another namespace.
     """
-
-    service: str
-    hosts: tuple[str, ...]
-    prefixes: tuple[str, ...]
-    weight: int
-    cluster: str
-    ports: tuple[tuple[int, str], ...]
-
-
-def route_of(
-    service: Service, clusters: Sequence[PlannedCluster], config: Config, warnings: list[str]
-) -> ServiceRoute | None:
-    """The route of a Service, None if it asks for none; what is wrong is left out and named."""
-    prefix = config.annotation_prefix + "/"
-    asked = {
-        key.removeprefix(prefix): value.strip()
-        for key, value in service.annotations
-        if key.startswith(prefix)
-    }
-    if not asked or asked.get("route") == "false":
+    ours = f"{config.annotation_prefix}/"
+    given = {name.removeprefix(ours): value.strip()
+             for name, value in service.annotations.items() if name.startswith(ours)}
+    if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
+        known = ", ".join(ROUTE_ANNOTATIONS)
+        problems.append(f"unknown annotation {ours}: {first_of(unknown)} (known: {known})")
+        given = {name: value for name, value in given.items() if name not in unknown}
+    if not given or given.get("route") == "false":
         return None
+    route = Route(service.namespace, service.name, service.created, ())
     try:
-        if asked.get("route", "true") != "true":
-            raise ValueError(f"{prefix}route: true or false expected: {asked['route']!a}")
-        default = f"{service.name}.{service.namespace}.svc.{config.route_suffix}"
-        hosts = route_hosts(asked.get("hosts") or default, f"{service}: {prefix}hosts", warnings)
-        prefixes = route_prefixes(asked, prefix)
-        weight = route_weight(asked.get("weight", "1"), f"{prefix}weight")
-        chosen = route_port(service, asked.get("port", ""), f"{prefix}port")
-        names = {cluster.port: cluster.name for cluster in clusters}
-        if chosen not in names:
-            raise ValueError(f"its port {chosen.label} has no cluster")
+        if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
+            raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
+        default = service_dns_name(service, config.route_suffix)
+        hosts = comma_separated((given.get("hosts") or default).lower())
+        wrong = {host: host_problem(host, service, config.route_suffix) for host in hosts}
+        if bad := [host for host in hosts if wrong[host]]:
+            problems.append(f"{ours}hosts: left out: {first_of(bad)}: {wrong[bad[0]]}")
+        hosts = [host for host in hosts if not wrong[host]]
+        route = route._replace(hosts=hosts[:HOSTS_MOST])
+        if given.get("route", "true") != "true":
+            raise ValueError(f'{ours}route: "true" or "false" expected')
+        if not 0 < len(hosts) <= HOSTS_MOST:
+            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} hosts expected, not {len(hosts)}")
+        prefixes = route_prefixes(given, ours)
+        port = route_port(service, given.get("port", ""), f"{ours}port")
+        names = [cluster.name for cluster in clusters if cluster.port == port]
+        if not names:
+            raise ValueError(f"its port {port.label} has no cluster")
     except ValueError as error:
-        warnings.append(f"{service}: is not routed: {error}")
-        return None
-    ports = tuple(
-        sorted(
-            (port.number, name)
-            for port, name in names.items()
-            if port == chosen or protocol_of(port).http
-        )
-    )
-    if not hosts:
-        if not any(warning.startswith(f"{service}: {prefix}hosts") for warning in warnings):
-            warnings.append(f"{service}: is not routed: {prefix}hosts names no host")
-        return None
-    name = f"{service.namespace}/{service.name}"
-    return ServiceRoute(name, hosts, prefixes, weight, names[chosen], ports)
+        problems.append(f"is not routed: {error}")
+        return route
+    weight, number = given.get("weight"), None
+    if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
+        number = int(weight)
+    elif weight is not None:
+        problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
+    return route._replace(prefixes=prefixes, weight=number, cluster=names[0])
 
 
 def comma_separated(text: str) -> list[str]:
@@ -2258,173 +1906,167 @@ def comma_separated(text: str) -> list[str]:
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
-def route_hosts(text: str, where: str, warnings: list[str]) -> tuple[str, ...]:
-    hosts = []
-    for host in comma_separated(text.lower()):
-        if len(host) <= 253 and re.fullmatch(ROUTE_HOST, host):
-            hosts.append(host)
-        else:
-            warnings.append(
-                f"{where}: left out: {host!a} is no host name (without a port; "
-                f"* only at the start or the end)"
-            )
-    return tuple(hosts)
+def host_problem(host: str, service: Service, suffix: str) -> str:
+    """Why a Service cannot have a host; "" if it can. Names of Services are their namespace's."""
+    if len(host) > 253 or not re.fullmatch(ROUTE_HOST, host):
+        return "not a valid host name (no port; * alone, or as in *.x, *-x, x.*, x-*)"
+    ending, name = f".svc.{suffix}".lower(), host.removesuffix("*")
+    head, _, tail = name.rpartition(".svc.")
+    if host.endswith(ending):
+        head = host.removesuffix(ending)
+    elif name == host or not head or not ending.startswith(f".svc.{tail}"):
+        return ""
+    owner = head.rpartition(".")[2]
+    return "" if owner == service.namespace else f"a name of namespace {owner[:63]}"
 
 
-def route_prefixes(asked: Mapping[str, str], prefix: str) -> tuple[str, ...]:
+def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
-    services = comma_separated(asked.get("grpc", ""))
+    services = comma_separated(given.get("grpc", ""))
     for service in services:
-        if not re.fullmatch(GRPC_SERVICE, service):
-            raise ValueError(f"{prefix}grpc: not the name of a gRPC service: {service!a}")
-    path = asked.get("prefix", "") or ("" if services else "/")
-    if path and (not re.fullmatch(ROUTE_PREFIX, path) or "?" in path or "#" in path):
-        raise ValueError(f"{prefix}prefix: not the beginning of a path: {path!a}")
-    return tuple(sorted({f"/{service}/" for service in services} | ({path} if path else set())))
-
-
-def route_weight(text: str, where: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > MAX_WEIGHT:
-        raise ValueError(f"{where}: a whole number up to {MAX_WEIGHT} expected: {text!a}")
-    return int(text)
+        if len(service) > PREFIX_LENGTH or not re.fullmatch(GRPC_SERVICE, service):
+            raise ValueError(f"{ours}grpc: not the name of a gRPC service: {service[:60]!a}")
+    path = given.get("prefix", "") or ("" if services else "/")
+    if path and (len(path) > PREFIX_LENGTH or not re.fullmatch(ROUTE_PREFIX, path)):
+        raise ValueError(f"{ours}prefix: not the beginning of a path: {path[:60]!a}")
+    found = sorted({f"/{service}/" for service in services} | ({path} if path else set()))
+    if len(found) > PREFIXES_MOST:
+        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
+    return found
 
 
 def route_port(service: Service, wanted: str, where: str) -> ServicePort:
     """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
     if wanted:
-        for port in ports:
-            if wanted in (port.name, str(port.number)):
-                return port
-        raise ValueError(f"{where}: the Service has no TCP port {wanted!a}")
-    http = [port for port in ports if protocol_of(port).http]
-    chosen = ports if len(ports) == 1 else http
+        chosen = [port for port in ports if wanted in (port.name, str(port.number))]
+    else:
+        chosen = ports if len(ports) == 1 else [
+            port for port in ports if protocol_of(port) in HTTP_PORTS]
+    if not chosen and wanted:
+        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}")
     if not chosen:
-        raise ValueError(f"which of its ports is HTTP? Say so by appProtocol or by {where}")
+        raise ValueError(f"which of its ports is HTTP? Set appProtocol or {where}")
     return chosen[0]
 
 
-class HostBlock(NamedTuple):
-    """The virtual hosts of one host name, rendered; `routes` are what they were made of."""
+def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
+                   ) -> dict[str, list[Route]]:
+    """The routes of each host, in the order of names.
 
-    routes: tuple[ServiceRoute, ...]
-    block: ResourceBlock
-    warnings: tuple[str, ...]
-
-
-def virtual_hosts(host: str, routes: Sequence[ServiceRoute], warnings: list[str]) -> list[Json]:
-    """The virtual host of a host name, and one for each further port that it is asked with."""
-    domains = [host] if "*" in host else [host, f"{host}:*"]
-    found = [(host, domains, split_routes(host, routes, None, warnings))]
-    further = {
-        number for route in routes for number, cluster in route.ports if cluster != route.cluster
-    }
-    for number in sorted(further) if not host.endswith("*") else ():
-        domain = f"{host}:{number}"
-        found.append((domain, [domain], split_routes(domain, routes, number, warnings)))
-    return [
-        {"name": name, "domains": domains, **({"routes": split} if split else {})}
-        for name, domains, split in found
-    ]
-
-
-def split_routes(
-    domain: str, routes: Sequence[ServiceRoute], port: int | None, warnings: list[str]
-) -> list[Json]:
-    """The routes of a virtual host, from most to least specific.
-
-    Services that share a prefix split it. With a port, those that have it do, if any has.
+    A host belongs to the namespace of the oldest Service that claims it; others are named.
     """
-    prefixes: dict[str, list[tuple[ServiceRoute, str]]] = {}
-    for route in sorted(routes):
-        for prefix in route.prefixes:
-            prefixes.setdefault(prefix, []).append((route, dict(route.ports).get(port or 0, "")))
-    found: list[Json] = []
-    for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
-        members = prefixes[prefix]
-        if any(cluster for _, cluster in members):
-            members = [(route, cluster) for route, cluster in members if cluster]
-        split: list[Json] = []
-        total = 0
-        for route, cluster in members:
-            if total + route.weight > MAX_WEIGHT:
-                warnings.append(
-                    f"service {route.service}: is not routed at {domain}{prefix}: "
-                    f"with it the weights sum up to more than {MAX_WEIGHT}"
-                )
-                continue
-            total += route.weight
-            split.append({"name": cluster or route.cluster, "weight": route.weight})
-        if not total:
-            warnings.append(
-                f"service {members[0][0].service}: {domain}{prefix} has no route: all weights are 0"
-            )
-            continue
-        action: Json = (
-            {"cluster": split[0]["name"]}
-            if len(split) == 1
-            else {"weighted_clusters": {"clusters": split}}
-        )
-        found.append({"match": {"prefix": prefix}, "route": action})
+    owners: dict[str, str] = {}
+    for route in sorted(routes, key=lambda route: (route.created, *route[:2])):
+        for host in route.hosts:
+            owners.setdefault(host, route.namespace)
+    found: dict[str, list[Route]] = {}
+    for route in routes:
+        for host in route.hosts:
+            if owners[host] != route.namespace:
+                problems[route[:2]].append(
+                    f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
+            elif route.cluster:
+                found.setdefault(host, []).append(route)
     return found
 
 
-# -- YAML and JSON -----------------------------------------------------------------------------
+def shares(weights: Sequence[int | None]) -> list[int]:
+    """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
+    numbers, the first ones one more where it does not divide. If nobody has one, all are equal.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return [1] * len(weights)
+    rest, without = max(0, 100 - sum(given)), len(weights) - len(given)
+    parts = iter([rest // without + (i < rest % without) for i in range(without)])
+    return [next(parts) if weight is None else weight for weight in weights]
+
+
+def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
+    """The virtual host of a host, its routes from most to least specific; Services that share a
+    prefix split it. What is wrong is named for the first Service concerned.
+    """
+    rendered, problems, prefixes = [], [], dict[str, list[Route]]()
+    for route in routes:
+        for prefix in route.prefixes:
+            prefixes.setdefault(prefix, []).append(route)
+    for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
+        members = prefixes[prefix][:SPLIT_MOST]
+        weights = shares([route.weight for route in members])
+        split = [{"name": route.cluster, "weight": weight}
+                 for route, weight in zip(members, weights, strict=True)]
+        if not any(weights):
+            problems.append((members[0][:2], f"{host}{prefix} has no route: all weights are 0"))
+            continue
+        if 0 < [route.weight for route in members].count(None) < len(members):
+            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
+            note = f"{host}{prefix} is split by weight and remainder: {text}"
+            problems.append((members[0][:2], note))
+        action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
+            "cluster": members[0].cluster}
+        rendered.append({"match": {"prefix": prefix}, "route": action})
+    domains = [host] if "*" in host else [host, f"{host}:*"]
+    return {"name": host, "domains": domains, **present(routes=rendered)}, problems
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing and rendering
+# ---------------------------------------------------------------------------------------------
 
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
-# addresses, durations. Everything else is quoted.
+# addresses, durations. Everything else is quoted as in JSON, in one line.
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
     r"[a-z_/][a-z0-9_./-]*\Z|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+\Z|[0-9]+s\Z"
 )
-# What JSON's quoting leaves as it is, and YAML takes for a line break or refuses.
+# What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
-
-
+CACHED_LENGTH = 128  # of a text: 4,096 of them are small, whatever a Service holds
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+# A file that response() wrote in YAML: its head, and the resources.
+OUR_YAML = (
+    rb'((?:# .*\n)++version_info: "[0-9a-f]{16}"\ntype_url: \S++\n)'
+    rb"resources:(?: \[\]\n|\n((?:(?:- |  ).*\n)++))"
+)
+
+SERVICES_SOURCE = "services"  # of every rendered file
+MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
+MADE_BY = "Rendered by envoy-xds-configmap-loader, which overwrites changes."
+CDS_COMMENT = f"Clusters: one for each port of each Service.\n{MADE_BY}"
+RDS_COMMENT = f"Routes: from the annotations {{prefix}}/... of Services.\n{MADE_BY}"
 
 
-class ResourceBlock(NamedTuple):
-    """One resource, or an element of one: its text in the file, and a hash of what it says.
-
-    The hash is the same in YAML and JSON.
-    """
-
-    text: bytes
-    digest: bytes
-
-
-@functools.lru_cache(maxsize=4096)  # keys and names come again and again
 def yaml_text(text: str) -> str:
     """A string, in the one way that cannot be misread."""
+    return cached_yaml_text(text) if len(text) <= CACHED_LENGTH else any_yaml_text(text)
+
+
+def any_yaml_text(text: str) -> str:
     if re.match(PLAIN_SCALAR, text):
         return text
     quoted = json.dumps(text, ensure_ascii=False)
     return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
+cached_yaml_text = functools.lru_cache(maxsize=4096)(any_yaml_text)  # keys and names repeat
+
+
 def yaml_scalar(value: Json) -> str:
     """A scalar or an empty collection."""
     if type(value) is str:
         return yaml_text(value)
-    if type(value) is int:
-        return str(value)
-    if type(value) is float:  # 1e+16 is a string to YAML 1.1
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    return json.dumps(value)
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if type(value) is float and "." not in text else text
 
 
 def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
     """Append the lines of a collection that is not empty, in block style."""
     if type(value) is dict:
         for key, item in value.items():
-            if item and type(item) is dict:
+            if item and type(item) in (dict, list):
                 lines.append(f"{indent}{yaml_text(key)}:")
-                yaml_lines(item, indent + "  ", lines)
-            elif item and type(item) is list:
-                lines.append(f"{indent}{yaml_text(key)}:")
-                yaml_lines(item, indent, lines)
+                yaml_lines(item, indent + "  " if type(item) is dict else indent, lines)
             else:
                 lines.append(f"{indent}{yaml_text(key)}: {yaml_scalar(item)}")
         return
@@ -2437,95 +2079,108 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
             lines.append(f"{indent}- {yaml_scalar(item)}")
 
 
-class ResourceWriter(NamedTuple):
-    """Writes files: `yaml` for people, `json` for Envoy, which reads it five times faster."""
-
-    format: str
-
-    def items(self, values: list[Json], indent: str = "") -> ResourceBlock:
-        """Elements of a list that is written at the indent."""
-        compact = ",\n".join(map(COMPACT_JSON.encode, values)).encode()
-        digest = hashlib.sha256(compact).digest()
-        if self.format == "json":
-            return ResourceBlock(compact, digest)
-        lines: list[str] = []
-        yaml_lines(values, indent, lines)
-        lines.append("")
-        return ResourceBlock("\n".join(lines).encode(), digest)
-
-    def nested(
-        self, resource: dict[str, Json], key: str, blocks: Sequence[ResourceBlock]
-    ) -> ResourceBlock:
-        """A resource whose last field is a list, of elements that were written before."""
-        head = self.items([resource])
-        if not blocks:
-            return head
-        digest = hashlib.sha256(head.digest + b"".join(block.digest for block in blocks)).digest()
-        if self.format == "json":
-            text = b'%s,"%s":[\n%s\n]}' % (
-                head.text[:-1],
-                key.encode(),
-                b",\n".join(block.text for block in blocks),
-            )
-        else:
-            text = b"%s  %s:\n%s" % (
-                head.text,
-                key.encode(),
-                b"".join(block.text for block in blocks),
-            )
-        return ResourceBlock(text, digest)
-
-    def file(self, comment: str, type_url: str, blocks: Sequence[ResourceBlock]) -> bytes:
-        """A DiscoveryResponse. Its version is the hash of its resources, the comment is not in it.
-
-        `type_url` tells what an empty file is about.
-        """
-        version = hashlib.sha256(b"".join(block.digest for block in blocks)).hexdigest()[:16]
-        if self.format == "json":
-            return b'{"version_info":"%s","type_url":"%s","resources":[\n%s\n]}\n' % (
-                version.encode(),
-                type_url.encode(),
-                b",\n".join(block.text for block in blocks),
-            )
-        head = "".join(f"# {line}\n" for line in comment.splitlines())
-        head += f'version_info: "{version}"\ntype_url: {type_url}\nresources:'
-        resources = b"\n" + b"".join(block.text for block in blocks) if blocks else b" []\n"
-        return head.encode() + resources
+def element(fmt: str, value: Json, indent: str = "") -> bytes:
+    """One element of a list that is written at the indent: "yaml" for people, "json" for Envoy,
+    which reads it five times faster.
+    """
+    if fmt == "json":
+        return COMPACT_JSON.encode(value).encode()
+    lines: list[str] = []
+    yaml_lines([value], indent, lines)
+    return ("\n".join(lines) + "\n").encode()
 
 
-# -- the translator: renders all, and again what changed ---------------------------------------
-
-SERVICES_SOURCE = "services"  # of every rendered file
-MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
-MADE_BY = "Rendered by envoy-xds-configmap-loader, which overwrites changes."
-CDS_COMMENT = f"Clusters: one for each port of each Service.\n{MADE_BY}"
-RDS_COMMENT = f"Routes: from the annotations {{prefix}}/... of Services.\n{MADE_BY}"
-
-
-class RenderedCluster(NamedTuple):
-    """One cluster: its text in CDS, and its EDS file where it has one."""
-
-    name: str
-    mode: str
-    block: ResourceBlock
-    path: str
-    file: File | None
+def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
+    """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
+    if fmt == "json":
+        return b'{"version_info":"%s","type_url":"%s","resources":[\n%s\n]}\n' % (
+            hash_of(resources), type_url.encode(), b",\n".join(resources))
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    return join_rendered(f'{head}version_info: ""\ntype_url: {type_url}\n'.encode(), resources)
 
 
-class Rendered(NamedTuple):
-    """One Service, and the plan, clusters, modes and slices that it was rendered from."""
-
-    inputs: tuple[object, ...]
-    clusters: tuple[RenderedCluster, ...]
-    warnings: tuple[str, ...]
-    slices: tuple[EndpointSlice, ...]
+def resource_file(fmt: str, comment: str, type_url: str, resources: Sequence[Json]) -> bytes:
+    """A whole file of resources in JSON's types."""
+    return response(fmt, comment, type_url, [element(fmt, resource) for resource in resources])
 
 
-# Each plan, with those of its clusters that really exist.
-KeptClusters = Mapping[Key, tuple[ServicePlan, tuple[PlannedCluster, ...]]]
+def hash_of(resources: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(resources)).hexdigest()[:16].encode()
 
 
-NOT_RENDERED = Rendered((), (), (), ())
+def split_rendered(content: bytes) -> tuple[bytes, list[bytes]] | None:
+    """Head and resources of a YAML file that response() wrote; None if somebody else did."""
+    found = re.fullmatch(OUR_YAML, content)
+    return (found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]) if found else None
+
+
+def join_rendered(head: bytes, resources: Sequence[bytes]) -> bytes:
+    """The reverse of split_rendered(), with a version of its own."""
+    version = b'version_info: "%s"\n' % hash_of(resources)
+    head = re.sub(rb'(?m)^version_info: ".*"\n', version, head, count=1)
+    return head + b"resources:" + (b"\n" + b"".join(resources) if resources else b" []\n")
+
+
+def eds_clusters(files: Files) -> set[str]:
+    """The clusters that are on EDS in the files that a loader left: `on_eds` of a Renderer."""
+    return rendered_clusters(files, "EDS")
+
+
+def inline_clusters(files: Files) -> set[str]:
+    """The clusters with endpoints in CDS itself: `on_inline` of a Renderer."""
+    return rendered_clusters(files, "STATIC")
+
+
+def rendered_clusters(files: Files, kind: str) -> set[str]:
+    """The names of the clusters of a type in our own CDS, whatever a ConfigMap has in its place."""
+    found: list[Json] = []
+    try:
+        if "cds.json" in files:
+            document = parse_json(files["cds.json"].content)
+            found = [(one["type"], one["name"]) for one in document["resources"]]
+        elif "cds.yaml" in files:
+            for resource in (split_rendered(files["cds.yaml"].content) or (b"", []))[1]:
+                name, type_ = [row.partition(b": ")[2] for row in resource.split(b"\n")[1:3]]
+                text = json.loads(name) if name[:1] == b'"' else name.decode()
+                found.append((type_.decode(), text))
+        return {name for type_, name in found if type_ == kind}
+    except (ValueError, LookupError, TypeError):
+        return set()
+
+
+def inotify_budget() -> int:
+    """How many EDS files are safe: a sixteenth of the instances that a user may have on this node.
+
+    Each is an inotify instance to Envoy, two while its cluster warms, and all Envoys of one user
+    on the node share the limit. Envoy aborts when it is passed.
+    """
+    try:
+        with open(MAX_USER_INSTANCES, encoding="ascii") as file:
+            return int(file.read()) // 16
+    except (OSError, ValueError):
+        return 128 // 16  # the kernel's default
+
+
+class Memo:
+    """Results of a function by key, each as long as its arguments are equal; unchanged ones are the
+    same objects, so comparing ends at their identity. What was not asked for between two calls of
+    `forget` is forgotten.
+    """
+
+    def __init__(self, function: Callable[..., Json]) -> None:
+        self._function = function
+        self._old: dict[object, tuple[object, Json]] = {}
+        self._new: dict[object, tuple[object, Json]] = {}
+
+    def get(self, key: object, *arguments: object) -> Json:
+        found = self._new.get(key) or self._old.get(key)
+        if found is None or found[0] != arguments:
+            found = (arguments, self._function(*arguments))
+        self._new[key] = found
+        return found[1]
+
+    def forget(self) -> None:
+        self._old, self._new = self._new, {}
 
 
 class Rendering(NamedTuple):
@@ -2537,77 +2192,7 @@ class Rendering(NamedTuple):
     inlined: tuple[str, ...]
 
 
-def inotify_budget() -> int:
-    """How many EDS files are safe: a quarter of the instances that a user may have on this node.
-
-    Each is an inotify instance to Envoy, two while its cluster warms, and all Envoys of one user
-    on the node share the limit. Envoy aborts when it is passed.
-    """
-    try:
-        with open(MAX_USER_INSTANCES, encoding="ascii") as file:
-            return int(file.read()) // 4
-    except (OSError, ValueError):
-        return 128 // 4  # the kernel's default
-
-
-def eds_clusters(files: Files) -> set[str]:
-    """The clusters that are on EDS in the files that a loader left: `on_eds` of a Translator."""
-    return rendered_clusters(files, b"EDS")
-
-
-def inline_clusters(files: Files) -> set[str]:
-    """The clusters with endpoints in CDS itself: `on_inline` of a Translator."""
-    return rendered_clusters(files, b"STATIC")
-
-
-def rendered_clusters(files: Files, kind: bytes) -> set[str]:
-    """The names of the clusters of a type, from our own CDS: no YAML parser is needed for that."""
-    found = set()
-    in_json = rb'^\{"@type":"[^"]*","name":("(?:[^"\\]|\\.)*"),"type":"%s"'
-    for path, pattern in (("cds.yaml", rb"^  name: (.+)\n  type: %s$"), ("cds.json", in_json)):
-        content = files[path].content if path in files else b""
-        for name in re.findall(pattern % kind, content, re.MULTILINE):
-            try:
-                found.add(json.loads(name) if name[:1] == b'"' else name.decode())
-            except ValueError:
-                pass  # of a ConfigMap's file that hides ours
-    return found
-
-
-class SliceIndex:
-    """The slices of each Service; with thousands of them only what changed is looked at."""
-
-    def __init__(self) -> None:
-        self._seen: dict[Key, EndpointSlice] = {}
-        self._of: dict[Key, dict[Key, EndpointSlice]] = {}
-
-    def update(self, slices: Mapping[Key, EndpointSlice]) -> Iterator[Key]:
-        """Take all slices; yield the Services of those that came, went or changed."""
-        for key in self._seen.keys() - slices.keys():
-            yield self._forget(key)
-        for key, found in slices.items():
-            old = self._seen.get(key)
-            if old is found or old == found:
-                continue
-            if old:
-                yield self._forget(key)
-            service = (found.namespace, found.service)
-            self._of.setdefault(service, {})[key] = self._seen[key] = found
-            yield service
-
-    def _forget(self, key: Key) -> Key:
-        found = self._seen.pop(key)
-        service = (found.namespace, found.service)
-        del self._of[service][key]
-        if not self._of[service]:
-            del self._of[service]
-        return service
-
-    def of(self, service: Key) -> tuple[EndpointSlice, ...]:
-        return tuple(self._of.get(service, {}).values())
-
-
-class Translator:
+class Renderer:
     """Renders Services again and again; a change in one of them renders that one.
 
     `endpoints` is the mode, `fmt` "yaml" or "json", `current_dir` the absolute path under which
@@ -2616,250 +2201,153 @@ class Translator:
     """
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        endpoints: str,
-        fmt: str,
-        current_dir: str,
-        node_name: str,
-        budget: int,
-        on_eds: Iterable[str] = (),
-        on_inline: Iterable[str] = (),
+        self, config: Config, *, endpoints: str, fmt: str, current_dir: str, node_name: str,
+        budget: int, on_eds: Iterable[str] = (), on_inline: Iterable[str] = (),
     ) -> None:
         if config.prefer_zone is True and not node_name:
             raise config_error(
-                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME"
-            )
-        self._config, self._endpoints, self._node_name = config, endpoints, node_name
-        self._planner, self._writer = ClusterPlanner(config, endpoints), ResourceWriter(fmt)
-        self._fmt = fmt
-        self._directory = f"{current_dir.rstrip('/')}/"
-        self._budget = config.eds_budget if config.eds_budget is not None else budget
-        self._modes = initial_modes(sorted(on_eds)[: self._budget], on_inline)
+                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME")
+        self._config, self._endpoints, self._fmt = config, endpoints, fmt
+        self._directory, self._node_name = current_dir.rstrip("/"), node_name
+        self._budget = budget if config.eds_budget is None else config.eds_budget
+        kept = dict.fromkeys(sorted(on_eds)[: self._budget], EDS)
+        # Without one EDS file what is on disk was no decision of `auto`.
+        self._modes = dict.fromkeys(on_inline, INLINE) | kept if kept else {}
         self._services: Mapping[Key, Service] | None = None
-        self._plans: dict[Key, ServicePlan] = {}
-        self._kept: KeptClusters = {}
-        self._plan_warnings: tuple[str, ...] = ()
+        self._clusters: dict[Key, tuple[Cluster, ...]] = {}
         self._routes = b""
-        self._slices = SliceIndex()
-        self._legacy: Mapping[Key, tuple[EndpointSlice, ...]] = {}
-        self._touched: set[Key] = set()  # Services to be looked at again
-        self._rendered: dict[Key, Rendered] = {}
-        self._hosts: dict[str, HostBlock] = {}
-        self._files: dict[str, File] = {}
-        self._placement = Placement(config, own_zone(config, node_name, {}), {})
+        self._plan_warnings: list[str] = []
+        self._plans = Memo(lambda service: plan_service(service, config, endpoints))
+        self._hosts, self._rendered = Memo(self._host), Memo(self._service)
+        self._files = Memo(self._file)
 
-    def render(self, objects: Objects, *, other_files: int = 0) -> Rendering:
+    def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
-        warnings: list[str] = []
-        self._see_nodes(objects.nodes, warnings)
         if objects.services != self._services:
-            self._plan(objects.services, other_files)
-        self._touched.update(self._slices.update(objects.slices))
-        if objects.endpoints != self._legacy:
-            self._legacy = dict(objects.endpoints)
-            self._touched.update(self._kept)
-        for key in self._touched & self._kept.keys():
-            self._rendered[key] = self._service(key)
-        self._touched = set()
-        clusters = [cluster for one in self._rendered.values() for cluster in one.clusters]
-        files = {cluster.path: cluster.file for cluster in clusters if cluster.file}
-        blocks = [cluster.block for cluster in clusters]
-        cds, rds = f"cds.{self._fmt}", f"rds.{self._fmt}"
-        files[cds] = self._file(cds, self._writer.file(CDS_COMMENT, CLUSTER_TYPE, blocks))
-        files[rds] = self._file(rds, self._routes)
-        self._files = files
-        warnings += self._plan_warnings
-        warnings += [warning for one in self._rendered.values() for warning in one.warnings]
-        modes = [cluster.mode for cluster in clusters]
+            self._plan(dict(sorted(objects.services.items())), other_files)
+        config, warnings = self._config, list(self._plan_warnings)
+        zone = own_zone(config, self._node_name, objects.nodes)
+        if zone is None and config.prefer_zone:
+            warnings.append(f"node {self._node_name}: is not known or has no zone: "
+                            f"endpoint.prefer_zone prefers none")
+        slices: dict[Key, list[EndpointSlice]] = {}
+        for found in objects.slices:
+            slices.setdefault((found.namespace, found.service), []).append(found)
+        files: dict[str, File] = {}
+        resources: list[bytes] = []
+        for key, clusters in self._clusters.items():
+            own, nodes = tuple(slices.get(key, ())), dict[str, Node | None]()
+            if by_node_label(config):
+                names = {endpoint.node for found in own for endpoint in found.endpoints}
+                nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
+            texts, eds, problems = self._rendered.get(key, key, clusters, own, zone, nodes)
+            resources += texts
+            files |= eds
+            if problems:
+                warnings.append(warning_line(key, problems))
+        self._rendered.forget()
+        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
+                             ("rds", comment, ROUTE_TYPE, [self._routes])):
+            files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
+        modes = [cluster.mode for clusters in self._clusters.values() for cluster in clusters]
+        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
         counts = {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)}
-        inlined = [cluster.name for cluster in clusters if cluster.mode == INLINE]
-        if self._endpoints != AUTO:
-            inlined = []
-        return Rendering(files, tuple(sorted(set(warnings))), counts, tuple(inlined))
+        shown = tuple(inlined) if self._endpoints == AUTO else ()
+        return Rendering(files, tuple(sorted(warnings)), counts, shown)
 
-    def _see_nodes(self, nodes: Mapping[str, Node], warnings: list[str]) -> None:
-        """Take the Nodes; forget the Services with endpoints on those that changed."""
-        if not needs_nodes(self._config):
-            return
-        old = self._placement
-        zone = own_zone(self._config, self._node_name, nodes)
-        if zone is None and self._config.prefer_zone:
-            warnings.append(
-                f"node {self._node_name}: is not known or has no zone: "
-                f"endpoint.prefer_zone prefers none"
-            )
-        if zone == old.zone and nodes == old.nodes:
-            return
-        changed = {name for name in {*nodes, *old.nodes} if nodes.get(name) != old.nodes.get(name)}
-        for key, one in self._rendered.items():
-            if zone != old.zone or any(
-                endpoint.node in changed for found in one.slices for endpoint in found.endpoints
-            ):
-                self._rendered[key] = one._replace(inputs=())
-                self._touched.add(key)
-        self._placement = Placement(self._config, zone, dict(nodes))
-
-    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
+    def _plan(self, services: dict[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
-        plans = {}
-        for key in sorted(services):
-            plan = self._plans.get(key)
-            if plan is None or plan.service != services[key]:
-                plan = self._planner.plan(services[key])
-            plans[key] = plan
-        warnings = [warning for plan in plans.values() for warning in plan.warnings]
-        kept = unique_clusters(plans, warnings)
-        self._modes = self._decided(kept, other_files)
-        self._routes = self._route_configuration(kept, warnings)
-        self._services, self._plans, self._kept = dict(services), plans, kept
-        self._plan_warnings = tuple(warnings)
-        self._rendered = {key: self._rendered.get(key, NOT_RENDERED) for key in kept}
-        self._touched.update(kept)
+        plans = {key: self._plans.get(key, service) for key, service in services.items()}
+        problems = {key: list(plan.problems) for key, plan in plans.items()}
+        kept = unique_clusters(plans, problems)
+        names = [one.name for clusters in kept.values() for one in clusters if one.mode != DNS]
+        self._modes = self._decided(names, other_files)
+        self._clusters = {
+            key: tuple(one._replace(mode=self._modes.get(one.name, DNS)) for one in clusters)
+            for key, clusters in kept.items()}
+        routes = []
+        for key, plan in plans.items():
+            if not plan.route:
+                continue
+            there = plan.route.cluster in [cluster.name for cluster in kept[key]]
+            routes.append(plan.route if there else plan.route._replace(cluster=""))
+            if plan.route.cluster and not there:
+                problems[key].append("is not routed: it has no cluster of its own")
+        hosts, elements = routes_by_host(routes, problems), []
+        for host in sorted(hosts):
+            text, found = self._hosts.get(host, host, hosts[host])
+            elements.append(text)
+            for key, problem in found:
+                problems[key].append(problem)
+        self._routes = self._route_configuration(elements)
+        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+        if not services:
+            self._plan_warnings = ["--services: no Service matches the selector"]
+        self._plans.forget()
+        self._hosts.forget()
+        self._services = services
 
-    def _decided(self, kept: KeptClusters, other_files: int) -> dict[str, str]:
+    def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
         """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
 
         A cluster that flips would be a new one to Envoy, with new connections and health.
         """
-        names = [
-            cluster.name
-            for _, clusters in kept.values()
-            for cluster in clusters
-            if not cluster.host
-        ]
         if self._endpoints != AUTO:
             return dict.fromkeys(names, self._endpoints)
-        modes = {name: self._modes[name] for name in names if name in self._modes}
-        free = self._budget - sum(mode == EDS for mode in modes.values())
-        if self._config.eds_budget is None:
-            free -= other_files
-        for name in names:
-            if name not in modes:
-                modes[name] = EDS if free > 0 else INLINE
-                free -= 1
-        return modes
+        decided = {name: self._modes[name] for name in names if name in self._modes}
+        free = self._budget - sum(mode == EDS for mode in decided.values())
+        free -= other_files if self._config.eds_budget is None else 0
+        new = [name for name in names if name not in decided]
+        decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
+        return {name: decided[name] for name in names}
 
-    def _service(self, key: Key) -> Rendered:
-        """A Service as rendered; anew only if something that it is made of changed."""
-        plan, clusters = self._kept[key]
-        slices = self._slices.of(key) or self._legacy.get(key, ())
-        modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
-        inputs = (plan, clusters, modes, slices)
-        if self._rendered[key].inputs == inputs:
-            return self._rendered[key]
-        service, placer = plan.service, self._placement.places(slices)
-        by_slices = [cluster for cluster in clusters if not cluster.host]
-        warnings = list(endpoint_warnings(service, by_slices, slices, self._config.families))
-        rendered = []
-        for cluster, mode in zip(clusters, modes, strict=True):
-            if mode == DNS:
-                assignment = dns_assignment(cluster, service, slices)
+    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, str]]]:
+        found, problems = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), problems
+
+    def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
+        """The RouteConfiguration, of virtual hosts that were written before."""
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
+        if not virtual_hosts:
+            return head
+        if self._fmt == "json":
+            return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
+        return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
+
+    def _service(
+        self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
+        zone: str | None, nodes: Mapping[str, Node],
+    ) -> tuple[list[bytes], dict[str, File], list[str]]:
+        """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
+        by_slices = [cluster for cluster in clusters if cluster.mode != DNS]
+        problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
+        resources, files = [], {}
+        for cluster in clusters:
+            resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
+            if cluster.mode == DNS:
+                assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    warnings.append(
-                        f"{service}: the number of its target port "
-                        f"{cluster.port.target} is not known, so there is no endpoint"
-                    )
+                    problems.append(f"the number of its target port {cluster.port.target} is not "
+                                    f"known, so there is no endpoint")
             else:
-                assignment = assignment_of(cluster, slices, placer)
-            rendered.append(self._cluster(service, cluster, mode, assignment))
-        return Rendered(inputs, tuple(rendered), tuple(warnings), slices)
-
-    def _cluster(
-        self, service: Service, cluster: PlannedCluster, mode: str, assignment: dict[str, Json]
-    ) -> RenderedCluster:
-        path, file = "", None
-        resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-        if mode == EDS:
-            path = f"eds/{cluster.stem}.{self._fmt}"
-            block = self._writer.items([{"@type": ASSIGNMENT_TYPE, **assignment}])
-            comment = f"Endpoints of {service}, port {cluster.port.label}.\n{MADE_BY}"
-            file = self._file(path, self._writer.file(comment, ASSIGNMENT_TYPE, [block]))
-            resource["eds_cluster_config"] = {
-                "eds_config": {
+                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
+            if cluster.mode == EDS:
+                path = f"eds/{cluster.stem}.{self._fmt}"
+                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
+                text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
+                files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
+                resource["eds_cluster_config"] = {"eds_config": {
                     "resource_api_version": "V3",
-                    "path_config_source": {"path": self._directory + path},
-                }
-            }
-        else:
-            resource["type"] = cluster.dns_type or "STATIC"
-            resource["load_assignment"] = assignment
-        block = self._writer.items([{**resource, **cluster.options}])
-        return RenderedCluster(cluster.name, mode, block, path, file)
+                    "path_config_source": {"path": f"{self._directory}/{path}"}}}
+            else:
+                resource |= {"type": "STATIC", "load_assignment": assignment}
+            resources.append(element(self._fmt, {**resource, **cluster.options}))
+        return resources, files, problems
 
-    def _route_configuration(self, kept: KeptClusters, warnings: list[str]) -> bytes:
-        """The RouteConfiguration; the virtual hosts of a host are made anew if its routes are."""
-        routes: dict[str, list[ServiceRoute]] = {}
-        for plan, clusters in kept.values():
-            route = plan.route
-            if route and clusters is not plan.clusters:
-                route = route_to(route, clusters)
-            if route:
-                for host in route.hosts:
-                    routes.setdefault(host, []).append(route)
-            elif plan.route:
-                warnings.append(f"{plan.service}: is not routed: it has no cluster of its own")
-        hosts = {}
-        for host in sorted(routes):
-            block = self._hosts.get(host)
-            if block is None or block.routes != tuple(routes[host]):
-                block = self._host(host, tuple(routes[host]))
-            hosts[host] = block
-            warnings += block.warnings
-        self._hosts = hosts
-        resource = self._writer.nested(
-            {"@type": ROUTE_TYPE, "name": self._config.route_name},
-            "virtual_hosts",
-            [block.block for block in hosts.values()],
-        )
-        comment = RDS_COMMENT.format(prefix=self._config.annotation_prefix)
-        return self._writer.file(comment, ROUTE_TYPE, [resource])
+    def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
+        return file_of(response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
 
-    def _host(self, host: str, routes: tuple[ServiceRoute, ...]) -> HostBlock:
-        warnings: list[str] = []
-        found = virtual_hosts(host, routes, warnings)
-        return HostBlock(routes, self._writer.items(found, "  "), tuple(warnings))
-
-    def _file(self, path: str, content: bytes) -> File:
-        """The file; the very one of last time where nothing changed, so nobody looks further."""
-        old = self._files.get(path)
-        return old if old and old.content == content else file_of(content, SERVICES_SOURCE)
-
-
-def initial_modes(on_eds: Iterable[str], on_inline: Iterable[str]) -> dict[str, str]:
-    """What the files on disk say. Without one EDS file they are no decision of `auto`."""
-    modes = dict.fromkeys(on_eds, EDS)
-    return dict.fromkeys(on_inline, INLINE) | modes if modes else {}
-
-
-def unique_clusters(plans: Mapping[Key, ServicePlan], warnings: list[str]) -> KeptClusters:
-    """Of two clusters of one name the first exists; Envoy would take the last, without a word."""
-    taken: dict[str, Service] = {}
-    kept = {}
-    for key, plan in plans.items():
-        clusters = []
-        for cluster in plan.clusters:
-            if cluster.name in taken:
-                warnings.append(
-                    f"{plan.service}: port {cluster.port.label} is left out: the "
-                    f"cluster name {cluster.name} is {taken[cluster.name]}'s"
-                )
-                continue
-            taken[cluster.name] = plan.service
-            clusters.append(cluster)
-        whole = len(clusters) == len(plan.clusters)
-        kept[key] = (plan, plan.clusters if whole else tuple(clusters))
-    return kept
-
-
-def route_to(route: ServiceRoute, clusters: Sequence[PlannedCluster]) -> ServiceRoute | None:
-    """The route to those of its clusters that there are."""
-    names = {cluster.name for cluster in clusters}
-    if route.cluster not in names:
-        return None
-    ports = tuple(pair for pair in route.ports if pair[1] in names)
-    return route if ports == route.ports else route._replace(ports=ports)
 
 # ---------------------------------------------------------------------------------------------
 # Secrets: TLS Secrets become SDS files
@@ -5942,7 +5430,7 @@ class Sources:
         self._kept: dict[Named, dict[str, File]] = {}
         self._secrets: dict[Key, tuple[Secret, dict[str, File], tuple[str, ...]]] = {}
         self._ends: dict[tuple[str, ...], float] = {}
-        self._translator: Translator | None = None
+        self._translator: Renderer | None = None
         self.rendering: Rendering | None = None
         own = config.eds_budget
         self.budget = inotify_budget() if own is None else own
@@ -5961,7 +5449,7 @@ class Sources:
         if options.configmap_selector is not None:
             self._reflect(self._selector_query(), configmap_from)
         if options.services is not None:
-            self._translator = Translator(
+            self._translator = Renderer(
                 self._config,
                 endpoints=options.endpoints,
                 fmt=options.format,
@@ -6151,8 +5639,8 @@ class Sources:
         nodes = self._gathered(NODES, notes)
         objects = Objects(
             services=self._gathered(SERVICES, notes),
-            slices=self._gathered(ENDPOINTSLICES, notes),
-            endpoints=self._gathered(ENDPOINTS, notes),
+            slices=list(self._gathered(ENDPOINTSLICES, notes).values())
+            or [one for found in self._gathered(ENDPOINTS, notes).values() for one in found],
             nodes={name: node for (_, name), node in nodes.items()},
         )
         kinds = [kind_of_file(file) for file in others.values()]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import loader
-from tests.support.rendering import objects_of, parsed, translator
+from tests.support.rendering import objects_of, parsed, renderer
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "rendering.md"
 FENCE = re.compile(r"^```\w+ (input|config|output) (\S+) ?(.*)\n((?s:.*?))^```$", re.MULTILINE)
@@ -43,7 +43,7 @@ def rendering_of(output: Block) -> loader.Rendering:
     options = dict(option.split("=") for option in output.options[1:])
     config = json.loads(block("config", options["config"])) if "config" in options else {}
     objects = objects_of(*yaml.safe_load_all(block("input", output.name)))
-    return translator(config, endpoints=options.get("endpoints", "eds")).render(objects)
+    return renderer(config, endpoints=options.get("endpoints", "eds")).render(objects)
 
 
 OUTPUTS = [one for one in blocks() if one.kind == "output"]

@@ -33,7 +33,7 @@ from tests.support.rendering import (
     routes,
     service,
     shown,
-    translator,
+    renderer,
 )
 
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -438,7 +438,7 @@ def test_prefer_zone_true_is_the_zone_of_the_own_node() -> None:
         assert bool(found.warnings) == (wanted == "a/0")
         assert all("node n1" in warning for warning in found.warnings)
     with pytest.raises(loader.UsageError, match=r"\$\.endpoint\.prefer_zone.*NODE_NAME"):
-        translator(config)
+        renderer(config)
     # It is the zone as the endpoints have it, wherever that comes from.
     racks = {"endpoint": {"prefer_zone": True, "locality": {"zone": {"label": "rack"}}}}
     nodes = [node("n1"), node("n2")]
@@ -545,17 +545,17 @@ def test_auto_spends_the_budget_in_order_of_names() -> None:
 
 def test_files_of_others_use_the_budget_unless_it_is_configured() -> None:
     objects = objects_of(*many(5))
-    found = translator(endpoints="auto", budget=3).render(objects, other_files=2)
+    found = renderer(endpoints="auto", budget=3).render(objects, other_files=2)
     assert len(on_eds(found)) == 1
     config = {"endpoint": {"eds_budget": 2}}
-    found = translator(config, endpoints="auto", budget=30).render(objects, other_files=20)
+    found = renderer(config, endpoints="auto", budget=30).render(objects, other_files=20)
     assert len(on_eds(found)) == 2
     config = {"endpoint": {"eds_budget": 0}}
     assert on_eds(render(*many(2), endpoints="auto", config=config)) == []
 
 
 def test_a_cluster_never_flips() -> None:
-    translate = translator(endpoints="auto", budget=2)
+    translate = renderer(endpoints="auto", budget=2)
     raw = many(4)
     assert on_eds(translate.render(objects_of(*raw))) == ["demo/s000/http", "demo/s001/http"]
     # One goes: what is inline stays so; a new one takes the place.
@@ -1365,7 +1365,7 @@ def test_any_configuration_is_taken_or_refused(document: Any) -> None:
     assert said.startswith("--config: $")
     assert "\n" not in said
     if config is not None:
-        loader.Translator(
+        loader.Renderer(
             config, endpoints="auto", fmt="json", current_dir="/x", node_name="n", budget=1
         ).render(objects_of(service(), endpoint_slice()))
 
@@ -1444,7 +1444,7 @@ def test_order_and_slicing_change_no_byte(
 def test_a_translator_that_saw_other_things_renders_the_same(
     before: list[Object], raw: list[Object], mode: str
 ) -> None:
-    used = translator(endpoints=mode)
+    used = renderer(endpoints=mode)
     used.render(objects_of(*before))
     assert used.render(objects_of(*raw)) == render(*raw, endpoints=mode)
 
@@ -1456,7 +1456,7 @@ def test_a_translator_that_saw_other_things_renders_the_same(
 def test_a_change_renders_what_changed_and_no_more() -> None:
     services = [routed(f"demo/s{index}", hosts=f"h{index}") for index in range(4)]
     slices = [endpoint_slice(f"demo/s{index}", endpoint("10.0.0.1")) for index in range(4)]
-    translate, objects = translator(), objects_of(*services, *slices)
+    translate, objects = renderer(), objects_of(*services, *slices)
     first = translate.render(objects)
 
     def changed(**new: Any) -> set[str]:
@@ -1491,7 +1491,7 @@ def test_a_slice_may_change_hands() -> None:
     raw = [service("demo/a"), service("demo/b")]
     one = endpoint_slice("demo/a", endpoint("10.0.0.1"), name="x")
     two = endpoint_slice("demo/b", endpoint("10.0.0.1"), name="x")
-    translate = translator()
+    translate = renderer()
     for slices, owners in (([one], "a"), ([two], "b"), ([one], "a"), ([], "")):
         found = translate.render(objects_of(*raw, *slices))
         assert [name for name in "ab" if shown(found, f"demo/{name}/http")] == list(owners)
@@ -1502,7 +1502,7 @@ def test_a_node_that_changes_moves_its_endpoints() -> None:
     raw = [service("demo/a"), service("demo/b")]
     for index, name in enumerate(("demo/a", "demo/b")):
         raw.append(endpoint_slice(name, endpoint("10.0.0.1", nodeName=f"n{index}")))
-    translate = translator(config)
+    translate = renderer(config)
     one = translate.render(objects_of(*raw, node("n0", zone="x"), node("n1", zone="x")))
     two = translate.render(objects_of(*raw, node("n0", zone="x"), node("n1", zone="y")))
     assert shown(two, "demo/b/http") == ["y/0 10.0.0.1:8080"]
@@ -1512,7 +1512,7 @@ def test_a_node_that_changes_moves_its_endpoints() -> None:
 
 
 def test_a_store_that_is_changed_in_place_is_seen() -> None:
-    translate, objects = translator(), objects_of(service())
+    translate, objects = renderer(), objects_of(service())
     translate.render(objects)
     key = ("demo", "other")
     objects.services[key] = loader.service_from(service("demo/other"))  # type: ignore[index]
@@ -1635,7 +1635,7 @@ def test_a_thousand_services_are_rendered_in_no_time() -> None:
         for index in range(1000)
     ]
     objects = objects_of(*raw, *pods)
-    translate = translator(endpoints="inline")
+    translate = renderer(endpoints="inline")
     start = time.process_time()
     translate.render(objects)
     assert time.process_time() - start < 3

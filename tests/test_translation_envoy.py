@@ -39,7 +39,7 @@ from tests.support.rendering import (
     objects_of,
     port,
     service,
-    translator,
+    renderer,
 )
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
@@ -65,12 +65,12 @@ def _answer(backend: Backend) -> asyncio.Protocol:
 
 
 class Proxy:
-    """An Envoy that reads what a translator renders, with one listener for its routes."""
+    """An Envoy that reads what a renderer renders, with one listener for its routes."""
 
     def __init__(self, root: Path, stack: contextlib.ExitStack, **options: Any) -> None:
         self.current = root / "current"
         self.port = free_port()
-        self.translator = translator(current_dir=str(self.current), **options)
+        self.renderer = renderer(current_dir=str(self.current), **options)
         self.fmt = options.get("fmt", "yaml")
         self.published: dict[str, loader.File] = {}
         self._root, self._stack = root, stack
@@ -78,7 +78,7 @@ class Proxy:
 
     def publish(self, *raw: Object) -> loader.Rendering:
         """Render and move what changed into place, children first; then Envoy has it."""
-        found = self.translator.render(objects_of(*raw))
+        found = self.renderer.render(objects_of(*raw))
         changed = {path for path in found.files if found.files[path] != self.published.get(path)}
         for path in sorted(changed, key=lambda path: ("eds/" not in path, path)):
             place = self.current / path
@@ -407,7 +407,7 @@ def test_a_thousand_services_keep_envoy_up_also_when_all_warm_at_once(
         "healthy_threshold": 1,
         "tcp_health_check": {},
     }
-    running.translator = translator(
+    running.renderer = renderer(
         {"cluster": {"base": {"connect_timeout": "5s", "health_checks": [check]}}},
         endpoints="auto",
         fmt=fmt,
