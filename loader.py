@@ -1561,15 +1561,14 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 class Cluster(NamedTuple):
     """One cluster to be: everything that does not depend on endpoints.
 
-    `stem` names its EDS file. With `mode` DNS, `host` is what DNS is asked for, and `number` the
-    port there; 0 is a target port that only the slices know.
+    `stem` names its EDS file. `host` is what DNS is asked for, and `number` the port there (0: a
+    target port that only the slices know); empty where the endpoints come from slices.
     """
 
     name: str
     stem: str
     port: ServicePort
     families: Sequence[str]
-    mode: str
     host: str
     number: int
     options: Mapping[str, Json]
@@ -1678,8 +1677,8 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     for patch in [config.cluster_base, *patches, *(override["merge"] for override in overrides)]:
         options = merge(options, patch)
     stem = f"{service.namespace}_{service.name}_{port.label}"
-    mode = DNS if kind else ""
-    return Cluster(facts["cluster_name"], stem, port, families, mode, host, number, options)
+    return Cluster(
+        facts["cluster_name"], stem, port, families, host if kind else "", number, options)
 
 
 def cluster_name(template: str, service: Service, port: ServicePort) -> str:
@@ -2056,7 +2055,7 @@ def yaml_scalar(value: Json) -> str:
     """A scalar or an empty collection."""
     if type(value) is str:
         return yaml_text(value)
-    text = json.dumps(value)
+    text = str(value) if type(value) is int else json.dumps(value)
     return text.replace("e", ".0e") if type(value) is float and "." not in text else text
 
 
@@ -2214,7 +2213,7 @@ class Renderer:
         # Without one EDS file what is on disk was no decision of `auto`.
         self._modes = dict.fromkeys(on_inline, INLINE) | kept if kept else {}
         self._services: Mapping[Key, Service] | None = None
-        self._clusters: dict[Key, tuple[Cluster, ...]] = {}
+        self._clusters: dict[Key, list[Cluster]] = {}
         self._routes = b""
         self._plan_warnings: list[str] = []
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
@@ -2235,12 +2234,15 @@ class Renderer:
             slices.setdefault((found.namespace, found.service), []).append(found)
         files: dict[str, File] = {}
         resources: list[bytes] = []
+        labels, counts = by_node_label(config), Counter[str]()
         for key, clusters in self._clusters.items():
-            own, nodes = tuple(slices.get(key, ())), dict[str, Node | None]()
-            if by_node_label(config):
+            own, nodes = slices.get(key, []), dict[str, Node | None]()
+            if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
-            texts, eds, problems = self._rendered.get(key, key, clusters, own, zone, nodes)
+            modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
+            counts.update(modes)
+            texts, eds, problems = self._rendered.get(key, key, clusters, modes, own, zone, nodes)
             resources += texts
             files |= eds
             if problems:
@@ -2250,22 +2252,18 @@ class Renderer:
         for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
                              ("rds", comment, ROUTE_TYPE, [self._routes])):
             files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
-        modes = [cluster.mode for clusters in self._clusters.values() for cluster in clusters]
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        counts = {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)}
-        shown = tuple(inlined) if self._endpoints == AUTO else ()
-        return Rendering(files, tuple(sorted(warnings)), counts, shown)
+        return Rendering(files, tuple(sorted(warnings)),
+                         {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
+                         tuple(inlined) if self._endpoints == AUTO else ())
 
     def _plan(self, services: dict[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
         plans = {key: self._plans.get(key, service) for key, service in services.items()}
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         kept = unique_clusters(plans, problems)
-        names = [one.name for clusters in kept.values() for one in clusters if one.mode != DNS]
-        self._modes = self._decided(names, other_files)
-        self._clusters = {
-            key: tuple(one._replace(mode=self._modes.get(one.name, DNS)) for one in clusters)
-            for key, clusters in kept.items()}
+        names = [one.name for clusters in kept.values() for one in clusters if not one.host]
+        self._modes, self._clusters = self._decided(names, other_files), kept
         routes = []
         for key, plan in plans.items():
             if not plan.route:
@@ -2316,23 +2314,23 @@ class Renderer:
         return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
 
     def _service(
-        self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
-        zone: str | None, nodes: Mapping[str, Node],
+        self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
+        slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Node],
     ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
-        by_slices = [cluster for cluster in clusters if cluster.mode != DNS]
+        by_slices = [cluster for cluster in clusters if not cluster.host]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
         resources, files = [], {}
-        for cluster in clusters:
+        for cluster, mode in zip(clusters, modes, strict=True):
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if cluster.mode == DNS:
+            if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
                     problems.append(f"the number of its target port {cluster.port.target} is not "
                                     f"known, so there is no endpoint")
             else:
                 assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
-            if cluster.mode == EDS:
+            if mode == EDS:
                 path = f"eds/{cluster.stem}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
