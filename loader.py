@@ -1273,6 +1273,7 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
     hints = member(member(item, "hints", dict), "forZones", list)
     zones = tuple(member(zone, "name", str) for zone in hints)
+    zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
         try:  # one that Envoy cannot parse would cost it the whole file
             if family != FQDN:
@@ -1280,7 +1281,6 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
         except (OSError, TypeError, ValueError):
             text = str(address)[:60]
             raise ValueError(f"addresses: not an {family} address: {text!a}") from None
-        zone, node = member(item, "zone", str), member(item, "nodeName", str)
         yield Endpoint(str(address), state, zone, node, zones)
 
 
@@ -1411,16 +1411,16 @@ RULES: dict[str, Callable[[Json], object]] = {
 }
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
 # keys ("*": any other; "": a rule for the whole).
-FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
 PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
         "node_name": "true"}
 MATCH = {"": "something to match (what is for every cluster belongs into base)",
          "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
          "port_name": "a string"}
 OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
-            "merge": FIELDS, "suppress": "true"}
+            "merge": PATCH_FIELDS, "suppress": "true"}
 SCHEMA = {
-    "cluster": {"base": FIELDS, "name": "a string with {namespace}, {service} or {port}",
+    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
                 "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
     "cluster_domain": "a DNS name",
     "endpoint": {"eds_budget": "a whole number of EDS files",
@@ -1448,7 +1448,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None or (schema is FIELDS and key in OWN_FIELDS):
+            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
                 raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
         expected = schema.get("", "")
@@ -1463,7 +1463,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
 
 
 def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not FIELDS:
+    if schema is not PATCH_FIELDS:
         return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
     if key in OWN_FIELDS:
         return f"the loader's own: {OWN_FIELDS[key]}"
