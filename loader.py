@@ -1285,21 +1285,19 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
-    """A legacy v1 Endpoints object as slices: one for each subset and family, at least one."""
+    """A legacy v1 Endpoints object as slices: for each subset one of each family."""
     metadata = member(obj, "metadata", dict)
-    labels = {SERVICE_NAME_LABEL: member(metadata, "name", str)}
+    own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
     slices = []
     for subset in member(obj, "subsets", list) or [{}]:
-        families: dict[str, list[Json]] = {"IPv4": []}
-        for key, ready in (("addresses", True), ("notReadyAddresses", False)):
-            for item in member(subset, key, list):
-                address = member(item, "ip", str)
-                families.setdefault("IPv6" if ":" in address else "IPv4", []).append(
-                    {**item, "addresses": [address], "conditions": {"ready": ready}})
-        for family, endpoints in families.items():
-            raw = {"metadata": {**metadata, "labels": labels}, "addressType": family}
-            slices.append(endpointslice_from(
-                {**raw, "ports": subset.get("ports"), "endpoints": endpoints}))
+        items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
+                  "conditions": {"ready": ready}}
+                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                 for item in member(subset, key, list)]
+        for family, colon in (("IPv4", False), ("IPv6", True)):
+            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
+            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
+            slices.append(endpointslice_from({**raw, "addressType": family}))
     return tuple(slices)
 
 
