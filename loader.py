@@ -1336,6 +1336,7 @@ OWN_FIELDS = {
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
 DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
@@ -1367,11 +1368,6 @@ def is_dns_name(value: Json) -> bool:
     return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
 
 
-def is_template(value: Json) -> bool:
-    rest, found = re.subn(r"\{(namespace|service|port)\}", "", value if is_text(value) else "")
-    return found > 0 and "{" not in rest and "}" not in rest
-
-
 def depth_of(value: Json) -> int:
     items = value.values() if type(value) is dict else value if type(value) is list else ()
     return 1 + max(map(depth_of, items), default=0)
@@ -1391,7 +1387,8 @@ ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
 RULES: dict[str, Callable[[Json], object]] = {
     "a string": is_text,
     "a DNS name": is_dns_name,
-    "a string with {namespace}, {service} or {port}": is_template,
+    "a string with {namespace}, {service} or {port}": lambda value: (
+        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
     "an absolute path": lambda value: is_text(value) and value.startswith("/"),
     "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
     "true or false": lambda value: type(value) is bool,
@@ -1618,8 +1615,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         problems.append(f"is left out: {problem}")
     else:
         known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
-        if other := [port.label for port in service.ports if port not in known]:
-            problems.append(f"port {first_of(other)} left out: Envoy supports TCP and UDP")
+        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
+            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
         if len(known) > PORTS_MOST:
             problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
         found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]

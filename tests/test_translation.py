@@ -163,7 +163,7 @@ def test_sctp_is_skipped_and_named_and_udp_has_udp_addresses() -> None:
     )
     assert list(clusters(found)) == ["demo/dns/dns"]
     assert found.warnings == (
-        "service demo/dns: port 'x' left out: Envoy supports TCP and UDP",
+        "service demo/dns: port 'x' is left out: Envoy supports TCP and UDP",
     )
     address = assignment(found, "demo/dns/dns")["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     assert address == {
@@ -1391,10 +1391,16 @@ def test_the_worst_annotations_are_one_short_line(annotations: dict[str, str]) -
 
 
 def test_many_ports_and_endless_problems_are_one_line_too() -> None:
-    ports = [port(f"p{index}", index + 1) for index in range(1_000)]
+    ports = [port(f"p{index}", index + 1) for index in range(20_000)]
     numbers: dict[str, int | None] = {one["name"]: None for one in ports}
-    found = rendered(service("demo/web", *ports, port("x", 9, protocol="SCTP\n" * 50_000)),
-                     endpoint_slice("demo/web", endpoint("10.0.0.1"), ports=numbers))  # fmt: skip
+    ports += [port(f"x{index}", 9, protocol="SCTP\n" * 20) for index in range(10_000)]
+    raw = (
+        routed("demo/web", *ports, route="true"),
+        endpoint_slice("demo/web", endpoint("10.0.0.1"), ports=numbers),
+    )
+    objects = objects_of(*raw)
+    assert seconds(lambda: renderer().render(objects)) < 2
+    found = renderer().render(objects)
     assert len(clusters(found)) == loader.PORTS_MOST
     assert len(found.warnings) == 2
     assert max(map(len, found.warnings)) < 500
@@ -1420,17 +1426,18 @@ PATTERNS = {
     for name in dir(loader)
     if name.isupper() and isinstance(value := getattr(loader, name), str | bytes)
     and name in ("DNS_LABEL", "DNS_NAME", "SURROGATES", "LOCAL_NAME", "HOST_NAME", "ROUTE_HOST",
-                 "ROUTE_PREFIX", "GRPC_SERVICE", "PLAIN_SCALAR", "UNPRINTABLE", "OUR_YAML")
+                 "ROUTE_PREFIX", "GRPC_SERVICE", "PLAIN_SCALAR", "UNPRINTABLE", "OUR_YAML",
+                 "NAME_TEMPLATE")
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_are_linear(name: str) -> None:
     """200 KB of what each is worst at, ended by what does not fit."""
-    assert len(PATTERNS) == 11
+    assert len(PATTERNS) == 12
     pattern = re.compile(PATTERNS[name])
     parts = ["a", "a.", "a-", "-", ".", "0", "0.", "1.2.", "/", "a.a-", "*", " ", '"', '\\"', "_",
-             "0x", "0x0.", "localhost.", "ip6-", "\n",
+             "0x", "0x0.", "localhost.", "ip6-", "{port}", "\n",
              "# \n", "- \n", "  x\n", "\ud800"]  # fmt: skip
     ours = '# x\nversion_info: "0123456789abcdef"\ntype_url: x\nresources:\n'
     heads = ["", "a", "*.", "/", ours]
@@ -1787,6 +1794,45 @@ def test_tricky_strings_stay_strings(text: str) -> None:
     """In every place of a document, and to a YAML 1.1 parser too."""
     value = {text: [text, [text], {text: text}]}
     assert yaml.safe_load(emitted(value)) == value
+
+
+@pytest.mark.parametrize("fmt", ["yaml", "json"])
+def test_a_secret_is_one_quoted_string(fmt: str) -> None:
+    """One writer for everything: what a PEM file holds comes out as it went in."""
+    pem = "-----BEGIN X-----\n" + "Ab+/=\n" * 50 + "-----END X-----\n"
+    resource = {"@type": "t", "name": "x", "inline_string": pem}
+    content = loader.resource_file(fmt, "Of secret x.\nMore.", "t", [resource])
+    found = r.content_of(f"x.{fmt}", loader.file_of(content, ""))
+    assert (found["type_url"], found["resources"]) == ("t", [resource])
+    assert content.count(b"BEGIN") == 1
+    assert content.count(b"\n") < 12
+
+
+def test_rendered_yaml_is_split_and_joined() -> None:
+    """As planning the steps needs it: old and new clusters in one file."""
+    one = render(service("demo/a"), service("demo/b"), endpoints="inline").files["cds.yaml"]
+    two = render(service("demo/c", annotations={"hosts": "h"}), endpoints="dns").files
+    split = loader.split_rendered(one.content)
+    other = loader.split_rendered(two["cds.yaml"].content)
+    assert split
+    assert other
+    assert loader.join_rendered(*split) == one.content
+    union = loader.join_rendered(split[0], [*split[1], *other[1]])
+    found = r.content_of("cds.yaml", loader.file_of(union, ""))
+    assert [each["name"] for each in found["resources"]] == [
+        *("demo/a/http", "demo/b/http", "demo/c/http")
+    ]
+    versions = {yaml.safe_load(each)["version_info"] for each in (one.content, union)}
+    assert len(versions) == 2
+    empty = render().files["cds.yaml"].content
+    head, none = loader.split_rendered(empty) or (b"", [b""])
+    assert (none, loader.join_rendered(head, [])) == ([], empty)
+    # Whatever else somebody wrote is left as it is.
+    for foreign in (b"", b"resources: []\n", one.content[20:], one.content + b"more: 1\n",
+                    one.content[:-1], one.content.replace(b"  name", b"\tname"), b"# x\n" * 9,
+                    one.content.replace(b"resources:\n", b"resources:\n# x\n"),
+                    two["rds.yaml"].content[:-20]):  # fmt: skip
+        assert loader.split_rendered(foreign) is None
 
 
 def test_yaml_that_a_person_likes_to_read() -> None:
