@@ -41,7 +41,6 @@ import http.client
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -1185,6 +1184,7 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
     hints = member(member(item, "hints", dict), "forZones", list)
     zones = tuple(member(zone, "name", str) for zone in hints)
+    zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
         try:  # one that Envoy cannot parse would cost it the whole file
             if family != FQDN:
@@ -1192,26 +1192,23 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
         except (OSError, TypeError, ValueError):
             text = str(address)[:60]
             raise ValueError(f"addresses: not an {family} address: {text!a}") from None
-        zone, node = member(item, "zone", str), member(item, "nodeName", str)
         yield Endpoint(str(address), state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
-    """A legacy v1 Endpoints object as slices: one for each subset and family, at least one."""
+    """A legacy v1 Endpoints object as slices: for each subset one of each family."""
     metadata = member(obj, "metadata", dict)
-    labels = {SERVICE_NAME_LABEL: member(metadata, "name", str)}
+    own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
     slices = []
     for subset in member(obj, "subsets", list) or [{}]:
-        families: dict[str, list[Json]] = {"IPv4": []}
-        for key, ready in (("addresses", True), ("notReadyAddresses", False)):
-            for item in member(subset, key, list):
-                address = member(item, "ip", str)
-                families.setdefault("IPv6" if ":" in address else "IPv4", []).append(
-                    {**item, "addresses": [address], "conditions": {"ready": ready}})
-        for family, endpoints in families.items():
-            raw = {"metadata": {**metadata, "labels": labels}, "addressType": family}
-            slices.append(endpointslice_from(
-                {**raw, "ports": subset.get("ports"), "endpoints": endpoints}))
+        items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
+                  "conditions": {"ready": ready}}
+                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                 for item in member(subset, key, list)]
+        for family, colon in (("IPv4", False), ("IPv6", True)):
+            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
+            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
+            slices.append(endpointslice_from({**raw, "addressType": family}))
     return tuple(slices)
 
 
@@ -1250,6 +1247,7 @@ OWN_FIELDS = {
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
 DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
@@ -1281,11 +1279,6 @@ def is_dns_name(value: Json) -> bool:
     return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
 
 
-def is_template(value: Json) -> bool:
-    rest, found = re.subn(r"\{(namespace|service|port)\}", "", value if is_text(value) else "")
-    return found > 0 and "{" not in rest and "}" not in rest
-
-
 def depth_of(value: Json) -> int:
     items = value.values() if type(value) is dict else value if type(value) is list else ()
     return 1 + max(map(depth_of, items), default=0)
@@ -1305,7 +1298,8 @@ ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
 RULES: dict[str, Callable[[Json], object]] = {
     "a string": is_text,
     "a DNS name": is_dns_name,
-    "a string with {namespace}, {service} or {port}": is_template,
+    "a string with {namespace}, {service} or {port}": lambda value: (
+        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
     "an absolute path": lambda value: is_text(value) and value.startswith("/"),
     "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
     "true or false": lambda value: type(value) is bool,
@@ -1323,16 +1317,16 @@ RULES: dict[str, Callable[[Json], object]] = {
 }
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
 # keys ("*": any other; "": a rule for the whole).
-FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
 PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
         "node_name": "true"}
 MATCH = {"": "something to match (what is for every cluster belongs into base)",
          "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
          "port_name": "a string"}
 OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
-            "merge": FIELDS, "suppress": "true"}
+            "merge": PATCH_FIELDS, "suppress": "true"}
 SCHEMA = {
-    "cluster": {"base": FIELDS, "name": "a string with {namespace}, {service} or {port}",
+    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
                 "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
     "cluster_domain": "a DNS name",
     "endpoint": {"eds_budget": "a whole number of EDS files",
@@ -1360,7 +1354,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None or (schema is FIELDS and key in OWN_FIELDS):
+            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
                 raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
         expected = schema.get("", "")
@@ -1375,7 +1369,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
 
 
 def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not FIELDS:
+    if schema is not PATCH_FIELDS:
         return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
     if key in OWN_FIELDS:
         return f"the loader's own: {OWN_FIELDS[key]}"
@@ -1532,8 +1526,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         problems.append(f"is left out: {problem}")
     else:
         known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
-        if other := [port.label for port in service.ports if port not in known]:
-            problems.append(f"port {first_of(other)} left out: Envoy supports TCP and UDP")
+        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
+            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
         if len(known) > PORTS_MOST:
             problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
         found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
@@ -3703,7 +3697,7 @@ class Known(NamedTuple):
     states: Mapping[str, str] = {}  # of published files; absent is unknown
     counts: Mapping[str, Counts] | None = None  # counted before; None: never looked at
     moves: Mapping[str, int] = {}  # how often a file moved since
-    tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed ones
+    tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
