@@ -28,11 +28,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import errno
 import fcntl
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -49,33 +51,11 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
-from collections import Counter, deque, namedtuple
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-TYPE_CHECKING = False  # a type checker takes it for True
-if TYPE_CHECKING:
-    from typing import Any, NamedTuple, TextIO, TypeVar
-
-    JsonType = TypeVar("JsonType")
-else:
-    # An init container's start is mostly imports: `typing` costs 5 ms of it and checks each field
-    # of each of its named tuples, 4 ms more. At run time these are the ones of `collections`.
-    Any = object
-
-    class NamedTupleMaker(type):
-        """Makes `class X(NamedTuple)` a `collections.namedtuple` with the defaults and methods."""
-
-        def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, object]) -> type:
-            fields = body.get("__annotations__", {})
-            defaults = [body[field] for field in fields if field in body]
-            made = namedtuple(name, fields, defaults=defaults, module=body["__module__"])
-            for key, value in body.items():
-                if key not in fields and key not in ("__annotations__", "__module__"):
-                    setattr(made, key, value)
-            return made
-
-    NamedTuple = type.__new__(NamedTupleMaker, "NamedTuple", (), {})
-
+JsonType = TypeVar("JsonType")
 __version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------
@@ -186,18 +166,27 @@ def version_of(files: Files) -> str:
     return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def give_back_memory() -> None:
-    """Return what compiling the module and decoding large lists left to the system.
-
-    glibc keeps freed memory that is not at the top of its heap: 12 MB after the start from source
-    (measured). Where there is no malloc_trim (musl) there is nothing to do.
-    """
-    import ctypes
-
+def parse_json(text: bytes | str) -> Any:
+    """json.loads, of which a depth without end is a ValueError too. (Stand-in: chapter 1.)"""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def resource_file(fmt: str, comment: str, type_url: str, resources: list[dict[str, Any]]) -> bytes:
+    """A stand-in for chapter 7."""
+    typed = [{"@type": type_url, **resource} for resource in resources]
+    version = hashlib.sha256(json.dumps(typed, sort_keys=True).encode()).hexdigest()[:16]
+    if fmt == "json":
+        return (json.dumps({"version_info": version, "resources": typed}, indent=2) + "\n").encode()
+    lines = [f"# {line}" for line in comment.splitlines()]
+    lines += [f'version_info: "{version}"', "resources:"]
+    for resource in typed:
+        body: list[str] = []
+        yaml_lines(resource, "  ", body)
+        lines += ["- " + body[0][2:], *body[1:]]
+    return ("\n".join(lines) + "\n").encode()
 
 
 def same(one: Files, other: Files) -> bool:
@@ -2862,21 +2851,21 @@ def route_to(route: ServiceRoute, clusters: Sequence[PlannedCluster]) -> Service
     return route if ports == route.ports else route._replace(ports=ports)
 
 # ---------------------------------------------------------------------------------------------
-# Secrets: TLS Secrets become SDS files
+# Secrets
 # ---------------------------------------------------------------------------------------------
 #
-# Envoy takes one Secret resource a file (a second one is rejected), so the pair and the trusted CA
-# are two files. The PEM is inline, not by file name: certificate and key then swap in the one
-# rename(2) of the snapshot and Envoy never sees one without the other.
+# A TLS Secret becomes SDS files. Envoy accepts one Secret resource a file (it rejects a second
+# one), so the pair and the trusted CA are two files. The PEM is inline, not by file name:
+# certificate and key are then replaced by the one rename(2) of the snapshot, and Envoy never reads
+# one without the other.
 #
 # No text made here (error, problem, repr, redaction) has a byte of a key in it: messages are
 # literals plus names, and OpenSSL's reason codes, which are constants.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
-SECRET_MODE = 0o600
-EXPIRY_NEAR = 7 * 86400.0  # seconds; cert-manager renews a 90-day certificate 30 days before
-OBJECT_NAME = r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?"  # a Kubernetes DNS subdomain
-# OpenSSL's words for a key of another certificate: of the same type; of another one.
+NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
+# OpenSSL's reasons for a key of another certificate: of the same type; of another one.
 KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
@@ -2886,25 +2875,22 @@ class Secret(NamedTuple):
 
     namespace: str
     name: str
-    type: str
     cert: bytes  # tls.crt: the leaf first, then its intermediates
     key: bytes  # tls.key
     ca: bytes  # ca.crt
 
     def __repr__(self) -> str:
-        """The name alone: a value that gets into a message or a traceback tells nothing."""
+        """The name alone: a value that gets into a message or a traceback shows nothing."""
         return f"Secret({self.namespace}/{self.name})"
 
 
-def secret_from(obj: Mapping[str, Any]) -> Secret:
+def secret_from(obj: Json) -> Secret:
     """Reduce an API object to what is used of it.
 
     The raw object must not be kept: its annotation `last-applied-configuration` often holds the
-    key a second time. Raises ValueError, without content, for what is no Secret.
+    key a second time. Raises ValueError, without content, for what is not a valid Secret.
     """
-    metadata, held = (
-        value if isinstance(value := obj.get(field), dict) else {} for field in ("metadata", "data")
-    )
+    metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
@@ -2912,105 +2898,66 @@ def secret_from(obj: Mapping[str, Any]) -> Secret:
         decode_key(held.get(entry), f"secret {namespace}/{name}: {entry}")
         for entry in ("tls.crt", "tls.key", "ca.crt")
     )
-    return Secret(namespace, name, str(obj.get("type") or "Opaque"), cert, key, ca)
+    return Secret(namespace, name, cert, key, ca)
 
 
-def decode_key(text: object, what: str) -> bytes:
+def decode_key(text: Json, what: str) -> bytes:
     """Base64 as Go reads it (line breaks do not count), b"" for an absent or null key."""
-    if text is None:
-        return b""
     try:
-        if isinstance(text, str):
-            return base64.b64decode(text.replace("\r", "").replace("\n", ""), validate=True)
-    except (binascii.Error, ValueError):
-        pass  # and not chained: the text of the cause is not ours to vouch for
-    raise ValueError(f"{what} is not base64")
+        return base64.b64decode((text or "").replace("\r", "").replace("\n", ""), validate=True)
+    except (AttributeError, ValueError):  # not chained: the text of the cause may quote it
+        raise ValueError(f"{what} is not base64") from None
 
 
 def secret_files(
-    secret: Secret, form: str = "yaml", mode: int = SECRET_MODE
+    secret: Secret, form: str = "yaml", mode: int = 0o600
 ) -> tuple[dict[str, File], tuple[str, ...]]:
     """The SDS files of a Secret, by path in the snapshot, and what is wrong with it.
 
     It is all or nothing: with a problem there are no files, and the caller keeps the last ones. A
     new CA beside an old certificate would be a mixture that nobody wrote. Both files have `mode`:
-    whoever widens it does so because Envoy runs as another user, and Envoy needs both.
+    it is widened where Envoy runs as another user, and Envoy needs both.
+
+    `version_info` is a hash over the key too, so every rotation shows in Envoy's `version_text`.
+    It gives nothing away: SHA-256 of a key that nobody can guess is not invertible.
     """
     label = f"{secret.namespace}/{secret.name}"
-    stem = f"{secret.namespace}_{secret.name}"  # no object name has `_`: no two Secrets share it
+    stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
     problems = secret_problems(secret)
-    if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
-        problems += ("the name is too long for a file name",)
+    if len(f"{stem}_ca.{form}") - len("sds/") > FILE_NAME_BYTES:
+        problems.append("the name is too long for a file name")
     if problems:
         return {}, tuple(f"secret {label}: {problem}" for problem in problems)
-    resources: dict[str, dict[str, Any]] = {}
+    resources: dict[str, dict[str, Json]] = {}
     if secret.cert:
         pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"sds/{stem}.{form}"] = {"name": label, "tls_certificate": pair}
+        resources[f"{stem}.{form}"] = {"name": label, "tls_certificate": pair}
     if secret.ca:
         context = {"trusted_ca": pem_source(secret.ca)}
-        resources[f"sds/{stem}_ca.{form}"] = {"name": f"{label}/ca", "validation_context": context}
+        resources[f"{stem}_ca.{form}"] = {"name": f"{label}/ca", "validation_context": context}
     source = f"secret {label}"
     return {
-        path: file_of(sds_content(resource, form, source), source, mode)
+        path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
         for path, resource in resources.items()
     }, ()
 
 
-def sds_content(resource: Mapping[str, Any], form: str, source: str) -> bytes:
-    """One SDS resource as the file that Envoy reads.
-
-    `version_info` is a hash over the key too, so that every rotation shows in Envoy's
-    `version_text`. Envoy's admin interface shows it to whoever asks. It gives nothing away: SHA-256
-    of a key nobody can guess is not invertible, and to test a guess the public key in the
-    certificate, which every client gets, serves as well.
-    """
-    typed = {"@type": SDS_TYPE, **resource}
-    version = hashlib.sha256(json.dumps(typed, sort_keys=True).encode()).hexdigest()[:16]
-    if form == "json":
-        response = {"version_info": version, "resources": [typed]}
-        return (json.dumps(response, indent=2) + "\n").encode()
-    lines = [f"# {source}", f'version_info: "{version}"', "resources:"]
-    body = list(secret_yaml(typed, "  "))
-    return "\n".join([*lines, "- " + body[0][2:], *body[1:], ""]).encode()
-
-
-def secret_yaml(fields: Mapping[str, Any], indent: str) -> Iterator[str]:
-    """A nested mapping as YAML; text of several lines as a block scalar, which people can read."""
-    for name, value in fields.items():
-        entry = f"{indent}{json.dumps(name) if name.startswith('@') else name}:"
-        if isinstance(value, dict):
-            yield entry
-            yield from secret_yaml(value, indent + "  ")
-        elif "\n" in value:
-            text = value.removesuffix("\n")
-            # `|` ends with one line break, `|-` with none, `|+` with all there are.
-            yield entry + (" |-" if text == value else " |+" if text.endswith("\n") else " |")
-            yield from (f"{indent}  {line}" if line else "" for line in text.split("\n"))
-        else:
-            yield f"{entry} {json.dumps(value)}"
-
-
 def pem_source(pem: bytes) -> dict[str, str]:
-    """A DataSource with exactly these bytes.
-
-    A YAML block scalar keeps printable ASCII and line feeds; it would turn CR LF into LF and takes
-    leading spaces for indentation. Such PEM (Windows, comments in UTF-8) goes as base64.
-    """
-    if re.fullmatch(rb"[!-~][ -~\n]*", pem):
+    """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
+    if re.fullmatch(rb"[\n -~]*", pem):
         return {"inline_string": pem.decode("ascii")}
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-# What is checked before a Secret is published: whatever Envoy would refuse, as far as the standard
-# library can tell, and nothing that Envoy would take.
+# What is checked before a Secret is published: whatever Envoy would reject, as far as the standard
+# library can tell, and nothing that Envoy would accept.
 
 
-def secret_problems(secret: Secret) -> tuple[str, ...]:
+def secret_problems(secret: Secret) -> list[str]:
     """Why this Secret must not be published; empty when it may."""
     cert, key, ca = secret.cert, secret.key, secret.ca
     if not (cert or key or ca):
-        return ("none of the keys tls.crt, tls.key and ca.crt is there or has a value",)
+        return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
     problems: list[str] = []
     if bool(cert) != bool(key):
         there, absent = ("tls.crt", "tls.key") if cert else ("tls.key", "tls.crt")
@@ -3018,36 +2965,39 @@ def secret_problems(secret: Secret) -> tuple[str, ...]:
     for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
         if pem and (problem := certificates_problem(pem)):
             problems.append(f"{entry} {problem}")
-    if not problems:  # OpenSSL is asked only about what has the right form
-        found = (pair_problem(cert, key) if cert else "", authority_problem(ca) if ca else "")
-        problems = [problem for problem in found if problem]
-    return tuple(problems)
+    if cert and not problems and (problem := pair_problem(cert, key)):
+        problems.append(f"tls.key {problem}")
+    return problems
 
 
 def certificates_problem(pem: bytes) -> str:
-    """What is wrong with the form of a chain or of a bundle of CAs, "" if nothing."""
+    """What is wrong with a chain or with a bundle of CAs, "" if nothing.
+
+    Every block is an X.509 certificate to OpenSSL; text around the blocks is a comment.
+    """
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
+    parts = pem.split(b"-----BEGIN CERTIFICATE-----")[1:]
+    context = tls_context()
     try:
-        return "holds no PEM certificate" if certificate_expiry(pem) is None else ""
-    except ValueError as error:
-        return f"is not readable ({error})"
-
-
-def authority_problem(ca: bytes) -> str:
-    """Why OpenSSL does not take a bundle of CAs, "" if it does."""
-    try:
-        tls_context().load_verify_locations(cadata=b"".join(pem_blocks(ca)))
-    except ssl.SSLError as error:
-        return f"ca.crt is not readable ({error.reason or 'OpenSSL gives no reason'})"
-    return ""
+        for part in parts:
+            body, end, _ = part.partition(b"-----END CERTIFICATE-----")
+            if not end:
+                return "is not readable (a PEM block has no end)"
+            der = base64.b64decode(b"".join(body.split()), validate=True)
+            context.load_verify_locations(cadata=der)
+    except binascii.Error:
+        return "is not readable (a PEM block is not base64)"
+    except (ssl.SSLError, ValueError):  # ValueError: an empty block
+        return "is not readable (a PEM block is not an X.509 certificate)"
+    return "" if parts else "holds no PEM certificate"
 
 
 def pair_problem(cert: bytes, key: bytes) -> str:
-    """What is wrong with certificate and key as a pair, "" if nothing.
+    """What is wrong with the key of a certificate, "" if nothing.
 
     OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which refuses
+    no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which rejects
     a bad one itself and keeps the last.
     """
     if not hasattr(os, "memfd_create"):
@@ -3059,13 +3009,13 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             with open(descriptors[-1], "wb", closefd=False) as file:
                 file.write(pem)
         names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        tls_context().load_cert_chain(*names, password=no_passphrase)
+        tls_context().load_cert_chain(names[0], names[1], no_passphrase)
     except EncryptedKey:
-        return "tls.key is encrypted, and Envoy is given no passphrase"
+        return "is encrypted, and Envoy is given no passphrase"
     except ssl.SSLError as error:
         if error.reason in KEY_MISMATCHES:
-            return "tls.key is not the key of the first certificate in tls.crt"
-        return "tls.key is not readable as a PEM private key"
+            return "is not the key of the first certificate in tls.crt"
+        return "is not readable as a PEM private key"
     except OSError:  # after SSLError, which is one
         return ""
     finally:
@@ -3080,101 +3030,17 @@ class EncryptedKey(Exception):
 
 def no_passphrase() -> str:
     """Without a callback OpenSSL would prompt on the terminal and block the loader."""
-    raise EncryptedKey("the key is encrypted")
+    raise EncryptedKey
 
 
-def tls_context() -> Any:
-    """An SSLContext that judges form and not strength: Envoy decides what is too weak."""
+def tls_context() -> ssl.SSLContext:
+    """A context that judges form and not strength: Envoy decides what is too weak."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_ciphers("ALL:@SECLEVEL=0")
     return context
 
 
-def pem_blocks(pem: bytes) -> Iterator[bytes]:
-    """The DER of each certificate, in order; text around the blocks is a comment."""
-    for part in pem.split(b"-----BEGIN CERTIFICATE-----")[1:]:
-        body, end, _ = part.partition(b"-----END CERTIFICATE-----")
-        if not end:
-            raise ValueError("a PEM block has no end")
-        try:
-            yield base64.b64decode(b"".join(body.split()), validate=True)
-        except binascii.Error:
-            raise ValueError("a PEM block is not base64") from None
-
-
-def certificate_expiry(pem: bytes) -> float | None:
-    """The earliest notAfter of a chain, Unix time; None without a certificate.
-
-    Raises ValueError where there is something else in the PEM blocks.
-    """
-    return min((validity(der)[1] for der in pem_blocks(pem)), default=None)
-
-
-def expiry_warning(secret: Secret, now: float) -> str:
-    """Text when a certificate in tls.crt ends soon or has ended, else "".
-
-    Soon is a week, or a fifth of the lifetime where that is less: a certificate that lives for a
-    day is no news in its last week. Renewal comes before (cert-manager: at a third). The text does
-    not count down, so that whoever says it only when it changes says it twice.
-    """
-    for der in pem_blocks(secret.cert):
-        start, end = validity(der)
-        if end - now <= min(EXPIRY_NEAR, (end - start) / 5):
-            verb = "expires" if end > now else "expired"
-            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end))
-            return f"secret {secret.namespace}/{secret.name}: tls.crt {verb} at {when}"
-    return ""
-
-
-# The standard library reads the end of a certificate only from a live connection. It is five
-# elements deep into the DER (RFC 5280, 4.1):
-#   Certificate ::= SEQUENCE { tbsCertificate SEQUENCE { [0] version OPTIONAL, serialNumber,
-#       signature, issuer, validity SEQUENCE { notBefore, notAfter }, ... }, ... }
-
-
-def validity(der: bytes) -> tuple[float, float]:
-    """notBefore and notAfter of a certificate, Unix time. Raises ValueError for anything else."""
-    try:
-        _, certificate, _ = der_element(der)
-        _, rest, _ = der_element(certificate)
-        tag, _, after = der_element(rest)
-        if tag == 0xA0:  # a version: all but the certificates of before 1996
-            rest = after
-        for _ in ("serialNumber", "signature", "issuer"):
-            _, _, rest = der_element(rest)
-        _, period, _ = der_element(rest)
-        start, first, rest = der_element(period)
-        end, last, _ = der_element(rest)
-        return der_time(start, first), der_time(end, last)
-    except (IndexError, ValueError):
-        raise ValueError("a PEM block is not an X.509 certificate") from None
-
-
-def der_element(der: bytes) -> tuple[int, bytes, bytes]:
-    """Tag, value, and what follows. IndexError or ValueError where the bytes end too soon."""
-    tag, length, at = der[0], der[1], 2
-    if length >= 0x80:  # the long form: so many bytes of length follow
-        at += length & 0x7F
-        length = int.from_bytes(der[2:at], "big")
-    if len(der) < at + length:
-        raise ValueError
-    return tag, der[at : at + length], der[at + length :]
-
-
-def der_time(tag: int, value: bytes) -> float:
-    """UTCTime (YYMMDDHHMMSSZ, 1950 to 2049) or GeneralizedTime (YYYYMMDDHHMMSSZ), Unix time."""
-    from datetime import UTC, datetime
-
-    if not re.fullmatch({0x17: rb"\d{12}Z", 0x18: rb"\d{14}Z"}.get(tag, b"(?!)"), value):
-        raise ValueError
-    digits = value[:-1].decode()
-    if tag == 0x17:
-        digits = ("19" if digits >= "50" else "20") + digits
-    fields = [int(digits[:4]), *(int(digits[at : at + 2]) for at in range(4, 14, 2))]
-    return datetime(*fields, tzinfo=UTC).timestamp()  # type: ignore[misc, arg-type]
-
-
-# What --dry-run and --diff print, and how a crash stays silent.
+# What --dry-run and --diff print, and how a crash writes nothing.
 
 
 def holds_secret(content: bytes) -> bool:
@@ -3190,7 +3056,7 @@ def redacted(content: bytes, published: bytes | None = None) -> bytes:
     """The content to print: itself, or a line in its place.
 
     The line has no hash, which would let a reader test guesses at a password in an SDS file. With
-    `published`, what stands on disk, it tells whether the bytes differ, so that a diff shows it.
+    `published`, the bytes on disk, it tells whether they differ, so that a diff shows it.
     """
     if not holds_secret(content):
         return content
@@ -3209,6 +3075,7 @@ def no_core_dumps() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     if hard != 0:  # 0 is all that is left to set where somebody forbade them before us
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
 
 # ---------------------------------------------------------------------------------------------
 # Composition: sources become one set of files
@@ -5272,44 +5139,35 @@ class Confirmer(threading.Thread):
 
 
 # ---------------------------------------------------------------------------------------------
-# Observation: log, metrics, probes
+# Log, metrics, probes
 # ---------------------------------------------------------------------------------------------
-
-# -- the log -----------------------------------------------------------------------------------
-#
-# Not `logging`: it costs 6 ms of import and 1 MB, and what is needed of it are these lines.
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 REMINDER = 300.0  # seconds between two lines about the same outage
+# PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
+LINE_BYTES = 4096
+STDERR_PATIENCE = 100  # milliseconds for a reader of stderr that is behind, once
 
 
 class Log:
     """One line a record to stderr, as text for people or as JSON for machines.
 
     A record is a message, `%`-formatted with `args` only if it is written, and fields:
-    `log.info("published", version=v, files=1)`. Lines are written whole, whichever thread they
-    come from, and a closed stderr ends no loader.
+    `log.info("published", version=v, files=1)`. A line is written whole, whichever thread it comes
+    from, or not at all: where nobody reads stderr, lines are dropped and counted, and the loader
+    goes on. (Not `logging`: it costs 6 ms of import, and what is needed of it are these lines.)
     """
 
-    def __init__(
-        self,
-        form: str = "text",
-        level: str = "info",
-        stream: TextIO | None = None,
-        *,
-        wall: Callable[[], float] = time.time,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.configure(form, level)
-        self._stream = stream
-        self._wall, self._clock = wall, clock
+    def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._fd, self._clock = fd, clock
         self._lock = threading.Lock()
-        self._outages: dict[str, dict[str, float]] = {}  # topic -> message -> last said
+        self._blocked = False
+        self._outages: dict[str, dict[str, float]] = {}  # topic -> message -> when it was written
+        self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
         """What --log-format and --log-level say."""
-        self._form = form
-        self._level = LOG_LEVELS.index(level)
+        self._form, self._level = form, LOG_LEVELS.index(level)
 
     def debug(self, message: str, /, *args: object, **fields: object) -> None:
         self._write("debug", message, args, fields)
@@ -5324,18 +5182,18 @@ class Log:
         self._write("error", message, args, fields)
 
     def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something that lasts: said once, and again every five minutes.
+        """A warning about something persistent: written once, and again every five minutes.
 
-        In between it is there at level debug. A new message on the same topic is said at once, but
-        not a ninth one: errors that differ each time must not flood either.
+        In between it is there at level debug. A new message on the same topic is written at once,
+        but not a ninth one: errors that differ each time must not flood either.
         """
         now = self._clock()
         with self._lock:
-            said = self._outages.setdefault(topic, {})
-            known = message if message in said or len(said) < 8 else max(said, key=said.__getitem__)
-            due = now - said.get(known, -REMINDER) >= REMINDER
+            past = self._outages.setdefault(topic, {})
+            known = message if message in past or len(past) < 8 else max(past, key=past.__getitem__)
+            due = now - past.get(known, -REMINDER) >= REMINDER
             if due:
-                said[known] = now
+                past[known] = now
         self._write("warning" if due else "debug", message, (), fields)
 
     def recovered(self, topic: str, message: str, /, **fields: object) -> None:
@@ -5350,51 +5208,58 @@ class Log:
     ) -> None:
         if LOG_LEVELS.index(level) < self._level:
             return
-        write = json_line if self._form == "json" else text_line
-        line = write(self._wall(), level, message % args if args else message, fields)
-        try:
-            with self._lock:
-                stream = self._stream or sys.stderr
-                stream.write(line + "\n")
-                stream.flush()
-        except (OSError, ValueError):  # ValueError: closed
-            pass
+        values = {name: plain_value(value) for name, value in fields.items()}
+        text, now = message % args if args else message, timestamp(time.time())
+        line = log_line(self._form, now, level, text, values)
+        with self._lock:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
+            try:
+                if not self._blocked:
+                    os.write(self._fd, line)
+            except OSError:  # closed, or a full disk: no reason to end
+                self._blocked = True
+        if self._blocked:
+            metrics.add("xds_loader_errors_total", ("log",))
 
 
-log = Log()
+def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str, Json]) -> bytes:
+    """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
+    the same as a JSON object. Where it is too long, the longest of its texts are cut.
+    """
+    texts = {"message": message, **fields}
+    while True:
+        if form == "json":
+            line = json.dumps({"time": when, "level": level, **texts})
+        else:
+            said = texts["message"]
+            words = [when, level.upper(), said if said.isprintable() else json.dumps(said)]
+            words += [f"{name}={text_value(texts[name])}" for name in fields]
+            line = " ".join(words)
+        encoded = line.encode("utf-8", "backslashreplace") + b"\n"
+        longest = max(texts, key=lambda name: len(str(texts[name])))
+        if len(encoded) <= LINE_BYTES:
+            return encoded
+        text = str(texts[longest])
+        texts[longest] = f"{text[: len(text) // 2]}..."
 
 
-def text_line(now: float, level: str, message: str, fields: Mapping[str, object]) -> str:
-    """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`."""
-    pairs = (f" {name}={text_value(value)}" for name, value in fields.items())
-    shown = message if message.isprintable() else json.dumps(message)
-    return f"{timestamp(now)} {level.upper()} {shown}{''.join(pairs)}"
-
-
-def text_value(value: object) -> str:
-    """A value as one word. What comes from outside (names, Envoy's reasons) cannot forge a line."""
-    text = plain_value(value)
-    word = text if isinstance(text, str) else json.dumps(text)
-    if not word.isprintable():
-        return json.dumps(word)
-    if not word or re.search(r'[\s"=]', word):
-        return json.dumps(word, ensure_ascii=False)
-    return word
-
-
-def json_line(now: float, level: str, message: str, fields: Mapping[str, object]) -> str:
-    """One JSON object; `time`, `level` and `message` first, then the fields."""
-    record = {"time": timestamp(now), "level": level, "message": message}
-    return json.dumps(record | {name: plain_value(value) for name, value in fields.items()})
-
-
-def plain_value(value: object) -> str | int | float | bool | None:
-    """What JSON has a word for stays, a sequence is joined by commas, the rest is its str()."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
+def plain_value(value: object) -> Json:
+    """A number stays, a sequence is joined by commas, the rest is its str()."""
+    if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
+        return value  # not NaN nor infinite, which JSON does not have
     if isinstance(value, (tuple, list, set, frozenset)):
         return ",".join(map(str, sorted(value) if isinstance(value, (set, frozenset)) else value))
     return str(value)
+
+
+def text_value(value: Json) -> str:
+    """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if not text.isprintable():
+        return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False) if not text or re.search(r'[\s"=]', text) else text
 
 
 def timestamp(now: float) -> str:
@@ -5402,6 +5267,8 @@ def timestamp(now: float) -> str:
     seconds, millis = divmod(int(now * 1000), 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{millis:03}Z"
 
+
+log = Log()
 
 # -- metrics -----------------------------------------------------------------------------------
 
@@ -5415,66 +5282,42 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-METRICS = tuple(
-    Metric(*declared)
-    for declared in (
-        ("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
-        ("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
-        ("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-        (
-            "xds_loader_publication_duration_seconds",
-            "histogram",
-            "From an event to the file that Envoy reads.",
-        ),
-        (
-            "xds_loader_confirmation_duration_seconds",
-            "histogram",
-            "From a publication to Envoy's confirmation.",
-        ),
-        ("xds_loader_rejections_total", "counter", "Files that Envoy rejected by type.", ("type",)),
-        ("xds_loader_refused_files", "gauge", "1 while Envoy's rejection stands.", ("file",)),
-        (
-            "xds_loader_source_last_event_timestamp_seconds",
-            "gauge",
-            "When a source was last heard of: an event, a bookmark or a list.",
-            ("source",),
-        ),
-        ("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-        (
-            "xds_loader_watch_restarts_total",
-            "counter",
-            "Watches begun again by reason.",
-            ("source", "reason"),
-        ),
-        (
-            "xds_loader_api_requests_total",
-            "counter",
-            "Requests to the API server by status code and verb.",
-            ("code", "verb"),
-        ),
-        ("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
-        ("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
-        ("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
-        ("xds_loader_inotify_instances_used", "gauge", "Files that Envoy subscribes to."),
-        ("xds_loader_snapshot_info", "gauge", "The published snapshot.", ("version",)),
-        ("xds_loader_snapshot_timestamp_seconds", "gauge", "When it was published."),
-        (
-            "xds_loader_certificate_expiry_timestamp_seconds",
-            "gauge",
-            "The earliest end of a certificate in tls.crt.",
-            ("secret",),
-        ),
-        ("process_resident_memory_bytes", "gauge", "Resident memory."),
-        ("process_cpu_seconds_total", "counter", "User and system CPU time."),
-        ("process_start_time_seconds", "gauge", "When the process started."),
-        ("process_open_fds", "gauge", "Open file descriptors."),
-    )
+# fmt: off
+METRICS = (
+    Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
+    Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
+    Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
+    Metric("xds_loader_publication_duration_seconds", "histogram",
+           "From an event to the file that Envoy reads."),
+    Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
+    Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
+    Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
+    Metric("xds_loader_unknown_files", "gauge",
+           "1 while it is not known whether Envoy accepts the published bytes.", ("file",)),
+    Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
+           "When a source last answered: an event, a bookmark or a list.", ("source",)),
+    Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
+    Metric("xds_loader_watch_restarts_total", "counter", "Watches begun again by reason.",
+           ("source", "reason")),
+    Metric("xds_loader_api_requests_total", "counter",
+           "Requests to the API server by status code and verb.", ("code", "verb")),
+    Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
+    Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
+    Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
+    Metric("xds_loader_inotify_instances_used", "gauge", "Files that Envoy subscribes to."),
+    Metric("xds_loader_snapshot_info", "gauge", "The published snapshot.", ("version",)),
+    Metric("xds_loader_snapshot_timestamp_seconds", "gauge", "When it was published."),
+    Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
+    Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
+    Metric("process_start_time_seconds", "gauge", "When the process started."),
+    Metric("process_open_fds", "gauge", "Open file descriptors."),
 )
+# fmt: on
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
-LabelValues = tuple[str, ...]
+Labels = tuple[str, ...]
 
 
 class Metrics:
@@ -5486,44 +5329,34 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._declared = {metric.name: metric for metric in METRICS}
-        self._series: dict[str, dict[LabelValues, float]] = {
-            metric.name: {(): 0.0} if metric.type == "counter" and not metric.labels else {}
-            for metric in METRICS
-            if metric.type != "histogram"
-        }
-        # a histogram is a count for each bucket, one for what lies beyond, and the sum
-        self._histograms = {
-            metric.name: [0.0] * (len(BUCKETS) + 2)
-            for metric in METRICS
-            if metric.type == "histogram"
-        }
+        self._labels = {metric.name: len(metric.labels) for metric in METRICS}
+        self._series: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
+        # of a histogram: a count for each bucket, one for what lies beyond, and the sum
+        self._histograms = {metric.name: [0.0] * (len(BUCKETS) + 2)
+                            for metric in METRICS if metric.type == "histogram"}  # fmt: skip
+        for metric in METRICS:
+            if metric.type == "counter" and not metric.labels:
+                self.set(metric.name, 0.0)
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
-    def add(self, name: str, labels: LabelValues = (), by: float = 1) -> None:
+    def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
             series = self._series[name]
-            if labels not in series:
-                self._check(name, labels)
-                series[labels] = 0.0
-            series[labels] += by
+            value = series.get(labels)
+            series[self._checked(name, labels) if value is None else labels] = (value or 0.0) + by
 
-    def set(self, name: str, value: float, labels: LabelValues = ()) -> None:
+    def set(self, name: str, value: float, labels: Labels = ()) -> None:
         """Set a gauge."""
         with self._lock:
-            series = self._series[name]
-            if labels not in series:
-                self._check(name, labels)
-            series[labels] = value
+            self._series[name][self._checked(name, labels)] = value
 
-    def replace(self, name: str, series: Mapping[LabelValues, float]) -> None:
+    def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        for labels in series:
-            self._check(name, labels)
+        fresh = {self._checked(name, labels): value for labels, value in series.items()}
         with self._lock:
-            self._series[name] = dict(series)
+            self._series[name] = fresh
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -5534,42 +5367,35 @@ class Metrics:
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        figures = process_figures()
+        for name, value in process_figures().items():
+            self.set(name, value)
         with self._lock:
-            for name, value in figures.items():
-                self._series[name][()] = value
             series = {name: sorted(values.items()) for name, values in self._series.items()}
             histograms = {name: tuple(values) for name, values in self._histograms.items()}
         lines = []
         for metric in METRICS:
-            lines.append(f"# HELP {metric.name} {metric.help}")
-            lines.append(f"# TYPE {metric.name} {metric.type}")
-            if metric.type == "histogram":
-                lines += histogram_lines(metric.name, histograms[metric.name])
-                continue
-            for labels, value in series[metric.name]:
-                name = metric.name + label_text(metric.labels, labels)
-                lines.append(f"{name} {sample_text(value)}")
+            name = metric.name
+            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.type}"]
+            for labels, value in series[name]:
+                lines.append(f"{name}{label_text(metric.labels, labels)} {sample_text(value)}")
+            if name in histograms:
+                counts = [*itertools.accumulate(histograms[name][:-1])]
+                for bound, count in zip((*map(repr, BUCKETS), "+Inf"), counts, strict=True):
+                    lines.append(f'{name}_bucket{{le="{bound}"}} {sample_text(count)}')
+                lines += [f"{name}_sum {sample_text(histograms[name][-1])}",
+                          f"{name}_count {sample_text(counts[-1])}"]  # fmt: skip
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
-    def _check(self, name: str, labels: LabelValues) -> None:
-        if len(labels) != len(self._declared[name].labels):
-            raise ValueError(f"{name} has the labels {self._declared[name].labels}, not {labels}")
+    def _checked(self, name: str, labels: Labels) -> Labels:
+        if len(labels) != self._labels[name]:
+            raise ValueError(f"{name} has {self._labels[name]} labels, not {labels}")
+        return labels
 
 
 metrics = Metrics(__version__)
 
 
-def histogram_lines(name: str, values: Sequence[float]) -> list[str]:
-    """Cumulative buckets, sum and count. `values`: see Metrics."""
-    lines, count = [], 0.0
-    for bound, inside in zip((*map(repr, BUCKETS), "+Inf"), values, strict=False):
-        count += inside
-        lines.append(f'{name}_bucket{{le="{bound}"}} {sample_text(count)}')
-    return [*lines, f"{name}_sum {sample_text(values[-1])}", f"{name}_count {sample_text(count)}"]
-
-
-def label_text(names: LabelValues, values: LabelValues) -> str:
+def label_text(names: Labels, values: Labels) -> str:
     """`{code="200",verb="list"}`, "" without labels."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = (f'{n}="{v.translate(escapes)}"' for n, v in zip(names, values, strict=True))
@@ -5597,311 +5423,267 @@ def process_figures() -> dict[str, float]:
 
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
-# One thread polls all connections. Whoever reaches the port needs no credentials, so everything is
-# bounded: connections, their time, the size of a request, what rendering may cost. It shows one
-# immutable Status, so it never waits for the loop nor the loop for it; and only names and figures:
-# never the content of a file, nor Envoy's reasons, which quote it.
+# Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
+# the size of a request, what rendering may cost. It shows one immutable Status, so it never waits
+# for the loop nor the loop for it; and only names and figures: never the content of a file, nor
+# Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 32
+CONNECTIONS_MAX = 32  # each has a thread
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-CROWDED_TIME = 0.25  # the same while there is no room for others: probes wait for 1 s
-HEAD_MAX = 8192  # bytes of a request, and of what is read and dropped after it
-ANSWER_LIFE = 0.05  # seconds that /metrics and /snapshot are reused: 20 renderings a second at most
-LISTENER_PATHS = ("/healthz", "/readyz", "/metrics", "/snapshot")
-HTTP_REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    431: "Request Header Fields Too Large",
-    503: "Service Unavailable",
-}
+# The same while all threads are busy: a probe waits for 1 s, and with a full backlog of silent
+# clients before it (128) it is answered after 128 / 32 * 0.05 s.
+CROWDED_TIME = 0.05
+HEAD_MAX = 8192  # bytes of a request
+# An answer that costs more than a probe's is used for so many times as long as it took to make, so
+# that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
+REUSED = 20
 
 
 class Status(NamedTuple):
-    """What the loop tells the outside. It puts a new value in place; nothing in one changes."""
+    """What the loop shows. It puts a new value in place; nothing in one changes."""
 
     files: Files  # of the snapshot; replaced with it, never changed in place
-    version: str = ""  # of the snapshot that stands, "" while there is none
+    version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
-    confirmed: frozenset[str] = frozenset()  # paths of which Envoy has what stands
-    refused: tuple[str, ...] = ()  # paths of which Envoy's rejection stands
+    states: Mapping[str, str] = {}  # path -> acked, nacked, unknown or unread
     missing: tuple[str, ...] = ()  # sources waited for
     stale: tuple[str, ...] = ()  # sources that show their last good state
+    started: bool = False  # Envoy has ACKed what it needs to serve
     last_turn: float = 0.0  # monotonic time
     turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
 
-
-class Answer(NamedTuple):
-    """An HTTP response: status code, Content-Type, body."""
-
-    code: int
-    content_type: str
-    body: bytes
+    def paths(self, state: str) -> list[str]:
+        """The files in this state; one that has none is unknown."""
+        known = dict.fromkeys(self.files, "unknown") if state == "unknown" else {}
+        return sorted(path for path, its in {**known, **self.states}.items() if its == state)
 
 
-def text_answer(code: int, text: str) -> Answer:
-    """A response for people."""
-    body = f"{text}\n".encode("utf-8", "backslashreplace")
-    return Answer(code, "text/plain; charset=utf-8", body)
+Answer = tuple[int, str, bytes]
+"""An HTTP response: status code, Content-Type, body."""
+
+
+def text_answer(code: int, *lines: str) -> Answer:
+    body = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+    return code, "text/plain; charset=utf-8", body
 
 
 def health_answer(status: Status, now: float) -> Answer:
     """/healthz: 200 while the loop turns. `now` is monotonic."""
-    age = now - status.last_turn
-    if age <= status.turn_bound:
+    age, bound = now - status.last_turn, status.turn_bound
+    if age <= bound:
         return text_answer(200, "ok")
-    bound = status.turn_bound
     return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
 
 
-def ready_answer(status: Status) -> Answer:
-    """/readyz: 200 as soon as a snapshot stands; the body names what is not as it should be.
+def ready_answer(status: Status, *, started: bool) -> Answer:
+    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it.
 
-    A rejected file or an API server that is down takes no Envoy out of its Service.
+    The body names what is not as it should be. A NACKed file or an API server that is down takes
+    no running Envoy out of its Service.
     """
-    lines = [f"ready, version {status.version}" if status.version else "no snapshot yet"]
-    for word, names in (
-        ("missing", status.missing),
-        ("stale", status.stale),
-        ("refused", status.refused),
-    ):
-        lines += [f"{word}: {name}" for name in names]
-    return text_answer(200 if status.version else 503, "\n".join(lines))
-
-
-def metrics_answer(recorded: Metrics) -> Answer:
-    """/metrics, under the content type of Prometheus' text format."""
-    return Answer(200, "text/plain; version=0.0.4; charset=utf-8", recorded.render())
+    well = bool(status.version) and (status.started or not started)
+    state = "no snapshot yet" if not status.version else "not ACKed by Envoy yet"
+    lines = [f"{'started' if started else 'ready'}, version {status.version}" if well else state]
+    for term, names in (("missing", status.missing), ("stale", status.stale),
+                        ("nacked", status.paths("nacked"))):  # fmt: skip
+        lines += [f"{term}: {name}" for name in names]
+    return text_answer(200 if well else 503, *lines)
 
 
 def snapshot_answer(status: Status) -> Answer:
-    """/snapshot: which files stand, their size, digest and source, and whether Envoy has them."""
+    """/snapshot: the published files, their size, digest and source, and what Envoy made of them.
+
+    A file that holds a secret has no size and no digest: with a digest one tests guesses at a
+    password, and the port asks nobody for credentials.
+    """
+    rows = []
+    for path in sorted(status.files):
+        file = status.files[path]
+        row: dict[str, object] = {"path": path, "source": file.source}
+        if not holds_secret(file.content):
+            row |= {"bytes": len(file.content), "sha256": file.digest}
+        rows.append({**row, "state": status.states.get(path, "unknown")})
     body = {
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
-        "files": [snapshot_row(path, status) for path in sorted(status.files)],
+        "files": rows,
         "missing": status.missing,
         "stale": status.stale,
-        "refused": status.refused,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
     }
-    return Answer(200, "application/json", (json.dumps(body, indent=1) + "\n").encode())
-
-
-def snapshot_row(path: str, status: Status) -> dict[str, object]:
-    """One file of /snapshot.
-
-    A file that holds a secret has no size and no digest: with a digest one tests guesses at a
-    password, and the port asks nobody who he is.
-    """
-    file = status.files[path]
-    row: dict[str, object] = {"path": path, "source": file.source}
-    if not holds_secret(file.content):
-        row |= {"bytes": len(file.content), "sha256": file.digest}
-    if path in status.refused:
-        return row | {"state": "refused"}
-    return row | {"state": "confirmed" if path in status.confirmed else "unconfirmed"}
-
-
-def asked_path(head: bytes) -> str | Answer:
-    """The path that a request's head asks for, or the answer to one that asks for nothing here."""
-    line = head.partition(b"\n")[0].rstrip(b"\r").decode("latin-1")
-    method, target, protocol = (*line.split(" "), "", "")[:3]
-    path = target.partition("?")[0]
-    if not head_ends(head):
-        return text_answer(431, "the request is too large")
-    if not protocol.startswith("HTTP/1."):
-        return text_answer(400, "not an HTTP/1 request")
-    if path not in LISTENER_PATHS:
-        return text_answer(404, "there are " + ", ".join(LISTENER_PATHS))
-    if method not in ("GET", "HEAD"):
-        return text_answer(405, "GET or HEAD only")
-    return path
-
-
-def head_ends(head: bytes) -> bool:
-    """Whether the empty line after the header fields is there."""
-    return b"\r\n\r\n" in head or b"\n\n" in head
-
-
-def http_response(reply: Answer, *, with_body: bool) -> bytes:
-    """A response as it goes over the wire; each connection carries one."""
-    fields = (
-        f"HTTP/1.1 {reply.code} {HTTP_REASONS[reply.code]}",
-        f"Content-Type: {reply.content_type}",
-        f"Content-Length: {len(reply.body)}",
-        "Cache-Control: no-store",
-        "Connection: close",
-        *(["Allow: GET, HEAD"] if reply.code == 405 else []),
-    )
-    return "\r\n".join([*fields, "", ""]).encode() + (reply.body if with_body else b"")
+    return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
 
 
 def listen_address(text: str) -> tuple[str, int]:
     """`:9000`, `127.0.0.1:9000`, `[::1]:9000` as host ("" is every address) and port."""
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s:\[\]/]*)):([0-9]{1,5})", text)
     if not found or int(found[3]) > 65535:
-        raise UsageError(f"--listen {text!r}: not [ADDRESS]:PORT, such as :9000 or [::1]:9000")
+        raise ValueError("is not a valid [ADDRESS]:PORT, such as :9000 or [::1]:9000")
     return found[1] or found[2], int(found[3])
 
 
-class Visitor:
-    """A connection: what it has sent, what it is still owed, and since when it is here."""
-
-    def __init__(self, sock: socket.socket, since: float) -> None:
-        self.sock, self.since = sock, since
-        self.head = b""
-        self.owed: memoryview | None = None  # None until the request is complete
-        self.excess = 0  # bytes that came after the request
-
-
 class Listener:
-    """The server of --listen. The loop replaces `status`; all else belongs to the thread."""
+    """The server of --listen. The loop replaces `status`; all else belongs to its threads."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         """Bind and serve. Raises LoaderError: an address in use ends the loader at its start."""
-        try:
-            self._server = listening_socket(host, port)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a host that is no name at all
-            reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
-            where = f"{host or '*'} port {port}"
-            raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
-        self.port: int = self._server.getsockname()[1]
         self.status = Status({}, last_turn=time.monotonic())
         self._recorded = recorded
-        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> when made, answer
-        self._visitors: dict[int, Visitor] = {}  # by descriptor, in the order of their coming
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._thread = threading.Thread(target=self._serve, name="listener", daemon=True)
+        self._rendering = threading.Lock()
+        self._kept: dict[str, tuple[float, object, Answer]] = {}  # path -> good until, of, answer
+        self._server = probe_server(listening_socket(host, port), self.answer)
+        self.port: int = self._server.socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._server.serve, name="listener", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Close everything; back within 100 ms even if the thread is not."""
-        self._wake_write.close()
+        """Close everything; back within 100 ms even if a thread is not."""
+        self._server.stopped = True
+        with contextlib.suppress(OSError):
+            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._thread.join(0.1)
+        self._server.socket.close()
+        self._server.drop(0.0)
 
-    def _serve(self) -> None:
-        """Serve until the other end of the wake socket is closed."""
-        while True:
-            self._drop_overdue()
-            poll = select.poll()  # made anew each time: some 30 entries, and no state to keep true
-            poll.register(self._wake_read, select.POLLIN)
-            if self._has_room():
-                poll.register(self._server, select.POLLIN)
-            for visitor in self._visitors.values():
-                poll.register(visitor.sock, select.POLLOUT if visitor.owed else select.POLLIN)
-            for descriptor, _ in poll.poll(self._time_left() * 1000):
-                if descriptor == self._wake_read.fileno():
-                    return self._close()
-                if descriptor == self._server.fileno():
-                    self._accept()
+    def answer(self, path: str) -> Answer | None:
+        """What is served there, None where there is nothing."""
+        if path == "/healthz":
+            return health_answer(self.status, time.monotonic())
+        if path in ("/readyz", "/startz"):
+            return ready_answer(self.status, started=path == "/startz")
+        if path not in ("/metrics", "/snapshot"):
+            return None
+        with self._rendering:
+            until, of, kept = self._kept.get(path, (0.0, None, text_answer(200)))
+            began, status = time.monotonic(), self.status
+            if began > until and (path == "/metrics" or of is not status):
+                if path == "/snapshot":
+                    kept = snapshot_answer(status)
                 else:
-                    self._advance(self._visitors[descriptor])
-
-    def _has_room(self) -> bool:
-        return len(self._visitors) < CONNECTIONS_MAX
-
-    def _time_left(self) -> float:
-        """Seconds until the oldest connection is overdue; an hour where there is none."""
-        oldest = next(iter(self._visitors.values()), None)
-        if oldest is None:
-            return 3600.0
-        limit = CONNECTION_TIME if self._has_room() else CROWDED_TIME
-        return max(0.0, oldest.since + limit - time.monotonic()) + 0.001
-
-    def _drop_overdue(self) -> None:
-        """Close what is past its time; a crowd makes room by those that dawdle."""
-        now = time.monotonic()
-        for visitor in list(self._visitors.values()):
-            limit = CONNECTION_TIME if self._has_room() else CROWDED_TIME
-            if now - visitor.since < limit:
-                return
-            self._drop(visitor)
-
-    def _drop(self, visitor: Visitor) -> None:
-        del self._visitors[visitor.sock.fileno()]
-        visitor.sock.close()
-
-    def _accept(self) -> None:
-        """Take those who wait while there is room, and read at once: most have written."""
-        while self._has_room():
-            try:
-                sock, _ = self._server.accept()
-            except BlockingIOError:
-                return
-            except OSError:  # gone again; or no descriptor is left, and then not to spin
-                time.sleep(0.01)
-                return
-            sock.setblocking(False)
-            visitor = Visitor(sock, time.monotonic())
-            self._visitors[sock.fileno()] = visitor
-            self._advance(visitor)
-
-    def _advance(self, visitor: Visitor) -> None:
-        """Read, answer and write, as far as it goes without waiting."""
-        try:
-            if not visitor.owed:
-                received = visitor.sock.recv(HEAD_MAX)
-                if not received or not self._take(visitor, received):
-                    return self._drop(visitor)
-            if visitor.owed:
-                visitor.owed = visitor.owed[visitor.sock.send(visitor.owed) :]
-                if not visitor.owed:
-                    visitor.sock.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
-            pass
-        except OSError:  # reset by the client
-            self._drop(visitor)
-
-    def _take(self, visitor: Visitor, received: bytes) -> bool:
-        """What a client sent: its request, or what comes after. False: more than we read.
-
-        After the answer we read on until the client closes: to close with bytes unread resets the
-        connection, and the answer may not arrive.
-        """
-        if visitor.owed is not None:
-            visitor.excess += len(received)
-            return visitor.excess <= HEAD_MAX
-        visitor.head += received
-        if head_ends(visitor.head) or len(visitor.head) >= HEAD_MAX:
-            reply = self._answer(asked_path(visitor.head))
-            with_body = not visitor.head.startswith(b"HEAD ")
-            visitor.owed = memoryview(http_response(reply, with_body=with_body))
-            visitor.head = b""
-        return True
-
-    def _answer(self, asked: str | Answer) -> Answer:
-        now = time.monotonic()
-        if isinstance(asked, Answer):
-            return asked
-        if asked == "/healthz":
-            return health_answer(self.status, now)
-        if asked == "/readyz":
-            return ready_answer(self.status)
-        made, kept = self._kept.get(asked, (now, None))
-        if kept is None or now - made > ANSWER_LIFE:
-            of_metrics = asked == "/metrics"
-            kept = metrics_answer(self._recorded) if of_metrics else snapshot_answer(self.status)
-            self._kept[asked] = (now, kept)
-        return kept
-
-    def _close(self) -> None:
-        for visitor in list(self._visitors.values()):
-            self._drop(visitor)
-        self._server.close()
-        self._wake_read.close()
+                    rendered = self._recorded.render()
+                    kept = 200, "text/plain; version=0.0.4; charset=utf-8", rendered
+                now = time.monotonic()
+                self._kept[path] = now + REUSED * (now - began), status, kept
+            return kept
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens and never blocks; "" is every address, of IPv6 too if there is any."""
-    if not host and socket.has_dualstack_ipv6():
-        family, options = socket.AF_INET6, {"dualstack_ipv6": True}
-    else:
+    """A socket that listens; "" is every address, of IPv6 too if there is any."""
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=128,
+                                        dualstack_ipv6=True)  # fmt: skip
         family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-        options = {}
-    server = socket.create_server((host, port), family=family, backlog=128, **options)
-    server.setblocking(False)
-    return server
+        return socket.create_server((host, port), family=family, backlog=128)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        where = f"{host or '*'} port {port}"
+        raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
+
+
+def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -> Any:
+    """A server of these answers, with a thread for each connection.
+
+    Made in a function, because http.server takes 15 ms to import and only --listen needs it.
+    """
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        server_version, sys_version = "xds-loader", ""
+        error_content_type, error_message_format = "text/plain", "%(code)d %(explain)s\n"
+
+        def setup(self) -> None:
+            """Read a request of HEAD_MAX bytes at most; http.server itself would read 6 MB."""
+            super().setup()
+            self.rfile.close()
+            head = b""
+            while not (ended := b"\r\n\r\n" in head or b"\n\n" in head) and len(head) < HEAD_MAX:
+                block = self.request.recv(HEAD_MAX - len(head))
+                if not block:
+                    break
+                head += block
+            self.cut = not ended and len(head) >= HEAD_MAX
+            self.rfile = io.BytesIO(head)
+
+        def parse_request(self) -> bool:
+            if not super().parse_request():
+                return False
+            if self.cut:
+                self.send_error(431)
+            return not self.cut
+
+        def do_GET(self) -> None:
+            found = answer(self.path.partition("?")[0])
+            if found is None:
+                self.send_error(404)
+                return
+            code, content_type, body = found
+            self.send_response(code)
+            for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))),
+                                ("Cache-Control", "no-store")):  # fmt: skip
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Not a line a request."""
+
+    class Server(ThreadingHTTPServer):
+        stopped = False
+
+        def __init__(self) -> None:
+            super().__init__(("", 0), Handler, bind_and_activate=False)
+            self.socket.close()
+            self.socket = bound
+            self.room = threading.Semaphore(CONNECTIONS_MAX)
+            self.since: dict[object, float] = {}  # open connections, the oldest first
+
+        def serve(self) -> None:
+            """Accept one after the other, and close what is past its time."""
+            while not self.stopped:
+                self.drop(CONNECTION_TIME)
+                oldest = next(iter([*self.since.values()]), None)
+                left = None if oldest is None else oldest + CONNECTION_TIME - time.monotonic()
+                self.timeout = None if left is None else max(0.0, left) + 0.01
+                self.handle_request()
+
+        def drop(self, age: float) -> None:
+            """Shut connections of this age or more: their threads, which read or write, end."""
+            now = time.monotonic()
+            for request, since in list(self.since.items()):
+                if now - since >= age:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+
+        def get_request(self) -> Any:
+            try:
+                return super().get_request()
+            except OSError:  # no descriptor is left: not to spin
+                time.sleep(0.01)
+                raise
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            """A crowd makes room by those that dawdle."""
+            while not self.room.acquire(timeout=CROWDED_TIME):
+                self.drop(CROWDED_TIME)
+            self.since[request] = time.monotonic()
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            """The end of every connection."""
+            super().shutdown_request(request)
+            if self.since.pop(request, None) is not None:
+                self.room.release()
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """A client that went away."""
+            log.debug("a probe failed: %s", why(sys.exception() or Exception()))
+
+    return Server()
+
 
 # ---------------------------------------------------------------------------------------------
 # The loop
@@ -5922,6 +5704,10 @@ class Composition(NamedTuple):
     missing: tuple[str, ...] = ()  # named objects that do not exist and never did
     stale: tuple[str, ...] = ()  # sources that keep their last files
     failed: tuple[str, ...] = ()  # what a one-time run could not list
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.warnings
 
     @property
     def complete(self) -> bool:
@@ -6105,16 +5891,7 @@ class Sources:
         if known is None or known[0] is not secret:
             files, problems = secret_files(secret, self.options.format, self.options.secret_mode)
             self._secrets[key] = known = secret, files, problems
-        near = expiry_warning(secret, time.time()) if known[1] else ""
-        return known[1], (*known[2], near) if near else known[2]
-
-    def certificates(self) -> dict[tuple[str, ...], float]:
-        """When the last good certificate of each Secret ends, Unix time."""
-        for (namespace, name), (secret, files, _) in self._secrets.items():
-            end = certificate_expiry(secret.cert) if files else None
-            if end is not None:
-                self._ends[(f"{namespace}/{name}",)] = end
-        return self._ends
+        return known[1], known[2]
 
     # -- Services ---------------------------------------------------------------------------
 
@@ -6222,7 +5999,7 @@ class Envoy:
             if isinstance(row, list) and len(row) == len(Refusal._fields):
                 self.refused[path] = Refusal(*map(str, row))
         self.moved = self._output.link_times(self.unconfirmed)
-        metrics.replace("xds_loader_refused_files", {(path,): 1.0 for path in self.refused})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in self.refused})
 
     def publishing(self, paths: Iterable[str], before: Files, snapshot: str) -> None:
         """Before a publication: what stands at these paths is the last that Envoy confirmed."""
@@ -6303,7 +6080,7 @@ class Envoy:
             return
         confirmed = {path: snapshot for path, (snapshot, _) in self.unconfirmed.items()}
         self._output.write_state("envoy", {"confirmed": confirmed, "refused": self.refused})
-        metrics.replace("xds_loader_refused_files", {(path,): 1.0 for path in self.refused})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in self.refused})
 
 
 class Gate(NamedTuple):
@@ -6335,6 +6112,7 @@ class Loop:
         self.envoy = Envoy(self.output, asked=bool(options.envoy_admin))
         self.listener: Listener | None = None
         self.stopping = False
+        self.stop_event = threading.Event()
         self._once = options.mode == "once"
         self._composition: Composition | None = None
         self._said: dict[str, frozenset[str]] = {}  # what was warned of, by topic
@@ -6420,6 +6198,8 @@ class Loop:
 
     def _signalled(self, number: int) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
+        if self.stopping:
+            self.stop_event.set()
         self.wakes.put(Wake("signal", time.monotonic(), number))
 
     # -- waiting ------------------------------------------------------------------------------
@@ -6603,7 +6383,7 @@ class Loop:
     def _close(self, before: Files) -> None:
         """Close the gate before the next ordered step: Envoy's word opens it, or time."""
         now = time.monotonic()
-        wait = VERDICT_BOUND if self._confirmer else self.options.step_delay
+        wait = VERDICT_BOUND if self._confirmer else self.options.step_delay or 0.1
         self._gate = Gate(now, now + wait, before, self._request)
 
     def _publish(self, files: Files, step: str, reason: str, target: Files | None = None) -> None:
@@ -6634,8 +6414,6 @@ class Loop:
             log.info("published", **told)
         log.recovered("disk", f"{self.output.root} can be written again")
         self.output.prune()
-        if step == "whole" and not self._once:
-            give_back_memory()
 
     def _count_snapshot(self) -> None:
         """The metrics of the snapshot that stands, once for each."""
@@ -6709,7 +6487,7 @@ class Loop:
     def _paused(self, gate: Gate) -> float:
         """When the pause after the last publication is over; no stream of them lasts for ever."""
         last = max(self._published_at, gate.closed_at)
-        return min(last + self.options.step_delay, gate.closed_at + VERDICT_BOUND)
+        return min(last + (self.options.step_delay or 0.1), gate.closed_at + VERDICT_BOUND)
 
     def _take_word(self, verdict: Verdict, asked: Asked) -> None:
         envoy = self.envoy
@@ -6724,10 +6502,10 @@ class Loop:
             self._failed(error)
         if verdict.rejected:
             self._target = None  # the plan was made without knowing this
-        metrics.observe("xds_loader_confirmation_duration_seconds", verdict.waited)
+        metrics.observe("xds_loader_ack_duration_seconds", verdict.waited)
         for path in verdict.rejected:
             kind = kind_at(path, asked.files) or "other"
-            metrics.add("xds_loader_rejections_total", (kind,))
+            metrics.add("xds_loader_nacks_total", (kind,))
 
     def _tell_verdict(self, verdict: Verdict, rejected: Mapping[str, str], asked: Asked) -> None:
         """The line of a publication, and one for each file that Envoy refused."""
@@ -6759,7 +6537,7 @@ class Loop:
         version = version_of(desired)
         if self._checked[0] != version:
             place = f"{self.output.root}/{self.output.stage(desired)[0]}"
-            refusal = self._run_check([word.replace("{dir}", place) for word in command])
+            refusal = run_check(command, place, self.stop_event)
             self._checked = (version, not refusal)
             if refusal:
                 self.output.prune()  # what was staged for the check
@@ -6769,33 +6547,6 @@ class Loop:
                 metrics.add("xds_loader_errors_total", ("check",))
                 log.error("%s; the last snapshot stays", refusal, version=version)
         return self._checked[1]
-
-    def _run_check(self, command: list[str]) -> str:
-        """Run the check; empty if it is content, else why not, in one line."""
-        import subprocess
-
-        try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, umask=0o022, start_new_session=True,
-            )
-        except OSError as error:
-            return f"--check-cmd cannot be run: {why(error)}"
-        output = Drain(process.stdout)
-        until = time.monotonic() + CHECK_SECONDS
-        while process.poll() is None and time.monotonic() < until and not self.stopping:
-            output.join(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            late = f"took more than {CHECK_SECONDS:.0f} s"
-            return f"--check-cmd {'was ended by a signal' if self.stopping else late}"
-        output.join(1.0)
-        if process.returncode == 0:
-            return ""
-        said = redacted(output.text.strip()).decode("utf-8", "replace").strip()
-        last = said.splitlines()[-1] if said else "said nothing"
-        return f"--check-cmd {command[0]} refuses (exit {process.returncode}): {last[:300]}"
 
     def _check(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -6810,7 +6561,6 @@ class Loop:
             self._failed(error)
             return
         self._name_strangers()
-        give_back_memory()
         if repaired:
             self._look_again()
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -6834,8 +6584,6 @@ class Loop:
         if self._once and not self.options.timeout:
             waiting = []  # the error that ends it says so
         self._note("sources", [*composition.warnings, *waiting])
-        metrics.replace("xds_loader_certificate_expiry_timestamp_seconds",
-                        self.sources.certificates())
         if self.sources.rendering is not None:
             metrics.replace("xds_loader_clusters", {
                 (mode,): count for mode, count in self.sources.rendering.clusters.items()})
@@ -6851,9 +6599,12 @@ class Loop:
             files=self.output.published,
             version=self.output.snapshot[2:],
             published_at=self._published_wall,
-            confirmed=frozenset(self.output.published) - self.envoy.unconfirmed.keys()
-            if self._confirmer else frozenset(),
-            refused=tuple(sorted(self.envoy.refused)),
+            states={
+                **dict.fromkeys(self.output.published.keys() - self.envoy.unconfirmed.keys()
+                                if self._confirmer else (), "acked"),
+                **dict.fromkeys(self.envoy.refused, "nacked"),
+            },
+            started=bool(self.output.snapshot),
             missing=composition.missing + composition.unknown if composition else (),
             stale=(composition.stale if composition else ()) + self.sources.troubled(),
             last_turn=now,
@@ -6890,21 +6641,6 @@ class Loop:
         return False
 
 
-class Drain(threading.Thread):
-    """Reads what a child process says, so that a full pipe cannot block it; keeps the end."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(daemon=True)
-        self.text = b""
-        self._stream = stream
-        self.start()
-
-    def run(self) -> None:
-        with self._stream as stream:
-            while block := stream.read1(1 << 16):
-                self.text = (self.text + block)[-(1 << 16) :]
-
-
 def shortened(names: Sequence[str], most: int = 5) -> str:
     """A list for one log line."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -6922,36 +6658,106 @@ def unfinished(composition: Composition, troubles: Sequence[str], *, waited: boo
     return troubles[0] if troubles else f"no answer in time for {', '.join(composition.unknown)}"
 
 
+# ---------------------------------------------------------------------------------------------
+# Preview and check
+# ---------------------------------------------------------------------------------------------
+
+CHECK_SECONDS = 30.0  # what --check-cmd may take
+CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
+
+
+def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
+    """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
+
+    It has a session, and so a process group, of its own, which is killed as a whole at the end: a
+    process that the command left behind must not read the next snapshot's files, nor hold this one.
+    """
+    import subprocess
+
+    try:
+        process = subprocess.Popen(
+            [part.replace("{dir}", directory) for part in command], bufsize=0, umask=0o022,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        return f"--check-cmd cannot be run: {why(error)}"
+    output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
+    assert output is not None
+    os.set_blocking(output.fileno(), False)
+    try:
+        ended = False
+        while not ended and time.monotonic() < until and not stop.wait(0.01):
+            # Not reaped yet, so that the group cannot be another's when it is killed.
+            states = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ended = os.waitid(os.P_PID, process.pid, states) is not None
+            printed += output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
+            secret = secret or holds_secret(printed)
+            printed = printed[-CHECK_OUTPUT:]
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        output.close()
+    if not ended:
+        late = f"took more than {CHECK_SECONDS:.0f} s"
+        return f"--check-cmd {'was ended by a signal' if stop.is_set() else late}"
+    text = "[redacted]" if secret else printed.decode("utf-8", "replace").strip()
+    last = text.splitlines()[-1][:300] if text else "no output"
+    return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
+
+
 def preview(options: Options, config: Config) -> int:
     """--dry-run: print the files, or with --diff what would change; touch nothing."""
+    # The kernel ignores signals to process 1 that have no handler: without this one a preview in
+    # a container would not end.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
-    composition = loop.composed(time.monotonic() + options.timeout)
-    published = loop.output.peek()
-    files, unfit = loop.output.fitting(composition.files)
-    for note in (*composition.warnings, *unfit):
+    wanted = loop.composed(time.monotonic() + options.timeout)
+    files, published = wanted.files, loop.output.peek() if options.diff else {}
+    for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    paths = sorted({*files, *(published if options.diff else ())})
-    print_out(
-        difference(path, published.get(path), files.get(path)) if options.diff
-        else preview_text(path, files.get(path))
-        for path in paths
-    )
+    version = version_of(files)
+    if options.diff:
+        before = version_of(published) if published else "none"
+        title = f"snapshot {before} -> {version}\n".encode()
+        paths = sorted({*files, *published})
+        texts = [difference(path, published.get(path), files.get(path)) for path in paths]
+        print_out([title, *texts] if any(texts) else [])
+    else:
+        title = f"snapshot {version}\n\n".encode()
+        print_out([title, *(preview_text(path, files[path]) for path in sorted(files))])
+    problem = check_copy(options.check_cmd, files) if options.check_cmd else ""
+    if problem:
+        raise LoaderError(problem)
     return 0
 
 
-def print_out(texts: Iterable[bytes]) -> None:
-    """To standard output, as far as anybody reads."""
-    try:
-        for text in texts:
-            sys.stdout.buffer.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def check_copy(command: Sequence[str], files: Files) -> str:
+    """Run --check-cmd on a copy of the files, which nobody else can read and which goes again."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:  # 0700
+        for path, file in files.items():
+            os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
+            with open(f"{directory}/{path}", "wb") as stream:
+                os.fchmod(stream.fileno(), file.mode)
+                stream.write(file.content)
+        return run_check(command, directory, threading.Event())
 
 
-def preview_text(path: str, file: File | None) -> bytes:
+def json_warnings(files: Files) -> Iterator[str]:
+    """The *.json files that Envoy will not be able to read."""
+    for path, file in sorted(files.items()):
+        if path.endswith(".json"):
+            try:
+                parse_json(file.content)
+            except ValueError as error:
+                yield f"{path} of {file.source} is not valid JSON ({why(error)})"
+
+
+def preview_text(path: str, file: File) -> bytes:
     """One file under a header; key material is not shown."""
-    assert file is not None
     content = redacted(file.content)
     try:
         content.decode()
@@ -6973,29 +6779,20 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
         redacted(new.content, old.content if old else None) if new else b"",
     )
     texts = [side.decode("utf-8", "backslashreplace").splitlines(keepends=True) for side in sides]
-    rows = difflib.unified_diff(
-        texts[0],
-        texts[1],
-        f"a/{path}" if old else "/dev/null",
-        f"b/{path}" if new else "/dev/null",
-    )
+    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     missing = "\n\\ No newline at end of file\n"
+    rows = difflib.unified_diff(texts[0], texts[1], names[0], names[1])
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
-def run(options: Options) -> int:
-    """Run as asked: a preview, one snapshot, or until a signal comes."""
-    for warning in options.warnings:
-        log.warning("%s", warning)
-    config = read_config(options.config)
-    if options.access.insecure and not options.from_file:
-        log.warning("--insecure: the API server's certificate is not verified")
-    if options.services is not None and config.prefer_zone is True and not options.node_name:
-        raise config_error("$.endpoint.prefer_zone", "true needs the own Node's name in $NODE_NAME")
-    if options.secret:
-        no_core_dumps()
-    os.umask(0)  # modes are as stated, whatever the umask was
-    return preview(options, config) if options.dry_run else Loop(options, config).run()
+def print_out(texts: Iterable[bytes]) -> None:
+    """To standard output, as far as anybody reads."""
+    try:
+        for text in texts:
+            sys.stdout.buffer.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_config(path: str) -> Config:
@@ -7008,175 +6805,22 @@ def read_config(path: str) -> Config:
     except OSError as error:
         raise UsageError(f"--config {why(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path}: no JSON ({why(error)})") from None
+        raise UsageError(f"--config {path} is not valid JSON ({why(error)})") from None
+
 
 # ---------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------
 
-
-class Option(NamedTuple):
-    """One option: the same table makes the parser, the environment variables, --help and docs."""
-
-    name: str
-    kind: str  # a key of PARSERS; "gone" is refused
-    metavar: str
-    help: str
-    default: str = ""
-
-    @property
-    def variable(self) -> str:
-        return "XDS_LOADER_" + self.name.upper().replace("-", "_")
-
-
-OPTIONS = (
-    Option("configmap", "configmaps", "[NS/]NAME[:DIR]",
-           "a ConfigMap: each key is a file (in DIR), its value the content; repeatable"),
-    Option("configmap-selector", "selector", "SEL",
-           "every ConfigMap of the namespace that matches a label selector"),
-    Option("services", "services", "SEL",
-           "render clusters, endpoints and routes of the Services that match a label selector "
-           "('*' or '': all of them)"),
-    Option("services-namespace", "namespaces", "NS",
-           "where these Services are; repeatable, '*' for all namespaces", "--namespace"),
-    Option("secret", "secrets", "[NS/]NAME", "a TLS Secret as SDS files; repeatable"),
-    Option("namespace", "namespace", "NS",
-           "the namespace of what is named without one",
-           "$NS, $POD_NAMESPACE, the service account's, 'default'"),
-    Option("apiserver", "url", "URL", "the Kubernetes API server",
-           "the pod's own, else https://kubernetes"),
-    Option("token-file", "text", "FILE", "bearer token, read again for each request",
-           f"{SERVICE_ACCOUNT}/token"),
-    Option("ca-file", "text", "FILE", "CA of the API server, read again for each connection",
-           f"{SERVICE_ACCOUNT}/ca.crt"),
-    Option("client-cert", "text", "FILE", "client certificate for the API server"),
-    Option("client-key", "text", "FILE", "its private key"),
-    Option("insecure", "switch", "", "do not verify the API server's certificate"),
-    Option("from-file", "text", "PATH",
-           "objects from `kubectl get ... -o json` instead of an API server; read again every "
-           "interval ('-': standard input, only with --onetime)"),
-    Option("config", "text", "PATH", "JSON: how Services become clusters and routes"),
-    Option("endpoints", "endpoints", "auto|eds|inline|dns", "where endpoints live", "auto"),
-    Option("format", "format", "yaml|json", "of rendered files", "yaml"),
-    Option("output-dir", "text", "DIR", "where the files go", "/srv/runtime"),
-    Option("onetime", "switch", "", "publish one complete snapshot and exit (init container)"),
-    Option("dry-run", "switch", "", "print the files and touch nothing; implies --onetime"),
-    Option("diff", "switch", "", "with --dry-run: a unified diff against what is published"),
-    Option("watch", "switch", "", "watch for changes instead of polling"),
-    Option("sync-interval", "interval", "D",
-           "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
-    Option("secret-mode", "mode", "MODE", "of files that hold private keys", "0600"),
-    Option("timeout", "duration", "D",
-           "how long --onetime waits for the sources to exist and the API server to answer", "0s"),
-    Option("envoy-admin", "admin", "URL", "confirm every publication with Envoy's admin interface"),
-    Option("step-delay", "duration", "D", "pause between ordered steps when Envoy is not asked",
-           "100ms"),
-    Option("check-cmd", "command", "CMD",
-           "run on each staged snapshot ('{dir}'), 30 s at most; non-zero: not published"),
-    Option("listen", "listen", "[ADDR]:PORT", "serve /healthz, /readyz, /metrics and /snapshot"),
-    Option("log-format", "log_format", "text|json", "of the log on standard error", "text"),
-    Option("log-level", "log_level", "LEVEL", "debug, info, warning or error", "info"),
-    Option("trafficsplit-api-version", "text", "V", "taken for the predecessor's chart, ignored"),
-    Option("smi", "switch", "", "no longer there: use weights by annotation"),
-    Option("trafficsplit", "gone", "NAME", "no longer there: use weights by annotation"),
-    Option("version", "switch", "", "print the version and exit"),
-    Option("help", "switch", "", "print this and exit (also -h)"),
-)
-
-
-class Options(NamedTuple):
-    """What was asked for, parsed and checked."""
-
-    configmap: tuple[Named, ...] = ()
-    configmap_selector: str | None = None
-    services: str | None = None
-    services_namespace: tuple[str, ...] = ()
-    secret: tuple[Named, ...] = ()
-    namespace: str = "default"
-    access: Access = Access("", "", "")
-    from_file: str = ""
-    config: str = ""
-    endpoints: str = "auto"
-    format: str = "yaml"
-    output_dir: str = "/srv/runtime"
-    mode: str = "poll"
-    dry_run: bool = False
-    diff: bool = False
-    sync_interval: float = 60.0
-    secret_mode: int = 0o600
-    timeout: float = 0.0
-    envoy_admin: str = ""
-    step_delay: float = 0.1
-    check_cmd: tuple[str, ...] = ()
-    listen: tuple[str, int] | None = None
-    log_format: str = "text"
-    log_level: str = "info"
-    node_name: str = ""
-    warnings: tuple[str, ...] = ()
-
-
-def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them.
-
-    One dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`.
-    """
-    known = {option.name: option for option in OPTIONS}
-    found: dict[str, list[str]] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-") or word in ("-", "--"):
-            raise UsageError(f"{word!r} is no option; every value follows its option")
-        name, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
-        option = known.get("help" if name == "h" else name)
-        if option is None:
-            hint = close_to(name, known)
-            raise UsageError(f"unknown option {word.partition('=')[0]}{hint}; see --help")
-        if not equals:
-            if option.kind == "switch":
-                value = "true"
-            elif not rest:
-                raise UsageError(f"--{option.name} needs a value: {option.metavar}")
-            else:
-                value = rest.pop(0)
-        found.setdefault(option.name, []).append(value)
-    return found
-
-
-def close_to(name: str, known: Iterable[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean --{near[0]}?)" if near else ""
-
-
-def given_options(
-    argv: Sequence[str], environ: Mapping[str, str]
-) -> dict[str, tuple[str, list[str]]]:
-    """Every option that was given: where (for messages) and its values; the command line wins."""
-    words = command_line_words(argv)
-    found = {}
-    for option in OPTIONS:
-        text = "" if option.name in ("help", "version") else environ.get(option.variable, "")
-        if option.name in words:
-            found[option.name] = (f"--{option.name}", words[option.name])
-        elif text:
-            repeats = option.kind in ("configmaps", "secrets", "namespaces")
-            found[option.name] = (option.variable, text.split() if repeats else [text])
-    return found
-
-
-# -- values: each parser takes the text and raises ValueError with what it should be --------------
+# -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
 
 
 def go_duration(text: str) -> float:
     """Seconds of a duration as Go writes it: `1m0s`, `250ms`, `1.5h`, `0`."""
-    if text in ("0", "+0"):
-        return 0.0
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-    part = r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
-    if not re.fullmatch(rf"\+?(?:{part})+", text):
-        raise ValueError("is no duration, such as 30s, 1m0s or 250ms")
+    part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
+    if not re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
+        raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
     seconds = float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
     if seconds > 9e9:
         raise ValueError("is longer than Go's longest, 2562047h")
@@ -7191,46 +6835,46 @@ def go_interval(text: str) -> float:
 
 
 def go_bool(text: str) -> bool:
-    if text in ("1", "t", "T", "true", "TRUE", "True"):
-        return True
-    if text in ("0", "f", "F", "false", "FALSE", "False"):
-        return False
-    raise ValueError("is neither true nor false")
+    if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
+        raise ValueError("is neither true nor false")
+    return text[0] in "1tT"
 
 
-def dns_name(text: str, *, label: bool = False) -> str:
-    """A Kubernetes name: an RFC 1123 subdomain, or label."""
-    part = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
-    pattern = part if label else rf"{part}(?:\.{part})*"
-    if not re.fullmatch(pattern, text) or len(text) > (63 if label else 253):
-        raise ValueError(f"{text!r} is no Kubernetes name (lower case letters, digits, '-')")
+def object_name(text: str) -> str:
+    if not re.fullmatch(OBJECT_NAME, text):
+        raise ValueError("is not a valid Kubernetes name (lower case letters, digits, '-')")
     return text
 
 
 def namespace_name(text: str) -> str:
-    return dns_name(text, label=True)
+    if "." in text or len(text) > 63:
+        raise ValueError("is not a valid namespace (at most 63 lower case letters, digits, '-')")
+    return object_name(text)
+
+
+def any_namespace(text: str) -> str:
+    return text if text == "*" else namespace_name(text)
 
 
 def named_configmap(text: str) -> Named:
     """`[NS/]NAME[:DIR]`; the namespace is filled in later where it is empty."""
     name, colon, directory = text.partition(":")
-    found = named_object("configmap", name)
     for part in directory.split("/") if colon else ():
-        problem = key_problem(part)
-        if problem:
-            raise ValueError(f"directory {directory!r}: {part!r} {problem}")
-    return found._replace(directory=directory)
+        if problem := key_problem(part):
+            raise ValueError(f"names a directory of which {part!r} {problem}")
+    return named_secret(name)._replace(kind="configmap", directory=directory)
 
 
-def named_object(kind: str, text: str) -> Named:
+def named_secret(text: str) -> Named:
     namespace, slash, name = text.rpartition("/")
-    if slash:
-        namespace_name(namespace)
-    return Named(kind, namespace, dns_name(name))
+    return Named("secret", namespace_name(namespace) if slash else "", object_name(name), "")
 
 
 def label_selector(text: str) -> str:
-    requirements(text)
+    try:
+        requirements(text)
+    except UsageError:
+        raise ValueError("is not a valid label selector, such as app=web,!legacy") from None
     return text
 
 
@@ -7238,29 +6882,39 @@ def services_selector(text: str) -> str:
     return "" if text.strip() == "*" else label_selector(text)
 
 
-def namespaces_value(text: str) -> str:
-    return text if text == "*" else namespace_name(text)
-
-
-def base_url(text: str, schemes: Sequence[str], example: str = "https://10.0.0.1:6443") -> str:
+def http_url(text: str, *schemes: str) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        usable = url.scheme in schemes and url.hostname and url.port != 0
-        (url.hostname or "").encode("idna")  # what the resolver makes of it
+        host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
+        usable = host and url.scheme in schemes and url.port != 0
     except ValueError:
         usable = False
     if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
-        raise ValueError(f"is no URL such as {example}")
+        raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
     if url.username is not None:
         raise ValueError("must not hold a user; see --token-file and --client-cert")
     return text
 
 
+def api_url(text: str) -> str:
+    return http_url(text, "https", "http")
+
+
+def admin_url(text: str) -> str:
+    """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
+    path = text.removeprefix("unix:")
+    if path == text:
+        return http_url(text, "http")
+    if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
+        raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
+    return text
+
+
 def file_mode(text: str) -> int:
-    if not re.fullmatch(r"(0o)?[0-7]{3,4}", text) or int(text.removeprefix("0o"), 8) & ~0o777:
-        raise ValueError("is no file mode such as 0600 or 0640")
+    if not re.fullmatch(r"(?:0o)?0?[0-7]{3}", text):
+        raise ValueError("is not a valid file mode, such as 0600 or 0640")
     mode = int(text.removeprefix("0o"), 8)
-    if mode & 0o400 == 0:
+    if not mode & 0o400:
         raise ValueError("must let the owner read")
     return mode
 
@@ -7280,114 +6934,258 @@ def shell_words(text: str) -> tuple[str, ...]:
 def one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
-            raise ValueError(f"is none of {', '.join(words)}")
+            raise ValueError(f"is not one of {', '.join(words)}")
         return text
 
     return parse
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {
-    "text": str,
-    "switch": go_bool,
-    "configmaps": named_configmap,
-    "secrets": lambda text: named_object("secret", text),
-    "namespaces": namespaces_value,
-    "namespace": namespace_name,
-    "selector": label_selector,
-    "services": services_selector,
-    "url": lambda text: base_url(text, ("https", "http")),
-    "admin": lambda text: base_url(text, ("http",), "http://127.0.0.1:9901"),
-    "duration": go_duration,
-    "interval": go_interval,
-    "mode": file_mode,
-    "command": shell_words,
-    "listen": listen_address,
-    "endpoints": one_of("auto", "eds", "inline", "dns"),
-    "format": one_of("yaml", "json"),
-    "log_format": one_of("text", "json"),
-    "log_level": one_of(*LOG_LEVELS),
+def some_text(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def gone(text: str) -> str:
+    """An option of the predecessor, `-smi=false` excepted."""
+    if text == "false":
+        return text
+    raise ValueError("is not supported any more; split traffic with weights in an RDS file, or by "
+                     "the annotation xds-loader/weight with --services")  # fmt: skip
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """One option: the same table makes the parser, the environment variables, --help and docs."""
+
+    name: str
+    parse: Callable[[str], Any]
+    metavar: str  # "" of a switch
+    default: str
+    help: str
+    repeats: bool = False
+
+    @property
+    def variable(self) -> str:
+        return "XDS_LOADER_" + self.name.upper().replace("-", "_")
+
+
+# fmt: off
+SECTIONS = {
+    "What to load": (
+        Option("configmap", named_configmap, "[NS/]NAME[:DIR]", "",
+               "a ConfigMap: each key is a file (in DIR), its value the content", True),
+        Option("configmap-selector", label_selector, "SEL", "",
+               "every ConfigMap of the namespace that matches a label selector"),
+        Option("services", services_selector, "SEL", "",
+               "render clusters, endpoints and routes of the Services that match a label selector "
+               "('*' or '': all of them)"),
+        Option("services-namespace", any_namespace, "NS", "--namespace",
+               "where these Services are; '*' for all namespaces", True),
+        Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
+        Option("namespace", namespace_name, "NS",
+               "$NS, $POD_NAMESPACE, the service account's, 'default'",
+               "the namespace of what is named without one"),
+    ),
+    "From where": (
+        Option("apiserver", api_url, "URL", "the pod's own, else https://kubernetes",
+               "the Kubernetes API server"),
+        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
+               "bearer token, read again for each request"),
+        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt",
+               "CA of the API server, read again for each connection"),
+        Option("client-cert", str, "FILE", "", "client certificate for the API server"),
+        Option("client-key", str, "FILE", "", "its private key"),
+        Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
+        Option("from-file", str, "PATH", "",
+               "objects from `kubectl get ... -o json` instead of an API server; read again every "
+               "interval ('-': standard input, only with --onetime)"),
+    ),
+    "How Services are rendered": (
+        Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
+        Option("endpoints", one_of("auto", "eds", "inline", "dns"), "auto|eds|inline|dns", "auto",
+               "where endpoints live"),
+        Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
+    ),
+    "Where to, and when": (
+        Option("output-dir", some_text, "DIR", "/srv/runtime", "where the files are published"),
+        Option("onetime", go_bool, "", "",
+               "publish one complete snapshot and exit (init container)"),
+        Option("watch", go_bool, "", "", "watch for changes instead of polling"),
+        Option("sync-interval", go_interval, "D", "1m0s",
+               "between two polls; in watch mode between two checks of the files on disk"),
+        Option("timeout", go_duration, "D", "0s",
+               "how long --onetime waits for the sources to exist and the API server to answer"),
+        Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
+        Option("diff", go_bool, "", "", "with --dry-run: a unified diff against what is published"),
+        Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
+    ),
+    "ACK and NACK": (
+        Option("envoy-admin", admin_url, "URL", "",
+               "Envoy's admin interface, http://127.0.0.1:9901 or unix:/path/admin.sock: ask it "
+               "what became of every publication"),
+        Option("step-delay", go_duration, "D", "100ms",
+               "pause between ordered steps when Envoy is not asked; beside --envoy-admin only if "
+               "it is given"),
+        Option("check-cmd", shell_words, "CMD", "",
+               "run on each staged snapshot ('{dir}'), 30 s at most; non-zero: not published, only "
+               "endpoints and secrets go on"),
+    ),
+    "Log, metrics, probes": (
+        Option("listen", listen_address, "[ADDR]:PORT", "",
+               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("log-format", one_of("text", "json"), "text|json", "text",
+               "of the log on standard error"),
+        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info", "debug, info, warning or error"),
+        Option("version", go_bool, "", "", "print the version and exit"),
+        Option("help", go_bool, "", "", "print this and exit (also -h)"),
+    ),
+    "Of the predecessor": (
+        Option("trafficsplit-api-version", str, "V", "", "accepted and ignored, with a warning"),
+        Option("smi", gone, "", "", "not supported any more: use weights by annotation"),
+        Option("trafficsplit", gone, "NAME", "", "not supported any more, too"),
+    ),
 }
+# fmt: on
+OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
+# A Service named `xds-loader` puts these into the environment of every pod of its namespace.
+SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
+
+
+class Options(NamedTuple):
+    """What was asked for, parsed and checked."""
+
+    configmap: tuple[Named, ...] = ()
+    configmap_selector: str | None = None
+    services: str | None = None
+    services_namespace: tuple[str, ...] = ()
+    secret: tuple[Named, ...] = ()
+    namespace: str = "default"
+    access: Access = Access("", "", "")
+    from_file: str = ""
+    config: str = ""
+    endpoints: str = "auto"
+    format: str = "yaml"
+    output_dir: str = "/srv/runtime"
+    mode: str = "poll"  # or watch, once
+    dry_run: bool = False
+    diff: bool = False
+    sync_interval: float = 60.0
+    secret_mode: int = 0o600
+    timeout: float = 0.0
+    envoy_admin: str = ""  # http://... or unix:/path
+    step_delay: float | None = None  # None where it is not given
+    check_cmd: tuple[str, ...] = ()
+    listen: tuple[str, int] | None = None
+    log_format: str = "text"
+    log_level: str = "info"
+    node_name: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
+    """The values on the command line by option, read as Go's flag package reads them.
+
+    One dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`.
+    """
+    known = {option.name: option for option in OPTIONS}
+    found: dict[str, list[str]] = {}
+    rest = iter(argv)
+    for text in rest:
+        if not text.startswith("-") or text in ("-", "--"):
+            raise UsageError(f"{text[:100]!r} is not an option; every value follows its option")
+        name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
+        option = known.get("help" if name == "h" else name)
+        if option is None:
+            hint = close_to(name, known)
+            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
+        if not equals:
+            following = next(rest, None) if option.metavar else "true"
+            if following is None:
+                raise UsageError(f"--{option.name} needs a value: {option.metavar}")
+            value = following
+        found.setdefault(option.name, []).append(value)
+    return found
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The value (or, of repeatable options, the tuple of values) of each option that was given."""
+    """The value (or, of repeatable options, the values) of each option that was given."""
+    words = command_line_words(argv)
     values: dict[str, Any] = {}
-    for name, (where, texts) in given_options(argv, environ).items():
-        kind = next(option.kind for option in OPTIONS if option.name == name)
-        if kind == "gone":
-            raise UsageError(f"{where}: {NO_SMI}")
-        try:
-            found = [PARSERS[kind](text) for text in texts]
-        except ValueError as error:
-            raise UsageError(f"{where} {' '.join(texts)!r}: {error}") from None
-        except UsageError as error:
-            raise UsageError(f"{where}: {str(error).removeprefix('--listen ')}") from None
-        repeats = kind in ("configmaps", "secrets", "namespaces")
-        values[name.replace("-", "_")] = tuple(dict.fromkeys(found)) if repeats else found[-1]
+    for option in OPTIONS:
+        where, texts = f"--{option.name}", words.get(option.name, [])
+        if not texts and option.name not in ("help", "version"):
+            where, text = option.variable, environ.get(option.variable, "")
+            texts = text.split() if option.repeats else [text] if text else []
+        found = []
+        for text in texts:
+            try:
+                found.append(option.parse(text))
+            except ValueError as error:
+                shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+                raise UsageError(f"{where} {shown!r} {error}") from None
+        if found:
+            attribute = option.name.replace("-", "_")
+            values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
     return values
-
-
-NO_SMI = (
-    "SMI TrafficSplit is no longer supported; split traffic with weights in an RDS file, "
-    "or by the annotation xds-loader/weight with --services"
-)
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     values = parsed(argv, environ)
-    for name in ("help", "version"):
-        values.pop(name, None)
-    if values.pop("smi", False):
-        raise UsageError(f"--smi: {NO_SMI}")
     warnings = []
-    if values.pop("trafficsplit_api_version", None) is not None:
-        warnings.append("--trafficsplit-api-version is ignored: SMI is no longer supported")
-    namespace = values.get("namespace") or default_namespace(environ)
-    values["namespace"] = namespace
-    for kind in ("configmap", "secret"):
-        values[kind] = tuple(
-            named._replace(namespace=named.namespace or namespace)
-            for named in values.get(kind, ())
-        )
+    if "trafficsplit_api_version" in values:
+        warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    known = {option.variable for option in OPTIONS}
+    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
+    if unknown:
+        warnings.append(f"no option has the environment variable {shortened(unknown)}")
     check_combination(values)
-    dry_run = values.get("dry_run", False)
-    once = values.pop("onetime", False) or dry_run
-    values["mode"] = "once" if once else "watch" if values.get("watch") else "poll"
-    values.pop("watch", None)
-    if values["mode"] == "watch" and values.get("from_file"):
-        values["mode"] = "poll"
-    values["access"] = Access(
-        values.pop("apiserver", None)
-        or ("" if values.get("from_file") else default_apiserver(environ)),
-        values.pop("token_file", None) or f"{SERVICE_ACCOUNT}/token",
-        values.pop("ca_file", None) or f"{SERVICE_ACCOUNT}/ca.crt",
-        values.pop("client_cert", ""),
-        values.pop("client_key", ""),
-        values.pop("insecure", False),
+    namespace = values.get("namespace") or default_namespace(environ)
+    for kind in ("configmap", "secret"):
+        values[kind] = tuple(named._replace(namespace=named.namespace or namespace)
+                             for named in values.get(kind, ()))  # fmt: skip
+    watch = values.get("watch") and not values.get("from_file")
+    once = values.get("onetime") or values.get("dry_run")
+    access = Access(
+        values.get("apiserver") or ("" if values.get("from_file") else default_apiserver(environ)),
+        values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
+        values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
+        values.get("client_cert", ""),
+        values.get("client_key", ""),
+        values.get("insecure", False),
     )
-    return Options(**values, node_name=environ.get("NODE_NAME", ""), warnings=tuple(warnings))
+    given = {name: value for name, value in values.items() if name in Options._fields}
+    given |= {"namespace": namespace, "access": access, "warnings": tuple(warnings)}
+    mode = "once" if once else "watch" if watch else "poll"
+    return Options(**given, mode=mode, node_name=environ.get("NODE_NAME", ""))
 
 
 def check_combination(values: Mapping[str, Any]) -> None:
     """Combinations that make no sense, before any request."""
+    named = values.get("configmap") or values.get("secret") or "configmap_selector" in values
+    services, from_file = "services" in values, values.get("from_file")
     once = values.get("onetime") or values.get("dry_run")
-    discovers = "services" in values
-    named = values.get("configmap") or values.get("secret")
-    rules = (
-        (named or discovers or "configmap_selector" in values,
+    pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
+    for holds, text in (
+        (named or services,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
-        (not values.get("diff") or values.get("dry_run"), "--diff needs --dry-run"),
-        (values.get("from_file") != "-" or once, "--from-file -: needs --onetime"),
-        (bool(values.get("client_cert")) == bool(values.get("client_key"))
-         or values.get("from_file"),
-         "--client-cert and --client-key belong together"),
-        (discovers or not values.get("services_namespace"),
-         "--services-namespace needs --services"),
-        (discovers or not values.get("config"), "--config needs --services"),
-        (values.get("output_dir", "x"), "--output-dir is empty"),
-    )
-    for holds, text in rules:
+        (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
+        (once or from_file != "-", "--from-file - needs --onetime"),
+        (pair or from_file, "--client-cert and --client-key belong together"),
+        (services or not values.get("services_namespace"), "--services-namespace needs --services"),
+        (services or not values.get("config"), "--config needs --services"),
+    ):  # fmt: skip
         if not holds:
             raise UsageError(text)
 
@@ -7398,10 +7196,10 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             try:
                 return namespace_name(environ[variable])
             except ValueError as error:
-                raise UsageError(f"${variable}: {error}") from None
+                raise UsageError(f"${variable} {environ[variable][:100]!r} {error}") from None
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return namespace_name(stream.read().decode().strip())
+            return namespace_name(stream.read(1000).decode().strip())
     except (OSError, ValueError):
         return "default"
 
@@ -7413,33 +7211,66 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
     try:
-        return base_url(url, ("https",))
+        return http_url(url, "https")
     except ValueError as error:
-        text = f"$KUBERNETES_SERVICE_HOST and $KUBERNETES_SERVICE_PORT: {url!r} {error}"
-        raise UsageError(text) from None
+        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r} {error}") from None
+
+
+HELP = """\
+envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes ConfigMaps, Services and
+Secrets.
+
+Usage: envoy-xds-configmap-loader [options]
+
+Examples:
+  An init container: publish the files of a ConfigMap, and wait for it up to a minute.
+    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
+  A sidecar: publish every change at once, and roll back what Envoy rejects.
+    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
+  A preview: print what would be made of the Services of a namespace.
+    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
+"""
+HELP_END = """
+Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
+environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
+More: docs/options.md in the repository.
+"""
 
 
 def help_text() -> str:
     """--help, from the table of options."""
     import textwrap
 
-    parts = [
-        "envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.",
-        "",
-        "Usage: envoy-xds-configmap-loader [options]",
-        "",
-    ]
-    for option in OPTIONS:
-        default = f" (default {option.default})" if option.default else ""
-        parts.append(f"  --{option.name} {option.metavar}".rstrip())
-        parts += textwrap.wrap(option.help + default, 90, initial_indent=" " * 8,
-                               subsequent_indent=" " * 8)
-    parts += [
-        "",
-        "Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come",
-        "from the environment as XDS_LOADER_ and its name in capitals with underscores.",
-    ]
-    return "\n".join(parts)
+    lines = []
+    for title, options in SECTIONS.items():
+        lines += ["", f"{title}:"]
+        for option in options:
+            more = " (repeatable)" * option.repeats
+            more += f" (default {option.default})" if option.default else ""
+            lines.append(f"  --{option.name} {option.metavar}".rstrip())
+            lines += textwrap.wrap(option.help + more, 98, initial_indent=" " * 8,
+                                   subsequent_indent=" " * 8)  # fmt: skip
+    return HELP + "\n".join(lines) + "\n" + HELP_END
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def run(options: Options) -> int:
+    """Run as asked: a preview, one snapshot, or until a signal comes."""
+    log.configure(options.log_format, options.log_level)
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    config = read_config(options.config)
+    if options.access.insecure and not options.from_file:
+        log.warning("--insecure: the API server's certificate is not verified")
+    if options.services is not None and config.prefer_zone is True and not options.node_name:
+        raise UsageError(f"--config {options.config}: $.endpoint.prefer_zone: true needs the own "
+                         "Node's name in $NODE_NAME")  # fmt: skip
+    if options.secret:
+        no_core_dumps()
+    os.umask(0)  # modes are as stated, whatever the umask was
+    return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
 def own_standard_streams() -> None:
@@ -7459,22 +7290,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     own_standard_streams()
     try:
-        values = parsed(arguments, os.environ)
-        if values.get("help") or values.get("version"):
-            version = f"envoy-xds-configmap-loader {__version__}"
-            print_out([f"{help_text() if values.get('help') else version}\n".encode()])
+        words = command_line_words(arguments)
+        if words.get("help", ["false"])[-1] != "false":
+            print_out([help_text().encode()])
             return 0
-        options = options_from(arguments, os.environ)
-        log.configure(options.log_format, options.log_level)
-        return run(options)
+        if words.get("version", ["false"])[-1] != "false":
+            print_out([f"envoy-xds-configmap-loader {__version__}\n".encode()])
+            return 0
+        return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
         return 2
-    except LoaderError as error:
-        log.error("%s", error)
-        return 1
-    except OSError as error:
-        log.error("%s", why(error))
+    except (LoaderError, OSError) as error:
+        log.error("%s", error if isinstance(error, LoaderError) else why(error))
         return 1
     except KeyboardInterrupt:
         return 130
