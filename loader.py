@@ -5169,18 +5169,6 @@ class Log:
         """What --log-format and --log-level say."""
         self._form, self._level = form, LOG_LEVELS.index(level)
 
-    def debug(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("debug", message, args, fields)
-
-    def info(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("info", message, args, fields)
-
-    def warning(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("warning", message, args, fields)
-
-    def error(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("error", message, args, fields)
-
     def outage(self, topic: str, message: str, /, **fields: object) -> None:
         """A warning about something persistent: written once, and again every five minutes.
 
@@ -5194,25 +5182,23 @@ class Log:
             due = now - past.get(known, -REMINDER) >= REMINDER
             if due:
                 past[known] = now
-        self._write("warning" if due else "debug", message, (), fields)
+        self._write("warning" if due else "debug", message, **fields)
 
     def recovered(self, topic: str, message: str, /, **fields: object) -> None:
         """The end of an outage: one line if there was one, else nothing."""
         with self._lock:
             was_out = self._outages.pop(topic, None)
         if was_out:
-            self._write("info", message, (), fields)
+            self._write("info", message, **fields)
 
-    def _write(
-        self, level: str, message: str, args: tuple[object, ...], fields: Mapping[str, object]
-    ) -> None:
+    def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
             return
         values = {name: plain_value(value) for name, value in fields.items()}
         text, now = message % args if args else message, timestamp(time.time())
         line = log_line(self._form, now, level, text, values)
+        poll = select.poll()
         with self._lock:
-            poll = select.poll()
             poll.register(self._fd, select.POLLOUT)
             self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
             try:
@@ -5222,6 +5208,11 @@ class Log:
                 self._blocked = True
         if self._blocked:
             metrics.add("xds_loader_errors_total", ("log",))
+
+    debug = functools.partialmethod(_write, "debug")
+    info = functools.partialmethod(_write, "info")
+    warning = functools.partialmethod(_write, "warning")
+    error = functools.partialmethod(_write, "error")
 
 
 def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str, Json]) -> bytes:
@@ -5234,15 +5225,14 @@ def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str
             line = json.dumps({"time": when, "level": level, **texts})
         else:
             said = texts["message"]
-            words = [when, level.upper(), said if said.isprintable() else json.dumps(said)]
-            words += [f"{name}={text_value(texts[name])}" for name in fields]
-            line = " ".join(words)
+            said = said if said.isprintable() else json.dumps(said)
+            pairs = (f" {name}={text_value(texts[name])}" for name in fields)
+            line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
-        longest = max(texts, key=lambda name: len(str(texts[name])))
         if len(encoded) <= LINE_BYTES:
             return encoded
-        text = str(texts[longest])
-        texts[longest] = f"{text[: len(text) // 2]}..."
+        longest = max(texts, key=lambda name: len(str(texts[name])))
+        texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
 
 
 def plain_value(value: object) -> Json:
@@ -5292,15 +5282,14 @@ METRICS = (
     Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
     Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
     Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
-    Metric("xds_loader_unknown_files", "gauge",
-           "1 while it is not known whether Envoy accepts the published bytes.", ("file",)),
+    Metric("xds_loader_unknown_files", "gauge", "1 while no ACK or NACK is known.", ("file",)),
     Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
            "When a source last answered: an event, a bookmark or a list.", ("source",)),
     Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
     Metric("xds_loader_watch_restarts_total", "counter", "Watches begun again by reason.",
            ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter",
-           "Requests to the API server by status code and verb.", ("code", "verb")),
+    Metric("xds_loader_api_requests_total", "counter", "Requests to the API server.",
+           ("code", "verb")),
     Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
     Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
     Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
@@ -5323,20 +5312,21 @@ Labels = tuple[str, ...]
 class Metrics:
     """The values of METRICS, to be recorded from any thread in about a microsecond.
 
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError, a wrong
-    number of labels a ValueError: mistakes of ours, not of users.
+    Labels are a tuple of values in the order declared. An undeclared name is a KeyError.
     """
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._labels = {metric.name: len(metric.labels) for metric in METRICS}
-        self._series: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
+        self._series: dict[str, dict[Labels, float]] = {
+            metric.name: {(): 0.0} if metric.type == "counter" and not metric.labels else {}
+            for metric in METRICS
+        }
         # of a histogram: a count for each bucket, one for what lies beyond, and the sum
-        self._histograms = {metric.name: [0.0] * (len(BUCKETS) + 2)
-                            for metric in METRICS if metric.type == "histogram"}  # fmt: skip
-        for metric in METRICS:
-            if metric.type == "counter" and not metric.labels:
-                self.set(metric.name, 0.0)
+        self._histograms = {
+            metric.name: [0.0] * (len(BUCKETS) + 2)
+            for metric in METRICS
+            if metric.type == "histogram"
+        }
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
@@ -5344,19 +5334,17 @@ class Metrics:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
             series = self._series[name]
-            value = series.get(labels)
-            series[self._checked(name, labels) if value is None else labels] = (value or 0.0) + by
+            series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
         """Set a gauge."""
         with self._lock:
-            self._series[name][self._checked(name, labels)] = value
+            self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        fresh = {self._checked(name, labels): value for labels, value in series.items()}
         with self._lock:
-            self._series[name] = fresh
+            self._series[name] = dict(series)
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -5373,23 +5361,17 @@ class Metrics:
             series = {name: sorted(values.items()) for name, values in self._series.items()}
             histograms = {name: tuple(values) for name, values in self._histograms.items()}
         lines = []
-        for metric in METRICS:
-            name = metric.name
-            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.type}"]
-            for labels, value in series[name]:
-                lines.append(f"{name}{label_text(metric.labels, labels)} {sample_text(value)}")
-            if name in histograms:
-                counts = [*itertools.accumulate(histograms[name][:-1])]
-                for bound, count in zip((*map(repr, BUCKETS), "+Inf"), counts, strict=True):
-                    lines.append(f'{name}_bucket{{le="{bound}"}} {sample_text(count)}')
-                lines += [f"{name}_sum {sample_text(histograms[name][-1])}",
-                          f"{name}_count {sample_text(counts[-1])}"]  # fmt: skip
+        for name, kind, text, labels in METRICS:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            for values, value in series[name]:
+                lines.append(f"{name}{label_text(labels, values)} {value:.15g}")
+            if kind == "histogram":
+                *counts, total = histograms[name]
+                counts = [*itertools.accumulate(counts)]
+                for bound, count in zip((*BUCKETS, "+Inf"), counts, strict=True):
+                    lines.append(f'{name}_bucket{{le="{bound}"}} {count:.15g}')
+                lines += [f"{name}_sum {total:.15g}", f"{name}_count {counts[-1]:.15g}"]
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
-
-    def _checked(self, name: str, labels: Labels) -> Labels:
-        if len(labels) != self._labels[name]:
-            raise ValueError(f"{name} has {self._labels[name]} labels, not {labels}")
-        return labels
 
 
 metrics = Metrics(__version__)
@@ -5400,11 +5382,6 @@ def label_text(names: Labels, values: Labels) -> str:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = (f'{n}="{v.translate(escapes)}"' for n, v in zip(names, values, strict=True))
     return "{" + ",".join(pairs) + "}" if names else ""
-
-
-def sample_text(value: float) -> str:
-    """Whole numbers without `.0` or exponent, others so that they read back exactly."""
-    return str(int(value)) if value == int(value) else repr(value)
 
 
 def process_figures() -> dict[str, float]:
@@ -5433,7 +5410,8 @@ CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
 # The same while all threads are busy: a probe waits for 1 s, and with a full backlog of silent
 # clients before it (128) it is answered after 128 / 32 * 0.05 s.
 CROWDED_TIME = 0.05
-HEAD_MAX = 8192  # bytes of a request
+TICK = 0.2  # seconds between two looks for connections past their time
+HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used for so many times as long as it took to make, so
 # that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
 REUSED = 20
@@ -5475,19 +5453,18 @@ def health_answer(status: Status, now: float) -> Answer:
     return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
 
 
-def ready_answer(status: Status, *, started: bool) -> Answer:
+def ready_answer(status: Status, *, started: bool = True) -> Answer:
     """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it.
 
     The body names what is not as it should be. A NACKed file or an API server that is down takes
     no running Envoy out of its Service.
     """
-    well = bool(status.version) and (status.started or not started)
-    state = "no snapshot yet" if not status.version else "not ACKed by Envoy yet"
-    lines = [f"{'started' if started else 'ready'}, version {status.version}" if well else state]
-    for term, names in (("missing", status.missing), ("stale", status.stale),
-                        ("nacked", status.paths("nacked"))):  # fmt: skip
-        lines += [f"{term}: {name}" for name in names]
-    return text_answer(200 if well else 503, *lines)
+    ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
+    lines = [ready if status.version else "no snapshot yet"]
+    lines += [f"missing: {name}" for name in status.missing]
+    lines += [f"stale: {name}" for name in status.stale]
+    lines += [f"nacked: {name}" for name in status.paths("nacked")]
+    return text_answer(200 if status.version and started else 503, *lines)
 
 
 def snapshot_answer(status: Status) -> Answer:
@@ -5497,9 +5474,8 @@ def snapshot_answer(status: Status) -> Answer:
     password, and the port asks nobody for credentials.
     """
     rows = []
-    for path in sorted(status.files):
-        file = status.files[path]
-        row: dict[str, object] = {"path": path, "source": file.source}
+    for path, file in sorted(status.files.items()):
+        row: dict[str, Json] = {"path": path, "source": file.source}
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
         rows.append({**row, "state": status.states.get(path, "unknown")})
@@ -5507,9 +5483,9 @@ def snapshot_answer(status: Status) -> Answer:
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
         "files": rows,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
         "missing": status.missing,
         "stale": status.stale,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
     }
     return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
 
@@ -5530,40 +5506,41 @@ class Listener:
         self.status = Status({}, last_turn=time.monotonic())
         self._recorded = recorded
         self._rendering = threading.Lock()
-        self._kept: dict[str, tuple[float, object, Answer]] = {}  # path -> good until, of, answer
+        self._kept: dict[str, tuple[Status, float, Answer]] = {}  # path -> of, good until, answer
         self._server = probe_server(listening_socket(host, port), self.answer)
         self.port: int = self._server.socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._server.serve, name="listener", daemon=True)
-        self._thread.start()
+        serve = threading.Thread(target=self._server.serve_forever, args=(TICK,), daemon=True)
+        serve.start()
 
     def stop(self) -> None:
-        """Close everything; back within 100 ms even if a thread is not."""
-        self._server.stopped = True
-        with contextlib.suppress(OSError):
+        """Close everything."""
+        with contextlib.suppress(OSError):  # stopped before
             self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._thread.join(0.1)
-        self._server.socket.close()
+        self._server.shutdown()
+        self._server.server_close()
         self._server.drop(0.0)
 
     def answer(self, path: str) -> Answer | None:
         """What is served there, None where there is nothing."""
         if path == "/healthz":
             return health_answer(self.status, time.monotonic())
-        if path in ("/readyz", "/startz"):
-            return ready_answer(self.status, started=path == "/startz")
+        if path == "/readyz":
+            return ready_answer(self.status)
+        if path == "/startz":
+            return ready_answer(self.status, started=self.status.started)
         if path not in ("/metrics", "/snapshot"):
             return None
         with self._rendering:
-            until, of, kept = self._kept.get(path, (0.0, None, text_answer(200)))
-            began, status = time.monotonic(), self.status
-            if began > until and (path == "/metrics" or of is not status):
-                if path == "/snapshot":
-                    kept = snapshot_answer(status)
-                else:
-                    rendered = self._recorded.render()
-                    kept = 200, "text/plain; version=0.0.4; charset=utf-8", rendered
-                now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), status, kept
+            status, began = self.status, time.monotonic()
+            of, until, kept = self._kept.get(path, (None, 0.0, None))
+            if kept and (began < until or (path == "/snapshot" and of is status)):
+                return kept
+            if path == "/snapshot":
+                kept = snapshot_answer(status)
+            else:
+                kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+            now = time.monotonic()
+            self._kept[path] = status, now + REUSED * (now - began), kept
             return kept
 
 
@@ -5571,10 +5548,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; "" is every address, of IPv6 too if there is any."""
     try:
         if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=128,
-                                        dualstack_ipv6=True)  # fmt: skip
-        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+            address, family, both = ("", port), socket.AF_INET6, True
+        else:
+            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+            address, family, both = (host, port), found[0][0], False
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         where = f"{host or '*'} port {port}"
@@ -5593,24 +5571,14 @@ def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -
         error_content_type, error_message_format = "text/plain", "%(code)d %(explain)s\n"
 
         def setup(self) -> None:
-            """Read a request of HEAD_MAX bytes at most; http.server itself would read 6 MB."""
+            """Of a request no more than HEAD_MAX is read; http.server would read 6 MB."""
             super().setup()
             self.rfile.close()
-            head = b""
-            while not (ended := b"\r\n\r\n" in head or b"\n\n" in head) and len(head) < HEAD_MAX:
+            head = block = self.request.recv(HEAD_MAX)
+            while block and not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
                 block = self.request.recv(HEAD_MAX - len(head))
-                if not block:
-                    break
                 head += block
-            self.cut = not ended and len(head) >= HEAD_MAX
             self.rfile = io.BytesIO(head)
-
-        def parse_request(self) -> bool:
-            if not super().parse_request():
-                return False
-            if self.cut:
-                self.send_error(431)
-            return not self.cut
 
         def do_GET(self) -> None:
             found = answer(self.path.partition("?")[0])
@@ -5619,9 +5587,8 @@ def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -
                 return
             code, content_type, body = found
             self.send_response(code)
-            for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))),
-                                ("Cache-Control", "no-store")):  # fmt: skip
-                self.send_header(name, value)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
@@ -5632,31 +5599,22 @@ def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -
             """Not a line a request."""
 
     class Server(ThreadingHTTPServer):
-        stopped = False
-
         def __init__(self) -> None:
             super().__init__(("", 0), Handler, bind_and_activate=False)
             self.socket.close()
             self.socket = bound
             self.room = threading.Semaphore(CONNECTIONS_MAX)
-            self.since: dict[object, float] = {}  # open connections, the oldest first
-
-        def serve(self) -> None:
-            """Accept one after the other, and close what is past its time."""
-            while not self.stopped:
-                self.drop(CONNECTION_TIME)
-                oldest = next(iter([*self.since.values()]), None)
-                left = None if oldest is None else oldest + CONNECTION_TIME - time.monotonic()
-                self.timeout = None if left is None else max(0.0, left) + 0.01
-                self.handle_request()
+            self.since: dict[Any, float] = {}  # when each connection was accepted
 
         def drop(self, age: float) -> None:
             """Shut connections of this age or more: their threads, which read or write, end."""
-            now = time.monotonic()
             for request, since in list(self.since.items()):
-                if now - since >= age:
+                if time.monotonic() - since >= age:
                     with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+                        request.shutdown(socket.SHUT_RDWR)
+
+        def service_actions(self) -> None:
+            self.drop(CONNECTION_TIME)
 
         def get_request(self) -> Any:
             try:
@@ -6717,16 +6675,13 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    version = version_of(files)
+    title, paths = f"snapshot {version_of(files)}\n".encode(), sorted({*files, *published})
     if options.diff:
-        before = version_of(published) if published else "none"
-        title = f"snapshot {before} -> {version}\n".encode()
-        paths = sorted({*files, *published})
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
-        print_out([title, *texts] if any(texts) else [])
+        title = title if any(texts) else b""
     else:
-        title = f"snapshot {version}\n\n".encode()
-        print_out([title, *(preview_text(path, files[path]) for path in sorted(files))])
+        texts = [b"\n" + preview_text(path, files[path]) for path in paths]
+    print_out([title, *texts])
     problem = check_copy(options.check_cmd, files) if options.check_cmd else ""
     if problem:
         raise LoaderError(problem)
@@ -6765,7 +6720,7 @@ def preview_text(path: str, file: File) -> bytes:
         content = b"[binary]\n"
     end = b"" if content.endswith(b"\n") or not content else b"\n"
     header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode() + content + end + b"\n"
+    return header.encode() + content + end
 
 
 def difference(path: str, old: File | None, new: File | None) -> bytes:
@@ -6774,14 +6729,12 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
 
     if old and new and old.digest == new.digest:
         return b""
-    sides = (
-        redacted(old.content) if old else b"",
-        redacted(new.content, old.content if old else None) if new else b"",
-    )
-    texts = [side.decode("utf-8", "backslashreplace").splitlines(keepends=True) for side in sides]
+    before = redacted(old.content) if old else b""
+    after = redacted(new.content, old.content if old else None) if new else b""
+    a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
     names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     missing = "\n\\ No newline at end of file\n"
-    rows = difflib.unified_diff(texts[0], texts[1], names[0], names[1])
+    rows = difflib.unified_diff(a, b, *names)
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
@@ -6827,13 +6780,6 @@ def go_duration(text: str) -> float:
     return seconds
 
 
-def go_interval(text: str) -> float:
-    seconds = go_duration(text)
-    if seconds < 0.001:
-        raise ValueError("must be at least 1ms")
-    return seconds
-
-
 def go_bool(text: str) -> bool:
     if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
         raise ValueError("is neither true nor false")
@@ -6856,25 +6802,27 @@ def any_namespace(text: str) -> str:
     return text if text == "*" else namespace_name(text)
 
 
+def named(kind: str, text: str, directory: str = "") -> Named:
+    """`[NS/]NAME`; the namespace is filled in later where it is empty."""
+    namespace, slash, name = text.rpartition("/")
+    return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
+
+
+def named_secret(text: str) -> Named:
+    return named("secret", text)
+
+
 def named_configmap(text: str) -> Named:
-    """`[NS/]NAME[:DIR]`; the namespace is filled in later where it is empty."""
+    """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named_secret(name)._replace(kind="configmap", directory=directory)
-
-
-def named_secret(text: str) -> Named:
-    namespace, slash, name = text.rpartition("/")
-    return Named("secret", namespace_name(namespace) if slash else "", object_name(name), "")
+    return named("configmap", name, directory)
 
 
 def label_selector(text: str) -> str:
-    try:
-        requirements(text)
-    except UsageError:
-        raise ValueError("is not a valid label selector, such as app=web,!legacy") from None
+    requirements(text)
     return text
 
 
@@ -6882,7 +6830,7 @@ def services_selector(text: str) -> str:
     return "" if text.strip() == "*" else label_selector(text)
 
 
-def http_url(text: str, *schemes: str) -> str:
+def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
         host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
@@ -6896,36 +6844,26 @@ def http_url(text: str, *schemes: str) -> str:
     return text
 
 
-def api_url(text: str) -> str:
-    return http_url(text, "https", "http")
-
-
 def admin_url(text: str) -> str:
     """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
     path = text.removeprefix("unix:")
     if path == text:
-        return http_url(text, "http")
+        return http_url(text, ["http"])
     if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
         raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
     return text
 
 
 def file_mode(text: str) -> int:
-    if not re.fullmatch(r"(?:0o)?0?[0-7]{3}", text):
-        raise ValueError("is not a valid file mode, such as 0600 or 0640")
-    mode = int(text.removeprefix("0o"), 8)
-    if not mode & 0o400:
-        raise ValueError("must let the owner read")
-    return mode
+    if not re.fullmatch("(0o)?0?[4-7][0-7]{2}", text):
+        raise ValueError("is not a file mode that lets the owner read, such as 0600 or 0640")
+    return int(text.removeprefix("0o"), 8)
 
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
 
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ValueError(f"cannot be split into words ({error})") from None
+    words = tuple(shlex.split(text))
     if not words:
         raise ValueError("is empty")
     return words
@@ -6938,12 +6876,6 @@ def one_of(*words: str) -> Callable[[str], str]:
         return text
 
     return parse
-
-
-def some_text(text: str) -> str:
-    if not text:
-        raise ValueError("is empty")
-    return text
 
 
 def gone(text: str) -> str:
@@ -6979,18 +6911,16 @@ SECTIONS = {
                "a ConfigMap: each key is a file (in DIR), its value the content", True),
         Option("configmap-selector", label_selector, "SEL", "",
                "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "",
-               "render clusters, endpoints and routes of the Services that match a label selector "
-               "('*' or '': all of them)"),
+        Option("services", services_selector, "SEL", "", "render clusters, endpoints and routes of "
+               "the Services that match a label selector ('*' or '': all of them)"),
         Option("services-namespace", any_namespace, "NS", "--namespace",
                "where these Services are; '*' for all namespaces", True),
         Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
-        Option("namespace", namespace_name, "NS",
-               "$NS, $POD_NAMESPACE, the service account's, 'default'",
-               "the namespace of what is named without one"),
+        Option("namespace", namespace_name, "NS", "$NS, $POD_NAMESPACE, the service account's, "
+               "'default'", "the namespace of what is named without one"),
     ),
     "From where": (
-        Option("apiserver", api_url, "URL", "the pod's own, else https://kubernetes",
+        Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
                "the Kubernetes API server"),
         Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
                "bearer token, read again for each request"),
@@ -6999,9 +6929,8 @@ SECTIONS = {
         Option("client-cert", str, "FILE", "", "client certificate for the API server"),
         Option("client-key", str, "FILE", "", "its private key"),
         Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "",
-               "objects from `kubectl get ... -o json` instead of an API server; read again every "
-               "interval ('-': standard input, only with --onetime)"),
+        Option("from-file", str, "PATH", "", "objects from `kubectl get ... -o json` instead of an "
+               "API server; read again every interval ('-': standard input, with --onetime)"),
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
@@ -7010,35 +6939,31 @@ SECTIONS = {
         Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
     ),
     "Where to, and when": (
-        Option("output-dir", some_text, "DIR", "/srv/runtime", "where the files are published"),
-        Option("onetime", go_bool, "", "",
-               "publish one complete snapshot and exit (init container)"),
+        Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
+        Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_interval, "D", "1m0s",
+        Option("sync-interval", go_duration, "D", "1m0s",
                "between two polls; in watch mode between two checks of the files on disk"),
         Option("timeout", go_duration, "D", "0s",
                "how long --onetime waits for the sources to exist and the API server to answer"),
         Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
-        Option("diff", go_bool, "", "", "with --dry-run: a unified diff against what is published"),
+        Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "",
-               "Envoy's admin interface, http://127.0.0.1:9901 or unix:/path/admin.sock: ask it "
-               "what became of every publication"),
-        Option("step-delay", go_duration, "D", "100ms",
-               "pause between ordered steps when Envoy is not asked; beside --envoy-admin only if "
-               "it is given"),
-        Option("check-cmd", shell_words, "CMD", "",
-               "run on each staged snapshot ('{dir}'), 30 s at most; non-zero: not published, only "
-               "endpoints and secrets go on"),
+        Option("envoy-admin", admin_url, "URL", "", "http://127.0.0.1:9901 or unix:/path: ask "
+               "Envoy's admin interface what became of every publication"),
+        Option("step-delay", go_duration, "D", "100ms", "pause between ordered steps; beside "
+               "--envoy-admin only where it is given"),
+        Option("check-cmd", shell_words, "CMD", "", "run on the staged files ('{dir}'), 30 s at "
+               "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
         Option("listen", listen_address, "[ADDR]:PORT", "",
                "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
-        Option("log-format", one_of("text", "json"), "text|json", "text",
-               "of the log on standard error"),
-        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info", "debug, info, warning or error"),
+        Option("log-format", one_of("text", "json"), "text|json", "text", "of standard error"),
+        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info",
+               "debug, info, warning or error"),
         Option("version", go_bool, "", "", "print the version and exit"),
         Option("help", go_bool, "", "", "print this and exit (also -h)"),
     ),
@@ -7099,7 +7024,10 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
         option = known.get("help" if name == "h" else name)
         if option is None:
-            hint = close_to(name, known)
+            import difflib
+
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean --{near[0]}?)" if near else ""
             raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
         if not equals:
             following = next(rest, None) if option.metavar else "true"
@@ -7108,13 +7036,6 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
             value = following
         found.setdefault(option.name, []).append(value)
     return found
-
-
-def close_to(name: str, known: Iterable[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -7130,9 +7051,9 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
         for text in texts:
             try:
                 found.append(option.parse(text))
-            except ValueError as error:
+            except (ValueError, UsageError) as error:
                 shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-                raise UsageError(f"{where} {shown!r} {error}") from None
+                raise UsageError(f"{where} {shown!r}: {error}") from None
         if found:
             attribute = option.name.replace("-", "_")
             values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
@@ -7142,49 +7063,53 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     values = parsed(argv, environ)
+    check_combination(values)
     warnings = []
     if "trafficsplit_api_version" in values:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
-    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
-    if unknown:
+    links = {name for name in environ if re.fullmatch(SERVICE_LINK, name)}
+    ours = {name for name in environ if name.startswith("XDS_LOADER_")}
+    if unknown := sorted(ours - known - links):
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
-    check_combination(values)
     namespace = values.get("namespace") or default_namespace(environ)
+    from_file = bool(values.get("from_file"))
     for kind in ("configmap", "secret"):
-        values[kind] = tuple(named._replace(namespace=named.namespace or namespace)
-                             for named in values.get(kind, ()))  # fmt: skip
-    watch = values.get("watch") and not values.get("from_file")
-    once = values.get("onetime") or values.get("dry_run")
+        values[kind] = tuple(
+            each._replace(namespace=each.namespace or namespace) for each in values.get(kind, ())
+        )
     access = Access(
-        values.get("apiserver") or ("" if values.get("from_file") else default_apiserver(environ)),
+        values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
         values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
         values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
         values.get("client_cert", ""),
         values.get("client_key", ""),
         values.get("insecure", False),
     )
-    given = {name: value for name, value in values.items() if name in Options._fields}
-    given |= {"namespace": namespace, "access": access, "warnings": tuple(warnings)}
+    once = values.get("onetime") or values.get("dry_run")
+    watch = values.get("watch") and not from_file
     mode = "once" if once else "watch" if watch else "poll"
-    return Options(**given, mode=mode, node_name=environ.get("NODE_NAME", ""))
+    given = {name: value for name, value in values.items() if name in Options._fields}
+    given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
+    return Options(**given, node_name=environ.get("NODE_NAME", ""))
 
 
 def check_combination(values: Mapping[str, Any]) -> None:
     """Combinations that make no sense, before any request."""
-    named = values.get("configmap") or values.get("secret") or "configmap_selector" in values
-    services, from_file = "services" in values, values.get("from_file")
     once = values.get("onetime") or values.get("dry_run")
+    services, from_file = "services" in values, values.get("from_file")
+    sources = ("configmap", "configmap_selector", "services", "secret")
     pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
     for holds, text in (
-        (named or services,
+        (any(source in values for source in sources),
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
         (once or from_file != "-", "--from-file - needs --onetime"),
         (pair or from_file, "--client-cert and --client-key belong together"),
-        (services or not values.get("services_namespace"), "--services-namespace needs --services"),
+        (services or "services_namespace" not in values, "--services-namespace needs --services"),
         (services or not values.get("config"), "--config needs --services"),
+        (values.get("output_dir", "x"), "--output-dir is empty"),
+        (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
     ):  # fmt: skip
         if not holds:
             raise UsageError(text)
@@ -7196,7 +7121,7 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             try:
                 return namespace_name(environ[variable])
             except ValueError as error:
-                raise UsageError(f"${variable} {environ[variable][:100]!r} {error}") from None
+                raise UsageError(f"${variable} {environ[variable][:100]!r}: {error}") from None
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
             return namespace_name(stream.read(1000).decode().strip())
@@ -7211,26 +7136,22 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
     try:
-        return http_url(url, "https")
+        return http_url(url, ["https"])
     except ValueError as error:
-        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r} {error}") from None
+        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r}: {error}") from None
 
 
 HELP = """\
-envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes ConfigMaps, Services and
-Secrets.
-
-Usage: envoy-xds-configmap-loader [options]
+envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.
 
 Examples:
-  An init container: publish the files of a ConfigMap, and wait for it up to a minute.
+  An init container: publish the files of a ConfigMap; wait for it up to a minute.
     envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
   A sidecar: publish every change at once, and roll back what Envoy rejects.
     envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
   A preview: print what would be made of the Services of a namespace.
     envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
-"""
-HELP_END = """
+
 Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
 environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
 More: docs/options.md in the repository.
@@ -7241,16 +7162,15 @@ def help_text() -> str:
     """--help, from the table of options."""
     import textwrap
 
-    lines = []
+    parts = [HELP]
     for title, options in SECTIONS.items():
-        lines += ["", f"{title}:"]
+        parts.append(f"\n{title}:\n")
         for option in options:
-            more = " (repeatable)" * option.repeats
-            more += f" (default {option.default})" if option.default else ""
-            lines.append(f"  --{option.name} {option.metavar}".rstrip())
-            lines += textwrap.wrap(option.help + more, 98, initial_indent=" " * 8,
-                                   subsequent_indent=" " * 8)  # fmt: skip
-    return HELP + "\n".join(lines) + "\n" + HELP_END
+            text = option.help + "; repeatable" * option.repeats
+            text += f" (default {option.default})" if option.default else ""
+            parts.append(f"  --{option.name} {option.metavar}".rstrip() + "\n")
+            parts.append(textwrap.indent(textwrap.fill(text, 90), " " * 8) + "\n")
+    return "".join(parts)
 
 
 # -- running ---------------------------------------------------------------------------------------
