@@ -6833,7 +6833,7 @@ def services_selector(text: str) -> str:
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
+        host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
         usable = host and url.scheme in schemes and url.port != 0
     except ValueError:
         usable = False
