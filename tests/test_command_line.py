@@ -22,9 +22,9 @@ from tests.support.loader import COMMAND, ROOT, run, snapshot, wait_files
 
 OPTIONS = (
     "configmap configmap-selector services services-namespace secret namespace apiserver "
-    "token-file ca-file client-cert client-key insecure from-file config endpoints format output-dir onetime "
-    "dry-run watch sync-interval diff secret-mode timeout envoy-admin step-delay check-cmd listen "
-    "log-format log-level trafficsplit-api-version version help"
+    "token-file ca-file client-cert client-key insecure from-file config endpoints format "
+    "output-dir onetime dry-run watch sync-interval diff secret-mode timeout envoy-admin "
+    "step-delay check-cmd listen log-format log-level trafficsplit-api-version version help"
 ).split()
 
 
