@@ -5146,7 +5146,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 REMINDER = 300.0  # seconds between two lines about the same outage
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 100  # milliseconds for a reader of stderr that is behind, once
+STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
@@ -6696,7 +6696,6 @@ def check_copy(command: Sequence[str], files: Files) -> str:
         for path, file in files.items():
             os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
             with open(f"{directory}/{path}", "wb") as stream:
-                os.fchmod(stream.fileno(), file.mode)
                 stream.write(file.content)
         return run_check(command, directory, threading.Event())
 

@@ -383,7 +383,7 @@ def test_values_that_are_rejected(option: str, value: str) -> None:
         loader.options_from([*BASE, option, value], {})
     assert str(caught.value).startswith(f"{option} ")
     assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 350
 
 
 def test_what_the_options_become() -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import trustme
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -295,6 +295,7 @@ def test_a_snapshot_is_rendered_once_for_each_status(
         return render(status)
 
     monkeypatch.setattr(loader, "snapshot_answer", recording)
+    monkeypatch.setattr(loader, "REUSED", 0)
     files = {f"{n:06}": loader.file_of(b"", "services") for n in range(2000)}
     for version in ("a", "b"):
         listener.status = a_status(files=files, version=version)
@@ -335,8 +336,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 held.pop().close()
 client = socket.create_connection(("127.0.0.1", server.port))  # nothing is left for accept
 began = time.process_time()
-time.sleep(0.3)
-assert time.process_time() - began < 0.15, "it spins"
+time.sleep(1)
+assert time.process_time() - began < 0.1, "it spins"
 held.pop().close()
 client.sendall(b"GET /healthz HTTP/1.1\\r\\n\\r\\n")
 client.settimeout(5)
@@ -360,10 +361,13 @@ def run_python(script: str) -> None:
 
 
 def test_it_stops_at_once_even_with_clients(listener: Any) -> None:
+    others = [loader.Listener("127.0.0.1", 0, loader.Metrics("1")) for _ in range(5)]
+    began = time.monotonic()
+    for other in others:
+        other.stop()
+    assert time.monotonic() - began < 2 * loader.TICK
     with socket.create_connection(("127.0.0.1", listener.port)) as sock:
-        began = time.monotonic()
         listener.stop()
-        assert time.monotonic() - began < 0.15
         sock.settimeout(5)
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b""
@@ -645,6 +649,8 @@ ANY_TEXT = st.text(max_size=20) | st.sampled_from(["\n", "\u2028", "\x1b[31m", "
 ANY_VALUE = st.one_of(ANY_TEXT, st.integers(), st.booleans(), st.none(), st.floats())
 
 
+@example(message="x", value=math.nan, form="json")
+@example(message="x", value=-math.inf, form="json")
 @given(message=ANY_TEXT, value=ANY_VALUE, form=st.sampled_from(["text", "json"]))
 def test_a_record_is_one_line_whatever_is_in_it(message: str, value: Any, form: str) -> None:
     """Of at most 4,096 bytes, so that a pipe accepts it whole."""

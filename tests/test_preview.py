@@ -34,12 +34,17 @@ def shell(script: str, stop: threading.Event | None = None) -> str:
 def test_what_a_check_is_given() -> None:
     assert check("true") == ""
     assert shell('test "$0" = /the/directory') == ""
-    assert shell("test ! -t 0 && ! read line") == ""  # nothing on standard input
-    old = os.umask(0)
+    assert shell('test "$(umask)" = 0022') == ""
+    (reading, writing), before, umask = os.pipe(), os.dup(0), os.umask(0)
     try:
-        assert shell('test "$(umask)" = 0022') == ""
+        os.write(writing, b"not for the check\n")
+        os.dup2(reading, 0)
+        assert shell('! read line && test "$(umask)" = 0022') == ""
     finally:
-        os.umask(old)
+        os.umask(umask)
+        os.dup2(before, 0)
+        for descriptor in (reading, writing, before):
+            os.close(descriptor)
 
 
 def test_the_last_line_of_a_check_that_rejects_is_shown() -> None:
