@@ -2334,10 +2334,10 @@ def secret_files(
     resources: dict[str, dict[str, Json]] = {}
     if secret.cert:
         pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"{stem}.{form}"] = {"name": label, "tls_certificate": pair}
+        resources[f"{stem}.{form}"] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
     if secret.ca:
-        context = {"trusted_ca": pem_source(secret.ca)}
-        resources[f"{stem}_ca.{form}"] = {"name": f"{label}/ca", "validation_context": context}
+        trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
+        resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
     source = f"secret {label}"
     return {
         path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
@@ -4138,7 +4138,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 REMINDER = 300.0  # seconds between two lines about the same outage
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 100  # milliseconds for a reader of stderr that is behind, once
+STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
@@ -5368,7 +5368,6 @@ def check_copy(command: Sequence[str], files: Files) -> str:
         for path, file in files.items():
             os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
             with open(f"{directory}/{path}", "wb") as stream:
-                os.fchmod(stream.fileno(), file.mode)
                 stream.write(file.content)
         return run_check(command, directory, threading.Event())
 
@@ -5505,7 +5504,7 @@ def services_selector(text: str) -> str:
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
+        host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
         usable = host and url.scheme in schemes and url.port != 0
     except ValueError:
         usable = False
