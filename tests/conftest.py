@@ -12,6 +12,7 @@ import pytest
 from tests.support.apiserver import ApiServer
 from tests.support.envoy import Config, Envoy
 from tests.support.loader import Loader, run
+from tests.support.ports import released
 from tests.support.tls import Authority
 
 NAMESPACE = "demo"
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "start_envoy" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.envoy)
+
+
+@pytest.fixture(autouse=True)
+def _ports() -> Iterator[None]:
+    """The ports that a test holds are given back when it ends."""
+    with released():
+        yield
 
 
 @pytest.fixture

@@ -38,6 +38,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, overload
 
+from tests.support.ports import hold
+
 Object = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------
@@ -598,7 +600,8 @@ class ApiServer:
         self.tokens = None if tokens is None else set(tokens)
         self.rules = None if rules is None else list(rules)
         self.user = "system:serviceaccount:demo:loader"
-        self.port = port
+        self._held = hold(port=port)  # nobody else gets the port while the server is away
+        self.port: int = self._held.getsockname()[1]
         self.missing_groups: set[str] = set()
         self.bookmark_interval = 60.0
         self.shortest_bookmarked = 10.0  # a watch of fewer seconds ends without a bookmark
@@ -645,13 +648,12 @@ class ApiServer:
         self.close()
 
     def start(self) -> None:
-        """Listen, on the port that it had before (0: any that is free)."""
+        """Listen, on the port that it had before."""
         self._closing = threading.Event()
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
         listener.listen(1024)
-        self.port = listener.getsockname()[1]
         self._listener = listener
         self._spawn(self._accept, listener, self._closing)
 
@@ -698,6 +700,7 @@ class ApiServer:
     def close(self) -> None:
         """Stop for good and wait for every thread."""
         self.stop()
+        self._held.close()
         for thread in self._threads:
             thread.join(5)
 

@@ -18,7 +18,7 @@ from tests.support.apiserver import ApiServer, Client
 from tests.support.envoy import (
     Config,
     Envoy,
-    address,
+    admin_interface,
     assignment,
     bootstrap,
     cluster,
@@ -30,7 +30,8 @@ from tests.support.envoy import (
     response,
 )
 from tests.support.loader import Loader, wait_until
-from tests.support.steady import Upstreams, own_port
+from tests.support.ports import held_port
+from tests.support.steady import Upstreams
 
 NAME = "envoy-xds"
 
@@ -54,7 +55,8 @@ class Stage:
         self.api = api
         self.out = out
         self.upstreams = upstreams
-        self.port, self.extra_port, self.admin_port, self.listen = (own_port() for _ in range(4))
+        self.port, self.extra_port, self.listen = (held_port() for _ in range(3))
+        self.admin, self.admin_url = admin_interface(out.parent / "admin.sock")
         self.watched = out if watched else None
         self.stack = contextlib.ExitStack()
         self.client = self.stack.enter_context(contextlib.closing(Client(api.url, "token-1")))
@@ -76,7 +78,7 @@ class Stage:
             dynamic_resources(self.source("cds.yaml"), self.source("lds.yaml")),
             listeners=[listener],
         )
-        config["admin"] = {"address": address(self.admin_port)}
+        config["admin"] = {"address": self.admin}
         return config
 
     def cluster_a(self, **more: Any) -> Config:
@@ -116,7 +118,7 @@ class Stage:
 
     def start_loader(self, *options: str, admin: str | None = "") -> Loader:
         """`admin`: another URL to ask than Envoy's; None: nobody is asked."""
-        url = f"http://127.0.0.1:{self.admin_port}" if admin == "" else admin
+        url = self.admin_url if admin == "" else admin
         self.options = (
             *("--watch", "--namespace", "demo", "--configmap", NAME),
             *("--apiserver", self.api.url, "--token-file", str(self.token)),
