@@ -38,6 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, overload
 
+from tests.support.busy import Deadline
 from tests.support.ports import hold
 
 Object = dict[str, Any]
@@ -321,12 +322,14 @@ class Transcript(Sequence[Request]):
             found[:] = [entry for entry in self._entries[since:] if predicate(entry)]
             return len(found) >= count
 
+        deadline = Deadline(timeout)
         with self._changed:
-            if not self._changed.wait_for(enough, timeout):
-                seen = "\n  ".join(map(repr, self._entries[since:][-30:])) or "nothing"
-                raise TimeoutError(
-                    f"{len(found)} of {count} requests within {timeout} s; seen:\n  {seen}"
-                )
+            while not self._changed.wait_for(enough, deadline.left()):
+                if deadline.over():
+                    seen = "\n  ".join(map(repr, self._entries[since:][-30:])) or "nothing"
+                    raise TimeoutError(
+                        f"{len(found)} of {count} requests within {timeout} s; seen:\n  {seen}"
+                    )
             return found[count - 1]
 
 
@@ -921,9 +924,14 @@ class ApiServer:
             return len(self._watches)
 
     def wait_watches(self, count: int, timeout: float = 5.0) -> None:
+        def open_now() -> bool:
+            return len(self._watches) == count
+
+        deadline = Deadline(timeout)
         with self._watches_changed:
-            if not self._watches_changed.wait_for(lambda: len(self._watches) == count, timeout):
-                raise TimeoutError(f"{len(self._watches)} open watches after {timeout} s")
+            while not self._watches_changed.wait_for(open_now, deadline.left()):
+                if deadline.over():
+                    raise TimeoutError(f"{len(self._watches)} open watches after {timeout} s")
 
     # -- connections
 

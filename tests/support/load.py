@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from tests.support.busy import Deadline
+
 _SCRIPT = """
 done = function(summary, latency, requests)
   local e = summary.errors
@@ -174,8 +176,11 @@ class Poller:
             found[:] = [a for a in self._answers if a.body == body and a.time > after][:1]
             return bool(found)
 
+        deadline = Deadline(timeout)
         with self._changed:
-            if not self._changed.wait_for(seen, timeout):
+            while not self._changed.wait_for(seen, deadline.left()) and not deadline.over():
+                pass
+            if not found:
                 raise TimeoutError(f"no {body!r} within {timeout} s: {self._answers[-3:]}")
         return found[0]
 
