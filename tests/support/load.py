@@ -59,14 +59,21 @@ class Wrk:
     """wrk against one URL, from the constructor on until `stop` (at most `seconds`)."""
 
     def __init__(
-        self, url: str, *, connections: int = 8, seconds: int = 120, host: str | None = None
+        self,
+        url: str,
+        *,
+        connections: int = 8,
+        seconds: int = 3600,
+        host: str | None = None,
+        timeout: int = 2,
     ) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".lua", delete=False) as file:
             file.write(_SCRIPT)
         self._script = Path(file.name)
         headers = ["-H", f"Host: {host}"] if host else []
         self._process = subprocess.Popen(
-            ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", file.name, *headers, url],
+            [*("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={timeout}s"),
+             *("-s", file.name, *headers, url)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -50,7 +50,13 @@ class Stage:
     """See the module. Use as a context; nothing runs before `start`."""
 
     def __init__(
-        self, api: ApiServer, out: Path, upstreams: Upstreams, *, watched: bool = False
+        self,
+        api: ApiServer,
+        out: Path,
+        upstreams: Upstreams,
+        *,
+        watched: bool = False,
+        binary: str = "",
     ) -> None:
         self.api = api
         self.out = out
@@ -62,7 +68,9 @@ class Stage:
         self.client = self.stack.enter_context(contextlib.closing(Client(api.url, "token-1")))
         self.token = out.parent / "stage-token"
         self.token.write_text("token-1")
-        self.envoy = Envoy(self.bootstrap(), out.parent / "stage-envoy", start=False)
+        self.envoy = Envoy(
+            self.bootstrap(), out.parent / "stage-envoy", start=False, binary=binary
+        )
         self.stack.callback(self.envoy.stop)
         self.loader: Loader | None = None
         self.options: tuple[str, ...] = ()
@@ -108,13 +116,13 @@ class Stage:
     # -- what runs
 
     def start(self, *options: str, admin: str | None = "") -> None:
-        """The loader with its first snapshot, then Envoy; returns once all is confirmed."""
+        """The loader with its first snapshot, then Envoy; returns once everything is ACKed."""
         self.patch(self.files())
         self.start_loader(*options, admin=admin)
         wait_until(lambda: (self.out / "current/lds.yaml").exists())
         self.envoy.start()
         if admin == "":
-            self.await_confirmed()
+            self.await_acked()
 
     def start_loader(self, *options: str, admin: str | None = "") -> Loader:
         """`admin`: another URL to ask than Envoy's; None: nobody is asked."""
@@ -151,16 +159,20 @@ class Stage:
         return self._get(self.listen, path)
 
     def states(self) -> dict[str, str]:
-        """What the loader says of each file: confirmed, unconfirmed, refused."""
+        """What the loader says of each file: acked, nacked, unknown, unread."""
         with contextlib.suppress(OSError, ValueError):
             rows = json.loads(self.asked("/snapshot")[1])["files"]
             return {row["path"]: row["state"] for row in rows}
         return {}
 
-    def await_confirmed(self, timeout: float = 10.0) -> None:
-        wait_until(
-            lambda: set(self.states().values()) == {"confirmed"}, timeout, "all is confirmed"
-        )
+    def await_acked(self, timeout: float = 10.0) -> None:
+        def acked() -> bool:
+            found = set(self.states().values())
+            return bool(found) and found <= {"acked", "confirmed"}
+
+        wait_until(acked, timeout, "everything ACKed")
+
+    await_confirmed = await_acked
 
     def await_files(self, wanted: Mapping[str, str], timeout: float = 10.0) -> None:
         """Until these paths have these contents; others do not matter."""

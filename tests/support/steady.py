@@ -109,6 +109,7 @@ class Total(NamedTuple):
     failed: int
     seconds: float
     stall: float = 0.0  # the longest that an Envoy's main thread took to answer, in seconds
+    bad: int = 0  # of those that failed: the answers of 400 and more; the others got none
 
     @property
     def rate(self) -> float:
@@ -161,13 +162,15 @@ class Load:
         connections: int = 4,
         host: str | None = None,
         admins: Iterable[str] = (),
+        timeout: int = 2,
     ) -> None:
         self._pulses = [Pulse(url) for url in admins]
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
         self._each: Sequence[Wrk] = [
             self._stack.enter_context(
-                Wrk(f"http://127.0.0.1:{port}/", connections=connections, host=host)
+                Wrk(f"http://127.0.0.1:{port}/", connections=connections, host=host,
+                    timeout=timeout)
             )
             for port in ports
         ]
@@ -178,7 +181,8 @@ class Load:
         requests = sum(report.requests for report in reports)
         failed = sum(report.failed for report in reports)
         stall = max((pulse.end() for pulse in self._pulses), default=0.0)
-        return Total(requests, failed, seconds, stall)
+        bad = sum(report.non_2xx for report in reports)
+        return Total(requests, failed, seconds, stall, bad)
 
     def __enter__(self) -> Load:
         return self
