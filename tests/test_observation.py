@@ -789,7 +789,7 @@ class Running(NamedTuple):
 @pytest.fixture
 def start_listening(start_loader: StartLoader) -> Callable[..., Running]:
     def start(*args: str) -> Running:
-        port = free_port()
+        port = held_port()
         process = start_loader("--watch", "--listen", f"127.0.0.1:{port}", *args)
 
         def listens() -> bool:
