@@ -11,7 +11,6 @@ import http.client
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tests.support.apiserver import ApiServer, Client
@@ -213,12 +212,7 @@ class Stage:
     def __enter__(self) -> Stage:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             if self.loader is not None:
                 error.add_note("the loader's log:\n" + "\n".join(self.loader.lines[-40:]))
