@@ -16,9 +16,9 @@ import pytest
 from tests.support.backend import Backends
 from tests.support.loader import run, wait_until
 from tests.support.manifests import Object, Release, command, load_values, render
-from tests.support.pod import Pod, get
+from tests.support.pod import Pod
 from tests.support.tls import Authority
-from tests.test_chart import CI
+from tests.test_chart import CI, set_values
 from tests.test_example_sidecar import kustomize, plain
 
 pytestmark = pytest.mark.envoy
@@ -32,34 +32,42 @@ def names_of(pod: Pod, count: int, host: str = "", path: str = "/") -> Counter[s
 
 
 def states(pod: Pod) -> set[str]:
-    """What the loader knows of its files: "confirmed" is Envoy's word."""
-    body = json.loads(get(pod.ports[9902], "/snapshot").body)
+    """What Envoy made of the loader's files."""
+    body = json.loads(pod.ask(9902, "/snapshot").body)
     return {file["state"] for file in body["files"]}
 
 
-def weights(backends: Backends, stable: int, canary: int) -> Object:
-    def backend(name: str, weight: int) -> Object:
-        return {"address": "127.0.0.1", "port": backends[name], "weight": weight}
-
-    chosen = {"stable": backend("stable", stable), "canary": backend("canary", canary)}
+def weights(backends: Backends, **given: int) -> Object:
+    """An upstream of these backends; those that are not given a weight have none."""
+    chosen = {
+        name: {"address": "127.0.0.1", "port": backends[name]}
+        | ({"weight": given[name]} if name in given else {})
+        for name in ("stable", "canary")
+    }
     return {"upstreams": {"web": {"domains": ["web.example"], "backends": chosen}}}
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_traffic_flows_and_weights_move_it(
-    native: bool, tmp_path: Path, authority: Authority
+def test_weights_move_traffic_with_the_command_of_the_notes(
+    tmp_path: Path, authority: Authority
 ) -> None:
     with Backends("stable", "canary") as backends:
-        values = {"nativeSidecar": native, **weights(backends, 100, 0)}
-        with Pod(render(values), tmp_path, authority) as pod:
+        values = weights(backends, canary=0)
+        release = render(values)
+        with Pod(release, tmp_path, authority) as pod:
             assert pod.envoy is not None
             before = pod.envoy.pid
             assert names_of(pod, 20, "web.example") == {"stable": 20}
             assert pod.get(host="other.example").status == 404
-            pod.apply(render({**values, **weights(backends, 0, 100)}))
-            wait_until(lambda: names_of(pod, 1, "web.example") == {"canary": 1})
-            assert names_of(pod, 20, "web.example") == {"canary": 20}
-            wait_until(lambda: states(pod) == {"confirmed"})
+            assert pod.get(host="web.example:10000").status == 200, "any port in Host"
+            (assignment,) = re.findall(r"--set (\S+)", release.notes)
+            assert assignment == "upstreams.web.backends.canary.weight=50"
+            pod.apply(render(set_values(values, assignment)))
+            wait_until(lambda: "canary" in names_of(pod, 10, "web.example"))
+            found = names_of(pod, 400, "web.example")
+            assert 120 < found["canary"] < 280, "half, give or take eight standard deviations"
+            pod.apply(render(set_values(values, assignment.replace("=50", "=100"))))
+            wait_until(lambda: names_of(pod, 5, "web.example") == {"canary": 5})
+            wait_until(lambda: states(pod) == {"acked"})
             assert pod.envoy.pid == before
             assert pod.envoy.poll() is None
 
@@ -70,7 +78,13 @@ def test_discovered_services(tmp_path: Path, authority: Authority) -> None:
         pod = Pod(render(values), tmp_path, authority)
         pod.api.node("node-a", {"topology.kubernetes.io/region": "eu", ZONE: "a"})
         port = {"name": "http", "port": 80, "protocol": "TCP"}
-        pod.api.service("shop", "web", [port], annotations={"xds-loader/hosts": "web.example"})
+        pod.api.service(
+            "shop",
+            "web",
+            [port],
+            labels={"edge": "public"},
+            annotations={"xds-loader/hosts": "web.example"},
+        )
         target = {**port, "port": backends["one"]}
         pod.api.endpointslice("shop", "web-1", "web", ["127.0.0.1"], [target])
         with pod:
@@ -82,7 +96,7 @@ def test_discovered_services(tmp_path: Path, authority: Authority) -> None:
 
 @pytest.mark.parametrize("name", CI)
 def test_each_file_of_the_matrix_comes_up(name: str, tmp_path: Path, authority: Authority) -> None:
-    """With the rights it renders and no other; `Pod` waits for every probe."""
+    """With the permissions it renders and no other; `Pod` waits for every probe."""
     files = render({}).one("ConfigMap", "-xds")["data"]
     pod = Pod(render(load_values(name)), tmp_path, authority)
     for existing, namespace in (("envoy-xds", "shop"), ("envoy-xds-more", "shop")):
@@ -105,23 +119,20 @@ def test_each_file_of_the_matrix_comes_up(name: str, tmp_path: Path, authority: 
 ZONE = "topology.kubernetes.io/zone"
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_drain(native: bool, tmp_path: Path, authority: Authority) -> None:
-    with Pod(render({"nativeSidecar": native}), tmp_path, authority) as pod:
-        ready = pod.ports[9903]
-        kept = http.client.HTTPConnection("127.0.0.1", pod.ports[10000], timeout=5)
+def test_drain(tmp_path: Path, authority: Authority) -> None:
+    with Pod(render(), tmp_path, authority) as pod:
+        kept = http.client.HTTPConnection(pod.ip, 10000, timeout=5)
         kept.request("GET", "/")
         assert kept.getresponse().read() == b""
-        assert get(ready, "/ready").status == 200
+        assert pod.ask(9903, "/ready").status == 200
         assert pod.get().connection == ""
-        assert get(ready, "/quitquitquit").status == 404, "no way to the admin interface"
         pod.pre_stop(pod.loader_container())
-        assert get(ready, "/ready").status == 503
+        assert pod.ask(9903, "/ready").status == 503
         kept.request("GET", "/")
         assert kept.getresponse().getheader("connection") == "close"
         kept.close()
         assert pod.get().connection == "close"
-        assert pod.get().status == 404, "it still takes new connections and answers"
+        assert pod.get().status == 404, "it still accepts new connections and answers"
         assert pod.loader is not None
         pod.loader.stop()
 
@@ -130,21 +141,24 @@ def test_helm_test_and_the_notes(tmp_path: Path, authority: Authority) -> None:
     release = render(load_values("weights-values.yaml"))
     with Pod(release, tmp_path, authority) as pod:
         (hook,) = release.all("Pod")
-        preview, request = hook["spec"]["containers"]
-        args, env = command(preview, pod.fields)
-        shown = run([pod.map(arg) for arg in args], {**env, **pod.api_environment()})
-        assert shown.returncode == 0, shown.stderr
-        assert "podinfo-canary" in shown.stdout
+        loader, request = hook["spec"]["containers"]
+        args, env = command(loader, pod.fields)
+        volume = tmp_path / "volume of the test pod"
+        words = [pod.map(arg).replace(str(tmp_path / "srv/runtime"), str(volume)) for arg in args]
+        done = run(words, {**env, **pod.api_environment()})
+        assert done.returncode == 0, done.stderr
+        assert "podinfo-canary" in (volume / "current/cds.yaml").read_text()
+        assert "podinfo" not in done.stdout + done.stderr, "no configuration in the output"
         _, *flags, code, host, port, path = request["command"]
         assert host == release.one("Service")["metadata"]["name"]
-        words = [sys.executable, *flags, code, "127.0.0.1", pod.map(port), path]
+        words = [sys.executable, *flags, code, pod.ip, port, path]
         assert subprocess.run(words, check=False).returncode == 1, "503: no such backend"
         assert subprocess.run([*words, "503"], check=False).returncode == 0
-        (shell,) = re.findall(r"python3 -c '(.*)'", release.notes)
-        done = subprocess.run(
-            [sys.executable, "-c", pod.map(shell)], capture_output=True, text=True
-        )
-        assert "podinfo-canary" in done.stdout
+        file, admin = re.findall(r"python3 -c '(.*)'", release.notes)
+        for code, more in ((file, []), (admin, ["/config_dump"])):
+            words = [sys.executable, "-c", pod.map(code), *more]
+            shown = subprocess.run(words, capture_output=True, text=True, check=True)
+            assert "podinfo-canary" in shown.stdout
 
 
 @pytest.mark.parametrize("source", [kustomize, plain])
@@ -166,4 +180,4 @@ def test_the_sidecar_example(
             pod.api.put({**config, "data": {**config["data"], "rds.yaml": routes}})
             wait_until(lambda: pod.get().status == 418)
             pod.pre_stop(pod.loader_container())
-            assert get(pod.ports[9903], "/ready").status == 503
+            assert pod.ask(9903, "/ready").status == 503

@@ -1,8 +1,8 @@
 """A rendered pod as processes on this machine: the real Envoy, the loader, a scripted API server.
 
-Arguments, environment, mounted files, permissions, ports and probes are those of the manifests. Only
-paths are put under a temporary root, and what listens in the pod does so on a loopback address of its
-own, as pods have addresses of their own.
+Arguments, environment, mounted files, permissions, ports and probes are those of the manifests.
+Only paths are put under a temporary root, and what listens in the pod does so on a loopback address
+of its own, as pods have addresses of their own.
 """
 
 from __future__ import annotations
