@@ -827,7 +827,7 @@ def test_the_schema_knows_exactly_the_values() -> None:
 
 def test_the_readmes_values_render() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         for obj in render(yaml.safe_load(block)).objects:
             validate(obj, VERSIONS[-1])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support.backend import Backends
+from tests.support.chart_docs import CHART
 from tests.support.loader import run, wait_until
-from tests.support.manifests import Object, Release, command, load_values, render
+from tests.support.manifests import Object, Release, command, containers, load_values, render
 from tests.support.pod import Pod
 from tests.support.tls import Authority
 from tests.test_chart import CI, set_values
@@ -117,6 +121,149 @@ def test_each_file_of_the_matrix_comes_up(name: str, tmp_path: Path, authority: 
 
 
 ZONE = "topology.kubernetes.io/zone"
+README = (CHART / "README.md").read_text()
+
+
+def test_the_readmes_canary_release(tmp_path: Path, authority: Authority) -> None:
+    """Its values and its one-line upgrade; 10 % are counted."""
+    (block,) = (b for b in re.findall(r"```yaml\n(.*?)```", README, re.S) if "podinfo-stable" in b)
+    (assignment,) = re.findall(r"upgrade edge .* --reuse-values --set (\S+)", README)
+    values = yaml.safe_load(block)
+    with Backends("stable", "canary") as backends:
+        for name, backend in values["upstreams"]["podinfo"]["backends"].items():
+            port = backends[name.removeprefix("podinfo-")]
+            del backend["port"]
+            backend.update(address="127.0.0.1", port=port, http2={"enabled": False})
+        with Pod(render(values), tmp_path, authority) as pod:
+            assert names_of(pod, 20, "podinfo.example") == {"stable": 20}
+            pod.apply(render(set_values(values, assignment)))
+            wait_until(lambda: "canary" in names_of(pod, 20, "podinfo.example"))
+            found = names_of(pod, 1000, "podinfo.example")
+            assert 40 < found["canary"] < 160, "10 %, give or take six standard deviations"
+
+
+def test_a_change_meets_a_few_pods_first(tmp_path: Path, authority: Authority) -> None:
+    """The README's recipe: its check fails while a file is NACKed."""
+    (block,) = (b for b in re.findall(r"```yaml\n(.*?)```", README, re.S) if "front: edge" in b)
+    starts = ("helm upgrade --", "kubectl")
+    upgrade, check, promote = (one for one in README.splitlines() if one.startswith(starts))
+    common = {**yaml.safe_load(block), "xds": routes_of(200)}
+    first = set_values(common, *re.findall(r"--set (\S+)", upgrade))
+    assert promote == upgrade.replace("edge-first", "edge").replace(
+        " --set replicaCount=1 --set service.enabled=false", ""
+    )
+    (selector,) = (s["spec"]["selector"] for s in render(common).all("Service"))
+    release = render(first, name="edge-first")
+    assert release.all("Service") == []
+    assert selector.items() <= release.workload["spec"]["template"]["metadata"]["labels"].items()
+    assert f"deployment/{release.workload['metadata']['name']} " in check
+
+    with Pod(release, tmp_path, authority) as pod:
+        words = shlex.split(check)
+        code = words[words.index("-c", words.index("python3")) + 1]
+        code = code.replace("127.0.0.1:9902", f"{pod.ip}:9902")
+
+        def checked() -> tuple[int, str]:
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            return done.returncode, done.stdout
+
+        wait_until(lambda: checked()[0] == 0)
+        pod.apply(render({**first, "xds": routes_of(999)}, name="edge-first"))
+        wait_until(lambda: "rds.yaml" in checked()[1])
+        assert checked()[0] == 1
+        assert pod.get().status == 200, "the last good routes serve"
+        pod.apply(render({**first, "xds": routes_of(204)}, name="edge-first"))
+        wait_until(lambda: pod.get().status == 204)
+        wait_until(lambda: checked()[0] == 0)
+
+
+def routes_of(status: int) -> Object:
+    """Everything gets this status; Envoy rejects one beyond 599."""
+    action = {"match": {"prefix": "/"}, "direct_response": {"status": status}}
+    host = {"name": "all", "domains": ["*"], "routes": [action]}
+    kind = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+    return {"rds.yaml": [{"@type": kind, "name": "services", "virtual_hosts": [host]}]}
+
+
+def test_a_new_pod_whose_envoy_rejects_the_files_never_becomes_ready(
+    tmp_path: Path, authority: Authority
+) -> None:
+    class Impatient(Pod):
+        patience = 3.0
+
+    with pytest.raises(TimeoutError, match="envoy: startupProbe"):
+        Impatient(render({"xds": routes_of(999)}), tmp_path, authority).__enter__()
+
+
+def test_a_dead_loader_takes_no_envoy_out(tmp_path: Path, authority: Authority) -> None:
+    with Pod(render(), tmp_path, authority) as pod:
+        assert pod.loader is not None
+        pod.loader.kill()
+        envoy = next(c for c in containers(pod.release.pod) if c["name"] == "envoy")
+        pod.await_probe(envoy, "readinessProbe")
+        assert pod.ask(9903, "/ready").status == 200
+
+
+def test_no_route_reaches_the_admin_interface(tmp_path: Path, authority: Authority) -> None:
+    """Neither an ExternalName nor Envoy's own files: there is no address that leads there."""
+    with Pod(render(load_values("services-nodes-values.yaml")), tmp_path, authority) as pod:
+        for name, target in (("a", "localhost"), ("b", "127.0.0.1"), ("c", "x.localhost")):
+            pod.api.service(
+                "shop",
+                name,
+                [{"name": "http", "port": 9901}],
+                labels={"edge": "public"},
+                annotations={"xds-loader/hosts": f"{name}.example"},
+                type="ExternalName",
+                externalName=target,
+            )
+        port = {"name": "http", "port": 80, "protocol": "TCP"}
+        notes = {"xds-loader/hosts": "d.example"}
+        pod.api.service("shop", "d", [port], labels={"edge": "public"}, annotations=notes)
+        wait_until(lambda: pod.get(host="d.example").status == 503)  # the last one is there
+        for name in "abc":
+            assert pod.get("/config_dump", host=f"{name}.example").status == 404
+        assert pod.ask(9903, "/quitquitquit").status == 404
+        with pytest.raises(OSError):
+            pod.ask(9901, "/config_dump")
+
+
+def test_the_edge_rejects_what_it_should(tmp_path: Path, authority: Authority) -> None:
+    values = {"xds": routes_of(200), "envoy": {"overload": {"maxConnections": 3}}}
+    with Pod(render(values), tmp_path, authority) as pod:
+        assert pod.get("/a/b").status == 200
+        assert pod.get("/a%2Fb").status == 400
+        connection = http.client.HTTPConnection(pod.ip, 10000, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", "/", headers={"x_admin": "1"})
+            assert connection.getresponse().status == 400
+        with contextlib.ExitStack() as many:
+            for _ in range(10):
+                connection = http.client.HTTPConnection(pod.ip, 10000, timeout=5)
+                many.enter_context(contextlib.closing(connection))
+                connection.connect()
+            with pytest.raises((OSError, http.client.HTTPException)):
+                pod.get()
+            assert pod.ask(9903, "/ready").status == 200, "the kubelet is let in"
+        wait_until(lambda: answers(pod))
+
+
+def answers(pod: Pod) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return pod.get().status == 200
+    return False
+
+
+def test_a_pod_watches_its_own_node_only(tmp_path: Path, authority: Authority) -> None:
+    services = {"enabled": True, "selector": "*"}
+    values = {"services": services, "config": {"endpoint": {"prefer_zone": True}}}
+    pod = Pod(render(values), tmp_path, authority)
+    pod.api.node("node-a", {ZONE: "a"})
+    pod.api.node("node-b", {ZONE: "b"})
+    with pod:
+        asked = pod.api.requests.matching(lambda request: "/nodes" in request.path)
+        assert asked
+        assert {request.query.get("fieldSelector") for request in asked} == {"metadata.name=node-a"}
 
 
 def test_drain(tmp_path: Path, authority: Authority) -> None:
