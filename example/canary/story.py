@@ -109,6 +109,6 @@ def tell(story: Story) -> None:
         f"curl -s {proxy.url(10000)}                 # the answer of one backend",
         f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\",
         f"  {api} --data-binary @{files[0]}   # or {', '.join(f.name for f in files[1:])}",
-        f"curl -s {proxy.envoy.admin_url}/stats?filter=rds   # Envoy's admin interface",
+        f"{proxy.admin_command('/stats?filter=rds')}   # Envoy's admin interface",
         f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
     ])  # fmt: skip

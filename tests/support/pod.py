@@ -167,7 +167,7 @@ class Pod:
         """An init container runs to its end; any other runs on, after its startup probe."""
         args, env = command(container, self.fields)
         args = [self.map(arg) for arg in args]
-        if "envoy:" in container["image"]:
+        if re.search(r"/envoy[:@]", container["image"]):
             self.mount(container)
             self.start_envoy(args, env)
         elif "loader" in container["image"]:
