@@ -139,8 +139,13 @@ class Pod:
         try:
             self.stack.callback(shutil.rmtree, self.admin_directory, ignore_errors=True)
             self.stack.callback(self.api.close)
-            for container in containers(self.release.pod):
+            for container in self.release.pod["initContainers"]:  # one after the other
                 self.start(container)
+                self.await_probe(container, "startupProbe")
+            for container in self.release.pod["containers"]:
+                self.start(container)
+            for container in self.release.pod["containers"]:
+                self.await_probe(container, "startupProbe")
             for container in containers(self.release.pod):
                 self.await_probe(container, "readinessProbe")
         except BaseException:
@@ -164,7 +169,7 @@ class Pod:
         self.stack.close()
 
     def start(self, container: Object) -> None:
-        """An init container runs to its end; any other runs on, after its startup probe."""
+        """An init container runs to its end, unless it is a native sidecar."""
         args, env = command(container, self.fields)
         args = [self.map(arg) for arg in args]
         if re.search(r"/envoy[:@]", container["image"]):
@@ -179,7 +184,6 @@ class Pod:
             else:
                 self.loader = Loader(args, env)
                 self.stack.callback(self.loader.kill)
-        self.await_probe(container, "startupProbe")
 
     def api_environment(self) -> dict[str, str]:
         """Where the API server is, as the kubelet sets it in every container."""
