@@ -78,10 +78,8 @@ def by_annotation(story: Story) -> tuple[Proxy, Poller]:
     settle(story, poller, only("bold-olm"))
     took = []
     for wanted in (even, only("eerie-octopus")):
-        # Two objects, two changes: in between the shares are 50 to 0, then 100 to 50.
-        shift(story, proxy, poller, "services", "kubectl annotate --overwrite service bold-olm")
-        last = "kubectl annotate --overwrite service eerie-octopus"
-        took.append(shift(story, proxy, poller, "services", last))
+        command = "kubectl annotate --overwrite service eerie-octopus"  # the other takes the rest
+        took.append(shift(story, proxy, poller, "services", command))
         settle(story, poller, wanted)
     verdict(story, proxy, poller, took, "annotation")
     return proxy, poller

@@ -123,7 +123,7 @@ def breakers(story: Story, proxy: Proxy) -> None:
     change(story, proxy, "kubectl apply -f 3-everything/clusters-breakers", CLUSTERS, "breakers")
     answers = many(proxy.url(8000, "/search"), 12, 12)
     quick = [a.seconds for a in answers if a.headers.get("x-envoy-overloaded") == "true"]
-    story.say(f"  {statuses(answers)}; the refused knew it after {milliseconds(max(quick or [9]))}")
+    story.say(f"  {statuses(answers)}; a rejected one was answered after {milliseconds(max(quick or [9]))}")
     story.claim("circuit breaker: requests in the search at once", quick and search.most <= 2,
                 f"{before}; then {search.most}")  # fmt: skip
 
