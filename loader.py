@@ -41,7 +41,6 @@ import http.client
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -408,7 +407,8 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            raise Cut(f"watch {query}: cut or silent ({self._quoted(str(error), why(error))})") from error
+            reason = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({reason})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
@@ -481,7 +481,7 @@ class Api:
             message = body.decode("utf-8", "replace")
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
-            message = f"redirect to {where} rejected; correct --apiserver"
+            message = f"redirects are not followed: correct --apiserver ({where})"
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
@@ -752,7 +752,7 @@ class Reflector(threading.Thread):
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version = objects, bad, version
         self.synced = True
-        log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
             self._wake("objects", time.monotonic())
@@ -788,7 +788,7 @@ class Reflector(threading.Thread):
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
         began = last = time.monotonic()
-        log.debug("watching %s from %s", self.query, self._version)
+        log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
         self._watching = api
         try:
@@ -1184,6 +1184,7 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
     hints = member(member(item, "hints", dict), "forZones", list)
     zones = tuple(member(zone, "name", str) for zone in hints)
+    zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
         try:  # one that Envoy cannot parse would cost it the whole file
             if family != FQDN:
@@ -1191,26 +1192,23 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
         except (OSError, TypeError, ValueError):
             text = str(address)[:60]
             raise ValueError(f"addresses: not an {family} address: {text!a}") from None
-        zone, node = member(item, "zone", str), member(item, "nodeName", str)
         yield Endpoint(str(address), state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
-    """A legacy v1 Endpoints object as slices: one for each subset and family, at least one."""
+    """A legacy v1 Endpoints object as slices: for each subset one of each family."""
     metadata = member(obj, "metadata", dict)
-    labels = {SERVICE_NAME_LABEL: member(metadata, "name", str)}
+    own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
     slices = []
     for subset in member(obj, "subsets", list) or [{}]:
-        families: dict[str, list[Json]] = {"IPv4": []}
-        for key, ready in (("addresses", True), ("notReadyAddresses", False)):
-            for item in member(subset, key, list):
-                address = member(item, "ip", str)
-                families.setdefault("IPv6" if ":" in address else "IPv4", []).append(
-                    {**item, "addresses": [address], "conditions": {"ready": ready}})
-        for family, endpoints in families.items():
-            raw = {"metadata": {**metadata, "labels": labels}, "addressType": family}
-            slices.append(endpointslice_from(
-                {**raw, "ports": subset.get("ports"), "endpoints": endpoints}))
+        items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
+                  "conditions": {"ready": ready}}
+                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                 for item in member(subset, key, list)]
+        for family, colon in (("IPv4", False), ("IPv6", True)):
+            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
+            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
+            slices.append(endpointslice_from({**raw, "addressType": family}))
     return tuple(slices)
 
 
@@ -1249,6 +1247,7 @@ OWN_FIELDS = {
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
 DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
@@ -1280,11 +1279,6 @@ def is_dns_name(value: Json) -> bool:
     return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
 
 
-def is_template(value: Json) -> bool:
-    rest, found = re.subn(r"\{(namespace|service|port)\}", "", value if is_text(value) else "")
-    return found > 0 and "{" not in rest and "}" not in rest
-
-
 def depth_of(value: Json) -> int:
     items = value.values() if type(value) is dict else value if type(value) is list else ()
     return 1 + max(map(depth_of, items), default=0)
@@ -1304,7 +1298,8 @@ ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
 RULES: dict[str, Callable[[Json], object]] = {
     "a string": is_text,
     "a DNS name": is_dns_name,
-    "a string with {namespace}, {service} or {port}": is_template,
+    "a string with {namespace}, {service} or {port}": lambda value: (
+        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
     "an absolute path": lambda value: is_text(value) and value.startswith("/"),
     "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
     "true or false": lambda value: type(value) is bool,
@@ -1322,16 +1317,16 @@ RULES: dict[str, Callable[[Json], object]] = {
 }
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
 # keys ("*": any other; "": a rule for the whole).
-FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
 PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
         "node_name": "true"}
 MATCH = {"": "something to match (what is for every cluster belongs into base)",
          "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
          "port_name": "a string"}
 OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
-            "merge": FIELDS, "suppress": "true"}
+            "merge": PATCH_FIELDS, "suppress": "true"}
 SCHEMA = {
-    "cluster": {"base": FIELDS, "name": "a string with {namespace}, {service} or {port}",
+    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
                 "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
     "cluster_domain": "a DNS name",
     "endpoint": {"eds_budget": "a whole number of EDS files",
@@ -1359,7 +1354,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None or (schema is FIELDS and key in OWN_FIELDS):
+            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
                 raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
         expected = schema.get("", "")
@@ -1374,7 +1369,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
 
 
 def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not FIELDS:
+    if schema is not PATCH_FIELDS:
         return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
     if key in OWN_FIELDS:
         return f"the loader's own: {OWN_FIELDS[key]}"
@@ -1531,8 +1526,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         problems.append(f"is left out: {problem}")
     else:
         known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
-        if other := [port.label for port in service.ports if port not in known]:
-            problems.append(f"port {first_of(other)} left out: Envoy supports TCP and UDP")
+        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
+            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
         if len(known) > PORTS_MOST:
             problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
         found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
@@ -2339,10 +2334,10 @@ def secret_files(
     resources: dict[str, dict[str, Json]] = {}
     if secret.cert:
         pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"{stem}.{form}"] = {"name": label, "tls_certificate": pair}
+        resources[f"{stem}.{form}"] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
     if secret.ca:
-        context = {"trusted_ca": pem_source(secret.ca)}
-        resources[f"{stem}_ca.{form}"] = {"name": f"{label}/ca", "validation_context": context}
+        trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
+        resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
     source = f"secret {label}"
     return {
         path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
@@ -2826,6 +2821,8 @@ INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
     "initial", "children", "clusters", "references", "removals", "rollback",
 )
 REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))
+CHILD_KINDS = frozenset(("cds", "eds", "sds"))
+WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
 NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
 CLUSTER_URL = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 
@@ -3702,7 +3699,7 @@ class Known(NamedTuple):
     states: Mapping[str, str] = {}  # of published files; absent is unknown
     counts: Mapping[str, Counts] | None = None  # counted before; None: never looked at
     moves: Mapping[str, int] = {}  # how often a file moved since
-    tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed ones
+    tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
@@ -3949,6 +3946,25 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
     return known._replace(nacks={p: nack for p, nack in known.nacks.items() if p not in gone})
 
 
+def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
+    """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
+    late = [path for path in moved
+            if path in files and files[path].kind and path not in known.states]
+    return known._replace(late=known.late | set(late)), late
+
+
+def is_read(known: Known, path: str) -> bool:
+    """Whether Envoy is known to read a file."""
+    return known.states.get(path) in (ACKED, NACKED) or path in known.nacks
+
+
+def unjudged(known: Known, files: Files, step: str) -> list[str]:
+    """The published files that Envoy is to judge before this step."""
+    kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
+    return [path for path, file in files.items()
+            if file.kind in kinds and path not in known.states]
+
+
 def likely_cause(file: File, files: Files) -> str:
     """What a glance at a file shows; "" where it shows nothing."""
     if not file.content.strip():
@@ -4143,7 +4159,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 REMINDER = 300.0  # seconds between two lines about the same outage
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 100  # milliseconds for a reader of stderr that is behind, once
+STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
@@ -4652,7 +4668,6 @@ STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
-CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 
 
 class Wake(NamedTuple):
@@ -4912,7 +4927,7 @@ class Loop:
             self._waits_since = 0.0
             return False
         now = time.monotonic()
-        if step.name in (REFERENCES, REMOVALS):
+        if step.name in WAITING_STEPS:
             self._waits_since = self._waits_since or now
             self._step_at = self._opens_at(step, now)
             if self._step_at > now:
@@ -4929,7 +4944,7 @@ class Loop:
             return None
         files, unfit = self.output.fitting(self._wanted.files)
         self._note("unfit", unfit)
-        files = with_needed(files, published, self._is_read)
+        files = with_needed(files, published, functools.partial(is_read, self.known))
         self._note("gone", [f"{path}: its source is gone, and Envoy reads it: its last bytes stay "
                             "published" for path in files if path not in self._wanted.files])
         checked = self._checked(files, published)
@@ -4939,9 +4954,6 @@ class Loop:
         desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
         self._note("nacked", notes)
         return desired
-
-    def _is_read(self, path: str) -> bool:
-        return self.known.states.get(path) in (ACKED, NACKED) or path in self.known.nacks
 
     def _opens_at(self, step: Step, now: float) -> float:
         """When references or removals may be published (monotonic).
@@ -4956,10 +4968,7 @@ class Loop:
         if self._look.warming and now < self._waits_since + WARM_BOUND:
             self._look_at = self._look_at or now
             return self._waits_since + WARM_BOUND
-        kinds = CHILD_KINDS if step.name == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
-        unknown = [path for path, file in self.output.published.items()
-                   if file.kind in kinds and path not in self.known.states]
-        if not unknown:
+        if not unjudged(self.known, self.output.published, step.name):
             return pause if self.options.step_delay is not None else now
         if self._silent_since:
             return self._silent_since + SILENT_BOUND
@@ -5094,11 +5103,9 @@ class Loop:
         """Envoy did not attempt everything in time: that stays unknown, and the loop goes on."""
         assert self._asked is not None
         if self._link == "meet" and not self._silent_since and self._asked.moved:
-            files = self.output.published
-            late = [path for path in self._asked.moved if path in files and files[path].kind
-                    and path not in self.known.states]
+            known, late = after_bound(self.known, self.output.published, self._asked.moved)
             if late and not self._look.hidden:
-                self.known = self.known._replace(late=self.known.late | set(late))
+                self.known = known
                 log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
                             "name this path?", shortened(late))
         self._end_asking("unknown")
@@ -5116,7 +5123,9 @@ class Loop:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
         ack = "no" if NACKED in states else ack
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1))
+        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
+        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+                 **({"unread": shortened(unread)} if unread else {}))
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""
@@ -5371,7 +5380,6 @@ def check_copy(command: Sequence[str], files: Files) -> str:
         for path, file in files.items():
             os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
             with open(f"{directory}/{path}", "wb") as stream:
-                os.fchmod(stream.fileno(), file.mode)
                 stream.write(file.content)
         return run_check(command, directory, threading.Event())
 
@@ -5508,7 +5516,7 @@ def services_selector(text: str) -> str:
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
+        host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
         usable = host and url.scheme in schemes and url.port != 0
     except ValueError:
         usable = False
