@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from example.support.cluster import kustomized
-from tests.support.loader import ROOT
+from tests.support.loader import ROOT, wait_until
 from tests.support.manifests import Object, containers, restricted, validate
 
 EXAMPLES = sorted((ROOT / "example").glob("*/verify"), key=lambda path: path.parent.name)
@@ -50,6 +51,38 @@ def test_the_steps_of_the_readme_do_what_it_says(verify: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The facts" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.envoy
+@pytest.mark.xdist_group("inotify")
+def test_an_example_that_is_kept_shows_what_to_type_next() -> None:
+    """In both halves of the canary, the loaders' logs included; what it shows works."""
+    env = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "example/canary/verify"), "--keep", "--pace", "0.1"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            shown: list[str] = []
+            for line in process.stdout:
+                shown.append(line)
+                if "Ctrl-C" in line:
+                    break
+            text = "".join(shown)
+            for log in re.findall(r"tail -f (\S+)", text):
+                wait_until(lambda log=log: "published" in Path(log).read_text())  # type: ignore[misc]
+            assert len(re.findall(r"tail -f", text)) == 2
+            if shutil.which("curl"):
+                for half in ("configmaps/envoy-xds", "services/eerie-octopus"):
+                    found = re.search(rf"curl -s -X PATCH .*\n.*{half}.*", text)
+                    assert found
+                    done = subprocess.run(
+                        ["sh", "-c", found[0].replace("-s -X", "-sf -X")], capture_output=True
+                    )
+                    assert done.returncode == 0
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in EXAMPLES], ids=NAMES)

@@ -101,8 +101,8 @@ class Proxy:
         """What to type for Envoy's admin interface."""
         url = self.envoy.admin_url
         if url.startswith("unix:"):
-            return f"curl -s --unix-socket {url.removeprefix('unix:')} http://envoy{path}"
-        return f"curl -s {url}{path}"
+            return f"curl -s --unix-socket {url.removeprefix('unix:')} 'http://envoy{path}'"
+        return f"curl -s '{url}{path}'"
 
     def uptime(self) -> float:
         """Seconds, by Envoy's own clock, which shows whole ones."""
