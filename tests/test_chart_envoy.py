@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,68 @@ def test_no_route_reaches_the_admin_interface(tmp_path: Path, authority: Authori
         assert pod.ask(9903, "/quitquitquit").status == 404
         with pytest.raises(OSError):
             pod.ask(9901, "/config_dump")
+
+
+def expose(pod: Pod, namespace: str, name: str, ports: dict[str, int], **notes: str) -> None:
+    """A selected Service with annotations, and one endpoint on loopback for each port."""
+    service = [{"name": key, "port": 80 + n} for n, key in enumerate(ports)]
+    target = [{"name": key, "port": port} for key, port in ports.items()]
+    annotations = {f"xds-loader/{key}": value for key, value in notes.items()}
+    pod.api.service(namespace, name, service, labels={"edge": "public"}, annotations=annotations)
+    pod.api.endpointslice(namespace, f"{name}-1", name, ["127.0.0.1"], target)
+
+
+def test_what_a_tenant_tries_changes_nothing_for_others(
+    tmp_path: Path, authority: Authority
+) -> None:
+    """Hosts of others, other ports, wrong weights and huge annotations, one after the other."""
+    values = {"services": {"enabled": True, "selector": "edge=public", "namespaces": ["*"]}}
+    names = ("shop", "admin", "canary", "evil", "last")
+    with Backends(*names) as backends:
+        pod = Pod(render(values), tmp_path, authority)
+        ports = {"http": backends["shop"], "http-admin": backends["admin"]}
+        expose(pod, "shop", "web", ports, hosts="shop.example", port="http", weight="95%")
+        expose(
+            pod, "shop", "canary", {"http": backends["canary"]}, hosts="shop.example", weight="5"
+        )
+        with pod:
+            assert pod.loader is not None
+            found = names_of(pod, 400, "shop.example")
+            assert found["canary"] < 80, "a wrong weight takes the remainder"
+            assert set(names_of(pod, 20, "shop.example:81")) <= {"shop", "canary"}
+
+            time.sleep(1.1)  # creation times have whole seconds, and the oldest owns the host
+            evil = {"http": backends["evil"]}
+            hosts = "shop.example,web.shop.svc.cluster.local"
+            expose(pod, "evil", "take", evil, hosts=hosts, weight="1000000")
+            expose(pod, "evil", "more", evil, hosts="shop.example", weight="4294967295")
+            many = ",".join(f"h{n}.example" for n in range(2000))
+            expose(pod, "evil", "huge", evil, hosts=many, grpc=many)
+            bad = ",".join(f"not a host {n}" for n in range(3000))
+            expose(pod, "evil", "noise", evil, hosts=bad)
+            expose(pod, "shop", "last", {"http": backends["last"]}, hosts="last.example")
+            wait_until(lambda: pod.get(host="last.example").status == 200)
+            assert names_of(pod, 3, "last.example") == {"last": 3}
+            assert set(names_of(pod, 50, "shop.example")) <= {"shop", "canary"}
+            assert "evil" not in pod.get(host="web.shop.svc.cluster.local").body
+            assert pod.get(host="h7.example").status == 404
+            lines = [line for line in pod.loader.lines if "evil/" in line]
+            assert len(lines) < 20
+            assert max(map(len, lines)) < 1000
+            assert states(pod) <= {"acked", "unread"}
+
+
+def test_a_service_without_slices_raises_no_alarm(tmp_path: Path, authority: Authority) -> None:
+    """Endpoints are not asked for, which the chart's Role does not permit."""
+    values = {"services": {"enabled": True, "selector": "*"}}
+    pod = Pod(render(values), tmp_path, authority)
+    pod.api.service("shop", "new", [{"name": "http", "port": 80}])
+    with pod:
+        wait_until(lambda: "shop/new/http" in pod.admin("/clusters").body)
+        paths = {request.path for request in pod.api.requests}
+        assert not [path for path in paths if path.endswith("/endpoints")]
+        assert pod.api.requests.matching(lambda request: request.status == 403) == []
+        assert 'code="403"' not in pod.ask(9902, "/metrics").body
 
 
 def test_the_edge_rejects_what_it_should(tmp_path: Path, authority: Authority) -> None:

@@ -122,6 +122,37 @@ def test_every_expression_meets_what_is_served(tmp_path: Path, authority: Author
     assert set(LOADER_LABELS) <= used, "the dashboard leaves out a metric of the loader"
 
 
+def alerts(values: dict[str, Any]) -> dict[str, Any]:
+    metrics = {"prometheusRule": {"enabled": True}}
+    (group,) = render({**values, "metrics": metrics}).one("PrometheusRule")["spec"]["groups"]
+    return {rule["alert"]: rule for rule in group["rules"]}
+
+
+def test_pods_that_prefer_their_zone_differ_by_design() -> None:
+    services = {"enabled": True, "selector": "*"}
+    for zone, fires in ((True, False), (False, True), ("eu-1a", True)):
+        config = {"endpoint": {"prefer_zone": zone}}
+        found = alerts({"services": services, "config": config})
+        assert ("XdsSnapshotsDiffer" in found) == fires
+
+
+def test_the_alert_on_a_nack_names_where_the_reason_is() -> None:
+    annotations = alerts({})["XdsFileNacked"]["annotations"]
+    assert (
+        "kubectl -n shop logs -l app.kubernetes.io/instance=edge -c loader"
+        in (annotations["description"])
+    )
+    assert "/readyz" in annotations["description"]
+
+
+def test_alerts_count_the_pods_of_their_own_release() -> None:
+    (pods,) = set(re.findall(r'pod=~"([^"]+)"', json.dumps(alerts({})).replace('\\"', '"')))
+    own = "edge-envoy-xds-configmap-loader"
+    assert re.fullmatch(pods, f"{own}-5d4f6b7c9d-x2x4z")
+    assert re.fullmatch(pods, f"{own}-x2x4z"), "of a DaemonSet"
+    assert not re.fullmatch(pods, f"{own}-first-5d4f6b7c9d-x2x4z")
+
+
 def test_the_dashboards_panels() -> None:
     dashboard = json.loads((CHART / "dashboards" / f"{CHART.name}.json").read_text())
     ids = [panel["id"] for panel in dashboard["panels"]]
