@@ -124,8 +124,7 @@ def test_pages_name_options_that_exist() -> None:
 
 def test_the_page_of_options_is_that_of_the_parser() -> None:
     """docs/options.md: written by `python -m tests.support.reference`."""
-    grouped = [name for names in reference.GROUPS.values() for name in names]
-    assert sorted(grouped) == sorted(option.name for option in loader.OPTIONS)
+    assert reference.NOTES.keys() == loader.SECTIONS.keys()
     assert reference.OPTIONS_PAGE.read_text() == reference.options_page()
 
 
@@ -183,8 +182,8 @@ def test_the_command_lines_of_the_readme_are_taken() -> None:
     test_command_lines_are_taken("README.md", "test_the_command_lines_of_the_readme_are_taken")
 
 
-def test_what_is_refused() -> None:
-    lines = block_for("docs/options.md", "test_what_is_refused").splitlines()
+def test_what_is_rejected() -> None:
+    lines = block_for("docs/options.md", "test_what_is_rejected").splitlines()
     asked, said = lines[::2], lines[1::2]
     for line, expected in zip(asked, said, strict=True):
         (arguments,) = commands(line)
@@ -212,7 +211,8 @@ def test_the_times_of_the_pages_are_those_of_the_loader() -> None:
 def test_the_drawing_names_what_there_is() -> None:
     test = "test_the_drawing_names_what_there_is"
     inside = block_for("docs/how-it-works.md", test)
-    for name in (*loader.LISTENER_PATHS, loader.SWITCH, loader.CURRENT, "loader.py"):
+    paths = ("/healthz", "/readyz", "/startz", "/metrics", "/snapshot")
+    for name in (*paths, loader.SWITCH, loader.CURRENT, "loader.py"):
         assert name in inside
     for thread, word in (
         (loader.Reflector, "reflector"),
