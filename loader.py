@@ -327,18 +327,18 @@ class Api:
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
+            _, body = self._ask(query, "list", page)
             try:
-                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
+                answer = json_object(parse_json(body))
             except ValueError:
-                text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
-                raise ApiError(200, f"{text}; is it an API server?") from None
+                answer = {}
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(200, text)
+                raise ApiError(200, f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
-            del items  # before the next page is read
+            del body, items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
@@ -373,10 +373,9 @@ class Api:
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
         if self._socket is not None:
-            try:  # (not SSLSocket's own shutdown: that one makes a plain socket of it)
+            with contextlib.suppress(OSError):
+                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         if self._connection is not None:
@@ -653,7 +652,6 @@ class Reflector(threading.Thread):
         self._failures = 0
         self._asked = threading.Event()  # by refresh(): ends each wait
         self._watching: Api | None = None  # while a watch is open
-        self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
 
     def objects(self) -> dict[Key, Any]:
         """A copy of what is known now."""
@@ -661,10 +659,9 @@ class Reflector(threading.Thread):
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        with self._lock:
-            self._asked.set()
-            if self._watching:
-                self._watching.interrupt()
+        self._asked.set()
+        if self._watching:
+            self._watching.interrupt()
 
     def run(self) -> None:
         """As a daemon thread it owns no disk, and needs nobody's word to stop."""
@@ -677,7 +674,7 @@ class Reflector(threading.Thread):
         """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
         until = time.monotonic() + ONE_TRY_SECONDS
         while True:
-            self._refreshed()
+            self._asked.clear()
             try:
                 self._relist()
                 self._failures, delay = 0, self._interval
@@ -699,7 +696,8 @@ class Reflector(threading.Thread):
         suspect, rejections = False, 0
         while True:
             try:
-                if self._refreshed():
+                if self._asked.is_set():
+                    self._asked.clear()
                     self._forget("refresh")
                 elif suspect and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
@@ -849,13 +847,6 @@ class Reflector(threading.Thread):
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
-    def _refreshed(self) -> bool:
-        """Whether refresh() was called since."""
-        with self._lock:
-            asked = self._asked.is_set()
-            self._asked.clear()
-            return asked
-
 
 # -- --from-file ------------------------------------------------------------------------------
 
@@ -901,10 +892,10 @@ class FileSource:
         return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
 
     def _objects(self) -> Sequence[dict[str, Json]]:
-        """All objects of the file, each with its metadata and its namespace."""
+        """All objects of the file, each with a namespace if its kind has one."""
         text, hint = self._read(), "give the output of `kubectl get ... -o json`"
         try:
-            objects = [item for item in documents(text) if isinstance(item.get("metadata"), dict)]
+            objects = objects_of(text)
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error)[:200].split())
             raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
@@ -927,34 +918,31 @@ class FileSource:
             raise LoaderError(f"--from-file {why(error)}") from None
 
 
-def documents(text: bytes) -> Iterator[dict[str, Json]]:
+def objects_of(text: bytes) -> list[dict[str, Json]]:
     """The objects of a file: single ones or lists (of lists), one after another; ValueError for
     anything else."""
-    decoder, solid, position = json.JSONDecoder(), re.compile(r"\S"), 0
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole = text.decode("utf-8-sig")
-    while found := solid.search(whole, position):
-        value, position = decoder.raw_decode(whole, found.start())
-        yield from flattened(value)
-    if not position:  # a file that is just being rewritten; no objects at all is an empty List
+    whole, position, values = text.decode("utf-8-sig"), 0, []
+    decoder, solid = json.JSONDecoder(), re.compile(r"\S")
+    while start := solid.search(whole, position):
+        value, position = decoder.raw_decode(whole, start.start())
+        values.append(value)
+    if not values:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
-
-
-def flattened(value: Json) -> Iterator[dict[str, Json]]:
-    """The objects in a value: itself, or the items of a List kind."""
-    kind = json_object(value).get("kind")
-    if not isinstance(kind, str):
-        raise ValueError("holds something that is not a Kubernetes object")
-    if not kind.endswith("List"):
-        yield value
-        return
-    items = value.get("items") or []
-    if not isinstance(items, list):
-        raise ValueError(f"the items of a {kind} are not a list")
-    for item in items:
-        json_object(item).setdefault("kind", kind.removesuffix("List"))
-        yield from flattened(item)
+    objects = []
+    values.reverse()  # in order: what comes later wins
+    while values:
+        value = json_object(values.pop())
+        kind, items = text_at(value, "kind"), value.get("items") or []
+        if not kind or (kind.endswith("List") and not isinstance(items, list)):
+            raise ValueError("holds something that is not a Kubernetes object")
+        if kind.endswith("List"):
+            one = {"kind": kind.removesuffix("List")}
+            values += [{**one, **json_object(item)} for item in reversed(items)]
+        elif isinstance(value.get("metadata"), dict):
+            objects.append(value)
+    return objects
 
 
 # -- label selectors --------------------------------------------------------------------------
