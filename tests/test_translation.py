@@ -710,6 +710,7 @@ def options_of(raw: Object, **options: Any) -> tuple[bool, bool]:
         ("x", "kubernetes.io/wss", (False, True)),
         ("grpc", "example.com/own", (False, False)),
         ("grpc", "tls", (False, False)),
+        ("grpc", "GrpcTLS", (False, False)),
         ("https", "http", (False, False)),
         ("http", None, (False, False)),
         ("http2", None, (True, False)),
@@ -1386,6 +1387,9 @@ def test_the_worst_annotations_are_one_short_line(annotations: dict[str, str]) -
     found = renderer().render(raw)
     [warning] = [line for line in found.warnings if "demo/web" in line and NO_SLICE not in line]
     assert len(warning) < 500
+    # Not even looked at where it is too long.
+    long = max(map(len, annotations.values())) > 10_000
+    assert ("an annotation is longer than 10000 characters" in warning) == long
     assert len(found.files["rds.yaml"].content) < 1_500
     assert seconds(lambda: renderer().render(raw)) < 0.5
 
