@@ -1797,8 +1797,8 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
     groups: dict[Place, list[Json]] = {}
     for (_, _, number), (state, place, address) in sorted(best.items()):
-        endpoint_there = lb_endpoint(address, number, cluster.port.protocol, state)
-        groups.setdefault(place, []).append(endpoint_there)
+        groups.setdefault(place, []).append(
+            lb_endpoint(address, number, cluster.port.protocol, state))
     localities = []
     for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
         locality = present(region=region, zone=zone, sub_zone=sub_zone)

@@ -93,7 +93,7 @@ STEPS = (
     "Output.publish,Output.prune,Log._write,Metrics.add,Metrics.set,Metrics.observe,"
     "Metrics.replace,Loop._count_snapshot,Loop._say,watch_lines,kind_of,same,version_of,file_of,"
     "Output._notify,Output._switch,Output._write_sources,Output._own_directory,"
-    "Output._writable,replace_link,remove_tree,Translator.render,Sources._gathered,overlaid,"
+    "Output._writable,replace_link,remove_tree,Renderer.render,Sources._gathered,overlaid,"
     "endpointslice_from,Reflector.objects"
 )
 
