@@ -1860,7 +1860,8 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
         known = ", ".join(ROUTE_ANNOTATIONS)
-        problems.append(f"unknown annotation {ours}: {first_of(unknown)} (known: {known})")
+        named = first_of([ours + name for name in unknown])
+        problems.append(f"unknown annotation {named} (known: {known})")
         given = {name: value for name, value in given.items() if name not in unknown}
     if not given or given.get("route") == "false":
         return None

@@ -193,8 +193,8 @@ def test_a_wrong_weight_counts_as_none(weight: str) -> None:
         ([routed(hosts="h", weight="0")], {"h, h:*": []},
          "service demo/web: h/ has no route: all weights are 0"),
         ([routed(hosts="h", host="x")], {"h, h:*": ["/ -> demo/web/http"]},
-         "service demo/web: unknown annotation xds-loader/: 'host' (known: route, hosts, prefix,"),
-        ([routed(host="x")], {}, "unknown annotation xds-loader/: 'host' (known: "),
+         "service demo/web: unknown annotation 'xds-loader/host' (known: route, hosts, prefix,"),
+        ([routed(host="x")], {}, "unknown annotation 'xds-loader/host' (known: "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_annotations_costs_only_the_service(
