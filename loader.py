@@ -1696,8 +1696,8 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
     groups: dict[Place, list[Json]] = {}
     for (_, _, number), (state, place, address) in sorted(best.items()):
-        endpoint_there = lb_endpoint(address, number, cluster.port.protocol, state)
-        groups.setdefault(place, []).append(endpoint_there)
+        groups.setdefault(place, []).append(
+            lb_endpoint(address, number, cluster.port.protocol, state))
     localities = []
     for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
         locality = present(region=region, zone=zone, sub_zone=sub_zone)
@@ -1759,7 +1759,8 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
         known = ", ".join(ROUTE_ANNOTATIONS)
-        problems.append(f"unknown annotation {ours}: {first_of(unknown)} (known: {known})")
+        named = first_of([ours + name for name in unknown])
+        problems.append(f"unknown annotation {named} (known: {known})")
         given = {name: value for name, value in given.items() if name not in unknown}
     if not given or given.get("route") == "false":
         return None
