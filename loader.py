@@ -2401,12 +2401,13 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             with open(descriptors[-1], "wb", closefd=False) as file:
                 file.write(pem)
         names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        tls_context().load_cert_chain(names[0], names[1], no_passphrase)
-    except EncryptedKey:
-        return "is encrypted, and Envoy is given no passphrase"
+        # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+        tls_context().load_cert_chain(names[0], names[1], password="")
     except ssl.SSLError as error:
         if error.reason in KEY_MISMATCHES:
             return "is not the key of the first certificate in tls.crt"
+        if b"ENCRYPTED" in key:
+            return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
     except OSError:  # after SSLError, which is one
         return ""
@@ -2414,15 +2415,6 @@ def pair_problem(cert: bytes, key: bytes) -> str:
         for descriptor in descriptors:
             os.close(descriptor)
     return ""
-
-
-class EncryptedKey(Exception):
-    """OpenSSL asked for a passphrase."""
-
-
-def no_passphrase() -> str:
-    """Without a callback OpenSSL would prompt on the terminal and block the loader."""
-    raise EncryptedKey
 
 
 def tls_context() -> ssl.SSLContext:
@@ -5541,10 +5533,10 @@ def shell_words(text: str) -> tuple[str, ...]:
     return words
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"is not one of {', '.join(words)}")
+        if text not in words.split("|"):
+            raise ValueError(f"is not one of {words.replace('|', ', ')}")
         return text
 
     return parse
@@ -5594,10 +5586,9 @@ SECTIONS = {
     "From where": (
         Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
                "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
-               "bearer token, read again for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt",
-               "CA of the API server, read again for each connection"),
+        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token", "bearer token, read again "
+               "for each request"),
+        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt", "CA of the API server"),
         Option("client-cert", str, "FILE", "", "client certificate for the API server"),
         Option("client-key", str, "FILE", "", "its private key"),
         Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
@@ -5606,18 +5597,18 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto", "eds", "inline", "dns"), "auto|eds|inline|dns", "auto",
+        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns", "auto",
                "where endpoints live"),
-        Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
+        Option("format", one_of("yaml|json"), "yaml|json", "yaml", "of rendered files"),
     ),
     "Where to, and when": (
         Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
         Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D", "1m0s",
-               "between two polls; in watch mode between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s",
-               "how long --onetime waits for the sources to exist and the API server to answer"),
+        Option("sync-interval", go_duration, "D", "1m0s", "between two polls; in watch mode "
+               "between two checks of the files on disk"),
+        Option("timeout", go_duration, "D", "0s", "how long --onetime waits for the sources to "
+               "exist and the API server to answer"),
         Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
         Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
@@ -5631,11 +5622,11 @@ SECTIONS = {
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "",
-               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
-        Option("log-format", one_of("text", "json"), "text|json", "text", "of standard error"),
-        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info",
-               "debug, info, warning or error"),
+        Option("listen", listen_address, "[ADDR]:PORT", "", "serve /healthz, /readyz, /startz, "
+               "/metrics and /snapshot"),
+        Option("log-format", one_of("text|json"), "text|json", "text", "of standard error"),
+        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS), "info", "the least "
+               "that is logged"),
         Option("version", go_bool, "", "", "print the version and exit"),
         Option("help", go_bool, "", "", "print this and exit (also -h)"),
     ),
@@ -5710,6 +5701,14 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, UsageError) as error:
+        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+        raise UsageError(f"{where} {shown!r}: {error}") from None
+
+
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     words = command_line_words(argv)
@@ -5719,13 +5718,7 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
         if not texts and option.name not in ("help", "version"):
             where, text = option.variable, environ.get(option.variable, "")
             texts = text.split() if option.repeats else [text] if text else []
-        found = []
-        for text in texts:
-            try:
-                found.append(option.parse(text))
-            except (ValueError, UsageError) as error:
-                shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-                raise UsageError(f"{where} {shown!r}: {error}") from None
+        found = [value_of(where, option.parse, text) for text in texts]
         if found:
             attribute = option.name.replace("-", "_")
             values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
@@ -5790,10 +5783,7 @@ def check_combination(values: Mapping[str, Any]) -> None:
 def default_namespace(environ: Mapping[str, str]) -> str:
     for variable in ("NS", "POD_NAMESPACE"):
         if environ.get(variable):
-            try:
-                return namespace_name(environ[variable])
-            except ValueError as error:
-                raise UsageError(f"${variable} {environ[variable][:100]!r}: {error}") from None
+            return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
             return namespace_name(stream.read(1000).decode().strip())
@@ -5807,10 +5797,7 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     if not host:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    try:
-        return http_url(url, ["https"])
-    except ValueError as error:
-        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r}: {error}") from None
+    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
 HELP = """\
