@@ -14,6 +14,7 @@ import helm_python as helm
 import pytest
 import yaml
 
+from loader import __version__
 from tests.support import chart_docs
 from tests.support.chart_docs import CHART
 from tests.support.manifests import (
@@ -571,7 +572,7 @@ def test_two_pods_are_spread_and_not_evicted_together(values: Object, several: b
 def test_images_by_digest() -> None:
     pod = render(load_values("single-values.yaml")).pod
     assert all(re.search(r"@sha256:\w{64}$", c["image"]) for c in containers(pod))
-    assert named(render().pod, "loader")["image"] == f"{IMAGE}:1.0.0"
+    assert named(render().pod, "loader")["image"] == f"{IMAGE}:{__version__}"
 
 
 def test_the_inotify_budget_is_a_value() -> None:
