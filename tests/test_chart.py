@@ -604,6 +604,17 @@ def test_a_service_may_select_the_pods_of_two_releases() -> None:
     assert release.one("Service", "edge-http")["spec"]["selector"] == {"tier": "front"}
 
 
+def test_helm_test_asks_the_port_that_leads_to_the_listener() -> None:
+    for values, port in ((load_values("extras-values.yaml"), "80"), ({}, "10000")):
+        (hook,) = render(values).all("Pod")
+        assert hook["spec"]["containers"][1]["command"][6] == port
+
+
+def test_resources_may_be_left_to_the_cluster() -> None:
+    pod = render({"loader": {"resources": {}}, "envoy": {"resources": {"limits": None}}}).pod
+    assert "limits" not in named(pod, "envoy")["resources"]
+
+
 def test_helm_test_prints_no_configuration() -> None:
     (hook,) = render(load_values("tls-values.yaml")).all("Pod")
     loader = hook["spec"]["containers"][0]
@@ -708,6 +719,7 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"loader": {"image": {"repository": ""}}}, 'loader.image.repository: "" has no registry'),
         ({"loader": {"image": {"repository": "team/loader"}}}, '"team/loader" has no registry'),
         ({"envoy": {"image": {"repository": "envoy"}}}, "envoy.image.repository"),
+        ({"loader": {"image": {"repository": f"{IMAGE}:1"}}}, "has a tag or digest"),
         ({"services": {"enabled": True}}, "services.selector: give the label selector"),
         ({"runtimeVolume": {"sizeLimit": "256Mi"}}, "loader.resources.limits.memory: must be 64Mi"),
         ({"loader": {"resources": {"limits": {"memory": "100M"}}}}, "runtimeVolume.sizeLimit"),
