@@ -3065,6 +3065,8 @@ INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
     "initial", "children", "clusters", "references", "removals", "rollback",
 )
 REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))
+CHILD_KINDS = frozenset(("cds", "eds", "sds"))
+WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
 NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
 CLUSTER_URL = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 
@@ -4188,6 +4190,25 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
     return known._replace(nacks={p: nack for p, nack in known.nacks.items() if p not in gone})
 
 
+def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
+    """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
+    late = [path for path in moved
+            if path in files and files[path].kind and path not in known.states]
+    return known._replace(late=known.late | set(late)), late
+
+
+def is_read(known: Known, path: str) -> bool:
+    """Whether Envoy is known to read a file."""
+    return known.states.get(path) in (ACKED, NACKED) or path in known.nacks
+
+
+def unjudged(known: Known, files: Files, step: str) -> list[str]:
+    """The published files that Envoy is to judge before this step."""
+    kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
+    return [path for path, file in files.items()
+            if file.kind in kinds and path not in known.states]
+
+
 def likely_cause(file: File, files: Files) -> str:
     """What a glance at a file shows; "" where it shows nothing."""
     if not file.content.strip():
@@ -4933,7 +4954,6 @@ STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
-CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 
 
 class Wake(NamedTuple):
@@ -5193,7 +5213,7 @@ class Loop:
             self._waits_since = 0.0
             return False
         now = time.monotonic()
-        if step.name in (REFERENCES, REMOVALS):
+        if step.name in WAITING_STEPS:
             self._waits_since = self._waits_since or now
             self._step_at = self._opens_at(step, now)
             if self._step_at > now:
@@ -5210,7 +5230,7 @@ class Loop:
             return None
         files, unfit = self.output.fitting(self._wanted.files)
         self._note("unfit", unfit)
-        files = with_needed(files, published, self._is_read)
+        files = with_needed(files, published, functools.partial(is_read, self.known))
         self._note("gone", [f"{path}: its source is gone, and Envoy reads it: its last bytes stay "
                             "published" for path in files if path not in self._wanted.files])
         checked = self._checked(files, published)
@@ -5220,9 +5240,6 @@ class Loop:
         desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
         self._note("nacked", notes)
         return desired
-
-    def _is_read(self, path: str) -> bool:
-        return self.known.states.get(path) in (ACKED, NACKED) or path in self.known.nacks
 
     def _opens_at(self, step: Step, now: float) -> float:
         """When references or removals may be published (monotonic).
@@ -5237,10 +5254,7 @@ class Loop:
         if self._look.warming and now < self._waits_since + WARM_BOUND:
             self._look_at = self._look_at or now
             return self._waits_since + WARM_BOUND
-        kinds = CHILD_KINDS if step.name == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
-        unknown = [path for path, file in self.output.published.items()
-                   if file.kind in kinds and path not in self.known.states]
-        if not unknown:
+        if not unjudged(self.known, self.output.published, step.name):
             return pause if self.options.step_delay is not None else now
         if self._silent_since:
             return self._silent_since + SILENT_BOUND
@@ -5375,11 +5389,9 @@ class Loop:
         """Envoy did not attempt everything in time: that stays unknown, and the loop goes on."""
         assert self._asked is not None
         if self._link == "meet" and not self._silent_since and self._asked.moved:
-            files = self.output.published
-            late = [path for path in self._asked.moved if path in files and files[path].kind
-                    and path not in self.known.states]
+            known, late = after_bound(self.known, self.output.published, self._asked.moved)
             if late and not self._look.hidden:
-                self.known = self.known._replace(late=self.known.late | set(late))
+                self.known = known
                 log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
                             "name this path?", shortened(late))
         self._end_asking("unknown")
