@@ -5205,9 +5205,10 @@ class Loop:
         if step is not None:
             self._publish(step, step.files)
             return True
-        desired = self._desired(published)
-        if desired is None:
+        found = self._desired(published)
+        if found is None:
             return False
+        checked, desired = found
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
         if step is None:
             self._waits_since = 0.0
@@ -5219,11 +5220,11 @@ class Loop:
             if self._step_at > now:
                 return False
             self._waits_since = 0.0
-        self._publish(step, desired)
+        self._publish(step, checked)
         return True
 
-    def _desired(self, published: Files) -> Files | None:
-        """Where to go from what is published; None where that is not known."""
+    def _desired(self, published: Files) -> tuple[Files, Files] | None:
+        """What is desired, and what of it is allowed after NACKs; None where it is not known."""
         if self._wanted is None:
             self._wanted = self.sources.compose(published)
         if not self._wanted.complete:
@@ -5239,7 +5240,7 @@ class Loop:
         self.known = retried(self.known, checked, published)
         desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
         self._note("nacked", notes)
-        return desired
+        return checked, desired
 
     def _opens_at(self, step: Step, now: float) -> float:
         """When references or removals may be published (monotonic).
