@@ -4128,7 +4128,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
-    return next(state for state in (NACKED, PENDING, UNKNOWN, ACKED) if state in told)
+    return next(state for state in (NACKED, UNKNOWN, PENDING, ACKED) if state in told)
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
