@@ -5367,8 +5367,8 @@ class Loop:
                 self.known.states.get(path) in (ACKED, UNREAD) for path, file in files.items()
                 if file.kind in ("cds", "lds", "rds"))
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self._asked is not None and not waiting:
-            self._end_asking("")
+        if self._asked is not None and (outcome.nacks or not waiting):
+            self._end_asking("")  # a rollback does not wait for the other files
         if outcome.acks or outcome.nacks:
             self._remember()
         self._plan_look(now, waiting)
