@@ -3956,6 +3956,7 @@ class Outcome(NamedTuple):
     acks: tuple[str, ...] = ()
     nacks: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
+    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
     pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
@@ -4108,7 +4109,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
-                                          tuple(found[UNKNOWN]), pending)
+                                          tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
@@ -5358,14 +5359,12 @@ class Loop:
         self._tell_nacks(outcome.nacks)
         if outcome.mixed:
             self.output.notify_again(outcome.mixed)
-        if look.hidden:
-            self._note("hidden", [f"what Envoy makes of {path} stays unknown: {look.hidden}"
-                                  for path, file in files.items()
-                                  if file.kind and path not in self.known.states])
+        self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
+                              f"unknown: {look.hidden}"] if outcome.hidden else [])
         if look.live and not self._started:
-            self._started = bool(look.hidden) or all(
-                self.known.states.get(path) in (ACKED, UNREAD) for path, file in files.items()
-                if file.kind in ("cds", "lds", "rds"))
+            self._started = all(
+                self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+                for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and (outcome.nacks or not waiting):
             self._end_asking("")  # a rollback does not wait for the other files
