@@ -4199,8 +4199,9 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
 
 
 def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file."""
-    return known.states.get(path) in (ACKED, NACKED) or path in known.nacks
+    """Whether Envoy is known to read a file, or the one before did."""
+    state = known.states.get(path)
+    return state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -5233,8 +5234,9 @@ class Loop:
         files, unfit = self.output.fitting(self._wanted.files)
         self._note("unfit", unfit)
         files = with_needed(files, published, functools.partial(is_read, self.known))
-        self._note("gone", [f"{path}: its source is gone, and Envoy reads it: its last bytes stay "
-                            "published" for path in files if path not in self._wanted.files])
+        self._note("gone", [f"{path}: its source is gone; its last bytes stay, for Envoy or "
+                            "another file needs it" for path in files
+                            if path not in self._wanted.files])
         checked = self._checked(files, published)
         if checked is None:
             return None
