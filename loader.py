@@ -3893,7 +3893,7 @@ ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy tha
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE_FIRST, PROBE_LAST = 0.05, 1.0  # seconds between two tries to reach Envoy, growing
+PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -4252,21 +4252,20 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        pause, ended_at, gone = PROBE_FIRST, -1.0, False
+        ended_at, gone = -1.0, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
                 if not gone:
                     self._wake("end", f"{self.url}: {why(error)}")
-                pause = min(pause * 1.5, PROBE_LAST)
             else:
                 with kept.sock:
                     self._stay(kept, ended_at)
                 self._wake("end", f"{self.url}: the connection ended")
-                pause, ended_at = PROBE_FIRST, time.monotonic()
+                ended_at = time.monotonic()
             gone = True
-            time.sleep(pause)
+            time.sleep(PROBE)
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
@@ -4314,7 +4313,7 @@ class Admin(threading.Thread):
                     return
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(PROBE_LAST)  # it is not Envoy, or stalls
+                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
 
     def _meet(self) -> float:
         """The uptime of this process in seconds; whether its counters can tell is noted."""
