@@ -3906,6 +3906,7 @@ STATS = "/stats?" + urllib.parse.urlencode({
 })
 
 
+NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 
 
@@ -4320,7 +4321,7 @@ class Admin(threading.Thread):
         info = self._get("/server_info")
         uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
         if uptime is None:
-            raise AdminError("the answer is not that of Envoy's admin interface")
+            raise AdminError(NOT_ENVOY)
         epoch = re.search(r'"restart_epoch": ([0-9]{1,9})', info, re.ASCII)
         self._hidden, self._deaf = "", bool(epoch and int(epoch[1]))
         if self._deaf:
@@ -4349,7 +4350,10 @@ class Admin(threading.Thread):
         connection = self._connect()
         with connection.sock as sock:
             connection.request("GET", path)
-            response = connection.getresponse()
+            try:
+                response = connection.getresponse()
+            except http.client.HTTPException:
+                raise AdminError(NOT_ENVOY) from None
             body = bytearray()
             while part := response.read1(1 << 16):
                 body += part
