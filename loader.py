@@ -4100,7 +4100,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
                 for scope, counts in look.counts.items()},
         moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-        late=known.late - {*found[ACKED], *found[NACKED], *found[UNKNOWN]},
+        late=known.late.difference(found[ACKED]),
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)

@@ -234,7 +234,7 @@ def test_fault_05_a_file_that_nobody_reads_is_not_acked(stage: Stage) -> None:
         assert time.monotonic() - began < 1.0
         wait_until(lambda: stage.states().get("eds-x.yaml") == "unread")
         stage.patch({"eds-x.yaml": lonely + "\n"})
-        stage.log.wait_log("published .*changed=eds-x.yaml.* unread=eds-x.yaml ack=unknown")
+        stage.log.wait_log("published .*changed=eds-x.yaml.* unread=eds-x.yaml.* ack=unknown")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -338,7 +338,8 @@ def test_fault_12_the_very_first_files_may_be_nacked(path: str, order: str, stag
     wait_until(lambda: stage.states().get(path) == "nacked")
     assert stage.asked("/startz")[0] == 503
     status, body = stage.asked("/readyz")
-    assert status == 200 and f"nacked: {path}" in body
+    assert status == 200
+    assert f"nacked: {path}" in body
     assert f'xds_loader_nacked_files{{file="{path}"}} 1' in stage.asked("/metrics")[1]
     stage.patch(stage.files())
     stage.await_acked()
@@ -433,7 +434,7 @@ def test_fault_14_bytes_that_end_envoy_are_nacked(
         stage.log.wait_log("ERROR Envoy NACKed cds.yaml .*: Envoy ended twice on it", 30)
         stage.await_served(*GOOD, timeout=20)
         ended = stage.ended
-        assert 2 <= ended <= 6
+        assert 2 <= ended <= 8
         wait_until(lambda: stage.states().get("cds.yaml") == "nacked")
         time.sleep(2.0)
         assert stage.ended == ended
@@ -492,7 +493,7 @@ def test_fault_16_another_envoy_may_nack_what_one_took(stage: Stage) -> None:
         stage.patch({"eds-e.yaml": stage.endpoints(2)})
         wait_until(lambda: stage.get("/e") == "v2")
         time.sleep(0.5)
-        assert stage.log.count_log("NACKed") <= 2, stage.log.log
+        assert stage.log.count_log("Envoy NACKed") <= 2, stage.log.log
     stage.envoy.restart()
     stage.await_acked()
     stage.await_served("v0", "v2", "v0")
@@ -575,5 +576,5 @@ def test_a_clock_that_jumps_disturbs_nothing(stage: Stage) -> None:
         stage.patch(files if i % 2 else {**files, "eds-e.yaml": BROKEN})
         stage.await_files(files)
         stage.await_served(f"v{1 + i % 2}", "v1", "v0")
-    assert stage.log.count_log("NACKed") == 1
+    assert stage.log.count_log("Envoy NACKed") == 1
     wait_converged(stage.out)
