@@ -4033,9 +4033,11 @@ def cluster_blocks(file: File) -> list[bytes]:
 # -- what is known, step by step (pure) ----------------------------------------------------------
 
 
-def after_publication(known: Known, before: Files, after: Files, desired: Files) -> Known:
-    """Files moved: what Envoy makes of them is to be seen."""
-    moved = moved_paths(before, after)
+def after_publication(
+    known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
+) -> Known:
+    """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
+    moved = [*moved_paths(before, after), *again]
     gone = before.keys() - after.keys()
     tried = {path: (desired.get(path, after[path]).digest,
                     same_file(before.get(path), known.acked.get(path)))
@@ -4210,6 +4212,13 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
             if file.kind in kinds and path not in known.states]
+
+
+def to_retry(known: Known, files: Files) -> list[str]:
+    """References that were NACKed for what is mended now, and that are published as they are:
+    Envoy has to be notified of them again."""
+    return [path for path in files
+            if known.states.get(path) == NACKED and path not in known.nacks]
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -5215,6 +5224,9 @@ class Loop:
             return False
         checked, desired = found
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        again = to_retry(self.known, published) if step is None else []
+        if again:
+            step = Step(published, REFERENCES)
         if step is None:
             self._waits_since = 0.0
             return False
@@ -5225,7 +5237,7 @@ class Loop:
             if self._step_at > now:
                 return False
             self._waits_since = 0.0
-        self._publish(step, checked)
+        self._publish(step, checked, again)
         return True
 
     def _desired(self, published: Files) -> tuple[Files, Files] | None:
@@ -5267,17 +5279,17 @@ class Loop:
             return self._silent_since + SILENT_BOUND
         return pause
 
-    def _publish(self, step: Step, desired: Files) -> None:
+    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, ask Envoy about it, then tidy up."""
         before, files = self.output.published, step.files
-        moved = moved_paths(before, files)
+        moved = [*moved_paths(before, files), *again]
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
-            paths = self.output.publish(files)
+            paths = self.output.publish(files, again)
         finally:
-            if self.output.published is not before:
-                self.known = after_publication(self.known, before, files, desired)
+            if self.output.published is not before or again:
+                self.known = after_publication(self.known, before, files, desired, again)
         now, self._switched_at = time.monotonic(), time.time()
         took, self._published_at = now - self._event_at, now
         if awaited & CHILD_KINDS:
