@@ -3987,39 +3987,54 @@ def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[st
 
 
 FIELD_NAME = re.compile(
-    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""", re.MULTILINE
+    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""",
+    re.MULTILINE,
 )
-RENAMED = re.compile(
+STAT_NAME = re.compile(
     rb"""(?:alt_?[sS]tat_?[nN]ame|(?<!\w)name)["']?[ \t]*:[ \t]*["']?([^\s"',}]+)"""
 )
+PATH = re.compile(rb"""(?<!\w)path["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""")
 
 
 def resource_names(path: str, file: File, files: Files) -> set[str]:
-    """The names under which statistics know the resource of a file, "" where there is but one.
-
-    That of an EDS file is the cluster's, which may differ from the assignment's: then the cluster
-    that names the file tells.
-    """
+    """The names under which statistics know the resource of a file, "" where there is but one."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
     names: set[str] = set()
-    try:
-        resource = parse_json(file.content)["resources"][0] if file.content[:1] == b"{" else {}
-        names = {name for key in ("name", "cluster_name", "clusterName")
-                 if isinstance(name := resource.get(key), str)}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        pass  # then a name is looked for in the text, as in YAML
+    if file.kind == "eds":  # the name of the cluster, which may differ from the assignment's
+        for other in files.values():
+            if other.kind == "cds":
+                for place, found in eds_clusters_of(other).get(path.rpartition("/")[2], ()):
+                    names |= found if place.endswith(f"/{path}") else set()
     if not names:
-        fields = [(len(found[1]), found.start(), found[2]) for found in
-                  FIELD_NAME.finditer(file.content)]
-        first = [min(fields)[2]] if fields else NAME_VALUE.findall(file.content)[:1]
-        names = {name.decode("utf-8", "replace") for name in first}
-    for other in files.values() if file.kind == "eds" else ():
-        if other.kind == "cds" and re.search(rb"(?i)alt_?stat_?name|service_?name", other.content):
-            for block in cluster_blocks(other):
-                if names_path(block, path):
-                    names |= {each.decode() for each in RENAMED.findall(block)}
+        names = names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
+
+
+def names_of_resource(content: bytes) -> set[str]:
+    """The name of the first resource in a file; empty where the text shows none."""
+    if content[:1] == b"{":
+        try:
+            resource = parse_json(content)["resources"][0]
+            return {name for key in ("name", "cluster_name", "clusterName")
+                    if isinstance(name := resource.get(key), str)}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            pass  # then a name is looked for in the text, as in YAML
+    fields = [(len(found[1]), found.start(), found[2]) for found in FIELD_NAME.finditer(content)]
+    first = [min(fields)[2]] if fields else NAME_VALUE.findall(content)[:1]
+    return {name.decode("utf-8", "replace") for name in first}
+
+
+@functools.lru_cache(maxsize=4)
+def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, set[str]]]]:
+    """By the base name of an EDS file: its path as a cluster gives it, and the cluster's names."""
+    found: dict[str, list[tuple[str, set[str]]]] = {}
+    for block in cluster_blocks(cds):
+        names = {name.decode("utf-8", "replace") for name in STAT_NAME.findall(block)}
+        for raw in PATH.findall(block.replace(b"\\/", b"/")):
+            place = raw.decode("utf-8", "replace")
+            found.setdefault(place.rpartition("/")[2], []).append((place, names))
+    return found
 
 
 def cluster_blocks(file: File) -> list[bytes]:
