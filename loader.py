@@ -4111,6 +4111,9 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         found[state].append(path)
         if state == PENDING:
             open_scopes |= set(read_by)
+    for path in rejected_unnamed(known, files, look, found[UNREAD]):
+        found[UNREAD].remove(path)
+        found[NACKED].append(path)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
@@ -4128,6 +4131,25 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
                                           tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
+
+
+def rejected_unnamed(
+    known: Known, files: Files, look: Look, unread: Sequence[str]
+) -> list[str]:
+    """Those of the files that nobody seems to read which explain a subscription that only fails:
+    their text does not show the name for which Envoy asks."""
+    failing = {scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success}
+    kinds = {files[path].kind for path in unread if path not in known.acked} if failing else set()
+    if not kinds:
+        return []
+    for path, file in files.items():
+        if file.kind in kinds and path not in unread:
+            failing.difference_update(
+                scopes_of(file.kind, resource_names(path, file, files), look.counts))
+    kinds = {kind for kind in kinds for scope in failing
+             if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
+    return [path for path in unread if path not in known.acked and files[path].kind in kinds]
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
