@@ -3902,7 +3902,7 @@ LEAVES = {"update_attempt": 0, "update_success": 1, "update_rejected": 2, "updat
 STATS = "/stats?" + urllib.parse.urlencode({
     "usedonly": "",
     "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
-              r"|dynamic_unknown_fields)$",
+              r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
 
 
@@ -4368,18 +4368,23 @@ class Admin(threading.Thread):
         uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
         if uptime is None:
             raise AdminError(NOT_ENVOY)
-        epoch = re.search(r'"restart_epoch": ([0-9]{1,9})', info, re.ASCII)
-        self._hidden, self._deaf = "", bool(epoch and int(epoch[1]))
-        if self._deaf:
-            self._hidden = "it was restarted hot, and counts for its parent too"
-            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
-        elif '"stats_matcher"' in self._get(STATS_MATCHER):
+        self._hidden, self._deaf = "", False
+        self._restarted_hot(re.search(r'"restart_epoch": [1-9]', info) is not None)
+        if not self._deaf and '"stats_matcher"' in self._get(STATS_MATCHER):
             self._hidden = "its stats_matcher leaves the counters out"
         return float(uptime[1])
+
+    def _restarted_hot(self, hot: bool) -> None:
+        """Such an Envoy counts the events of its parent too. The connection that is kept may be
+        the parent's, so each look asks."""
+        if hot and not self._deaf:
+            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
+            self._deaf, self._hidden = True, "it was restarted hot, and counts for its parent too"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
+        self._restarted_hot(gauges.get("server.hot_restart_epoch", 0) > 0)
         counts = {} if self._deaf else counts
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
