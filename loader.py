@@ -5318,7 +5318,7 @@ class Loop:
         if not unjudged(self.known, self.output.published, step.name):
             return pause if self.options.step_delay is not None else now
         if self._silent_since:
-            return self._silent_since + SILENT_BOUND
+            return max(pause, self._silent_since + SILENT_BOUND)
         return pause
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
@@ -5347,8 +5347,9 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         }
-        if self._link in ("meet", "silent"):
-            patience = ASK_BOUND[self._link == "meet" and not self._silent_since]
+        silent = bool(self._silent_since)
+        if self._link == "meet" or (silent and now < self._silent_since + SILENT_BOUND):
+            patience = ASK_BOUND[not silent]
             self._asked = Asked(tuple(moved), fields, now, now + patience)
             self._ask()
         else:
