@@ -386,7 +386,8 @@ ODD: dict[str, Callable[[], Odd | None]] = {
 
 @pytest.mark.parametrize("kind", ODD)
 def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Stage) -> None:
-    """Changes are served, in order; the first may wait for the bound, the rest does not."""
+    """Changes are served, in order, after --step-delay. What is silent may be an Envoy that
+    stalls: it is waited for, once for 30 s."""
     odd = ODD[kind]()
     try:
         stage.start(admin=odd.url if odd else "http://127.0.0.1:9")
@@ -402,9 +403,9 @@ def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Sta
                     "cds.yaml": more_clusters(stage, new, mark=f"n{i}"),
                     "rds.yaml": response("routes", routes({"/": f"n{i}", "/e": "e"})),
                 })  # fmt: skip
-                delays.append(poller.wait_body(f"v{upstream}", 8).time - began)
+                delays.append(poller.wait_body(f"v{upstream}", 35, after=began).time - began)
             assert not poller.failed
-        assert delays[0] < 3.0, delays
+        assert delays[0] < (31 if kind == "silent" else 3), delays
         assert max(delays[1:]) < 1.2, delays  # --step-delay, on a busy machine
         assert stage.log.count_log(NO_ANSWER) == 1, stage.log.log
         assert stage.asked("/readyz")[0] == 200
