@@ -197,7 +197,10 @@ def loaded(
 def once_loaded(scene: Scene, fronts: Sequence[Front], changes: int) -> Total:
     connections = 24 // len(fronts)
     ports, admins = [each.port for each in fronts], [each.admin_url for each in fronts]
-    with Load(ports, host=scene.host, connections=connections, admins=admins) as load:
+    # A stall of Envoy is no loss: the answer comes.
+    with Load(
+        ports, host=scene.host, connections=connections, admins=admins, timeout=30
+    ) as load:
         time.sleep(0.2)
         for _ in range(changes):
             scene.change()
