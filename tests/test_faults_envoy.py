@@ -230,7 +230,7 @@ def test_fault_05_a_file_that_nobody_reads_is_not_acked(stage: Stage) -> None:
         lonely = response("assignment", assignment(f"x{mark}", 1))
         began = time.monotonic()
         stage.patch({"eds-x.yaml": lonely, "rds.yaml": to(**{mark: "e"})})
-        wait_until(lambda mark=mark: stage.get(f"/{mark}") == "v1")
+        stage.await_files({"rds.yaml": to(**{mark: "e"})})
         assert time.monotonic() - began < 1.0
         wait_until(lambda: stage.states().get("eds-x.yaml") == "unread")
         stage.patch({"eds-x.yaml": lonely + "\n"})

@@ -328,8 +328,10 @@ SCOPE = {"cds.yaml": "cluster_manager.cds", "rds.yaml": "http.ingress.rds.routes
 SCOPE |= {"lds.yaml": "listener_manager.lds"}
 
 
-def look(live: bool = True, hidden: str = "", **counts: tuple[int, int, int]) -> Look:
-    """`cds=(attempt, success, failed)`."""
+def look(
+    counts: Mapping[str, tuple[int, int, int]], *, live: bool = True, hidden: str = ""
+) -> Look:
+    """`{"cds": (attempt, success, failed)}`."""
     found = {SCOPE[f"{name}.yaml"]: Counts(*row) for name, row in counts.items()}
     return Look(found, live, hidden)
 
@@ -339,9 +341,9 @@ ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
 
 def met() -> Known:
     """Envoy has ACKed everything."""
-    known, first = after_look(Known(), A, look(**ONE))
+    known, first = after_look(Known(), A, look(ONE))
     assert set(first.pending) == set(A), "the first look of all is not believed"
-    known, outcome = after_look(known, A, look(**ONE))
+    known, outcome = after_look(known, A, look(ONE))
     assert set(outcome.acks) == set(A)
     return known
 
@@ -359,7 +361,7 @@ def met() -> Known:
 def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
     new = A | {"rds.yaml": rds("b")}
     known = after_publication(met(), A, new, new)
-    known, outcome = after_look(known, new, look(**{**ONE, "rds": counts}))
+    known, outcome = after_look(known, new, look({**ONE, "rds": counts}))
     assert known.states.get("rds.yaml") == state
     assert (outcome.mixed == ("rds.yaml",)) == (counts == (3, 2, 1))
     assert known.acked["rds.yaml"] == (new if state == ACKED else A)["rds.yaml"]
@@ -368,8 +370,9 @@ def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
 def test_one_of_two_subscriptions_is_not_enough() -> None:
     new = A | {"rds.yaml": rds("b")}
     known = after_publication(met(), A, new, new)
-    both = {**look(**{**ONE, "rds": (2, 2, 0)}).counts, "http.b.rds.routes": Counts(1, 1, 0)}
-    known = known._replace(counts={**known.counts, "http.b.rds.routes": Counts(1, 1, 0)})
+    one = {"http.b.rds.routes": Counts(1, 1, 0)}
+    both = {**look({**ONE, "rds": (2, 2, 0)}).counts, **one}
+    known = known._replace(counts={**(known.counts or {}), **one})
     known, outcome = after_look(known, new, Look(both, True))
     assert outcome.pending == ("rds.yaml",)
     both["http.b.rds.routes"] = Counts(2, 1, 1)
@@ -378,19 +381,19 @@ def test_one_of_two_subscriptions_is_not_enough() -> None:
 
 def test_what_nobody_reads_and_what_is_hidden() -> None:
     files = A | {"eds/x.json": eds("x")}
-    known, _ = after_look(met(), files, look(**ONE))
+    known, _ = after_look(met(), files, look(ONE))
     assert known.states["eds/x.json"] == UNREAD
-    known, outcome = after_look(met(), files, look(**ONE, hidden="a stats_matcher"))
+    known, outcome = after_look(met(), files, look(ONE, hidden="a stats_matcher"))
     assert outcome.hidden == ("eds/x.json",)
     assert "eds/x.json" not in known.states
 
 
 def test_another_process_confirmed_nothing_yet() -> None:
-    known, _ = after_look(met(), A, look(cds=(0, 0, 0), lds=(0, 0, 0), live=False))
+    known, _ = after_look(met(), A, look({"cds": (0, 0, 0), "lds": (0, 0, 0)}, live=False))
     assert known.states == {}
     assert known.acked == A, "what is rolled back to stays"
     assert is_read(known, "rds.yaml"), "by the process before"
-    known, _ = after_look(known, A, look(**{**ONE, "lds": (1, 0, 1)}))
+    known, _ = after_look(known, A, look({**ONE, "lds": (1, 0, 1)}))
     assert known.states["lds.yaml"] == NACKED
     assert rollback(A, known.acked, known.nacks) is None, "there is nothing else"
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from tests.support.apiserver import ApiServer, Client
 from tests.support.envoy import (
@@ -213,7 +213,7 @@ class Stage:
 
         wait_until(seen, timeout, f"{wanted} served")
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
