@@ -3630,7 +3630,7 @@ ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy tha
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE_FIRST, PROBE_LAST = 0.05, 1.0  # seconds between two tries to reach Envoy, growing
+PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -3639,10 +3639,11 @@ LEAVES = {"update_attempt": 0, "update_success": 1, "update_rejected": 2, "updat
 STATS = "/stats?" + urllib.parse.urlencode({
     "usedonly": "",
     "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
-              r"|dynamic_unknown_fields)$",
+              r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
 
 
+NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 
 
@@ -3693,6 +3694,7 @@ class Outcome(NamedTuple):
     acks: tuple[str, ...] = ()
     nacks: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
+    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
     pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
@@ -3722,39 +3724,54 @@ def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[st
 
 
 FIELD_NAME = re.compile(
-    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""", re.MULTILINE
+    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""",
+    re.MULTILINE,
 )
-RENAMED = re.compile(
+STAT_NAME = re.compile(
     rb"""(?:alt_?[sS]tat_?[nN]ame|(?<!\w)name)["']?[ \t]*:[ \t]*["']?([^\s"',}]+)"""
 )
+PATH = re.compile(rb"""(?<!\w)path["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""")
 
 
 def resource_names(path: str, file: File, files: Files) -> set[str]:
-    """The names under which statistics know the resource of a file, "" where there is but one.
-
-    That of an EDS file is the cluster's, which may differ from the assignment's: then the cluster
-    that names the file tells.
-    """
+    """The names under which statistics know the resource of a file, "" where there is but one."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
     names: set[str] = set()
-    try:
-        resource = parse_json(file.content)["resources"][0] if file.content[:1] == b"{" else {}
-        names = {name for key in ("name", "cluster_name", "clusterName")
-                 if isinstance(name := resource.get(key), str)}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        pass  # then a name is looked for in the text, as in YAML
+    if file.kind == "eds":  # the name of the cluster, which may differ from the assignment's
+        for other in files.values():
+            if other.kind == "cds":
+                for place, found in eds_clusters_of(other).get(path.rpartition("/")[2], ()):
+                    names |= found if place.endswith(f"/{path}") else set()
     if not names:
-        fields = [(len(found[1]), found.start(), found[2]) for found in
-                  FIELD_NAME.finditer(file.content)]
-        first = [min(fields)[2]] if fields else NAME_VALUE.findall(file.content)[:1]
-        names = {name.decode("utf-8", "replace") for name in first}
-    for other in files.values() if file.kind == "eds" else ():
-        if other.kind == "cds" and re.search(rb"(?i)alt_?stat_?name|service_?name", other.content):
-            for block in cluster_blocks(other):
-                if names_path(block, path):
-                    names |= {each.decode() for each in RENAMED.findall(block)}
+        names = names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
+
+
+def names_of_resource(content: bytes) -> set[str]:
+    """The name of the first resource in a file; empty where the text shows none."""
+    if content[:1] == b"{":
+        try:
+            resource = parse_json(content)["resources"][0]
+            return {name for key in ("name", "cluster_name", "clusterName")
+                    if isinstance(name := resource.get(key), str)}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            pass  # then a name is looked for in the text, as in YAML
+    fields = [(len(found[1]), found.start(), found[2]) for found in FIELD_NAME.finditer(content)]
+    first = [min(fields)[2]] if fields else NAME_VALUE.findall(content)[:1]
+    return {name.decode("utf-8", "replace") for name in first}
+
+
+@functools.lru_cache(maxsize=4)
+def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, set[str]]]]:
+    """By the base name of an EDS file: its path as a cluster gives it, and the cluster's names."""
+    found: dict[str, list[tuple[str, set[str]]]] = {}
+    for block in cluster_blocks(cds):
+        names = {name.decode("utf-8", "replace") for name in STAT_NAME.findall(block)}
+        for raw in PATH.findall(block.replace(b"\\/", b"/")):
+            place = raw.decode("utf-8", "replace")
+            found.setdefault(place.rpartition("/")[2], []).append((place, names))
+    return found
 
 
 def cluster_blocks(file: File) -> list[bytes]:
@@ -3768,9 +3785,11 @@ def cluster_blocks(file: File) -> list[bytes]:
 # -- what is known, step by step (pure) ----------------------------------------------------------
 
 
-def after_publication(known: Known, before: Files, after: Files, desired: Files) -> Known:
-    """Files moved: what Envoy makes of them is to be seen."""
-    moved = moved_paths(before, after)
+def after_publication(
+    known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
+) -> Known:
+    """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
+    moved = [*moved_paths(before, after), *again]
     gone = before.keys() - after.keys()
     tried = {path: (desired.get(path, after[path]).digest,
                     same_file(before.get(path), known.acked.get(path)))
@@ -3829,13 +3848,16 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         found[state].append(path)
         if state == PENDING:
             open_scopes |= set(read_by)
+    for path in rejected_unnamed(known, files, look, found[UNREAD]):
+        found[UNREAD].remove(path)
+        found[NACKED].append(path)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
         moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-        late=known.late - {*found[ACKED], *found[NACKED], *found[UNKNOWN]},
+        late=known.late.difference(found[ACKED]),
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3845,7 +3867,26 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
-                                          tuple(found[UNKNOWN]), pending)
+                                          tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
+
+
+def rejected_unnamed(
+    known: Known, files: Files, look: Look, unread: Sequence[str]
+) -> list[str]:
+    """Those of the files that nobody seems to read which explain a subscription that only fails:
+    their text does not show the name for which Envoy asks."""
+    failing = {scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success}
+    kinds = {files[path].kind for path in unread if path not in known.acked} if failing else set()
+    if not kinds:
+        return []
+    for path, file in files.items():
+        if file.kind in kinds and path not in unread:
+            failing.difference_update(
+                scopes_of(file.kind, resource_names(path, file, files), look.counts))
+    kinds = {kind for kind in kinds for scope in failing
+             if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
+    return [path for path in unread if path not in known.acked and files[path].kind in kinds]
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
@@ -3865,7 +3906,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
-    return next(state for state in (NACKED, PENDING, UNKNOWN, ACKED) if state in told)
+    return next(state for state in (NACKED, UNKNOWN, PENDING, ACKED) if state in told)
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
@@ -3935,8 +3976,9 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
 
 
 def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file."""
-    return known.states.get(path) in (ACKED, NACKED) or path in known.nacks
+    """Whether Envoy is known to read a file, or the one before did."""
+    state = known.states.get(path)
+    return state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -3944,6 +3986,13 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
             if file.kind in kinds and path not in known.states]
+
+
+def to_retry(known: Known, files: Files) -> list[str]:
+    """References that were NACKed for what is mended now, and that are published as they are:
+    Envoy has to be notified of them again."""
+    return [path for path in files
+            if known.states.get(path) == NACKED and path not in known.nacks]
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -3987,21 +4036,20 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        pause, ended_at, gone = PROBE_FIRST, -1.0, False
+        ended_at, gone = -1.0, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
                 if not gone:
                     self._wake("end", f"{self.url}: {why(error)}")
-                pause = min(pause * 1.5, PROBE_LAST)
             else:
                 with kept.sock:
                     self._stay(kept, ended_at)
                 self._wake("end", f"{self.url}: the connection ended")
-                pause, ended_at = PROBE_FIRST, time.monotonic()
+                ended_at = time.monotonic()
             gone = True
-            time.sleep(pause)
+            time.sleep(PROBE)
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
@@ -4049,26 +4097,31 @@ class Admin(threading.Thread):
                     return
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(PROBE_LAST)  # it is not Envoy, or stalls
+                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
 
     def _meet(self) -> float:
         """The uptime of this process in seconds; whether its counters can tell is noted."""
         info = self._get("/server_info")
         uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
         if uptime is None:
-            raise AdminError("the answer is not that of Envoy's admin interface")
-        epoch = re.search(r'"restart_epoch": ([0-9]{1,9})', info, re.ASCII)
-        self._hidden, self._deaf = "", bool(epoch and int(epoch[1]))
-        if self._deaf:
-            self._hidden = "it was restarted hot, and counts for its parent too"
-            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
-        elif '"stats_matcher"' in self._get(STATS_MATCHER):
+            raise AdminError(NOT_ENVOY)
+        self._hidden, self._deaf = "", False
+        self._restarted_hot(re.search(r'"restart_epoch": [1-9]', info) is not None)
+        if not self._deaf and '"stats_matcher"' in self._get(STATS_MATCHER):
             self._hidden = "its stats_matcher leaves the counters out"
         return float(uptime[1])
+
+    def _restarted_hot(self, hot: bool) -> None:
+        """Such an Envoy counts the events of its parent too. The connection that is kept may be
+        the parent's, so each look asks."""
+        if hot and not self._deaf:
+            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
+            self._deaf, self._hidden = True, "it was restarted hot, and counts for its parent too"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
+        self._restarted_hot(gauges.get("server.hot_restart_epoch", 0) > 0)
         counts = {} if self._deaf else counts
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
@@ -4085,7 +4138,10 @@ class Admin(threading.Thread):
         connection = self._connect()
         with connection.sock as sock:
             connection.request("GET", path)
-            response = connection.getresponse()
+            try:
+                response = connection.getresponse()
+            except http.client.HTTPException:
+                raise AdminError(NOT_ENVOY) from None
             body = bytearray()
             while part := response.read1(1 << 16):
                 body += part
@@ -4900,10 +4956,14 @@ class Loop:
         if step is not None:
             self._publish(step, step.files)
             return True
-        desired = self._desired(published)
-        if desired is None:
+        found = self._desired(published)
+        if found is None:
             return False
+        checked, desired = found
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        again = to_retry(self.known, published) if step is None else []
+        if again:
+            step = Step(published, REFERENCES)
         if step is None:
             self._waits_since = 0.0
             return False
@@ -4914,11 +4974,11 @@ class Loop:
             if self._step_at > now:
                 return False
             self._waits_since = 0.0
-        self._publish(step, desired)
+        self._publish(step, checked, again)
         return True
 
-    def _desired(self, published: Files) -> Files | None:
-        """Where to go from what is published; None where that is not known."""
+    def _desired(self, published: Files) -> tuple[Files, Files] | None:
+        """What is desired, and what of it is allowed after NACKs; None where it is not known."""
         if self._wanted is None:
             self._wanted = self.sources.compose(published)
         if not self._wanted.complete:
@@ -4926,15 +4986,16 @@ class Loop:
         files, unfit = self.output.fitting(self._wanted.files)
         self._note("unfit", unfit)
         files = with_needed(files, published, functools.partial(is_read, self.known))
-        self._note("gone", [f"{path}: its source is gone, and Envoy reads it: its last bytes stay "
-                            "published" for path in files if path not in self._wanted.files])
+        self._note("gone", [f"{path}: its source is gone; its last bytes stay, for Envoy or "
+                            "another file needs it" for path in files
+                            if path not in self._wanted.files])
         checked = self._checked(files, published)
         if checked is None:
             return None
         self.known = retried(self.known, checked, published)
         desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
         self._note("nacked", notes)
-        return desired
+        return checked, desired
 
     def _opens_at(self, step: Step, now: float) -> float:
         """When references or removals may be published (monotonic).
@@ -4952,20 +5013,20 @@ class Loop:
         if not unjudged(self.known, self.output.published, step.name):
             return pause if self.options.step_delay is not None else now
         if self._silent_since:
-            return self._silent_since + SILENT_BOUND
+            return max(pause, self._silent_since + SILENT_BOUND)
         return pause
 
-    def _publish(self, step: Step, desired: Files) -> None:
+    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, ask Envoy about it, then tidy up."""
         before, files = self.output.published, step.files
-        moved = moved_paths(before, files)
+        moved = [*moved_paths(before, files), *again]
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
-            paths = self.output.publish(files)
+            paths = self.output.publish(files, again)
         finally:
-            if self.output.published is not before:
-                self.known = after_publication(self.known, before, files, desired)
+            if self.output.published is not before or again:
+                self.known = after_publication(self.known, before, files, desired, again)
         now, self._switched_at = time.monotonic(), time.time()
         took, self._published_at = now - self._event_at, now
         if awaited & CHILD_KINDS:
@@ -4981,8 +5042,9 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         }
-        if self._link in ("meet", "silent"):
-            patience = ASK_BOUND[self._link == "meet" and not self._silent_since]
+        silent = bool(self._silent_since)
+        if self._link == "meet" or (silent and now < self._silent_since + SILENT_BOUND):
+            patience = ASK_BOUND[not silent]
             self._asked = Asked(tuple(moved), fields, now, now + patience)
             self._ask()
         else:
@@ -5052,17 +5114,15 @@ class Loop:
         self._tell_nacks(outcome.nacks)
         if outcome.mixed:
             self.output.notify_again(outcome.mixed)
-        if look.hidden:
-            self._note("hidden", [f"what Envoy makes of {path} stays unknown: {look.hidden}"
-                                  for path, file in files.items()
-                                  if file.kind and path not in self.known.states])
+        self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
+                              f"unknown: {look.hidden}"] if outcome.hidden else [])
         if look.live and not self._started:
-            self._started = bool(look.hidden) or all(
-                self.known.states.get(path) in (ACKED, UNREAD) for path, file in files.items()
-                if file.kind in ("cds", "lds", "rds"))
+            self._started = all(
+                self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+                for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self._asked is not None and not waiting:
-            self._end_asking("")
+        if self._asked is not None and (outcome.nacks or not waiting):
+            self._end_asking("")  # a rollback does not wait for the other files
         if outcome.acks or outcome.nacks:
             self._remember()
         self._plan_look(now, waiting)
@@ -5104,9 +5164,9 @@ class Loop:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
         ack = "no" if NACKED in states else ack
-        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
-                 **({"unread": shortened(unread)} if unread else {}))
+        unread = sorted(each for each in asked.moved if self.known.states.get(each) == UNREAD)
+        more = {"unread": shortened(unread)} if unread else {}
+        log.info("published", **asked.fields, **more, ack=ack, ack_ms=round(took * 1000, 1))
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""
