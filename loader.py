@@ -1305,7 +1305,7 @@ RULES: dict[str, Callable[[Json], object]] = {
 }
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
 # keys ("*": any other; "": a rule for the whole).
-PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
 PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
         "node_name": "true"}
 MATCH = {"": "something to match (what is for every cluster belongs into base)",
@@ -1342,7 +1342,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
+            if rule is None:
                 raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
         expected = schema.get("", "")
