@@ -41,7 +41,6 @@ import http.client
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -56,7 +55,7 @@ import time
 import urllib.parse
 import zlib
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -274,6 +273,18 @@ class Query(NamedTuple):
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
 
 
+def text_at(item: Mapping[str, Json], *path: str) -> str:
+    """The text at a path of names in an API object; "" for whatever else is there."""
+    value: Json = item
+    for name in path:
+        value = json_object(value).get(name)
+    return value if isinstance(value, str) else ""
+
+
+def object_key(item: Mapping[str, Json]) -> Key:
+    return text_at(item, "metadata", "namespace"), text_at(item, "metadata", "name")
+
+
 class ApiError(LoaderError):
     """The API server answered, and not with what was asked for."""
 
@@ -321,15 +332,16 @@ class Api:
             except ValueError:
                 text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
                 raise ApiError(200, f"{text}; is it an API server?") from None
-            items, metadata = answer.pop("items", 0), json_object(answer.get("metadata"))
+            items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
                 raise ApiError(200, text)
-            while items:  # (None: Go's JSON writes an empty slice as null)
-                keep(json_object(items.pop()))  # each is let go before the next page is read
-            page["continue"] = str(metadata.get("continue") or "")
+            for item in items or ():  # Go's JSON writes an empty slice as null
+                keep(json_object(item))
+            del items  # before the next page is read
+            page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
-                return str(metadata.get("resourceVersion") or "")
+                return text_at(answer, "metadata", "resourceVersion")
         raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
@@ -395,7 +407,8 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            raise Cut(f"watch {query}: cut or silent ({self._quoted(why(error))})") from error
+            reason = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({reason})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
@@ -410,7 +423,7 @@ class Api:
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
             if item.get("reason") in ("Expired", "Gone"):
                 status = 410
-            raise self._error(query, "watch", status, item.get("message"))
+            raise self._error(query, "watch", status, text_at(item, "message"))
         return kind, item
 
     def _ask(
@@ -433,7 +446,7 @@ class Api:
             return response, b"" if verb == "watch" else body_of(response, LIST_BYTES)
         except BROKEN as error:
             self.close()
-            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(why(error))}"
+            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(str(error), why(error))}"
             raise Cut(f"{text}; check --apiserver and --ca-file") from error
         finally:
             timer.cancel()
@@ -463,18 +476,18 @@ class Api:
             body = b""
             self.close()
         try:
-            message = json_object(parse_json(body)).get("message")
+            message = text_at(json_object(parse_json(body)), "message")
         except ValueError:
             message = body.decode("utf-8", "replace")
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
-            message = f"redirect to {where} rejected; correct --apiserver"
+            message = f"redirects are not followed: correct --apiserver ({where})"
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
 
     def _error(
-        self, query: Query, verb: str, status: int, message: object, retry_after: float = 0.0
+        self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
     ) -> ApiError:
         access, resource = self._access, query.resource.name
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
@@ -484,12 +497,12 @@ class Api:
             403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
         }.get(status, "")
-        text = f"{verb} {query}: {status} {self._quoted(str(message or ''))}".rstrip()
+        text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
         return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
 
-    def _quoted(self, text: str) -> str:
-        """Foreign text as one line for the log. An error page may echo the request, token and all,
-        in a URL or in base64 too, where three alignments are possible."""
+    def _quoted(self, text: str, shown: str = "") -> str:
+        """Foreign text (or a line about it) for the log. An error page may echo the request, token
+        and all, in a URL or in base64 too, where three alignments are possible."""
         forms = {self._token}
         for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
             encoded = base64.b64encode(bytes(shift) + self._token.encode("latin-1")).decode()
@@ -498,7 +511,7 @@ class Api:
         seen = plain + plain.replace("-", "+").replace("_", "/")
         if any(form in seen for form in forms if form):
             return "[a text that quotes the token]"
-        return " ".join(text.split())[:500]
+        return shown or " ".join(text.split())[:500]
 
     # -- one connection ---------------------------------------------------------------------
 
@@ -598,11 +611,6 @@ ONE_TRY_SECONDS = 1.0
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
-def object_key(item: Mapping[str, Json]) -> Key:
-    metadata = json_object(item.get("metadata"))
-    return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
-
-
 def status_of(error: LoaderError) -> int:
     """The HTTP status of an error, 0 for one that is not an answer."""
     return error.status if isinstance(error, ApiError) else 0
@@ -643,7 +651,7 @@ class Reflector(threading.Thread):
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version = ""
         self._failures = 0
-        self._asked = threading.Event()  # by refresh()
+        self._asked = threading.Event()  # by refresh(): ends each wait
         self._watching: Api | None = None  # while a watch is open
         self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
 
@@ -659,6 +667,7 @@ class Reflector(threading.Thread):
                 self._watching.interrupt()
 
     def run(self) -> None:
+        """As a daemon thread it owns no disk, and needs nobody's word to stop."""
         if self._mode == "watch" and isinstance(self._client, Api):
             self._watch(self._client)
         else:
@@ -682,7 +691,7 @@ class Reflector(threading.Thread):
                     self.failed = True
                     self._wake("trouble", time.monotonic())
                     return
-            self._pause(delay)
+            self._asked.wait(delay)
 
     def _watch(self, api: Api) -> None:
         """List, then watch from there; resume a watch that ended, list again where only that
@@ -703,7 +712,7 @@ class Reflector(threading.Thread):
             except Expired as error:
                 log.debug("%s", error)
                 self._forget("expired")
-                self._pause(self._delay() if rejections else 0.0)
+                self._asked.wait(self._delay() if rejections else 0.0)
                 rejections += 1
             except LoaderError as error:
                 if self._asked.is_set():
@@ -713,7 +722,7 @@ class Reflector(threading.Thread):
                 rejections = rejections + 1 if status else 0
                 if rejections >= RELIST_AFTER:
                     self._forget("rejected")
-                self._pause(self._failure(error))
+                self._asked.wait(self._failure(error))
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -738,11 +747,12 @@ class Reflector(threading.Thread):
             if error.status != 404 or not self._optional or self.synced:
                 raise
             log.info("%s: not available here (%s)", self.query, error)
-            objects, bad, version, self.absent = {}, {}, "", True
+            objects, bad, version = {}, {}, ""
+            self.absent = True
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version = objects, bad, version
         self.synced = True
-        log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
             self._wake("objects", time.monotonic())
@@ -761,32 +771,28 @@ class Reflector(threading.Thread):
             if value is not None:
                 objects[key] = value
 
-        version = self._client.list(self.query, limit, keep)
-        return objects, bad, version
+        return objects, bad, self._client.list(self.query, limit, keep)
 
     def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
         old = self._objects.get(key)
         try:
             value = self._parse(item)
-        except ValueError as error:
+            return old if value == old else value
+        except (ValueError, RecursionError) as error:
             name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
             bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
             return old
-        return old if value == old else value
 
     def _follow(self, api: Api) -> bool:
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
         began = last = time.monotonic()
-        log.debug("watching %s from %s", self.query, self._version)
+        log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
         self._watching = api
         try:
-            while not self._asked.is_set():
-                event = next(events, None)
-                if event is None:
-                    break
+            while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event, last)
         finally:
@@ -799,14 +805,13 @@ class Reflector(threading.Thread):
         log.debug("watch of %s ended after %.0f s", self.query, now - began)
         metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
         if now - began < WATCH_SHORT:
-            self._pause(self._delay())
+            self._asked.wait(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
     def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
-        metadata = json_object(item.get("metadata"))
-        self._version = str(metadata.get("resourceVersion") or self._version)
-        if kind in ("ADDED", "MODIFIED", "DELETED"):
+        self._version = text_at(item, "metadata", "resourceVersion") or self._version
+        if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
             old = self._objects.get(key)
             bad = {other: text for other, text in self.bad.items() if other != key}
@@ -818,8 +823,6 @@ class Reflector(threading.Thread):
                 else:
                     self._objects[key] = value
                 self._wake("objects", now)
-        elif kind != "BOOKMARK":
-            log.debug("watch of %s: event of unknown type %s", self.query, kind)
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _recovered(self) -> None:
@@ -837,7 +840,6 @@ class Reflector(threading.Thread):
         self.trouble = str(error)
         if self._mode != "once":  # there the error is the end, and is reported as such
             log.outage(self._topic, self.trouble)
-        log.debug("%s: next try in %.1f s", self.query, delay)
         self._wake("trouble", time.monotonic())
         return delay
 
@@ -853,11 +855,6 @@ class Reflector(threading.Thread):
             asked = self._asked.is_set()
             self._asked.clear()
             return asked
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, unless refresh() is called. Daemon threads need nothing else to stop: they own no
-        disk."""
-        self._asked.wait(seconds)
 
 
 # -- --from-file ------------------------------------------------------------------------------
@@ -1034,9 +1031,8 @@ class ServicePort(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A Service. `external_name` is None unless its type is ExternalName.
-
-    `family` is its first one. Of annotations that cannot be ours only the names are kept.
+    """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
+    one. Of annotations that cannot be ours only the names are kept.
     """
 
     namespace: str
@@ -1048,9 +1044,6 @@ class Service(NamedTuple):
     family: str
     labels: dict[str, str]
     annotations: dict[str, str]
-
-    def __str__(self) -> str:
-        return f"service {self.namespace}/{self.name}"
 
 
 class Endpoint(NamedTuple):
@@ -1118,7 +1111,7 @@ def port_number(parent: Json, key: str) -> int:
     """A port, 0 where there is none."""
     number: int = member(parent, key, int)
     if not 0 <= number <= 65535:
-        raise ValueError(f"{key}: a port is between 1 and 65535, not {number:.6g}")
+        raise ValueError(f"{key}: a port is between 1 and 65535")
     return number
 
 
@@ -1133,21 +1126,19 @@ def dns_label(parent: Json, key: str) -> str:
 def service_from(obj: Json) -> Service:
     """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
-    families = member(spec, "ipFamilies", list)
     annotations = text_map(metadata, "annotations")
     for name in annotations:
         if name.rpartition("/")[2] not in ROUTE_ANNOTATIONS:
             annotations[name] = ""
+    external = member(spec, "type", str) == "ExternalName"
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
-        created=member(metadata, "creationTimestamp", str) or "~",  # to come: the youngest
+        created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(service_port_from(port) for port in member(spec, "ports", list)),
         headless=member(spec, "clusterIP", str) == "None",
-        external_name=member(spec, "externalName", str)
-        if member(spec, "type", str) == "ExternalName"
-        else None,
-        family=IPV6 if families[:1] == ["IPv6"] else IPV4,
+        external_name=member(spec, "externalName", str) if external else None,
+        family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
         labels=text_map(metadata, "labels"),
         annotations=annotations,
     )
@@ -1157,39 +1148,30 @@ def service_port_from(port: Json) -> ServicePort:
     number = port_number(port, "port")
     if not number:
         raise ValueError("port: a Service port needs a number")
-    by_name = type(port.get("targetPort")) is str
-    return ServicePort(
-        dns_label(port, "name") if port.get("name") else "",
-        number,
-        member(port, "protocol", str) or "TCP",
-        member(port, "appProtocol", str),
-        (member(port, "targetPort", str) if by_name else port_number(port, "targetPort")) or number,
-    )
+    name = dns_label(port, "name") if port.get("name") else ""
+    target = port.get("targetPort")
+    if type(target) is not str:
+        target = port_number(port, "targetPort")
+    protocol = member(port, "protocol", str) or "TCP"
+    return ServicePort(name, number, protocol, member(port, "appProtocol", str), target or number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
-    metadata = member(obj, "metadata", dict)
-    family = member(obj, "addressType", str).lower()
+    metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in (IPV4, IPV6, FQDN):
         raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
+    ports = [(member(each, "name", str), port_number(each, "port"))
+             for each in member(obj, "ports", list)]
     return EndpointSlice(
         namespace=member(metadata, "namespace", str),
         name=member(metadata, "name", str),
         service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
-        ports=slice_ports_from(obj),
-        endpoints=tuple(
-            endpoint
-            for item in member(obj, "endpoints", list)
-            for endpoint in endpoint_from(item, family)
-        ),
+        ports=tuple(ports),
+        endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
+                        for endpoint in endpoint_from(item, family)),
     )
-
-
-def slice_ports_from(obj: Json) -> tuple[tuple[str, int], ...]:
-    ports = member(obj, "ports", list)
-    return tuple((member(port, "name", str), port_number(port, "port")) for port in ports)
 
 
 def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
@@ -1204,41 +1186,30 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     zones = tuple(member(zone, "name", str) for zone in hints)
     zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
-        yield Endpoint(checked_address(address, family), state, zone, node, zones)
-
-
-def checked_address(address: Json, family: str) -> str:
-    """The address itself, if Envoy can parse it: one that it cannot costs it the whole file."""
-    try:
-        if family != FQDN:
-            socket.inet_pton(SOCKET_FAMILIES[family], address)
-        return str(address)
-    except (OSError, TypeError, ValueError):
-        text = str(address)[:60]
-        raise ValueError(f"addresses: not an {family} address: {text!a}") from None
+        try:  # one that Envoy cannot parse would cost it the whole file
+            if family != FQDN:
+                socket.inet_pton(SOCKET_FAMILIES[family], address)
+        except (OSError, TypeError, ValueError):
+            text = str(address)[:60]
+            raise ValueError(f"addresses: not an {family} address: {text!a}") from None
+        yield Endpoint(str(address), state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
-    """A legacy v1 Endpoints object as slices: one for each subset and family in it."""
+    """A legacy v1 Endpoints object as slices: for each subset one of each family."""
     metadata = member(obj, "metadata", dict)
-    namespace, name = member(metadata, "namespace", str), member(metadata, "name", str)
+    own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
     slices = []
-    for subset in member(obj, "subsets", list):
-        found: dict[str, list[Endpoint]] = {IPV4: [], IPV6: []}
-        for key, state in (("addresses", HEALTHY), ("notReadyAddresses", UNHEALTHY)):
-            for item in member(subset, key, list):
-                address = member(item, "ip", str)
-                family = IPV6 if ":" in address else IPV4
-                checked_address(address, family)
-                node = member(item, "nodeName", str)
-                found[family].append(Endpoint(address, state, "", node, ()))
-        ports = slice_ports_from(subset)
-        slices += [
-            EndpointSlice(namespace, name, name, family, ports, tuple(endpoints))
-            for family, endpoints in found.items()
-            if endpoints
-        ]
-    return tuple(slices) or (EndpointSlice(namespace, name, name, IPV4, (), ()),)
+    for subset in member(obj, "subsets", list) or [{}]:
+        items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
+                  "conditions": {"ready": ready}}
+                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                 for item in member(subset, key, list)]
+        for family, colon in (("IPv4", False), ("IPv6", True)):
+            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
+            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
+            slices.append(endpointslice_from({**raw, "addressType": family}))
+    return tuple(slices)
 
 
 def node_from(obj: Json) -> Node:
@@ -1253,21 +1224,20 @@ def node_from(obj: Json) -> Node:
 
 # The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
 # misspelled; a test compares them with the protobuf descriptor.
-CLUSTER_FIELDS = frozenset(
-    """alt_stat_name circuit_breakers cleanup_interval close_connections_on_host_health_failure
-    common_http_protocol_options common_lb_config connect_timeout
-    connection_pool_per_downstream_connection dns_failure_refresh_rate dns_jitter dns_lookup_family
-    dns_refresh_rate dns_resolution_config dns_resolvers filters health_checks
-    http2_protocol_options http_protocol_options ignore_health_on_host_removal lb_policy lb_subset_config
+CLUSTER_FIELDS = frozenset("""
+    alt_stat_name circuit_breakers cleanup_interval close_connections_on_host_health_failure
+    common_http_protocol_options common_lb_config connect_timeout dns_failure_refresh_rate
+    connection_pool_per_downstream_connection dns_jitter dns_lookup_family dns_refresh_rate
+    dns_resolution_config dns_resolvers filters health_checks http2_protocol_options
+    http_protocol_options ignore_health_on_host_removal lb_policy lb_subset_config
     least_request_lb_config load_balancing_policy lrs_report_endpoint_metrics lrs_server
     maglev_lb_config max_requests_per_connection metadata original_dst_lb_config outlier_detection
     per_connection_buffer_limit_bytes preconnect_policy protocol_selection respect_dns_ttl
     ring_hash_lb_config round_robin_lb_config track_cluster_stats track_timeout_budgets
-    transport_socket transport_socket_matcher transport_socket_matches
-    typed_dns_resolver_config typed_extension_protocol_options upstream_bind_config upstream_config
+    transport_socket transport_socket_matcher transport_socket_matches typed_dns_resolver_config
+    typed_extension_protocol_options upstream_bind_config upstream_config
     upstream_connection_options upstream_http_protocol_options use_tcp_for_dns_lookups
-    wait_for_warm_on_init""".split()
-)
+    wait_for_warm_on_init""".split())
 # The loader's own fields, and what to use instead.
 OWN_FIELDS = {
     "name": "use cluster.name, a template",
@@ -1276,8 +1246,9 @@ OWN_FIELDS = {
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
-DNS_NAME = r"(?ia)(?!.*(?:\.\.|[.-]\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
-CONFIG_DEPTH = 64  # of a value in `base` or `merge`; protobuf's JSON ends at 100
+DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
+CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
 class Config(NamedTuple):
@@ -1308,81 +1279,64 @@ def is_dns_name(value: Json) -> bool:
     return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
 
 
-def is_template(value: Json) -> bool:
-    """A name for clusters, made of at least one of {namespace}, {service} and {port}."""
-    rest, found = re.subn(r"\{(namespace|service|port)\}", "", value if is_text(value) else "")
-    return found > 0 and "{" not in rest and "}" not in rest
+def depth_of(value: Json) -> int:
+    items = value.values() if type(value) is dict else value if type(value) is list else ()
+    return 1 + max(map(depth_of, items), default=0)
 
 
-# What a value must be, as data: an object with these keys ("*": any other; "": a rule for the
-# whole), a list of such items, (either an object, or a list), a rule (test, what is expected), and
-# () for any JSON.
-TEXT = (is_text, "a string expected")
-HOST = (is_dns_name, "a DNS name expected")
-FLAG = (lambda value: type(value) is bool, "true or false expected")
-TRUE = (lambda value: value is True, "true expected; leave it out instead")
-FIELDS: dict[str, Json] = {
-    **dict.fromkeys(CLUSTER_FIELDS, ()),
-    **{name: (lambda _: False, f"the loader's own: {use}") for name, use in OWN_FIELDS.items()},
+def is_json(value: Json) -> bool:
+    """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return depth_of(value) <= CONFIG_DEPTH
+    except (ValueError, RecursionError):
+        return False
+
+
+ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
+# What is expected where, and how to tell.
+RULES: dict[str, Callable[[Json], object]] = {
+    "a string": is_text,
+    "a DNS name": is_dns_name,
+    "a string with {namespace}, {service} or {port}": lambda value: (
+        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
+    "an absolute path": lambda value: is_text(value) and value.startswith("/"),
+    "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
+    "true or false": lambda value: type(value) is bool,
+    "true": lambda value: value is True,
+    "a zone, true or false": lambda value: type(value) is bool or is_text(value),
+    '"strict_dns" or "logical_dns"': lambda value: value in ("strict_dns", "logical_dns"),
+    'a list of "ipv4", "ipv6" or both': lambda value: value in (
+        [IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
+    ENVOY_JSON: is_json,
+    "one of label, literal and node_name": lambda value: len(value) == 1,
+    "something to match (what is for every cluster belongs into base)": lambda value: (
+        value and value.get("labels") != {}),
+    "match, and one of merge and suppress": lambda value: (
+        value.get("match") and ("merge" in value) != ("suppress" in value)),
 }
-PART = {
-    "": (lambda value: len(value) == 1, "one of label, literal and node_name expected"),
-    "label": TEXT,
-    "literal": TEXT,
-    "node_name": TRUE,
-}
-MATCH = {
-    "": (
-        lambda value: value and value.get("labels") != {},
-        "what should match? What is for every cluster belongs into base",
-    ),
-    "cluster_name": TEXT,
-    "labels": {"*": TEXT},
-    "namespace": TEXT,
-    "port_name": TEXT,
-}
-OVERRIDE = {
-    "": (
-        lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
-        "match, and one of merge and suppress expected",
-    ),
-    "match": (MATCH, [MATCH]),
-    "merge": FIELDS,
-    "suppress": TRUE,
-}
+# The schema: a rule, a list of items, (either this object, or that list), or an object with these
+# keys ("*": any other; "": a rule for the whole).
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
+        "node_name": "true"}
+MATCH = {"": "something to match (what is for every cluster belongs into base)",
+         "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
+         "port_name": "a string"}
+OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
+            "merge": PATCH_FIELDS, "suppress": "true"}
 SCHEMA = {
-    "cluster": {
-        "base": FIELDS,
-        "name": (is_template, "a string with {namespace}, {service} or {port} expected"),
-        "overrides": [OVERRIDE],
-        "trusted_ca": (
-            lambda value: is_text(value) and value.startswith("/"),
-            "an absolute path expected",
-        ),
-    },
-    "cluster_domain": HOST,
-    "endpoint": {
-        "eds_budget": (
-            lambda value: type(value) is int and value >= 0,
-            "a whole number of EDS files expected",
-        ),
-        "external_name": (
-            lambda value: value in ("strict_dns", "logical_dns"),
-            '"strict_dns" or "logical_dns" expected',
-        ),
-        "families": (
-            lambda value: value in ([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-            'a list of "ipv4", "ipv6" or both expected',
-        ),
-        "include_not_ready": FLAG,
-        "locality": {"region": PART, "sub_zone": PART, "zone": PART},
-        "prefer_zone": (
-            lambda value: type(value) is bool or is_text(value),
-            "a zone, true or false expected",
-        ),
-    },
-    "route": {"annotation_prefix": HOST, "name": TEXT, "suffix": HOST},
-}
+    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
+                "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
+    "cluster_domain": "a DNS name",
+    "endpoint": {"eds_budget": "a whole number of EDS files",
+                 "external_name": '"strict_dns" or "logical_dns"',
+                 "families": 'a list of "ipv4", "ipv6" or both',
+                 "include_not_ready": "true or false",
+                 "locality": {"region": PART, "sub_zone": PART, "zone": PART},
+                 "prefer_zone": "a zone, true or false"},
+    "route": {"annotation_prefix": "a DNS name", "name": "a string", "suffix": "a DNS name"},
+}  # fmt: skip
 
 
 def config_error(path: str, what: str) -> UsageError:
@@ -1391,50 +1345,36 @@ def config_error(path: str, what: str) -> UsageError:
 
 def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
+    if type(schema) is tuple:
+        schema = schema[type(value) is list]
+    expected = schema
     if type(schema) is dict:
         if type(value) is not dict:
             raise config_error(path, "an object expected")
         for key, item in value.items():
-            rule = schema.get(key, schema.get("*")) if key else None
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
-            if rule is None:
-                raise config_error(where, unknown_key(key, schema))
+            rule = schema.get(key, schema.get("*")) if key else None
+            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
+                raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
-        if "" in schema and not schema[""][0](value):
-            raise config_error(path, schema[""][1])
+        expected = schema.get("", "")
     elif type(schema) is list:
         if type(value) is not list:
             raise config_error(path, "a list expected")
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
-    elif not schema:
-        config_json(value, path, CONFIG_DEPTH)
-    elif type(schema[0]) is dict:
-        config_check(value, schema[type(value) is list], path)
-    elif not schema[0](value):
-        raise config_error(path, schema[1])
+        return
+    if expected and not RULES[expected](value):
+        raise config_error(path, f"{expected} expected")
 
 
-def unknown_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not FIELDS:
+def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
+    if schema is not PATCH_FIELDS:
         return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
+    if key in OWN_FIELDS:
+        return f"the loader's own: {OWN_FIELDS[key]}"
     snake = re.sub("([A-Z])", lambda match: "_" + match[1].lower(), key)
-    hint = f": write {snake}" if snake in schema else ""
-    return f"not a field of Envoy's Cluster{hint}"
-
-
-def config_json(value: Json, path: str, depth: int) -> None:
-    """What Envoy reads must be JSON: no NaN, no lone surrogates, and not too deep."""
-    if not depth:
-        raise config_error(path[:80], f"nested more than {CONFIG_DEPTH} deep")
-    if type(value) in (dict, list):
-        for key, item in value.items() if type(value) is dict else enumerate(value):
-            config_json(key, path, depth)
-            config_json(item, f"{path}[{key}]" if type(key) is int else f"{path}.{key}", depth - 1)
-    elif type(value) is float and not math.isfinite(value):
-        raise config_error(path, "a finite number expected")
-    elif type(value) is str and re.search(SURROGATES, value):
-        raise config_error(path, f"not a Unicode text: {value[:60]!a}")
+    return "not a field of Envoy's Cluster" + (f": write {snake}" if snake in schema else "")
 
 
 def config_from(document: Json) -> Config:
@@ -1458,13 +1398,13 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
+def by_node_label(config: Config) -> bool:
+    return any("label" in source for source in config.locality.values())
+
+
 def needs_nodes(config: Config) -> bool:
     """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
     return config.prefer_zone is True or by_node_label(config)
-
-
-def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.locality.values())
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1475,13 +1415,13 @@ def merge(into: Json, more: Json) -> Json:
         return into + more
     if type(more) is not dict:
         return more
-    if type(into) is not dict or into.get("@type") != more.get("@type", into.get("@type")):
+    if type(into) is not dict:
         into = {}
-    merged = dict(into)
+    if "@type" in into and into["@type"] != more.get("@type", into["@type"]):
+        into = {}
+    merged = {key: value for key, value in into.items() if more.get(key, "") is not None}
     for key, value in more.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
+        if value is not None:
             merged[key] = merge(merged.get(key), value)
     return merged
 
@@ -1503,75 +1443,41 @@ EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 # a file that Envoy reads on its main thread.
 PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
-PREFIX_LENGTH = 255
-ANNOTATION_LENGTH = 10_000
+PREFIX_LENGTH, ANNOTATION_LENGTH = 255, 10_000
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
-PROBLEMS_MOST = 5  # in the one line of a Service
+NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
 # What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
-# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f.1, 2130706433).
-LOCAL_NAME = (
-    r"(.*\.)?(localhost|localhost\.localdomain|ip6-localhost|ip6-loopback|[0-9]+|0x[0-9a-f]*)"
-)
-
-HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
+# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
+LOCAL_NAME = r"(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
 # What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
+HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
 ROUTE_HOST = rf"\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*"
 ROUTE_PREFIX = r"/(?:(?![?#])[!-~])*"
 GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
-
-class Protocol(NamedTuple):
-    """How Envoy speaks upstream. `http`: a port that routes may go to without being named."""
-
-    http2: bool = False
-    tls: bool = False
-    http: bool = True
-
-
-HTTP1, HTTP2 = Protocol(), Protocol(http2=True)
-HTTPS, HTTP2_TLS = Protocol(tls=True), Protocol(http2=True, tls=True)
-PLAIN_TCP = Protocol(http=False)
-APP_PROTOCOLS = {
-    "http": HTTP1,
-    "http2": HTTP2,
-    "h2c": HTTP2,
-    "https": HTTPS,
-    "grpc": HTTP2,
-    "grpcs": HTTP2_TLS,
-    "kubernetes.io/h2c": HTTP2,
-    "kubernetes.io/ws": HTTP1,
-    "kubernetes.io/wss": HTTPS,
-}
-PORT_NAMES = {
-    "http": HTTP1,
-    "http2": HTTP2,
-    "h2c": HTTP2,
-    "grpc": HTTP2,
-    "https": HTTPS,
-    "tls": Protocol(tls=True, http=False),
-    "httptls": HTTPS,
-    "grpctls": HTTP2_TLS,
-    "grpcs": HTTP2_TLS,
-}
+# How Envoy speaks upstream to a port of an appProtocol, or of a name (up to its first dash).
+HTTP2_PORTS = frozenset(("http2", "h2c", "grpc", "grpcs", "grpctls", "kubernetes.io/h2c"))
+TLS_PORTS = frozenset(("https", "tls", "httptls", "grpcs", "grpctls", "kubernetes.io/wss"))
+HTTP_PORTS = (HTTP2_PORTS | TLS_PORTS | {"http", "kubernetes.io/ws"}) - {"tls"}
+ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name alone
 
 
 class Cluster(NamedTuple):
     """One cluster to be: everything that does not depend on endpoints.
 
-    `stem` names its EDS file. With `mode` DNS, `host` is what DNS is asked for, and `number` the
-    port there; 0 is a target port that only the slices know.
+    `stem` names its EDS file. `host` is what DNS is asked for, and `number` the port there (0: a
+    target port that only the slices know); empty where the endpoints come from slices.
     """
 
     name: str
     stem: str
     port: ServicePort
     families: Sequence[str]
+    host: str
+    number: int
     options: Mapping[str, Json]
-    mode: str = ""
-    host: str = ""
-    number: int = 0
 
 
 class Route(NamedTuple):
@@ -1580,7 +1486,7 @@ class Route(NamedTuple):
     namespace: str
     name: str
     created: str
-    hosts: Sequence[str] = ()
+    hosts: Sequence[str]
     prefixes: Sequence[str] = ()
     weight: int | None = None
     cluster: str = ""
@@ -1594,38 +1500,41 @@ class ServicePlan(NamedTuple):
     problems: tuple[str, ...]
 
 
-def warning_line(subject: object, problems: Sequence[str]) -> str:
-    """One line for one object, whatever is wrong with it."""
-    more = len(problems) - PROBLEMS_MOST
-    shown = "; ".join(problems[:PROBLEMS_MOST])
-    return f"{subject}: {shown}" + (f"; and {more} more" if more > 0 else "")
+def warning_line(key: Key, problems: Sequence[str]) -> str:
+    """One line for one Service, whatever is wrong with it."""
+    line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
+    return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
 
 
-# -- clusters ----------------------------------------------------------------------------------
+def first_of(items: Sequence[str]) -> str:
+    """The first of some texts that somebody else wrote, and how many there are."""
+    return f"{items[0][:60]!a}" + (f" and {len(items) - 1} more" if items[1:] else "")
+
+
+def present(**members: Json) -> dict[str, Json]:
+    """The members that are not empty."""
+    return {name: value for name, value in members.items() if value}
 
 
 def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
     """Plan one Service; what cannot be rendered is left out and named."""
+    problems: list[str] = []
     clusters: list[Cluster] = []
-    problems = []
-    ports = service.ports
-    if not ports:
+    if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif wrong := external_problem(service, config):
-        problems, ports = [wrong], ()
-    if len(ports) > PORTS_MOST:
-        problems.append(f"has {len(ports)} ports, and only the first {PORTS_MOST} become clusters")
-    for port in ports[:PORTS_MOST]:
-        if port.protocol not in ("TCP", "UDP"):
-            speaks = f"Envoy does not support {port.protocol[:20]!a}"
-            problems.append(f"port {port.label} is left out: {speaks}")
-        elif cluster := plan_cluster(service, port, config, endpoints):
-            clusters.append(cluster)
-    if any(one.host and service.external_name is None for one in clusters) and not service.headless:
-        problems.append(
-            "has one clusterIP, so with --endpoints dns kube-proxy balances, not Envoy: make it "
-            "headless (clusterIP: None)"
-        )
+    elif problem := external_problem(service, config):
+        problems.append(f"is left out: {problem}")
+    else:
+        known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
+        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
+            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
+        if len(known) > PORTS_MOST:
+            problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
+        found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
+        clusters = [cluster for cluster in found if cluster]
+        if endpoints == DNS and clusters and not service.headless and service.external_name is None:
+            problems.append("kube-proxy balances behind its one clusterIP, where --endpoints dns "
+                            "needs a headless Service (clusterIP: None)")
     route = route_of(service, clusters, config, problems)
     return ServicePlan(tuple(clusters), route, tuple(problems))
 
@@ -1634,60 +1543,48 @@ def external_problem(service: Service, config: Config) -> str:
     """Why an ExternalName is not rendered; "" if it is, or if the Service has none."""
     if service.external_name is None:
         return ""
-    if not config.external_name:
-        return "is left out: ExternalName needs endpoint.external_name in --config"
     name = service.external_name.removesuffix(".")
-    if not is_dns_name(name):
-        return f"is left out: externalName is not a DNS name: {name[:60]!a}"
-    if re.fullmatch(LOCAL_NAME, name.lower()):
-        return f"is left out: externalName is an IP address or localhost: {name}"
+    if not config.external_name:
+        return "ExternalName needs endpoint.external_name in --config"
+    if not is_dns_name(name) or re.fullmatch(LOCAL_NAME, name.lower()):
+        return f"externalName is not a DNS name, or local: {name[:60]!a}"
     return ""
 
 
-def plan_cluster(
-    service: Service, port: ServicePort, config: Config, endpoints: str
-) -> Cluster | None:
+def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
+                 ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    name = cluster_name(config.cluster_name, service, port)
-    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
-    merges, by_name = [], False
+    facts = {"cluster_name": cluster_name(config.cluster_name, service, port),
+             "namespace": service.namespace, "port_name": port.label}
+    overrides, by_name = [], False
     for override in config.cluster_overrides:
-        given = override["match"]
-        matches = [
-            match
-            for match in (given if type(given) is list else [given])
-            if match.get("labels", {}).items() <= service.labels.items()
-            and all(match.get(key, fact) == fact for key, fact in facts.items())
-        ]
-        by_name = by_name or any("cluster_name" in match for match in matches)
-        if matches:
-            merges.append(override)
-    if any("suppress" in override for override in merges):
-        return None
-    if (service.namespace, service.name) == API_SERVER and not by_name:
+        match = override["match"]
+        matches = [one for one in (match if type(match) is list else [match])
+                   if one.get("labels", {}).items() <= service.labels.items()
+                   and all(one.get(key, fact) == fact for key, fact in facts.items())]
+        by_name = by_name or any("cluster_name" in one for one in matches)
+        overrides += [override] if matches else []
+    api_server = (service.namespace, service.name) == API_SERVER
+    if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
     families = config.families or (service.family,)
-    found = Cluster(name, f"{service.namespace}_{service.name}_{port.label}", port, families, {})
-    options: Json = {}
-    host = service_dns_name(service, config.cluster_domain)
+    host, number, kind = service_dns_name(service, config.cluster_domain), port.number, ""
     if service.external_name is not None:
-        host = service.external_name.removesuffix(".")
-        options["type"] = config.external_name.upper()
-        found = found._replace(mode=DNS, host=host, number=port.number)
+        host, kind = service.external_name.removesuffix("."), config.external_name.upper()
     elif endpoints == DNS:
-        target = port.target if type(port.target) is int else 0
-        options["type"] = "STRICT_DNS"
-        found = found._replace(
-            mode=DNS, host=host, number=target if service.headless else port.number
-        )
-    if found.mode == DNS:
-        only = {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
-        options["dns_lookup_family"] = only[families[0]] if len(families) == 1 else "ALL"
-    options = merge(options, config.cluster_base)
-    options = merge(options, protocol_options(protocol_of(port), host, config.trusted_ca))
-    for override in merges:
-        options = merge(options, override["merge"])
-    return found._replace(options=options)
+        kind = "STRICT_DNS"
+        if service.headless:
+            number = port.target if isinstance(port.target, int) else 0
+    both, only = len(families) > 1, {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
+    options: Json = {}
+    if kind:
+        options = {"type": kind, "dns_lookup_family": "ALL" if both else only[families[0]]}
+    patches = [protocol_options(port, host, config.trusted_ca)]
+    for patch in [config.cluster_base, *patches, *(override["merge"] for override in overrides)]:
+        options = merge(options, patch)
+    stem = f"{service.namespace}_{service.name}_{port.label}"
+    return Cluster(
+        facts["cluster_name"], stem, port, families, host if kind else "", number, options)
 
 
 def cluster_name(template: str, service: Service, port: ServicePort) -> str:
@@ -1700,64 +1597,52 @@ def service_dns_name(service: Service, domain: str) -> str:
     return f"{service.name}.{service.namespace}.svc.{domain}"
 
 
-def protocol_of(port: ServicePort) -> Protocol:
-    """appProtocol decides where there is one, else the port's name up to the first dash."""
+def protocol_of(port: ServicePort) -> str:
+    """The name of a port's protocol: its appProtocol, else its name up to the first dash."""
     if port.protocol != "TCP":
-        return PLAIN_TCP
-    if port.app_protocol:
-        return APP_PROTOCOLS.get(port.app_protocol.lower(), HTTP1)
-    return PORT_NAMES.get(port.name.partition("-")[0], PLAIN_TCP)
+        return ""
+    found = port.app_protocol.lower() or port.name.partition("-")[0]
+    unknown = found in ONLY_NAMES or found not in HTTP_PORTS
+    return "http" if port.app_protocol and unknown else found
 
 
-def protocol_options(protocol: Protocol, host: str, trusted_ca: str) -> dict[str, Json]:
+def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str, Json]:
     """HTTP/2 and TLS upstream, as a patch: what `base` says beside them stays."""
-    patch: dict[str, Json] = {}
-    if protocol.http2:
-        http = {"http_protocol_options": None, "http3_protocol_options": None}
-        patch["typed_extension_protocol_options"] = {
-            HTTP_OPTIONS: {
-                "@type": TYPE_PREFIX + HTTP_OPTIONS,
-                "auto_config": None,
-                "use_downstream_protocol_config": None,
-                "explicit_http_config": {**http, "http2_protocol_options": {}},
-            }
-        }
-    if protocol.tls:
-        context: dict[str, Json] = {"alpn_protocols": ["h2"]} if protocol.http2 else {}
-        context["validation_context"] = {
-            "trusted_ca": {"filename": trusted_ca},
-            "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": host}}],
-        }
+    protocol, patch = protocol_of(port), dict[str, Json]()
+    if protocol in HTTP2_PORTS:
+        patch["typed_extension_protocol_options"] = {HTTP_OPTIONS: {
+            "@type": TYPE_PREFIX + HTTP_OPTIONS,
+            "auto_config": None, "use_downstream_protocol_config": None,
+            "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
+                                     "http2_protocol_options": {}},
+        }}
+    if protocol in TLS_PORTS:
+        names = [{"san_type": "DNS", "matcher": {"exact": host}}]
+        validation = {"trusted_ca": {"filename": trusted_ca},
+                      "match_typed_subject_alt_names": names}
+        alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
-            "typed_config": {
-                "@type": UPSTREAM_TLS_TYPE,
-                "sni": host,
-                "common_tls_context": context,
-            },
+            "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
+                             "common_tls_context": {**alpn, "validation_context": validation}},
         }
     return patch
 
 
-def unique_clusters(
-    plans: Mapping[Key, ServicePlan], problems: Mapping[Key, list[str]]
-) -> dict[Key, tuple[Cluster, ...]]:
+def unique_clusters(plans: Mapping[Key, ServicePlan], problems: Mapping[Key, list[str]]
+                    ) -> dict[Key, list[Cluster]]:
     """Of two clusters of one name the first exists; Envoy would use the last, in silence."""
     owners: dict[str, Key] = {}
-    kept = {}
+    kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
     for key, plan in plans.items():
-        clusters = []
         for cluster in plan.clusters:
             if cluster.name in owners:
-                owner = "/".join(owners[cluster.name])
-                problems[key].append(
-                    f"port {cluster.port.label} is left out: "
-                    f"the cluster name {cluster.name} is that of service {owner}"
-                )
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owners[cluster.name])} has a cluster of the same "
+                                     f"name, {cluster.name}")
             else:
                 owners[cluster.name] = key
-                clusters.append(cluster)
-        kept[key] = tuple(clusters)
+                kept[key].append(cluster)
     return kept
 
 
@@ -1766,100 +1651,71 @@ def unique_clusters(
 Place = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
 
 
+class View(NamedTuple):
+    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
+
+    config: Config
+    zone: str | None
+    nodes: Mapping[str, Node]
+
+    def place(self, endpoint: Endpoint, hinted: bool) -> Place:
+        """Priority and locality. `hinted`: the topology hints of its Service count."""
+        node, sources = self.nodes.get(endpoint.node), self.config.locality
+        region = locality_part(sources.get("region"), "", endpoint.node, node)
+        zone = locality_part(sources.get("zone"), endpoint.zone, endpoint.node, node)
+        sub_zone = locality_part(sources.get("sub_zone"), "", endpoint.node, node)
+        near = self.zone in endpoint.hints if hinted and endpoint.hints else self.zone == zone
+        return 0 if near or self.zone is None else 1, (region, zone, sub_zone)
+
+
 def own_zone(config: Config, node_name: str, nodes: Mapping[str, Node]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
         return config.prefer_zone or None
     node = nodes.get(node_name)
     default = node.labels.get(TOPOLOGY_ZONE, "") if node else ""
-    return locality_part(config.locality.get("zone", {}), default, node_name, node) or None
+    return locality_part(config.locality.get("zone"), default, node_name, node) or None
 
 
-def locality_part(
-    source: Mapping[str, Json], default: str, node_name: str, node: Node | None
-) -> str:
+def locality_part(source: Json, default: str, node_name: str, node: Node | None) -> str:
+    if not source:
+        return default
     if "label" in source:
         return node.labels.get(source["label"], "") if node else ""
-    return node_name if "node_name" in source else str(source.get("literal", default))
+    return node_name if "node_name" in source else str(source["literal"])
 
 
-def nodes_of(
-    slices: Iterable[EndpointSlice], nodes: Mapping[str, Node]
-) -> dict[str, Node]:
-    """The Nodes of some endpoints."""
-    names = {endpoint.node for found in slices for endpoint in found.endpoints}
-    return {name: nodes[name] for name in names if name in nodes}
-
-
-class Placement:
-    """Where the endpoints of one Service are seen from here: localities and priorities.
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
+    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
 
     Hints count only if all ready endpoints have them: Kubernetes gives none to one that
     terminates, which must not take them from the others at every rolling update.
     """
-
-    def __init__(
-        self,
-        config: Config,
-        zone: str | None,
-        nodes: Mapping[str, Node],
-        slices: Sequence[EndpointSlice],
-        families: Sequence[str],
-    ) -> None:
-        ready = [
-            endpoint
-            for found in slices
-            if found.family in families
-            for endpoint in found.endpoints
-            if endpoint.state == HEALTHY
-        ]
-        self._config, self._zone, self._nodes = config, zone, nodes
-        self._hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
-        self._known: dict[tuple[str, str, tuple[str, ...]], Place] = {}
-
-    def of(self, endpoint: Endpoint) -> Place:
-        """The place of an endpoint, remembered: there are few."""
-        key = (endpoint.zone, endpoint.node, endpoint.hints)
-        if key not in self._known:
-            node = self._nodes.get(endpoint.node)
-            sources = self._config.locality
-            region, zone, sub_zone = (
-                locality_part(sources.get(part, {}), default, endpoint.node, node)
-                for part, default in (("region", ""), ("zone", endpoint.zone), ("sub_zone", ""))
-            )
-            hinted = self._hinted and endpoint.hints
-            near = self._zone in endpoint.hints if hinted else self._zone == zone
-            far = 0 if near or self._zone is None else 1
-            self._known[key] = (far, (region, zone, sub_zone))
-        return self._known[key]
-
-
-def assignment_of(
-    cluster: Cluster, slices: Iterable[EndpointSlice], placement: Placement, worst: int
-) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name."""
+    used = [found for found in slices if found.family in cluster.families]
+    ready = [each for found in used for each in found.endpoints if each.state == HEALTHY]
+    hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
+    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
     best: dict[tuple[int, bytes, int], tuple[int, Place, str]] = {}
-    for found in slices:
-        if found.family not in cluster.families:
-            continue
+    for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
-        for name, number in found.ports:
-            if name != cluster.port.name or not number:
-                continue
-            for endpoint in found.endpoints:
-                if endpoint.state <= worst:
-                    key = (rank, socket.inet_pton(family, endpoint.address), number)
-                    seen = (endpoint.state, placement.of(endpoint), endpoint.address)
+        numbers = {number for name, number in found.ports if number and name == cluster.port.name}
+        for endpoint in found.endpoints if numbers else ():
+            if endpoint.state <= worst:
+                packed = socket.inet_pton(family, endpoint.address)
+                seen = (endpoint.state, view.place(endpoint, hinted), endpoint.address)
+                for key in [(rank, packed, number) for number in numbers]:
                     best[key] = min(best.get(key, seen), seen)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
-    localities: dict[Place, list[Json]] = {}
-    for key in sorted(best):
-        state, (priority, locality), address = best[key]
-        localities.setdefault((priority - nearest, locality), []).append(
-            lb_endpoint(address, key[2], cluster.port.protocol, state)
-        )
-    endpoints = [locality_endpoints(place, localities[place]) for place in sorted(localities)]
-    return {"cluster_name": cluster.name, **({"endpoints": endpoints} if endpoints else {})}
+    groups: dict[Place, list[Json]] = {}
+    for (_, _, number), (state, place, address) in sorted(best.items()):
+        endpoint_there = lb_endpoint(address, number, cluster.port.protocol, state)
+        groups.setdefault(place, []).append(endpoint_there)
+    localities = []
+    for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
+        locality = present(region=region, zone=zone, sub_zone=sub_zone)
+        where = present(locality=locality, priority=priority - nearest)
+        localities.append({**where, "lb_endpoints": endpoints})
+    return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
@@ -1868,40 +1724,25 @@ def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[st
     numbers = {number for found in slices for key, number in found.ports if key == name and number}
     number = cluster.number or (numbers.pop() if len(numbers) == 1 else 0)
     endpoint = lb_endpoint(cluster.host, number, cluster.port.protocol, HEALTHY)
-    found = {"endpoints": [{"lb_endpoints": [endpoint]}]} if number else {}
-    return {"cluster_name": cluster.name, **found}
-
-
-def locality_endpoints(place: Place, endpoints: list[Json]) -> dict[str, Json]:
-    priority, parts = place
-    named = zip(("region", "zone", "sub_zone"), parts, strict=True)
-    locality = {name: value for name, value in named if value}
-    return {
-        **({"locality": locality} if locality else {}),
-        **({"priority": priority} if priority else {}),
-        "lb_endpoints": endpoints,
-    }
+    localities = [{"lb_endpoints": [endpoint]}] if number else []
+    return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def lb_endpoint(address: str, port: int, protocol: str, state: int) -> dict[str, Json]:
-    where: dict[str, Json] = {"address": address, "port_value": port}
-    if protocol == "UDP":
-        where = {"protocol": "UDP", **where}
-    endpoint: dict[str, Json] = {"endpoint": {"address": {"socket_address": where}}}
-    if state != HEALTHY:
-        endpoint["health_status"] = "DRAINING" if state == DRAINING else "UNHEALTHY"
-    return endpoint
+    where = {**present(protocol="UDP" if protocol == "UDP" else ""),
+             "address": address, "port_value": port}
+    health = {HEALTHY: "", DRAINING: "DRAINING", UNHEALTHY: "UNHEALTHY"}[state]
+    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=health)}
 
 
-def endpoint_problems(
-    clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
-) -> Iterator[str]:
+def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
+                      ) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
     if not slices:
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name[:253]!s} are left out"
+        where = f"endpoints of slice {found.name} are left out"
         if found.family == FQDN:
             yield f"{where}: host names, where Envoy needs addresses"
         elif not found.ports:
@@ -1910,76 +1751,59 @@ def endpoint_problems(
         for cluster in clusters:
             if cluster.port.name in numberless:
                 yield f"{where}: its port {cluster.port.label} has no number"
-    found_families = {found.family for found in used if found.family in SOCKET_FAMILIES}
-    if found_families and not found_families & set(clusters[0].families):
-        yield f"has only {min(found_families)} endpoints, which endpoint.families leaves out"
+    families = {found.family for found in used} - {FQDN}
+    if families and not families & set(clusters[0].families):
+        yield f"has only {min(families)} endpoints, which endpoint.families leaves out"
 
 
 # -- routes ------------------------------------------------------------------------------------
 
 
-def route_of(
-    service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-) -> Route | None:
+def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
+             ) -> Route | None:
     """What the annotations of a Service ask for; None if nothing. What is wrong is named.
 
     A Service that is not routed for another error still claims its hosts: a typing error must not
     hand a host over to the Service of another namespace.
     """
-    prefix = f"{config.annotation_prefix}/"
-    given = {
-        name.removeprefix(prefix): value.strip()
-        for name, value in service.annotations.items()
-        if name.startswith(prefix)
-    }
+    ours = f"{config.annotation_prefix}/"
+    given = {name.removeprefix(ours): value.strip()
+             for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
         known = ", ".join(ROUTE_ANNOTATIONS)
-        count = f" and {len(unknown) - 1} more" if unknown[1:] else ""
-        problems.append(
-            f"unknown annotation {prefix + unknown[0][:63]!a}{count} (known: {known})"
-        )
-    asked = {name: given[name] for name in ROUTE_ANNOTATIONS if name in given}
-    if not asked or asked.get("route") == "false":
+        problems.append(f"unknown annotation {ours}: {first_of(unknown)} (known: {known})")
+        given = {name: value for name, value in given.items() if name not in unknown}
+    if not given or given.get("route") == "false":
         return None
-    route = Route(service.namespace, service.name, service.created)
+    route = Route(service.namespace, service.name, service.created, ())
     try:
-        if long := [name for name in asked if len(asked[name]) > ANNOTATION_LENGTH]:
-            raise ValueError(f"{prefix}{long[0]} is longer than {ANNOTATION_LENGTH:,} characters")
+        if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
+            raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
         default = service_dns_name(service, config.route_suffix)
-        hosts = comma_separated((asked.get("hosts") or default).lower())
-        wrong = [(host, host_problem(host, service, config.route_suffix)) for host in hosts]
-        fine = [host for host, problem in wrong if not problem]
-        route = route._replace(hosts=fine[:HOSTS_MOST])
-        if bad := [pair for pair in wrong if pair[1]]:
-            count = f" and {len(bad) - 1} more" if bad[1:] else ""
-            problems.append(f"{prefix}hosts: left out: {bad[0][0][:60]!a}{count}: {bad[0][1]}")
-        if asked.get("route", "true") != "true":
-            raise ValueError(f'{prefix}route: "true" or "false" expected: {asked["route"][:60]!a}')
-        if not 0 < len(fine) <= HOSTS_MOST:
-            raise ValueError(f"{prefix}hosts: 1 to {HOSTS_MOST} names expected, not {len(fine)}")
-        prefixes = route_prefixes(asked, prefix)
-        chosen = route_port(service, asked.get("port", ""), f"{prefix}port")
-        names = {cluster.port: cluster.name for cluster in clusters}
-        if chosen not in names:
-            raise ValueError(f"its port {chosen.label} has no cluster")
+        hosts = comma_separated((given.get("hosts") or default).lower())
+        wrong = {host: host_problem(host, service, config.route_suffix) for host in hosts}
+        if bad := [host for host in hosts if wrong[host]]:
+            problems.append(f"{ours}hosts: left out: {first_of(bad)}: {wrong[bad[0]]}")
+        hosts = [host for host in hosts if not wrong[host]]
+        route = route._replace(hosts=hosts[:HOSTS_MOST])
+        if given.get("route", "true") != "true":
+            raise ValueError(f'{ours}route: "true" or "false" expected')
+        if not 0 < len(hosts) <= HOSTS_MOST:
+            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} hosts expected, not {len(hosts)}")
+        prefixes = route_prefixes(given, ours)
+        port = route_port(service, given.get("port", ""), f"{ours}port")
+        names = [cluster.name for cluster in clusters if cluster.port == port]
+        if not names:
+            raise ValueError(f"its port {port.label} has no cluster")
     except ValueError as error:
         problems.append(f"is not routed: {error}")
         return route
-    weight = asked.get("weight")
-    if weight is not None and not is_weight(weight):
-        problems.append(
-            f"{prefix}weight counts as none: 0 to {WEIGHT_MOST:,} expected: {weight[:60]!a}"
-        )
-        weight = None
-    return route._replace(
-        prefixes=prefixes,
-        weight=None if weight is None else int(weight),
-        cluster=names[chosen],
-    )
-
-
-def is_weight(text: str) -> bool:
-    return bool(re.fullmatch(r"[0-9]{1,7}", text)) and int(text) <= WEIGHT_MOST
+    weight, number = given.get("weight"), None
+    if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
+        number = int(weight)
+    elif weight is not None:
+        problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
+    return route._replace(prefixes=prefixes, weight=number, cluster=names[0])
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1988,32 +1812,31 @@ def comma_separated(text: str) -> list[str]:
 
 
 def host_problem(host: str, service: Service, suffix: str) -> str:
-    """Why a Service cannot have a host; "" if it can."""
+    """Why a Service cannot have a host; "" if it can. Names of Services are their namespace's."""
     if len(host) > 253 or not re.fullmatch(ROUTE_HOST, host):
         return "not a valid host name (no port; * alone, or as in *.x, *-x, x.*, x-*)"
-    ending = f".svc.{suffix}".lower()
-    name = host.removesuffix("*")
+    ending, name = f".svc.{suffix}".lower(), host.removesuffix("*")
     head, _, tail = name.rpartition(".svc.")
     if host.endswith(ending):
         head = host.removesuffix(ending)
     elif name == host or not head or not ending.startswith(f".svc.{tail}"):
         return ""
     owner = head.rpartition(".")[2]
-    return "" if owner == service.namespace else f"is a name of namespace {owner[:63]}"
+    return "" if owner == service.namespace else f"a name of namespace {owner[:63]}"
 
 
-def route_prefixes(asked: Mapping[str, str], prefix: str) -> list[str]:
+def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
-    services = comma_separated(asked.get("grpc", ""))
+    services = comma_separated(given.get("grpc", ""))
     for service in services:
         if len(service) > PREFIX_LENGTH or not re.fullmatch(GRPC_SERVICE, service):
-            raise ValueError(f"{prefix}grpc: not the name of a gRPC service: {service[:60]!a}")
-    path = asked.get("prefix", "") or ("" if services else "/")
+            raise ValueError(f"{ours}grpc: not the name of a gRPC service: {service[:60]!a}")
+    path = given.get("prefix", "") or ("" if services else "/")
     if path and (len(path) > PREFIX_LENGTH or not re.fullmatch(ROUTE_PREFIX, path)):
-        raise ValueError(f"{prefix}prefix: not the beginning of a path: {path[:60]!a}")
+        raise ValueError(f"{ours}prefix: not the beginning of a path: {path[:60]!a}")
     found = sorted({f"/{service}/" for service in services} | ({path} if path else set()))
     if len(found) > PREFIXES_MOST:
-        raise ValueError(f"{prefix}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
+        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
     return found
 
 
@@ -2021,36 +1844,33 @@ def route_port(service: Service, wanted: str, where: str) -> ServicePort:
     """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
     if wanted:
-        for port in ports:
-            if wanted in (port.name, str(port.number)):
-                return port
+        chosen = [port for port in ports if wanted in (port.name, str(port.number))]
+    else:
+        chosen = ports if len(ports) == 1 else [
+            port for port in ports if protocol_of(port) in HTTP_PORTS]
+    if not chosen and wanted:
         raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}")
-    chosen = ports if len(ports) == 1 else [port for port in ports if protocol_of(port).http]
     if not chosen:
         raise ValueError(f"which of its ports is HTTP? Set appProtocol or {where}")
     return chosen[0]
 
 
-def routes_by_host(
-    routes: Iterable[Route], problems: Mapping[Key, list[str]]
-) -> dict[str, list[Route]]:
+def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
+                   ) -> dict[str, list[Route]]:
     """The routes of each host, in the order of names.
 
     A host belongs to the namespace of the oldest Service that claims it; others are named.
     """
     owners: dict[str, str] = {}
-    claims = sorted(routes, key=lambda route: (route.created, route.namespace, route.name))
-    for route in claims:
+    for route in sorted(routes, key=lambda route: (route.created, *route[:2])):
         for host in route.hosts:
             owners.setdefault(host, route.namespace)
     found: dict[str, list[Route]] = {}
-    for route in sorted(claims):
+    for route in routes:
         for host in route.hosts:
             if owners[host] != route.namespace:
                 problems[route[:2]].append(
-                    f"is not routed at {host}: it belongs to an older Service of namespace "
-                    f"{owners[host]}"
-                )
+                    f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
             elif route.cluster:
                 found.setdefault(host, []).append(route)
     return found
@@ -2070,39 +1890,29 @@ def shares(weights: Sequence[int | None]) -> list[int]:
 
 def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. The problems are those of the first Service concerned.
+    prefix split it. What is wrong is named for the first Service concerned.
     """
-    prefixes: dict[str, list[Route]] = {}
+    rendered, problems, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
-    rendered: list[Json] = []
-    problems = []
     for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
-        if len(prefixes[prefix]) > SPLIT_MOST:
-            problems.append((prefixes[prefix][SPLIT_MOST][:2], f"too many share {host}{prefix}"))
         members = prefixes[prefix][:SPLIT_MOST]
         weights = shares([route.weight for route in members])
-        first = members[0][:2]
+        split = [{"name": route.cluster, "weight": weight}
+                 for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((first, f"{host}{prefix} has no route: all weights are 0"))
+            problems.append((members[0][:2], f"{host}{prefix} has no route: all weights are 0"))
             continue
-        split = [
-            {"name": route.cluster, "weight": weight}
-            for route, weight in zip(members, weights, strict=True)
-        ]
-        action: Json = {"weighted_clusters": {"clusters": split}}
-        if len(split) == 1:
-            action = {"cluster": members[0].cluster}
-        elif 0 < sum(route.weight is None for route in members) < len(members):
-            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:PROBLEMS_MOST])
-            more = f" and {len(split) - PROBLEMS_MOST} more" if split[PROBLEMS_MOST:] else ""
-            note = f"only some Services have a weight, so the split is {text}{more}"
-            problems.append((first, f"{host}{prefix}: {note}"))
+        if 0 < [route.weight for route in members].count(None) < len(members):
+            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
+            note = f"{host}{prefix} is split by weight and remainder: {text}"
+            problems.append((members[0][:2], note))
+        action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
+            "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    found: Json = {"name": host, "domains": domains}
-    return found | ({"routes": rendered} if rendered else {}), problems
+    return {"name": host, "domains": domains, **present(routes=rendered)}, problems
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2119,7 +1929,7 @@ PLAIN_SCALAR = (
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 CACHED_LENGTH = 128  # of a text: 4,096 of them are small, whatever a Service holds
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-# A file that response() wrote, in YAML: its head, and the resources.
+# A file that response() wrote in YAML: its head, and the resources.
 OUR_YAML = (
     rb'((?:# .*\n)++version_info: "[0-9a-f]{16}"\ntype_url: \S++\n)'
     rb"resources:(?: \[\]\n|\n((?:(?:- |  ).*\n)++))"
@@ -2151,10 +1961,8 @@ def yaml_scalar(value: Json) -> str:
     """A scalar or an empty collection."""
     if type(value) is str:
         return yaml_text(value)
-    if type(value) is float:  # 1e+16 is a string to YAML 1.1
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    return json.dumps(value)
+    text = str(value) if type(value) is int else json.dumps(value)
+    return text.replace("e", ".0e") if type(value) is float and "." not in text else text
 
 
 def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
@@ -2187,23 +1995,11 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def with_elements(fmt: str, resource: bytes, key: str, elements: Sequence[bytes]) -> bytes:
-    """A resource whose last field is a list, of elements that were written before."""
-    if not elements:
-        return resource
-    if fmt == "json":
-        return b'%s,"%s":[\n%s\n]}' % (resource[:-1], key.encode(), b",\n".join(elements))
-    return b"%s  %s:\n%s" % (resource, key.encode(), b"".join(elements))
-
-
 def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
     if fmt == "json":
         return b'{"version_info":"%s","type_url":"%s","resources":[\n%s\n]}\n' % (
-            hash_of(resources),
-            type_url.encode(),
-            b",\n".join(resources),
-        )
+            hash_of(resources), type_url.encode(), b",\n".join(resources))
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     return join_rendered(f'{head}version_info: ""\ntype_url: {type_url}\n'.encode(), resources)
 
@@ -2220,9 +2016,7 @@ def hash_of(resources: Sequence[bytes]) -> bytes:
 def split_rendered(content: bytes) -> tuple[bytes, list[bytes]] | None:
     """Head and resources of a YAML file that response() wrote; None if somebody else did."""
     found = re.fullmatch(OUR_YAML, content)
-    if not found:
-        return None
-    return found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]
+    return (found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]) if found else None
 
 
 def join_rendered(head: bytes, resources: Sequence[bytes]) -> bytes:
@@ -2244,19 +2038,19 @@ def inline_clusters(files: Files) -> set[str]:
 
 def rendered_clusters(files: Files, kind: str) -> set[str]:
     """The names of the clusters of a type in our own CDS, whatever a ConfigMap has in its place."""
-    found: list[tuple[Json, Json]] = []
+    found: list[Json] = []
     try:
-        if "cds.yaml" in files:
-            _, resources = split_rendered(files["cds.yaml"].content) or (b"", [])
-            for resource in resources:
-                lines = [line.partition(b": ")[2].decode() for line in resource.split(b"\n", 3)[:3]]
-                found.append((json.loads(lines[1]) if lines[1][:1] == '"' else lines[1], lines[2]))
-        elif "cds.json" in files:
+        if "cds.json" in files:
             document = parse_json(files["cds.json"].content)
-            found += [(one["name"], one["type"]) for one in document["resources"]]
+            found = [(one["type"], one["name"]) for one in document["resources"]]
+        elif "cds.yaml" in files:
+            for resource in (split_rendered(files["cds.yaml"].content) or (b"", []))[1]:
+                name, type_ = [row.partition(b": ")[2] for row in resource.split(b"\n")[1:3]]
+                text = json.loads(name) if name[:1] == b'"' else name.decode()
+                found.append((type_.decode(), text))
+        return {name for type_, name in found if type_ == kind}
     except (ValueError, LookupError, TypeError):
         return set()
-    return {name for name, type_ in found if type_ == kind and type(name) is str}
 
 
 def inotify_budget() -> int:
@@ -2294,14 +2088,6 @@ class Memo:
         self._old, self._new = self._new, {}
 
 
-class Rendered(NamedTuple):
-    """One Service: its clusters as they are in CDS, its EDS files, and what is wrong."""
-
-    resources: tuple[bytes, ...]
-    files: dict[str, File]
-    problems: tuple[str, ...]
-
-
 class Rendering(NamedTuple):
     """What all objects give. `inlined`: clusters in CDS because the EDS budget is spent."""
 
@@ -2320,30 +2106,21 @@ class Renderer:
     """
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        endpoints: str,
-        fmt: str,
-        current_dir: str,
-        node_name: str,
-        budget: int,
-        on_eds: Iterable[str] = (),
-        on_inline: Iterable[str] = (),
+        self, config: Config, *, endpoints: str, fmt: str, current_dir: str, node_name: str,
+        budget: int, on_eds: Iterable[str] = (), on_inline: Iterable[str] = (),
     ) -> None:
         if config.prefer_zone is True and not node_name:
             raise config_error(
-                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME"
-            )
+                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME")
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
         self._directory, self._node_name = current_dir.rstrip("/"), node_name
         self._budget = budget if config.eds_budget is None else config.eds_budget
         kept = dict.fromkeys(sorted(on_eds)[: self._budget], EDS)
         # Without one EDS file what is on disk was no decision of `auto`.
         self._modes = dict.fromkeys(on_inline, INLINE) | kept if kept else {}
-        self._services: dict[Key, Service] | None = None
-        self._clusters: dict[Key, tuple[Cluster, ...]] = {}
-        self._routes: list[bytes] = []
+        self._services: Mapping[Key, Service] | None = None
+        self._clusters: dict[Key, list[Cluster]] = {}
+        self._routes = b""
         self._plan_warnings: list[str] = []
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
@@ -2353,145 +2130,124 @@ class Renderer:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         if objects.services != self._services:
             self._plan(dict(sorted(objects.services.items())), other_files)
-        zone = own_zone(self._config, self._node_name, objects.nodes)
-        warnings = list(self._plan_warnings)
-        if zone is None and self._config.prefer_zone:
-            warnings.append(
-                f"node {self._node_name}: is not known or has no zone: "
-                f"endpoint.prefer_zone prefers none"
-            )
+        config, warnings = self._config, list(self._plan_warnings)
+        zone = own_zone(config, self._node_name, objects.nodes)
+        if zone is None and config.prefer_zone:
+            warnings.append(f"node {self._node_name}: is not known or has no zone: "
+                            f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
             slices.setdefault((found.namespace, found.service), []).append(found)
         files: dict[str, File] = {}
         resources: list[bytes] = []
+        labels, counts = by_node_label(config), Counter[str]()
         for key, clusters in self._clusters.items():
-            own = tuple(slices.get(key, ()))
-            nodes = nodes_of(own, objects.nodes) if by_node_label(self._config) else {}
-            rendered = self._rendered.get(key, key, clusters, own, nodes, zone)
-            files |= rendered.files
-            resources += rendered.resources
-            if rendered.problems:
-                warnings.append(warning_line(f"service {'/'.join(key)}", rendered.problems))
+            own, nodes = slices.get(key, []), dict[str, Node | None]()
+            if labels:
+                names = {endpoint.node for found in own for endpoint in found.endpoints}
+                nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
+            modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
+            counts.update(modes)
+            texts, eds, problems = self._rendered.get(key, key, clusters, modes, own, zone, nodes)
+            resources += texts
+            files |= eds
+            if problems:
+                warnings.append(warning_line(key, problems))
         self._rendered.forget()
-        comment = RDS_COMMENT.format(prefix=self._config.annotation_prefix)
-        files[f"cds.{self._fmt}"] = self._files.get("cds", CDS_COMMENT, CLUSTER_TYPE, resources)
-        files[f"rds.{self._fmt}"] = self._files.get("rds", comment, ROUTE_TYPE, self._routes)
-        modes = [cluster.mode for clusters in self._clusters.values() for cluster in clusters]
+        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
+                             ("rds", comment, ROUTE_TYPE, [self._routes])):
+            files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        return Rendering(
-            files,
-            tuple(sorted(set(warnings))),
-            {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)},
-            tuple(inlined) if self._endpoints == AUTO else (),
-        )
+        return Rendering(files, tuple(sorted(warnings)),
+                         {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
+                         tuple(inlined) if self._endpoints == AUTO else ())
 
     def _plan(self, services: dict[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
-        plans: dict[Key, ServicePlan] = {
-            key: self._plans.get(key, service) for key, service in services.items()
-        }
+        plans = {key: self._plans.get(key, service) for key, service in services.items()}
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         kept = unique_clusters(plans, problems)
-        self._decide([one for clusters in kept.values() for one in clusters], other_files)
-        self._clusters = {
-            key: tuple(one._replace(mode=self._modes.get(one.name, DNS)) for one in clusters)
-            for key, clusters in kept.items()
-        }
+        names = [one.name for clusters in kept.values() for one in clusters if not one.host]
+        self._modes, self._clusters = self._decided(names, other_files), kept
         routes = []
         for key, plan in plans.items():
-            route = plan.route
-            if route and route.cluster not in ("", *(cluster.name for cluster in kept[key])):
+            if not plan.route:
+                continue
+            there = plan.route.cluster in [cluster.name for cluster in kept[key]]
+            routes.append(plan.route if there else plan.route._replace(cluster=""))
+            if plan.route.cluster and not there:
                 problems[key].append("is not routed: it has no cluster of its own")
-                route = route._replace(cluster="")
-            if route:
-                routes.append(route)
-        self._routes = [self._route_configuration(routes_by_host(routes, problems), problems)]
-        self._plan_warnings = [
-            warning_line(f"service {'/'.join(key)}", found)
-            for key, found in problems.items()
-            if found
-        ]
+        hosts, elements = routes_by_host(routes, problems), []
+        for host in sorted(hosts):
+            text, found = self._hosts.get(host, host, hosts[host])
+            elements.append(text)
+            for key, problem in found:
+                problems[key].append(problem)
+        self._routes = self._route_configuration(elements)
+        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
-            self._plan_warnings.append("--services: no Service matches the selector")
+            self._plan_warnings = ["--services: no Service matches the selector"]
         self._plans.forget()
+        self._hosts.forget()
         self._services = services
 
-    def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
+    def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
         """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
 
         A cluster that flips would be a new one to Envoy, with new connections and health.
         """
-        names = [cluster.name for cluster in clusters if cluster.mode != DNS]
         if self._endpoints != AUTO:
-            self._modes = dict.fromkeys(names, self._endpoints)
-            return
+            return dict.fromkeys(names, self._endpoints)
         decided = {name: self._modes[name] for name in names if name in self._modes}
         free = self._budget - sum(mode == EDS for mode in decided.values())
-        if self._config.eds_budget is None:
-            free -= other_files
+        free -= other_files if self._config.eds_budget is None else 0
         new = [name for name in names if name not in decided]
         decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
-        self._modes = {name: decided[name] for name in names}
-
-    def _route_configuration(
-        self, hosts: dict[str, list[Route]], problems: Mapping[Key, list[str]]
-    ) -> bytes:
-        elements = []
-        for host in sorted(hosts):
-            text, wrong = self._hosts.get(host, host, hosts[host])
-            elements.append(text)
-            for key, problem in wrong:
-                problems[key].append(problem)
-        self._hosts.forget()
-        resource = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
-        return with_elements(self._fmt, resource, "virtual_hosts", elements)
+        return {name: decided[name] for name in names}
 
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, str]]]:
         found, problems = virtual_host(host, routes)
         return element(self._fmt, found, "  "), problems
 
+    def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
+        """The RouteConfiguration, of virtual hosts that were written before."""
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
+        if not virtual_hosts:
+            return head
+        if self._fmt == "json":
+            return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
+        return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
+
     def _service(
-        self,
-        key: Key,
-        clusters: Sequence[Cluster],
-        slices: Sequence[EndpointSlice],
-        nodes: Mapping[str, Node],
-        zone: str | None,
-    ) -> Rendered:
-        """One Service as rendered; this takes the time, so it is asked for through a Memo."""
-        by_slices = [cluster for cluster in clusters if cluster.mode != DNS]
+        self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
+        slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Node],
+    ) -> tuple[list[bytes], dict[str, File], list[str]]:
+        """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
+        by_slices = [cluster for cluster in clusters if not cluster.host]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
-        worst = UNHEALTHY if self._config.include_not_ready else DRAINING
         resources, files = [], {}
-        for cluster in clusters:
+        for cluster, mode in zip(clusters, modes, strict=True):
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if cluster.mode == DNS:
+            if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    problems.append(
-                        f"the number of its target port {cluster.port.target} is not known, "
-                        f"so there is no endpoint"
-                    )
+                    problems.append(f"the number of its target port {cluster.port.target} is not "
+                                    f"known, so there is no endpoint")
             else:
-                placement = Placement(self._config, zone, nodes, slices, cluster.families)
-                assignment = assignment_of(cluster, slices, placement, worst)
-            if cluster.mode == EDS:
+                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
+            if mode == EDS:
                 path = f"eds/{cluster.stem}.{self._fmt}"
-                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}."
+                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
-                content = response(self._fmt, f"{comment}\n{MADE_BY}", ASSIGNMENT_TYPE, [text])
-                files[path] = file_of(content, SERVICES_SOURCE)
-                resource["eds_cluster_config"] = {
-                    "eds_config": {
-                        "resource_api_version": "V3",
-                        "path_config_source": {"path": f"{self._directory}/{path}"},
-                    }
-                }
+                files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
+                resource["eds_cluster_config"] = {"eds_config": {
+                    "resource_api_version": "V3",
+                    "path_config_source": {"path": f"{self._directory}/{path}"}}}
             else:
                 resource |= {"type": "STATIC", "load_assignment": assignment}
             resources.append(element(self._fmt, {**resource, **cluster.options}))
-        return Rendered(tuple(resources), files, tuple(problems))
+        return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
         return file_of(response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
@@ -2578,10 +2334,10 @@ def secret_files(
     resources: dict[str, dict[str, Json]] = {}
     if secret.cert:
         pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"{stem}.{form}"] = {"name": label, "tls_certificate": pair}
+        resources[f"{stem}.{form}"] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
     if secret.ca:
-        context = {"trusted_ca": pem_source(secret.ca)}
-        resources[f"{stem}_ca.{form}"] = {"name": f"{label}/ca", "validation_context": context}
+        trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
+        resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
     source = f"secret {label}"
     return {
         path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
@@ -4459,7 +4215,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 REMINDER = 300.0  # seconds between two lines about the same outage
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 100  # milliseconds for a reader of stderr that is behind, once
+STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
@@ -4482,18 +4238,6 @@ class Log:
         """What --log-format and --log-level say."""
         self._form, self._level = form, LOG_LEVELS.index(level)
 
-    def debug(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("debug", message, args, fields)
-
-    def info(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("info", message, args, fields)
-
-    def warning(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("warning", message, args, fields)
-
-    def error(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("error", message, args, fields)
-
     def outage(self, topic: str, message: str, /, **fields: object) -> None:
         """A warning about something persistent: written once, and again every five minutes.
 
@@ -4507,25 +4251,23 @@ class Log:
             due = now - past.get(known, -REMINDER) >= REMINDER
             if due:
                 past[known] = now
-        self._write("warning" if due else "debug", message, (), fields)
+        self._write("warning" if due else "debug", message, **fields)
 
     def recovered(self, topic: str, message: str, /, **fields: object) -> None:
         """The end of an outage: one line if there was one, else nothing."""
         with self._lock:
             was_out = self._outages.pop(topic, None)
         if was_out:
-            self._write("info", message, (), fields)
+            self._write("info", message, **fields)
 
-    def _write(
-        self, level: str, message: str, args: tuple[object, ...], fields: Mapping[str, object]
-    ) -> None:
+    def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
             return
         values = {name: plain_value(value) for name, value in fields.items()}
         text, now = message % args if args else message, timestamp(time.time())
         line = log_line(self._form, now, level, text, values)
+        poll = select.poll()
         with self._lock:
-            poll = select.poll()
             poll.register(self._fd, select.POLLOUT)
             self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
             try:
@@ -4535,6 +4277,11 @@ class Log:
                 self._blocked = True
         if self._blocked:
             metrics.add("xds_loader_errors_total", ("log",))
+
+    debug = functools.partialmethod(_write, "debug")
+    info = functools.partialmethod(_write, "info")
+    warning = functools.partialmethod(_write, "warning")
+    error = functools.partialmethod(_write, "error")
 
 
 def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str, Json]) -> bytes:
@@ -4547,15 +4294,14 @@ def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str
             line = json.dumps({"time": when, "level": level, **texts})
         else:
             said = texts["message"]
-            words = [when, level.upper(), said if said.isprintable() else json.dumps(said)]
-            words += [f"{name}={text_value(texts[name])}" for name in fields]
-            line = " ".join(words)
+            said = said if said.isprintable() else json.dumps(said)
+            pairs = (f" {name}={text_value(texts[name])}" for name in fields)
+            line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
-        longest = max(texts, key=lambda name: len(str(texts[name])))
         if len(encoded) <= LINE_BYTES:
             return encoded
-        text = str(texts[longest])
-        texts[longest] = f"{text[: len(text) // 2]}..."
+        longest = max(texts, key=lambda name: len(str(texts[name])))
+        texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
 
 
 def plain_value(value: object) -> Json:
@@ -4605,15 +4351,14 @@ METRICS = (
     Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
     Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
     Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
-    Metric("xds_loader_unknown_files", "gauge",
-           "1 while it is not known whether Envoy accepts the published bytes.", ("file",)),
+    Metric("xds_loader_unknown_files", "gauge", "1 while no ACK or NACK is known.", ("file",)),
     Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
            "When a source last answered: an event, a bookmark or a list.", ("source",)),
     Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
     Metric("xds_loader_watch_restarts_total", "counter", "Watches begun again by reason.",
            ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter",
-           "Requests to the API server by status code and verb.", ("code", "verb")),
+    Metric("xds_loader_api_requests_total", "counter", "Requests to the API server.",
+           ("code", "verb")),
     Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
     Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
     Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
@@ -4636,20 +4381,21 @@ Labels = tuple[str, ...]
 class Metrics:
     """The values of METRICS, to be recorded from any thread in about a microsecond.
 
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError, a wrong
-    number of labels a ValueError: mistakes of ours, not of users.
+    Labels are a tuple of values in the order declared. An undeclared name is a KeyError.
     """
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._labels = {metric.name: len(metric.labels) for metric in METRICS}
-        self._series: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
+        self._series: dict[str, dict[Labels, float]] = {
+            metric.name: {(): 0.0} if metric.type == "counter" and not metric.labels else {}
+            for metric in METRICS
+        }
         # of a histogram: a count for each bucket, one for what lies beyond, and the sum
-        self._histograms = {metric.name: [0.0] * (len(BUCKETS) + 2)
-                            for metric in METRICS if metric.type == "histogram"}  # fmt: skip
-        for metric in METRICS:
-            if metric.type == "counter" and not metric.labels:
-                self.set(metric.name, 0.0)
+        self._histograms = {
+            metric.name: [0.0] * (len(BUCKETS) + 2)
+            for metric in METRICS
+            if metric.type == "histogram"
+        }
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
@@ -4657,19 +4403,17 @@ class Metrics:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
             series = self._series[name]
-            value = series.get(labels)
-            series[self._checked(name, labels) if value is None else labels] = (value or 0.0) + by
+            series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
         """Set a gauge."""
         with self._lock:
-            self._series[name][self._checked(name, labels)] = value
+            self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        fresh = {self._checked(name, labels): value for labels, value in series.items()}
         with self._lock:
-            self._series[name] = fresh
+            self._series[name] = dict(series)
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -4686,23 +4430,17 @@ class Metrics:
             series = {name: sorted(values.items()) for name, values in self._series.items()}
             histograms = {name: tuple(values) for name, values in self._histograms.items()}
         lines = []
-        for metric in METRICS:
-            name = metric.name
-            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.type}"]
-            for labels, value in series[name]:
-                lines.append(f"{name}{label_text(metric.labels, labels)} {sample_text(value)}")
-            if name in histograms:
-                counts = [*itertools.accumulate(histograms[name][:-1])]
-                for bound, count in zip((*map(repr, BUCKETS), "+Inf"), counts, strict=True):
-                    lines.append(f'{name}_bucket{{le="{bound}"}} {sample_text(count)}')
-                lines += [f"{name}_sum {sample_text(histograms[name][-1])}",
-                          f"{name}_count {sample_text(counts[-1])}"]  # fmt: skip
+        for name, kind, text, labels in METRICS:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            for values, value in series[name]:
+                lines.append(f"{name}{label_text(labels, values)} {value:.15g}")
+            if kind == "histogram":
+                *counts, total = histograms[name]
+                counts = [*itertools.accumulate(counts)]
+                for bound, count in zip((*BUCKETS, "+Inf"), counts, strict=True):
+                    lines.append(f'{name}_bucket{{le="{bound}"}} {count:.15g}')
+                lines += [f"{name}_sum {total:.15g}", f"{name}_count {counts[-1]:.15g}"]
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
-
-    def _checked(self, name: str, labels: Labels) -> Labels:
-        if len(labels) != self._labels[name]:
-            raise ValueError(f"{name} has {self._labels[name]} labels, not {labels}")
-        return labels
 
 
 metrics = Metrics(__version__)
@@ -4713,11 +4451,6 @@ def label_text(names: Labels, values: Labels) -> str:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = (f'{n}="{v.translate(escapes)}"' for n, v in zip(names, values, strict=True))
     return "{" + ",".join(pairs) + "}" if names else ""
-
-
-def sample_text(value: float) -> str:
-    """Whole numbers without `.0` or exponent, others so that they read back exactly."""
-    return str(int(value)) if value == int(value) else repr(value)
 
 
 def process_figures() -> dict[str, float]:
@@ -4746,7 +4479,8 @@ CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
 # The same while all threads are busy: a probe waits for 1 s, and with a full backlog of silent
 # clients before it (128) it is answered after 128 / 32 * 0.05 s.
 CROWDED_TIME = 0.05
-HEAD_MAX = 8192  # bytes of a request
+TICK = 0.2  # seconds between two looks for connections past their time
+HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used for so many times as long as it took to make, so
 # that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
 REUSED = 20
@@ -4788,19 +4522,18 @@ def health_answer(status: Status, now: float) -> Answer:
     return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
 
 
-def ready_answer(status: Status, *, started: bool) -> Answer:
+def ready_answer(status: Status, *, started: bool = True) -> Answer:
     """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it.
 
     The body names what is not as it should be. A NACKed file or an API server that is down takes
     no running Envoy out of its Service.
     """
-    well = bool(status.version) and (status.started or not started)
-    state = "no snapshot yet" if not status.version else "not ACKed by Envoy yet"
-    lines = [f"{'started' if started else 'ready'}, version {status.version}" if well else state]
-    for term, names in (("missing", status.missing), ("stale", status.stale),
-                        ("nacked", status.paths("nacked"))):  # fmt: skip
-        lines += [f"{term}: {name}" for name in names]
-    return text_answer(200 if well else 503, *lines)
+    ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
+    lines = [ready if status.version else "no snapshot yet"]
+    lines += [f"missing: {name}" for name in status.missing]
+    lines += [f"stale: {name}" for name in status.stale]
+    lines += [f"nacked: {name}" for name in status.paths("nacked")]
+    return text_answer(200 if status.version and started else 503, *lines)
 
 
 def snapshot_answer(status: Status) -> Answer:
@@ -4810,9 +4543,8 @@ def snapshot_answer(status: Status) -> Answer:
     password, and the port asks nobody for credentials.
     """
     rows = []
-    for path in sorted(status.files):
-        file = status.files[path]
-        row: dict[str, object] = {"path": path, "source": file.source}
+    for path, file in sorted(status.files.items()):
+        row: dict[str, Json] = {"path": path, "source": file.source}
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
         rows.append({**row, "state": status.states.get(path, "unknown")})
@@ -4820,9 +4552,9 @@ def snapshot_answer(status: Status) -> Answer:
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
         "files": rows,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
         "missing": status.missing,
         "stale": status.stale,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
     }
     return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
 
@@ -4843,40 +4575,41 @@ class Listener:
         self.status = Status({}, last_turn=time.monotonic())
         self._recorded = recorded
         self._rendering = threading.Lock()
-        self._kept: dict[str, tuple[float, object, Answer]] = {}  # path -> good until, of, answer
+        self._kept: dict[str, tuple[Status, float, Answer]] = {}  # path -> of, good until, answer
         self._server = probe_server(listening_socket(host, port), self.answer)
         self.port: int = self._server.socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._server.serve, name="listener", daemon=True)
-        self._thread.start()
+        serve = threading.Thread(target=self._server.serve_forever, args=(TICK,), daemon=True)
+        serve.start()
 
     def stop(self) -> None:
-        """Close everything; back within 100 ms even if a thread is not."""
-        self._server.stopped = True
-        with contextlib.suppress(OSError):
+        """Close everything."""
+        with contextlib.suppress(OSError):  # stopped before
             self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._thread.join(0.1)
-        self._server.socket.close()
+        self._server.shutdown()
+        self._server.server_close()
         self._server.drop(0.0)
 
     def answer(self, path: str) -> Answer | None:
         """What is served there, None where there is nothing."""
         if path == "/healthz":
             return health_answer(self.status, time.monotonic())
-        if path in ("/readyz", "/startz"):
-            return ready_answer(self.status, started=path == "/startz")
+        if path == "/readyz":
+            return ready_answer(self.status)
+        if path == "/startz":
+            return ready_answer(self.status, started=self.status.started)
         if path not in ("/metrics", "/snapshot"):
             return None
         with self._rendering:
-            until, of, kept = self._kept.get(path, (0.0, None, text_answer(200)))
-            began, status = time.monotonic(), self.status
-            if began > until and (path == "/metrics" or of is not status):
-                if path == "/snapshot":
-                    kept = snapshot_answer(status)
-                else:
-                    rendered = self._recorded.render()
-                    kept = 200, "text/plain; version=0.0.4; charset=utf-8", rendered
-                now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), status, kept
+            status, began = self.status, time.monotonic()
+            of, until, kept = self._kept.get(path, (None, 0.0, None))
+            if kept and (began < until or (path == "/snapshot" and of is status)):
+                return kept
+            if path == "/snapshot":
+                kept = snapshot_answer(status)
+            else:
+                kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+            now = time.monotonic()
+            self._kept[path] = status, now + REUSED * (now - began), kept
             return kept
 
 
@@ -4884,10 +4617,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; "" is every address, of IPv6 too if there is any."""
     try:
         if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=128,
-                                        dualstack_ipv6=True)  # fmt: skip
-        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+            address, family, both = ("", port), socket.AF_INET6, True
+        else:
+            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+            address, family, both = (host, port), found[0][0], False
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         where = f"{host or '*'} port {port}"
@@ -4906,24 +4640,14 @@ def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -
         error_content_type, error_message_format = "text/plain", "%(code)d %(explain)s\n"
 
         def setup(self) -> None:
-            """Read a request of HEAD_MAX bytes at most; http.server itself would read 6 MB."""
+            """Of a request no more than HEAD_MAX is read; http.server would read 6 MB."""
             super().setup()
             self.rfile.close()
-            head = b""
-            while not (ended := b"\r\n\r\n" in head or b"\n\n" in head) and len(head) < HEAD_MAX:
+            head = block = self.request.recv(HEAD_MAX)
+            while block and not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
                 block = self.request.recv(HEAD_MAX - len(head))
-                if not block:
-                    break
                 head += block
-            self.cut = not ended and len(head) >= HEAD_MAX
             self.rfile = io.BytesIO(head)
-
-        def parse_request(self) -> bool:
-            if not super().parse_request():
-                return False
-            if self.cut:
-                self.send_error(431)
-            return not self.cut
 
         def do_GET(self) -> None:
             found = answer(self.path.partition("?")[0])
@@ -4932,9 +4656,8 @@ def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -
                 return
             code, content_type, body = found
             self.send_response(code)
-            for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))),
-                                ("Cache-Control", "no-store")):  # fmt: skip
-                self.send_header(name, value)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
@@ -4945,31 +4668,22 @@ def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -
             """Not a line a request."""
 
     class Server(ThreadingHTTPServer):
-        stopped = False
-
         def __init__(self) -> None:
             super().__init__(("", 0), Handler, bind_and_activate=False)
             self.socket.close()
             self.socket = bound
             self.room = threading.Semaphore(CONNECTIONS_MAX)
-            self.since: dict[object, float] = {}  # open connections, the oldest first
-
-        def serve(self) -> None:
-            """Accept one after the other, and close what is past its time."""
-            while not self.stopped:
-                self.drop(CONNECTION_TIME)
-                oldest = next(iter([*self.since.values()]), None)
-                left = None if oldest is None else oldest + CONNECTION_TIME - time.monotonic()
-                self.timeout = None if left is None else max(0.0, left) + 0.01
-                self.handle_request()
+            self.since: dict[Any, float] = {}  # when each connection was accepted
 
         def drop(self, age: float) -> None:
             """Shut connections of this age or more: their threads, which read or write, end."""
-            now = time.monotonic()
             for request, since in list(self.since.items()):
-                if now - since >= age:
+                if time.monotonic() - since >= age:
                     with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+                        request.shutdown(socket.SHUT_RDWR)
+
+        def service_actions(self) -> None:
+            self.drop(CONNECTION_TIME)
 
         def get_request(self) -> Any:
             try:
@@ -5469,9 +5183,9 @@ class Loop:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
         ack = "no" if NACKED in states else ack
-        unread = sorted(each for each in asked.moved if self.known.states.get(each) == UNREAD)
-        more = {"unread": shortened(unread)} if unread else {}
-        log.info("published", **asked.fields, **more, ack=ack, ack_ms=round(took * 1000, 1))
+        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
+        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+                 **({"unread": shortened(unread)} if unread else {}))
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""
@@ -5705,16 +5419,13 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    version = version_of(files)
+    title, paths = f"snapshot {version_of(files)}\n".encode(), sorted({*files, *published})
     if options.diff:
-        before = version_of(published) if published else "none"
-        title = f"snapshot {before} -> {version}\n".encode()
-        paths = sorted({*files, *published})
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
-        print_out([title, *texts] if any(texts) else [])
+        title = title if any(texts) else b""
     else:
-        title = f"snapshot {version}\n\n".encode()
-        print_out([title, *(preview_text(path, files[path]) for path in sorted(files))])
+        texts = [b"\n" + preview_text(path, files[path]) for path in paths]
+    print_out([title, *texts])
     problem = check_copy(options.check_cmd, files) if options.check_cmd else ""
     if problem:
         raise LoaderError(problem)
@@ -5729,7 +5440,6 @@ def check_copy(command: Sequence[str], files: Files) -> str:
         for path, file in files.items():
             os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
             with open(f"{directory}/{path}", "wb") as stream:
-                os.fchmod(stream.fileno(), file.mode)
                 stream.write(file.content)
         return run_check(command, directory, threading.Event())
 
@@ -5753,7 +5463,7 @@ def preview_text(path: str, file: File) -> bytes:
         content = b"[binary]\n"
     end = b"" if content.endswith(b"\n") or not content else b"\n"
     header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode() + content + end + b"\n"
+    return header.encode() + content + end
 
 
 def difference(path: str, old: File | None, new: File | None) -> bytes:
@@ -5762,14 +5472,12 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
 
     if old and new and old.digest == new.digest:
         return b""
-    sides = (
-        redacted(old.content) if old else b"",
-        redacted(new.content, old.content if old else None) if new else b"",
-    )
-    texts = [side.decode("utf-8", "backslashreplace").splitlines(keepends=True) for side in sides]
+    before = redacted(old.content) if old else b""
+    after = redacted(new.content, old.content if old else None) if new else b""
+    a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
     names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     missing = "\n\\ No newline at end of file\n"
-    rows = difflib.unified_diff(texts[0], texts[1], names[0], names[1])
+    rows = difflib.unified_diff(a, b, *names)
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
@@ -5815,13 +5523,6 @@ def go_duration(text: str) -> float:
     return seconds
 
 
-def go_interval(text: str) -> float:
-    seconds = go_duration(text)
-    if seconds < 0.001:
-        raise ValueError("must be at least 1ms")
-    return seconds
-
-
 def go_bool(text: str) -> bool:
     if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
         raise ValueError("is neither true nor false")
@@ -5844,25 +5545,27 @@ def any_namespace(text: str) -> str:
     return text if text == "*" else namespace_name(text)
 
 
+def named(kind: str, text: str, directory: str = "") -> Named:
+    """`[NS/]NAME`; the namespace is filled in later where it is empty."""
+    namespace, slash, name = text.rpartition("/")
+    return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
+
+
+def named_secret(text: str) -> Named:
+    return named("secret", text)
+
+
 def named_configmap(text: str) -> Named:
-    """`[NS/]NAME[:DIR]`; the namespace is filled in later where it is empty."""
+    """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named_secret(name)._replace(kind="configmap", directory=directory)
-
-
-def named_secret(text: str) -> Named:
-    namespace, slash, name = text.rpartition("/")
-    return Named("secret", namespace_name(namespace) if slash else "", object_name(name), "")
+    return named("configmap", name, directory)
 
 
 def label_selector(text: str) -> str:
-    try:
-        requirements(text)
-    except UsageError:
-        raise ValueError("is not a valid label selector, such as app=web,!legacy") from None
+    requirements(text)
     return text
 
 
@@ -5870,10 +5573,10 @@ def services_selector(text: str) -> str:
     return "" if text.strip() == "*" else label_selector(text)
 
 
-def http_url(text: str, *schemes: str) -> str:
+def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
+        host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
         usable = host and url.scheme in schemes and url.port != 0
     except ValueError:
         usable = False
@@ -5884,36 +5587,26 @@ def http_url(text: str, *schemes: str) -> str:
     return text
 
 
-def api_url(text: str) -> str:
-    return http_url(text, "https", "http")
-
-
 def admin_url(text: str) -> str:
     """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
     path = text.removeprefix("unix:")
     if path == text:
-        return http_url(text, "http")
+        return http_url(text, ["http"])
     if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
         raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
     return text
 
 
 def file_mode(text: str) -> int:
-    if not re.fullmatch(r"(?:0o)?0?[0-7]{3}", text):
-        raise ValueError("is not a valid file mode, such as 0600 or 0640")
-    mode = int(text.removeprefix("0o"), 8)
-    if not mode & 0o400:
-        raise ValueError("must let the owner read")
-    return mode
+    if not re.fullmatch("(0o)?0?[4-7][0-7]{2}", text):
+        raise ValueError("is not a file mode that lets the owner read, such as 0600 or 0640")
+    return int(text.removeprefix("0o"), 8)
 
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
 
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ValueError(f"cannot be split into words ({error})") from None
+    words = tuple(shlex.split(text))
     if not words:
         raise ValueError("is empty")
     return words
@@ -5926,12 +5619,6 @@ def one_of(*words: str) -> Callable[[str], str]:
         return text
 
     return parse
-
-
-def some_text(text: str) -> str:
-    if not text:
-        raise ValueError("is empty")
-    return text
 
 
 def gone(text: str) -> str:
@@ -5967,18 +5654,16 @@ SECTIONS = {
                "a ConfigMap: each key is a file (in DIR), its value the content", True),
         Option("configmap-selector", label_selector, "SEL", "",
                "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "",
-               "render clusters, endpoints and routes of the Services that match a label selector "
-               "('*' or '': all of them)"),
+        Option("services", services_selector, "SEL", "", "render clusters, endpoints and routes of "
+               "the Services that match a label selector ('*' or '': all of them)"),
         Option("services-namespace", any_namespace, "NS", "--namespace",
                "where these Services are; '*' for all namespaces", True),
         Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
-        Option("namespace", namespace_name, "NS",
-               "$NS, $POD_NAMESPACE, the service account's, 'default'",
-               "the namespace of what is named without one"),
+        Option("namespace", namespace_name, "NS", "$NS, $POD_NAMESPACE, the service account's, "
+               "'default'", "the namespace of what is named without one"),
     ),
     "From where": (
-        Option("apiserver", api_url, "URL", "the pod's own, else https://kubernetes",
+        Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
                "the Kubernetes API server"),
         Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
                "bearer token, read again for each request"),
@@ -5987,9 +5672,8 @@ SECTIONS = {
         Option("client-cert", str, "FILE", "", "client certificate for the API server"),
         Option("client-key", str, "FILE", "", "its private key"),
         Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "",
-               "objects from `kubectl get ... -o json` instead of an API server; read again every "
-               "interval ('-': standard input, only with --onetime)"),
+        Option("from-file", str, "PATH", "", "objects from `kubectl get ... -o json` instead of an "
+               "API server; read again every interval ('-': standard input, with --onetime)"),
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
@@ -5998,35 +5682,31 @@ SECTIONS = {
         Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
     ),
     "Where to, and when": (
-        Option("output-dir", some_text, "DIR", "/srv/runtime", "where the files are published"),
-        Option("onetime", go_bool, "", "",
-               "publish one complete snapshot and exit (init container)"),
+        Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
+        Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_interval, "D", "1m0s",
+        Option("sync-interval", go_duration, "D", "1m0s",
                "between two polls; in watch mode between two checks of the files on disk"),
         Option("timeout", go_duration, "D", "0s",
                "how long --onetime waits for the sources to exist and the API server to answer"),
         Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
-        Option("diff", go_bool, "", "", "with --dry-run: a unified diff against what is published"),
+        Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "",
-               "Envoy's admin interface, http://127.0.0.1:9901 or unix:/path/admin.sock: ask it "
-               "what became of every publication"),
-        Option("step-delay", go_duration, "D", "100ms",
-               "pause between ordered steps when Envoy is not asked; beside --envoy-admin only if "
-               "it is given"),
-        Option("check-cmd", shell_words, "CMD", "",
-               "run on each staged snapshot ('{dir}'), 30 s at most; non-zero: not published, only "
-               "endpoints and secrets go on"),
+        Option("envoy-admin", admin_url, "URL", "", "http://127.0.0.1:9901 or unix:/path: ask "
+               "Envoy's admin interface what became of every publication"),
+        Option("step-delay", go_duration, "D", "100ms", "pause between ordered steps; beside "
+               "--envoy-admin only where it is given"),
+        Option("check-cmd", shell_words, "CMD", "", "run on the staged files ('{dir}'), 30 s at "
+               "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
         Option("listen", listen_address, "[ADDR]:PORT", "",
                "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
-        Option("log-format", one_of("text", "json"), "text|json", "text",
-               "of the log on standard error"),
-        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info", "debug, info, warning or error"),
+        Option("log-format", one_of("text", "json"), "text|json", "text", "of standard error"),
+        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info",
+               "debug, info, warning or error"),
         Option("version", go_bool, "", "", "print the version and exit"),
         Option("help", go_bool, "", "", "print this and exit (also -h)"),
     ),
@@ -6087,7 +5767,10 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
         option = known.get("help" if name == "h" else name)
         if option is None:
-            hint = close_to(name, known)
+            import difflib
+
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean --{near[0]}?)" if near else ""
             raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
         if not equals:
             following = next(rest, None) if option.metavar else "true"
@@ -6096,13 +5779,6 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
             value = following
         found.setdefault(option.name, []).append(value)
     return found
-
-
-def close_to(name: str, known: Iterable[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -6118,9 +5794,9 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
         for text in texts:
             try:
                 found.append(option.parse(text))
-            except ValueError as error:
+            except (ValueError, UsageError) as error:
                 shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-                raise UsageError(f"{where} {shown!r} {error}") from None
+                raise UsageError(f"{where} {shown!r}: {error}") from None
         if found:
             attribute = option.name.replace("-", "_")
             values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
@@ -6130,49 +5806,53 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     values = parsed(argv, environ)
+    check_combination(values)
     warnings = []
     if "trafficsplit_api_version" in values:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
-    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
-    if unknown:
+    links = {name for name in environ if re.fullmatch(SERVICE_LINK, name)}
+    ours = {name for name in environ if name.startswith("XDS_LOADER_")}
+    if unknown := sorted(ours - known - links):
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
-    check_combination(values)
     namespace = values.get("namespace") or default_namespace(environ)
+    from_file = bool(values.get("from_file"))
     for kind in ("configmap", "secret"):
-        values[kind] = tuple(named._replace(namespace=named.namespace or namespace)
-                             for named in values.get(kind, ()))  # fmt: skip
-    watch = values.get("watch") and not values.get("from_file")
-    once = values.get("onetime") or values.get("dry_run")
+        values[kind] = tuple(
+            each._replace(namespace=each.namespace or namespace) for each in values.get(kind, ())
+        )
     access = Access(
-        values.get("apiserver") or ("" if values.get("from_file") else default_apiserver(environ)),
+        values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
         values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
         values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
         values.get("client_cert", ""),
         values.get("client_key", ""),
         values.get("insecure", False),
     )
-    given = {name: value for name, value in values.items() if name in Options._fields}
-    given |= {"namespace": namespace, "access": access, "warnings": tuple(warnings)}
+    once = values.get("onetime") or values.get("dry_run")
+    watch = values.get("watch") and not from_file
     mode = "once" if once else "watch" if watch else "poll"
-    return Options(**given, mode=mode, node_name=environ.get("NODE_NAME", ""))
+    given = {name: value for name, value in values.items() if name in Options._fields}
+    given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
+    return Options(**given, node_name=environ.get("NODE_NAME", ""))
 
 
 def check_combination(values: Mapping[str, Any]) -> None:
     """Combinations that make no sense, before any request."""
-    named = values.get("configmap") or values.get("secret") or "configmap_selector" in values
-    services, from_file = "services" in values, values.get("from_file")
     once = values.get("onetime") or values.get("dry_run")
+    services, from_file = "services" in values, values.get("from_file")
+    sources = ("configmap", "configmap_selector", "services", "secret")
     pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
     for holds, text in (
-        (named or services,
+        (any(source in values for source in sources),
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
         (once or from_file != "-", "--from-file - needs --onetime"),
         (pair or from_file, "--client-cert and --client-key belong together"),
-        (services or not values.get("services_namespace"), "--services-namespace needs --services"),
+        (services or "services_namespace" not in values, "--services-namespace needs --services"),
         (services or not values.get("config"), "--config needs --services"),
+        (values.get("output_dir", "x"), "--output-dir is empty"),
+        (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
     ):  # fmt: skip
         if not holds:
             raise UsageError(text)
@@ -6184,7 +5864,7 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             try:
                 return namespace_name(environ[variable])
             except ValueError as error:
-                raise UsageError(f"${variable} {environ[variable][:100]!r} {error}") from None
+                raise UsageError(f"${variable} {environ[variable][:100]!r}: {error}") from None
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
             return namespace_name(stream.read(1000).decode().strip())
@@ -6199,26 +5879,22 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
     try:
-        return http_url(url, "https")
+        return http_url(url, ["https"])
     except ValueError as error:
-        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r} {error}") from None
+        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r}: {error}") from None
 
 
 HELP = """\
-envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes ConfigMaps, Services and
-Secrets.
-
-Usage: envoy-xds-configmap-loader [options]
+envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.
 
 Examples:
-  An init container: publish the files of a ConfigMap, and wait for it up to a minute.
+  An init container: publish the files of a ConfigMap; wait for it up to a minute.
     envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
   A sidecar: publish every change at once, and roll back what Envoy rejects.
     envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
   A preview: print what would be made of the Services of a namespace.
     envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
-"""
-HELP_END = """
+
 Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
 environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
 More: docs/options.md in the repository.
@@ -6229,16 +5905,15 @@ def help_text() -> str:
     """--help, from the table of options."""
     import textwrap
 
-    lines = []
+    parts = [HELP]
     for title, options in SECTIONS.items():
-        lines += ["", f"{title}:"]
+        parts.append(f"\n{title}:\n")
         for option in options:
-            more = " (repeatable)" * option.repeats
-            more += f" (default {option.default})" if option.default else ""
-            lines.append(f"  --{option.name} {option.metavar}".rstrip())
-            lines += textwrap.wrap(option.help + more, 98, initial_indent=" " * 8,
-                                   subsequent_indent=" " * 8)  # fmt: skip
-    return HELP + "\n".join(lines) + "\n" + HELP_END
+            text = option.help + "; repeatable" * option.repeats
+            text += f" (default {option.default})" if option.default else ""
+            parts.append(f"  --{option.name} {option.metavar}".rstrip() + "\n")
+            parts.append(textwrap.indent(textwrap.fill(text, 90), " " * 8) + "\n")
+    return "".join(parts)
 
 
 # -- running ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 import py_compile
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,9 @@ KEY = "rds.yaml"
 PAGE = "0123456789abcde\n"  # 16 bytes of padding
 
 LOADER, FLOOR, CLIENT, KUBECTL = "loader", "floor", "Python client", "kubectl"
+# Any other program, such as the loader of another commit: its command line in the environment, with
+# {url}, {ca_file}, {token_file}, {namespace}, {configmap} and {dir} in it. It writes {dir}/current.
+OTHER, OTHER_COMMAND = "other", os.environ.get("OTHER", "")
 ROUTES = """\
 version_info: "{number}"
 resources:
@@ -66,11 +70,18 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def ratios(values: Mapping[str, float]) -> dict[str, str]:
+    """Each figure as a multiple of the floor's."""
+    floor = values[FLOOR]
+    return {kind: f"{value / floor:.2f} x" for kind, value in values.items() if floor}
+
+
 class Row(NamedTuple):
-    """One line of the table: what was measured, and each contender's figure."""
+    """One line of the table: what was measured, each contender's figure, what is aimed at."""
 
     measure: str
     values: Mapping[str, str]
+    aim: str = ""
 
 
 def content(number: int, size: int = 4096) -> str:
@@ -149,6 +160,16 @@ class Stage:
                 chosen = ["--configmap-selector", value]
             mode = "--onetime" if once else "--watch"
             return self.loader_command(mode, "--output-dir", str(place), *chosen)
+        if kind == OTHER:
+            places = {
+                "url": self.api.url,
+                "ca_file": self.authority.ca_file,
+                "token_file": self.token_file,
+                "namespace": NAMESPACE,
+                "configmap": selector.rpartition("%3D")[2],
+                "dir": place,
+            }
+            return [word.format(**places) for word in shlex.split(OTHER_COMMAND)]
         program = {FLOOR: "floor.py", CLIENT: "client.py", KUBECTL: "kubectl.py"}[kind]
         # Nobody but the client needs more than the standard library.
         alone = [] if kind == CLIENT else ["-I", "-S"]
@@ -279,6 +300,8 @@ def contenders() -> list[str]:
         found.append(CLIENT)
     if shutil.which("kubectl"):
         found.append(KUBECTL)
+    if OTHER_COMMAND:
+        found.append(OTHER)
     return found
 
 

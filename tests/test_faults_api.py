@@ -395,12 +395,12 @@ def test_a_server_process_that_is_frozen(
     client.close()
 
 
-# -- silence: with the bounds of 30 and 90 s made short, to see what they do
+# -- silence: with the bounds of 30 and 80 s made short, to see what they do
 
 
 @pytest.fixture
 def impatient(api: ApiServer, common: list[str]) -> Iterator[Callable[..., Loader]]:
-    """A loader that takes a second of silence for what it else takes 30 or 90 s for."""
+    """A loader that takes a second of silence for what it else takes 30 or 80 s for."""
     constants = {"WATCH_SILENCE": 1.0, "ANSWER_TIMEOUT": 0.5, "CONNECT_TIMEOUT": 0.5}
     with contextlib.ExitStack() as stack:
         yield lambda *args: stack.enter_context(

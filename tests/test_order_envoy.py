@@ -150,7 +150,10 @@ def test_nothing_is_lost_nor_stuck_whatever_befalls(
     scene = KINDS["json"](3, api, client, out, upstreams.ports)
     scene.checked = True
     scene.begin()
-    with Trial(scene, tmp_path, token_file, watched=watched, binary=envoy_binary) as trial:
+    relayed = "silent" in fault
+    with Trial(
+        scene, tmp_path, token_file, watched=watched, binary=envoy_binary, relayed=relayed
+    ) as trial:
         trial.begin()
         total = trial.run(FAULTS[fault], FAULTS_EACH)
         failed = total.bad if "killed Envoy" in fault else total.failed

@@ -170,5 +170,5 @@ def tell(story: Story) -> None:
     story.claim("restarts of Envoy", proxy.never_restarted(), proxy.restarts())
     story.play([
         f"curl -s {proxy.url(10000, '/dns')}    # or /eds",
-        f"curl -s {proxy.envoy.admin_url}/clusters",
+        proxy.admin_command("/clusters"),
     ])  # fmt: skip

@@ -53,7 +53,7 @@ def oldest_envoy() -> str:
 
 
 # Where an Envoy's admin interface is when the bootstrap does not say: "unix" or "tcp".
-ADMIN = "tcp"
+ADMIN = "unix"
 
 
 def admin_interface(place: Path, kind: str = "") -> tuple[Config, str]:

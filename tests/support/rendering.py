@@ -90,22 +90,22 @@ def node(name: str, **labels: str) -> Object:
 
 def objects_of(*raw: Object) -> loader.Objects:
     """Raw objects, told apart by what they hold."""
-    found = loader.Objects({}, {}, {}, {})
+    found = loader.Objects({}, [], {})
     for obj in raw:
         key = (obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
         if "spec" in obj:
             found.services[key] = loader.service_from(obj)  # type: ignore[index]
         elif "addressType" in obj:
-            found.slices[key] = loader.endpointslice_from(obj)  # type: ignore[index]
+            found.slices.append(loader.endpointslice_from(obj))  # type: ignore[attr-defined]
         elif "subsets" in obj:
-            found.endpoints[key] = loader.endpoints_from(obj)  # type: ignore[index]
+            found.slices.extend(loader.endpoints_from(obj))  # type: ignore[attr-defined]
         else:
             found.nodes[key[1]] = loader.node_from(obj)  # type: ignore[index]
     return found
 
 
-def translator(config: Object | None = None, **options: Any) -> loader.Translator:
-    """A translator with a configuration in JSON; EDS and YAML unless `options` say otherwise."""
+def renderer(config: Object | None = None, **options: Any) -> loader.Renderer:
+    """A renderer with a configuration in JSON; EDS and YAML unless `options` say otherwise."""
     options = {
         "endpoints": "eds",
         "fmt": "yaml",
@@ -114,11 +114,11 @@ def translator(config: Object | None = None, **options: Any) -> loader.Translato
         "budget": 32,
         **options,
     }
-    return loader.Translator(loader.config_from(config or {}), **options)
+    return loader.Renderer(loader.config_from(config or {}), **options)
 
 
 def render(*raw: Object, config: Object | None = None, **options: Any) -> loader.Rendering:
-    return translator(config, **options).render(objects_of(*raw))
+    return renderer(config, **options).render(objects_of(*raw))
 
 
 def content_of(path: str, file: loader.File) -> Object:

@@ -240,18 +240,31 @@ class Trial:
     """One Envoy, the loader that asks it, and load; see FAULTS for what happens to them."""
 
     def __init__(
-        self, scene: Scene, home: Path, token_file: Path, *, watched: bool, binary: str = ""
+        self,
+        scene: Scene,
+        home: Path,
+        token_file: Path,
+        *,
+        watched: bool,
+        binary: str = "",
+        relayed: bool = False,
     ) -> None:
+        """`relayed`: the loader asks through a relay, so that Envoy can fall silent."""
         self.scene = scene
         self.front = scene.front(watched=watched)
-        self.relay = Relay(self.front.admin_url)
+        self.stack = contextlib.ExitStack()
+        self.relay: Relay | None = None
         self.port = held_port()
         self.options = [
             *("--namespace", "demo", "--apiserver", scene.api.url),
             *("--token-file", str(token_file), *scene.arguments(home)),
-            *("--envoy-admin", self.relay.url, "--listen", f"127.0.0.1:{self.port}"),
+            *("--envoy-admin", self.front.admin_url, "--listen", f"127.0.0.1:{self.port}"),
         ]
-        self.stack = contextlib.ExitStack()
+        if relayed:
+            # Not always: in its place a dead Envoy accepts connections, and ends them.
+            self.relay = Relay(self.front.admin_url)
+            self.stack.callback(self.relay.close)
+            self.options += ["--envoy-admin", self.relay.url]
         self.envoy = Envoy(
             self.front.config, home / "envoy", args=FLUSH, start=False, binary=binary
         )
@@ -332,6 +345,7 @@ class Trial:
             time.sleep(self.silence())
 
     def envoy_is_silent(self) -> None:
+        assert self.relay is not None
         with self.relay.silent():
             time.sleep(self.silence())
 
@@ -359,7 +373,6 @@ class Trial:
             error.add_note("the loader's log:\n" + "\n".join(self.loader.lines[-40:]))
             error.add_note(f"Envoy's log:\n{self.envoy.log_tail(10)}"[-3000:])
         self.stack.close()
-        self.relay.close()
         if isinstance(self.scene, Services):
             self.scene.shop.close()
 
