@@ -5164,9 +5164,9 @@ class Loop:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
         ack = "no" if NACKED in states else ack
-        unread = sorted(each for each in asked.moved if self.known.states.get(each) == UNREAD)
-        more = {"unread": shortened(unread)} if unread else {}
-        log.info("published", **asked.fields, **more, ack=ack, ack_ms=round(took * 1000, 1))
+        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
+        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+                 **({"unread": shortened(unread)} if unread else {}))
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""

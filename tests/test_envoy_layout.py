@@ -583,7 +583,7 @@ def test_the_counters_that_were_used_tell_of_each_event(start_envoy: StartEnvoy,
     """One attempt, and with it one success, rejection or failure."""
     envoy = start_envoy(reading(out))
     path = out / "current/cds.json"
-    seen = []
+    seen: list[dict[str, str]] = []
     twice = {**cluster("a", 1), "eds_cluster_config": {}}
     for text in (cds(out), response("cluster", cluster("a", 1)), "{", response("cluster", twice)):
         replace(path, text)
