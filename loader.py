@@ -3823,7 +3823,8 @@ def after_publication(
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, counts=None, moves={}, late=frozenset(), back_at=now)
+    unread = {path: state for path, state in known.states.items() if state == UNREAD}
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3903,6 +3904,8 @@ def rejected_unnamed(
         if file.kind in kinds and path not in unread:
             failing.difference_update(
                 scopes_of(file.kind, resource_names(path, file, files), look.counts))
+            if known.states.get(path) == NACKED and path not in known.acked:
+                kinds.discard(file.kind)  # this one explains it
     kinds = {kind for kind in kinds for scope in failing
              if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
     return [path for path in unread if path not in known.acked and files[path].kind in kinds]
