@@ -4886,24 +4886,19 @@ class Loop:
         times = [self._look_at, self._asked.until if self._asked else self._step_at]
         times.append(self._retry_at or until)
         self._newest = 0.0
-        wake = self._next(min(each for each in times if each) - time.monotonic())
+        self._take_all(min(each for each in times if each) - time.monotonic())
+        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
+            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
+            while time.monotonic() < end and self._take_all(DEBOUNCE_QUIET):
+                pass
+
+    def _take_all(self, seconds: float) -> bool:
+        """Take in whatever happens within so many seconds, and all else that is there by then."""
+        first = wake = self.wakes.get(0.0 if self.stopping else seconds)
         while wake is not None:
             self._take(wake)
-            wake = self._next(0.0)
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
-            self._gather()
-
-    def _next(self, seconds: float) -> Wake | None:
-        return self.wakes.get(0.0 if self.stopping else seconds)
-
-    def _gather(self) -> None:
-        """Take in what belongs to a burst."""
-        end = time.monotonic() + DEBOUNCE_GATHER
-        while not self.stopping and (left := end - time.monotonic()) > 0:
-            wake = self._next(min(left, DEBOUNCE_QUIET))
-            if wake is None:
-                return
-            self._take(wake)
+            wake = self.wakes.get(0.0)
+        return first is not None
 
     def _take(self, wake: Wake) -> None:
         """Take in what happened; nothing is published here."""
