@@ -2943,6 +2943,7 @@ NAME_VALUE = re.compile(
     rb"""["']?\b(?:cluster_)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)"""
 )
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
+PLACE = re.compile(rb"[-\w.]*/[-\w./]+", re.ASCII)
 
 
 def names_in(content: bytes) -> frozenset[str]:
@@ -2973,10 +2974,16 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def names_path(content: bytes, path: str) -> bool:
-    """Whether a text names the file at `path`, under whatever directory Envoy mounts ours."""
-    text = content.replace(b"\\/", b"/") if b"\\/" in content else content
-    return re.search(rb"/" + re.escape(path.encode()) + rb"(?![\w./-])", text) is not None
+def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
+    """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
+    found: set[str] = set()
+    for content in contents if paths else ():
+        for raw in PLACE.findall(content.replace(b"\\/", b"/")):
+            place = raw.decode()
+            while place := place.partition("/")[2]:
+                if place in paths:
+                    found.add(place)
+    return found
 
 
 # -- what may be published after a NACK ----------------------------------------------------------
@@ -2999,15 +3006,13 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     file that is read and that no published file names is named by the bootstrap.
     """
     result = dict(desired)
-    gone = [path for path in published if path not in desired]
-    named = {path for path in gone if any(
-        names_path(file.content, path) for other, file in published.items() if other != path)}
-    for path in gone:
-        if path not in named and is_read(path):
-            result[path] = published[path]
-    while more := [path for path in gone if path not in result and any(
-            names_path(file.content, path) for file in result.values())]:
+    gone = published.keys() - desired.keys()
+    named = paths_in((file.content for file in published.values()), gone)
+    more = {path for path in gone - named if is_read(path)}
+    more |= paths_in((file.content for file in desired.values()), gone)
+    while more:
         result |= {path: published[path] for path in more}
+        more = paths_in((published[path].content for path in more), gone - result.keys())
     return result
 
 
@@ -3040,7 +3045,7 @@ def allowed(
             and file is desired.get(path)
             and not same_file(before.get(path), file)
             and (mentioned(file.content, lacking)
-                 or any(names_path(file.content, each) for each in missing))
+                 or paths_in([file.content], missing))
         ]
         for path in waiting:
             notes.append(f"{path}: waits for what Envoy NACKed")
@@ -3056,7 +3061,7 @@ def idle_clusters(desired: Files, paths: Collection[str]) -> frozenset[str]:
     known = [clusters_of(file) for file in desired.values() if file.kind == "cds"] if paths else []
     return frozenset(
         name for clusters in known if clusters for name, text in clusters.texts.items()
-        if any(names_path(text, path) for path in paths)
+        if paths_in([text], paths)
     )
 
 
@@ -3067,8 +3072,8 @@ def keep_needed(
     """Give back to `result` what bytes that are kept name: files and clusters; whether any."""
     kept = [file for path, file in result.items() if not same_file(desired.get(path), file)]
     before = {**acked, **published}
-    gone = [path for path in before.keys() - result.keys() - desired.keys()
-            if any(names_path(file.content, path) for file in kept)]
+    gone = paths_in((file.content for file in kept),
+                    before.keys() - result.keys() - desired.keys())
     result |= {path: before[path] for path in gone}
     users = [file.content for file in kept if file.kind in REFERENCE_KINDS]
     found = bool(gone)
@@ -3099,9 +3104,9 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     back = {path: acked[path] for path, nack in nacks.items()
             if path in acked and is_nacked(published.get(path), nack)
             and not same_file(acked[path], published[path])}
-    named = {path: file for path, file in acked.items() if path not in published
-             and any(names_path(each.content, path) for each in back.values())}
-    return Step({**published, **named, **back}, ROLLBACK) if back else None
+    named = paths_in((file.content for file in back.values()), acked.keys() - published.keys())
+    files = {**published, **{path: acked[path] for path in named}, **back}
+    return Step(files, ROLLBACK) if back else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3966,8 +3971,8 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
 
 def named_things(file: File, files: Files) -> frozenset[str]:
     """The clusters and files there are, of those that a reference names."""
-    paths = frozenset(path for path in files if names_path(file.content, path))
-    return paths | mentioned(file.content, cluster_names(files.values()))
+    return mentioned(file.content, cluster_names(files.values())) \
+        | paths_in([file.content], files.keys())
 
 
 def settled(known: Known, files: Files) -> Known:

@@ -29,10 +29,10 @@ from loader import (
     is_read,
     kind_of,
     mentioned,
-    names_path,
     next_step,
     notify_order,
     parse_stats,
+    paths_in,
     resource_file,
     resource_names,
     retried,
@@ -129,10 +129,13 @@ def test_a_reference_is_a_whole_word(content: bytes, names: set[str]) -> None:
 
 
 def test_a_path_is_named_under_whatever_directory() -> None:
-    for place in ("/etc/envoy/eds/a.json", "/srv/current/eds/a.json"):
-        assert names_path(b'{"path": "%s"}' % place.encode(), "eds/a.json")
-    assert not names_path(b"path: /srv/eds/a.json.bak", "eds/a.json")
-    assert not names_path(b"path: /srv/other-eds/a.json", "eds/a.json")
+    paths = {"eds/a.json", "a.json"}
+    for place in (b"/etc/envoy/eds/a.json", b"eds/a.json", b"\\/srv\\/eds\\/a.json"):
+        assert paths_in([b'{"path": "%s"}' % place], paths) >= {"a.json"}
+    assert paths_in([b"path: /srv/current/eds/a.json"], {"eds/a.json"}) == {"eds/a.json"}
+    assert paths_in([b"path: /srv/eds/a.json.bak\npath: /srv/other-eds/a.json"], paths) == {
+        "a.json"
+    }
 
 
 # ---------------------------------------------------------------------------------------------
