@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -437,13 +438,26 @@ def test_references_are_tried_again_when_what_they_need_is_there() -> None:
 
 
 def test_a_thousand_eds_files_are_one_look() -> None:
-    """Fault 11, by the number of times that CDS is read."""
+    """Fault 11: it took 0.19 s each time. Nor are those that go compared with all others."""
     names = [f"c{i}" for i in range(1000)]
     files = {f"eds/{name}.json": eds(name) for name in names} | {"cds.yaml": on_eds(*names)}
     counts = {f"cluster.{name}": Counts(1, 1, 0) for name in names}
     counts["cluster_manager.cds"] = Counts(1, 1, 0)
+    began = time.process_time()
     known, _ = after_look(Known(counts={}), files, Look(counts, True))
     assert set(known.states.values()) == {ACKED}
+    changed = {**files, "eds/c5.json": eds("c5", 81)}
+    known = after_publication(known, files, changed, changed)
+    counts["cluster.c5"] = Counts(2, 2, 0)
+    first = time.process_time()
+    known, outcome = after_look(known, changed, Look(counts, True))
+    again = time.process_time()
+    assert outcome.acks == ("eds/c5.json",)
+    less = {path: files[path] for path in [*files][100:]} | {"cds.yaml": on_eds(*names[100:])}
+    assert len(with_needed(less, changed, lambda path: True)) == len(less)
+    assert first - began < 0.3
+    assert again - first < 0.02
+    assert time.process_time() - again < 0.3
 
 
 # ---------------------------------------------------------------------------------------------
