@@ -4080,19 +4080,18 @@ class Admin(threading.Thread):
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme == "unix":
-            connection = http.client.HTTPConnection("localhost")
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(ANSWER_BOUND)
-            try:
-                connection.sock.connect(parts.path)
-            except OSError:
-                connection.sock.close()
-                raise
-            return connection
         host, port = parts.hostname or "127.0.0.1", parts.port or 80
         connection = http.client.HTTPConnection(host, port, timeout=ANSWER_BOUND)
-        connection.connect()
+        if parts.scheme != "unix":
+            connection.connect()
+            return connection
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(ANSWER_BOUND)
+        try:
+            connection.sock.connect(parts.path)
+        except OSError:
+            connection.sock.close()
+            raise
         return connection
 
     def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> None:
@@ -4111,17 +4110,13 @@ class Admin(threading.Thread):
                         self._live, self._rejected, self._reason = False, 0, ""
                         self._wake("meet", None)
                     self.ask()
-                readable = select.poll()
-                readable.register(kept.sock, select.POLLIN)
-                readable.register(self._read, select.POLLIN)
-                ready = {number for number, _ in readable.poll()}
-                if kept.sock.fileno() in ready:
+                if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
                     return
                 os.read(self._read, 4096)
                 self._wake("look", self._look())
             except (OSError, http.client.HTTPException, AdminError) as error:
-                if ended(kept.sock):
-                    return
+                if select.select([kept.sock], [], [], 0)[0]:
+                    return  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
                     time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
@@ -4178,13 +4173,6 @@ class Admin(threading.Thread):
         if response.status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{path.partition('?')[0]}: HTTP {response.status}")
         return body.decode("utf-8", "replace")
-
-
-def ended(sock: socket.socket) -> bool:
-    """Whether the other end has closed the connection."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
