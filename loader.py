@@ -327,18 +327,18 @@ class Api:
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
+            _, body = self._ask(query, "list", page)
             try:
-                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
+                answer = json_object(parse_json(body))
             except ValueError:
-                text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
-                raise ApiError(200, f"{text}; is it an API server?") from None
+                answer = {}
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(200, text)
+                raise ApiError(200, f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
-            del items  # before the next page is read
+            del body, items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
@@ -373,10 +373,9 @@ class Api:
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
         if self._socket is not None:
-            try:  # (not SSLSocket's own shutdown: that one makes a plain socket of it)
+            with contextlib.suppress(OSError):
+                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         if self._connection is not None:
@@ -653,7 +652,6 @@ class Reflector(threading.Thread):
         self._failures = 0
         self._asked = threading.Event()  # by refresh(): ends each wait
         self._watching: Api | None = None  # while a watch is open
-        self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
 
     def objects(self) -> dict[Key, Any]:
         """A copy of what is known now."""
@@ -661,10 +659,9 @@ class Reflector(threading.Thread):
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        with self._lock:
-            self._asked.set()
-            if self._watching:
-                self._watching.interrupt()
+        self._asked.set()
+        if self._watching:
+            self._watching.interrupt()
 
     def run(self) -> None:
         """As a daemon thread it owns no disk, and needs nobody's word to stop."""
@@ -677,7 +674,7 @@ class Reflector(threading.Thread):
         """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
         until = time.monotonic() + ONE_TRY_SECONDS
         while True:
-            self._refreshed()
+            self._asked.clear()
             try:
                 self._relist()
                 self._failures, delay = 0, self._interval
@@ -699,7 +696,8 @@ class Reflector(threading.Thread):
         suspect, rejections = False, 0
         while True:
             try:
-                if self._refreshed():
+                if self._asked.is_set():
+                    self._asked.clear()
                     self._forget("refresh")
                 elif suspect and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
@@ -849,13 +847,6 @@ class Reflector(threading.Thread):
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
-    def _refreshed(self) -> bool:
-        """Whether refresh() was called since."""
-        with self._lock:
-            asked = self._asked.is_set()
-            self._asked.clear()
-            return asked
-
 
 # -- --from-file ------------------------------------------------------------------------------
 
@@ -901,10 +892,10 @@ class FileSource:
         return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
 
     def _objects(self) -> Sequence[dict[str, Json]]:
-        """All objects of the file, each with its metadata and its namespace."""
+        """All objects of the file, each with a namespace if its kind has one."""
         text, hint = self._read(), "give the output of `kubectl get ... -o json`"
         try:
-            objects = [item for item in documents(text) if isinstance(item.get("metadata"), dict)]
+            objects = objects_of(text)
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error)[:200].split())
             raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
@@ -927,34 +918,31 @@ class FileSource:
             raise LoaderError(f"--from-file {why(error)}") from None
 
 
-def documents(text: bytes) -> Iterator[dict[str, Json]]:
+def objects_of(text: bytes) -> list[dict[str, Json]]:
     """The objects of a file: single ones or lists (of lists), one after another; ValueError for
     anything else."""
-    decoder, solid, position = json.JSONDecoder(), re.compile(r"\S"), 0
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole = text.decode("utf-8-sig")
-    while found := solid.search(whole, position):
-        value, position = decoder.raw_decode(whole, found.start())
-        yield from flattened(value)
-    if not position:  # a file that is just being rewritten; no objects at all is an empty List
+    whole, position, values = text.decode("utf-8-sig"), 0, []
+    decoder, solid = json.JSONDecoder(), re.compile(r"\S")
+    while start := solid.search(whole, position):
+        value, position = decoder.raw_decode(whole, start.start())
+        values.append(value)
+    if not values:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
-
-
-def flattened(value: Json) -> Iterator[dict[str, Json]]:
-    """The objects in a value: itself, or the items of a List kind."""
-    kind = json_object(value).get("kind")
-    if not isinstance(kind, str):
-        raise ValueError("holds something that is not a Kubernetes object")
-    if not kind.endswith("List"):
-        yield value
-        return
-    items = value.get("items") or []
-    if not isinstance(items, list):
-        raise ValueError(f"the items of a {kind} are not a list")
-    for item in items:
-        json_object(item).setdefault("kind", kind.removesuffix("List"))
-        yield from flattened(item)
+    objects = []
+    values.reverse()  # in order: what comes later wins
+    while values:
+        value = json_object(values.pop())
+        kind, items = text_at(value, "kind"), value.get("items") or []
+        if not kind or (kind.endswith("List") and not isinstance(items, list)):
+            raise ValueError("holds something that is not a Kubernetes object")
+        if kind.endswith("List"):
+            one = {"kind": kind.removesuffix("List")}
+            values += [{**one, **json_object(item)} for item in reversed(items)]
+        elif isinstance(value.get("metadata"), dict):
+            objects.append(value)
+    return objects
 
 
 # -- label selectors --------------------------------------------------------------------------
@@ -1317,7 +1305,7 @@ RULES: dict[str, Callable[[Json], object]] = {
 }
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
 # keys ("*": any other; "": a rule for the whole).
-PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
 PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
         "node_name": "true"}
 MATCH = {"": "something to match (what is for every cluster belongs into base)",
@@ -1354,7 +1342,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
+            if rule is None:
                 raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
         expected = schema.get("", "")
@@ -1708,8 +1696,8 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
     groups: dict[Place, list[Json]] = {}
     for (_, _, number), (state, place, address) in sorted(best.items()):
-        endpoint_there = lb_endpoint(address, number, cluster.port.protocol, state)
-        groups.setdefault(place, []).append(endpoint_there)
+        groups.setdefault(place, []).append(
+            lb_endpoint(address, number, cluster.port.protocol, state))
     localities = []
     for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
         locality = present(region=region, zone=zone, sub_zone=sub_zone)
@@ -1771,7 +1759,8 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
         known = ", ".join(ROUTE_ANNOTATIONS)
-        problems.append(f"unknown annotation {ours}: {first_of(unknown)} (known: {known})")
+        named = first_of([ours + name for name in unknown])
+        problems.append(f"unknown annotation {named} (known: {known})")
         given = {name: value for name, value in given.items() if name not in unknown}
     if not given or given.get("route") == "false":
         return None
@@ -2412,12 +2401,13 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             with open(descriptors[-1], "wb", closefd=False) as file:
                 file.write(pem)
         names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        tls_context().load_cert_chain(names[0], names[1], no_passphrase)
-    except EncryptedKey:
-        return "is encrypted, and Envoy is given no passphrase"
+        # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+        tls_context().load_cert_chain(names[0], names[1], password="")
     except ssl.SSLError as error:
         if error.reason in KEY_MISMATCHES:
             return "is not the key of the first certificate in tls.crt"
+        if b"ENCRYPTED" in key:
+            return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
     except OSError:  # after SSLError, which is one
         return ""
@@ -2425,15 +2415,6 @@ def pair_problem(cert: bytes, key: bytes) -> str:
         for descriptor in descriptors:
             os.close(descriptor)
     return ""
-
-
-class EncryptedKey(Exception):
-    """OpenSSL asked for a passphrase."""
-
-
-def no_passphrase() -> str:
-    """Without a callback OpenSSL would prompt on the terminal and block the loader."""
-    raise EncryptedKey
 
 
 def tls_context() -> ssl.SSLContext:
@@ -3649,7 +3630,7 @@ ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy tha
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE_FIRST, PROBE_LAST = 0.05, 1.0  # seconds between two tries to reach Envoy, growing
+PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -3658,10 +3639,11 @@ LEAVES = {"update_attempt": 0, "update_success": 1, "update_rejected": 2, "updat
 STATS = "/stats?" + urllib.parse.urlencode({
     "usedonly": "",
     "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
-              r"|dynamic_unknown_fields)$",
+              r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
 
 
+NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 
 
@@ -3712,6 +3694,7 @@ class Outcome(NamedTuple):
     acks: tuple[str, ...] = ()
     nacks: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
+    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
     pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
@@ -3741,39 +3724,54 @@ def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[st
 
 
 FIELD_NAME = re.compile(
-    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""", re.MULTILINE
+    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""",
+    re.MULTILINE,
 )
-RENAMED = re.compile(
+STAT_NAME = re.compile(
     rb"""(?:alt_?[sS]tat_?[nN]ame|(?<!\w)name)["']?[ \t]*:[ \t]*["']?([^\s"',}]+)"""
 )
+PATH = re.compile(rb"""(?<!\w)path["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""")
 
 
 def resource_names(path: str, file: File, files: Files) -> set[str]:
-    """The names under which statistics know the resource of a file, "" where there is but one.
-
-    That of an EDS file is the cluster's, which may differ from the assignment's: then the cluster
-    that names the file tells.
-    """
+    """The names under which statistics know the resource of a file, "" where there is but one."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
     names: set[str] = set()
-    try:
-        resource = parse_json(file.content)["resources"][0] if file.content[:1] == b"{" else {}
-        names = {name for key in ("name", "cluster_name", "clusterName")
-                 if isinstance(name := resource.get(key), str)}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        pass  # then a name is looked for in the text, as in YAML
+    if file.kind == "eds":  # the name of the cluster, which may differ from the assignment's
+        for other in files.values():
+            if other.kind == "cds":
+                for place, found in eds_clusters_of(other).get(path.rpartition("/")[2], ()):
+                    names |= found if place.endswith(f"/{path}") else set()
     if not names:
-        fields = [(len(found[1]), found.start(), found[2]) for found in
-                  FIELD_NAME.finditer(file.content)]
-        first = [min(fields)[2]] if fields else NAME_VALUE.findall(file.content)[:1]
-        names = {name.decode("utf-8", "replace") for name in first}
-    for other in files.values() if file.kind == "eds" else ():
-        if other.kind == "cds" and re.search(rb"(?i)alt_?stat_?name|service_?name", other.content):
-            for block in cluster_blocks(other):
-                if names_path(block, path):
-                    names |= {each.decode() for each in RENAMED.findall(block)}
+        names = names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
+
+
+def names_of_resource(content: bytes) -> set[str]:
+    """The name of the first resource in a file; empty where the text shows none."""
+    if content[:1] == b"{":
+        try:
+            resource = parse_json(content)["resources"][0]
+            return {name for key in ("name", "cluster_name", "clusterName")
+                    if isinstance(name := resource.get(key), str)}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            pass  # then a name is looked for in the text, as in YAML
+    fields = [(len(found[1]), found.start(), found[2]) for found in FIELD_NAME.finditer(content)]
+    first = [min(fields)[2]] if fields else NAME_VALUE.findall(content)[:1]
+    return {name.decode("utf-8", "replace") for name in first}
+
+
+@functools.lru_cache(maxsize=4)
+def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, set[str]]]]:
+    """By the base name of an EDS file: its path as a cluster gives it, and the cluster's names."""
+    found: dict[str, list[tuple[str, set[str]]]] = {}
+    for block in cluster_blocks(cds):
+        names = {name.decode("utf-8", "replace") for name in STAT_NAME.findall(block)}
+        for raw in PATH.findall(block.replace(b"\\/", b"/")):
+            place = raw.decode("utf-8", "replace")
+            found.setdefault(place.rpartition("/")[2], []).append((place, names))
+    return found
 
 
 def cluster_blocks(file: File) -> list[bytes]:
@@ -3787,9 +3785,11 @@ def cluster_blocks(file: File) -> list[bytes]:
 # -- what is known, step by step (pure) ----------------------------------------------------------
 
 
-def after_publication(known: Known, before: Files, after: Files, desired: Files) -> Known:
-    """Files moved: what Envoy makes of them is to be seen."""
-    moved = moved_paths(before, after)
+def after_publication(
+    known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
+) -> Known:
+    """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
+    moved = [*moved_paths(before, after), *again]
     gone = before.keys() - after.keys()
     tried = {path: (desired.get(path, after[path]).digest,
                     same_file(before.get(path), known.acked.get(path)))
@@ -3848,13 +3848,16 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         found[state].append(path)
         if state == PENDING:
             open_scopes |= set(read_by)
+    for path in rejected_unnamed(known, files, look, found[UNREAD]):
+        found[UNREAD].remove(path)
+        found[NACKED].append(path)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
         moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-        late=known.late - {*found[ACKED], *found[NACKED], *found[UNKNOWN]},
+        late=known.late.difference(found[ACKED]),
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3864,7 +3867,26 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
-                                          tuple(found[UNKNOWN]), pending)
+                                          tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
+
+
+def rejected_unnamed(
+    known: Known, files: Files, look: Look, unread: Sequence[str]
+) -> list[str]:
+    """Those of the files that nobody seems to read which explain a subscription that only fails:
+    their text does not show the name for which Envoy asks."""
+    failing = {scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success}
+    kinds = {files[path].kind for path in unread if path not in known.acked} if failing else set()
+    if not kinds:
+        return []
+    for path, file in files.items():
+        if file.kind in kinds and path not in unread:
+            failing.difference_update(
+                scopes_of(file.kind, resource_names(path, file, files), look.counts))
+    kinds = {kind for kind in kinds for scope in failing
+             if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
+    return [path for path in unread if path not in known.acked and files[path].kind in kinds]
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
@@ -3884,7 +3906,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
-    return next(state for state in (NACKED, PENDING, UNKNOWN, ACKED) if state in told)
+    return next(state for state in (NACKED, UNKNOWN, PENDING, ACKED) if state in told)
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
@@ -3954,8 +3976,9 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
 
 
 def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file."""
-    return known.states.get(path) in (ACKED, NACKED) or path in known.nacks
+    """Whether Envoy is known to read a file, or the one before did."""
+    state = known.states.get(path)
+    return state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -3963,6 +3986,13 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
             if file.kind in kinds and path not in known.states]
+
+
+def to_retry(known: Known, files: Files) -> list[str]:
+    """References that were NACKed for what is mended now, and that are published as they are:
+    Envoy has to be notified of them again."""
+    return [path for path in files
+            if known.states.get(path) == NACKED and path not in known.nacks]
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -4006,21 +4036,20 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        pause, ended_at, gone = PROBE_FIRST, -1.0, False
+        ended_at, gone = -1.0, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
                 if not gone:
                     self._wake("end", f"{self.url}: {why(error)}")
-                pause = min(pause * 1.5, PROBE_LAST)
             else:
                 with kept.sock:
                     self._stay(kept, ended_at)
                 self._wake("end", f"{self.url}: the connection ended")
-                pause, ended_at = PROBE_FIRST, time.monotonic()
+                ended_at = time.monotonic()
             gone = True
-            time.sleep(pause)
+            time.sleep(PROBE)
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
@@ -4068,26 +4097,31 @@ class Admin(threading.Thread):
                     return
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(PROBE_LAST)  # it is not Envoy, or stalls
+                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
 
     def _meet(self) -> float:
         """The uptime of this process in seconds; whether its counters can tell is noted."""
         info = self._get("/server_info")
         uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
         if uptime is None:
-            raise AdminError("the answer is not that of Envoy's admin interface")
-        epoch = re.search(r'"restart_epoch": ([0-9]{1,9})', info, re.ASCII)
-        self._hidden, self._deaf = "", bool(epoch and int(epoch[1]))
-        if self._deaf:
-            self._hidden = "it was restarted hot, and counts for its parent too"
-            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
-        elif '"stats_matcher"' in self._get(STATS_MATCHER):
+            raise AdminError(NOT_ENVOY)
+        self._hidden, self._deaf = "", False
+        self._restarted_hot(re.search(r'"restart_epoch": [1-9]', info) is not None)
+        if not self._deaf and '"stats_matcher"' in self._get(STATS_MATCHER):
             self._hidden = "its stats_matcher leaves the counters out"
         return float(uptime[1])
+
+    def _restarted_hot(self, hot: bool) -> None:
+        """Such an Envoy counts the events of its parent too. The connection that is kept may be
+        the parent's, so each look asks."""
+        if hot and not self._deaf:
+            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
+            self._deaf, self._hidden = True, "it was restarted hot, and counts for its parent too"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
+        self._restarted_hot(gauges.get("server.hot_restart_epoch", 0) > 0)
         counts = {} if self._deaf else counts
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
@@ -4104,7 +4138,10 @@ class Admin(threading.Thread):
         connection = self._connect()
         with connection.sock as sock:
             connection.request("GET", path)
-            response = connection.getresponse()
+            try:
+                response = connection.getresponse()
+            except http.client.HTTPException:
+                raise AdminError(NOT_ENVOY) from None
             body = bytearray()
             while part := response.read1(1 << 16):
                 body += part
@@ -4919,10 +4956,14 @@ class Loop:
         if step is not None:
             self._publish(step, step.files)
             return True
-        desired = self._desired(published)
-        if desired is None:
+        found = self._desired(published)
+        if found is None:
             return False
+        checked, desired = found
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        again = to_retry(self.known, published) if step is None else []
+        if again:
+            step = Step(published, REFERENCES)
         if step is None:
             self._waits_since = 0.0
             return False
@@ -4933,11 +4974,11 @@ class Loop:
             if self._step_at > now:
                 return False
             self._waits_since = 0.0
-        self._publish(step, desired)
+        self._publish(step, checked, again)
         return True
 
-    def _desired(self, published: Files) -> Files | None:
-        """Where to go from what is published; None where that is not known."""
+    def _desired(self, published: Files) -> tuple[Files, Files] | None:
+        """What is desired, and what of it is allowed after NACKs; None where it is not known."""
         if self._wanted is None:
             self._wanted = self.sources.compose(published)
         if not self._wanted.complete:
@@ -4945,15 +4986,16 @@ class Loop:
         files, unfit = self.output.fitting(self._wanted.files)
         self._note("unfit", unfit)
         files = with_needed(files, published, functools.partial(is_read, self.known))
-        self._note("gone", [f"{path}: its source is gone, and Envoy reads it: its last bytes stay "
-                            "published" for path in files if path not in self._wanted.files])
+        self._note("gone", [f"{path}: its source is gone; its last bytes stay, for Envoy or "
+                            "another file needs it" for path in files
+                            if path not in self._wanted.files])
         checked = self._checked(files, published)
         if checked is None:
             return None
         self.known = retried(self.known, checked, published)
         desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
         self._note("nacked", notes)
-        return desired
+        return checked, desired
 
     def _opens_at(self, step: Step, now: float) -> float:
         """When references or removals may be published (monotonic).
@@ -4971,20 +5013,20 @@ class Loop:
         if not unjudged(self.known, self.output.published, step.name):
             return pause if self.options.step_delay is not None else now
         if self._silent_since:
-            return self._silent_since + SILENT_BOUND
+            return max(pause, self._silent_since + SILENT_BOUND)
         return pause
 
-    def _publish(self, step: Step, desired: Files) -> None:
+    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, ask Envoy about it, then tidy up."""
         before, files = self.output.published, step.files
-        moved = moved_paths(before, files)
+        moved = [*moved_paths(before, files), *again]
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
-            paths = self.output.publish(files)
+            paths = self.output.publish(files, again)
         finally:
-            if self.output.published is not before:
-                self.known = after_publication(self.known, before, files, desired)
+            if self.output.published is not before or again:
+                self.known = after_publication(self.known, before, files, desired, again)
         now, self._switched_at = time.monotonic(), time.time()
         took, self._published_at = now - self._event_at, now
         if awaited & CHILD_KINDS:
@@ -5000,8 +5042,9 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         }
-        if self._link in ("meet", "silent"):
-            patience = ASK_BOUND[self._link == "meet" and not self._silent_since]
+        silent = bool(self._silent_since)
+        if self._link == "meet" or (silent and now < self._silent_since + SILENT_BOUND):
+            patience = ASK_BOUND[not silent]
             self._asked = Asked(tuple(moved), fields, now, now + patience)
             self._ask()
         else:
@@ -5071,17 +5114,15 @@ class Loop:
         self._tell_nacks(outcome.nacks)
         if outcome.mixed:
             self.output.notify_again(outcome.mixed)
-        if look.hidden:
-            self._note("hidden", [f"what Envoy makes of {path} stays unknown: {look.hidden}"
-                                  for path, file in files.items()
-                                  if file.kind and path not in self.known.states])
+        self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
+                              f"unknown: {look.hidden}"] if outcome.hidden else [])
         if look.live and not self._started:
-            self._started = bool(look.hidden) or all(
-                self.known.states.get(path) in (ACKED, UNREAD) for path, file in files.items()
-                if file.kind in ("cds", "lds", "rds"))
+            self._started = all(
+                self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+                for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self._asked is not None and not waiting:
-            self._end_asking("")
+        if self._asked is not None and (outcome.nacks or not waiting):
+            self._end_asking("")  # a rollback does not wait for the other files
         if outcome.acks or outcome.nacks:
             self._remember()
         self._plan_look(now, waiting)
@@ -5123,9 +5164,9 @@ class Loop:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
         ack = "no" if NACKED in states else ack
-        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
-                 **({"unread": shortened(unread)} if unread else {}))
+        unread = sorted(each for each in asked.moved if self.known.states.get(each) == UNREAD)
+        more = {"unread": shortened(unread)} if unread else {}
+        log.info("published", **asked.fields, **more, ack=ack, ack_ms=round(took * 1000, 1))
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""
@@ -5552,10 +5593,10 @@ def shell_words(text: str) -> tuple[str, ...]:
     return words
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"is not one of {', '.join(words)}")
+        if text not in words.split("|"):
+            raise ValueError(f"is not one of {words.replace('|', ', ')}")
         return text
 
     return parse
@@ -5605,10 +5646,9 @@ SECTIONS = {
     "From where": (
         Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
                "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
-               "bearer token, read again for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt",
-               "CA of the API server, read again for each connection"),
+        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token", "bearer token, read again "
+               "for each request"),
+        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt", "CA of the API server"),
         Option("client-cert", str, "FILE", "", "client certificate for the API server"),
         Option("client-key", str, "FILE", "", "its private key"),
         Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
@@ -5617,18 +5657,18 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto", "eds", "inline", "dns"), "auto|eds|inline|dns", "auto",
+        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns", "auto",
                "where endpoints live"),
-        Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
+        Option("format", one_of("yaml|json"), "yaml|json", "yaml", "of rendered files"),
     ),
     "Where to, and when": (
         Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
         Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D", "1m0s",
-               "between two polls; in watch mode between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s",
-               "how long --onetime waits for the sources to exist and the API server to answer"),
+        Option("sync-interval", go_duration, "D", "1m0s", "between two polls; in watch mode "
+               "between two checks of the files on disk"),
+        Option("timeout", go_duration, "D", "0s", "how long --onetime waits for the sources to "
+               "exist and the API server to answer"),
         Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
         Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
@@ -5642,11 +5682,11 @@ SECTIONS = {
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "",
-               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
-        Option("log-format", one_of("text", "json"), "text|json", "text", "of standard error"),
-        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info",
-               "debug, info, warning or error"),
+        Option("listen", listen_address, "[ADDR]:PORT", "", "serve /healthz, /readyz, /startz, "
+               "/metrics and /snapshot"),
+        Option("log-format", one_of("text|json"), "text|json", "text", "of standard error"),
+        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS), "info", "the least "
+               "that is logged"),
         Option("version", go_bool, "", "", "print the version and exit"),
         Option("help", go_bool, "", "", "print this and exit (also -h)"),
     ),
@@ -5721,6 +5761,14 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, UsageError) as error:
+        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+        raise UsageError(f"{where} {shown!r}: {error}") from None
+
+
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     words = command_line_words(argv)
@@ -5730,13 +5778,7 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
         if not texts and option.name not in ("help", "version"):
             where, text = option.variable, environ.get(option.variable, "")
             texts = text.split() if option.repeats else [text] if text else []
-        found = []
-        for text in texts:
-            try:
-                found.append(option.parse(text))
-            except (ValueError, UsageError) as error:
-                shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-                raise UsageError(f"{where} {shown!r}: {error}") from None
+        found = [value_of(where, option.parse, text) for text in texts]
         if found:
             attribute = option.name.replace("-", "_")
             values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
@@ -5801,10 +5843,7 @@ def check_combination(values: Mapping[str, Any]) -> None:
 def default_namespace(environ: Mapping[str, str]) -> str:
     for variable in ("NS", "POD_NAMESPACE"):
         if environ.get(variable):
-            try:
-                return namespace_name(environ[variable])
-            except ValueError as error:
-                raise UsageError(f"${variable} {environ[variable][:100]!r}: {error}") from None
+            return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
             return namespace_name(stream.read(1000).decode().strip())
@@ -5818,10 +5857,7 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     if not host:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    try:
-        return http_url(url, ["https"])
-    except ValueError as error:
-        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r}: {error}") from None
+    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
 HELP = """\

@@ -72,6 +72,15 @@ def test_every_test_that_is_named_exists(page: str) -> None:
     assert [target for target in named if not names_a_test(target)] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_letter_leads_to_exists(page: str) -> None:
+    """Where a page says: `L` stands for `tests/test_x.py`."""
+    text = (ROOT / page).read_text()
+    files = dict(re.findall(r"`([A-Z])`\s(?:stands\s)?for\s`(tests/\w+\.py)`", text))
+    named = re.findall(r"\b([A-Z])\s`(test_\w+)", text) if files else []
+    assert [name for name in named if not names_a_test(f"{files.get(name[0])}::{name[1]}")] == []
+
+
 def prose(page: str) -> str:
     """A page without its code."""
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(), flags=re.M | re.S)

@@ -126,7 +126,7 @@ def test_no_request_is_lost_when_envoy_is_asked(
         assert_none_failed(total, scene, loader)
         assert_served(envoy, scene)
         wait_converged(scene.out)
-        assert not loader.count_log("Envoy refuses"), loader.log
+        assert not loader.count_log("NACKed"), loader.log
         loader.stop()
         envoy.stop()
         if isinstance(scene, Services):

@@ -197,7 +197,10 @@ def loaded(
 def once_loaded(scene: Scene, fronts: Sequence[Front], changes: int) -> Total:
     connections = 24 // len(fronts)
     ports, admins = [each.port for each in fronts], [each.admin_url for each in fronts]
-    with Load(ports, host=scene.host, connections=connections, admins=admins) as load:
+    # A stall of Envoy is no loss: the answer comes.
+    with Load(
+        ports, host=scene.host, connections=connections, admins=admins, timeout=30
+    ) as load:
         time.sleep(0.2)
         for _ in range(changes):
             scene.change()
@@ -211,7 +214,7 @@ def once_loaded(scene: Scene, fronts: Sequence[Front], changes: int) -> Total:
 
 
 def assert_none_failed(total: Total, scene: Scene, loader: Loader) -> None:
-    warnings = [line for line in loader.lines if "confirmed=yes" not in line]
+    warnings = [line for line in loader.lines if "ack=yes" not in line]
     assert total.failed == 0, "\n".join([f"{total}, seed {scene.seed}", *warnings[-30:]])
     assert total.rate > 500  # load, even on a machine that is busy
 
@@ -229,7 +232,7 @@ def assert_served(envoy: Envoy, scene: Scene) -> None:
 
 
 STEPS = ("children", "clusters", "references", "removals")
-ACKED = {"acked", "confirmed", "unread"}  # in /snapshot
+ACKED = {"acked", "unread"}  # in /snapshot
 SILENCE = (0.3, 1.2, 2.5, 6.0) if LONG else (0.3, 2.5)  # seconds
 
 

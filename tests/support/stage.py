@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from tests.support.apiserver import ApiServer, Client
 from tests.support.envoy import (
@@ -68,9 +68,7 @@ class Stage:
         self.client = self.stack.enter_context(contextlib.closing(Client(api.url, "token-1")))
         self.token = out.parent / "stage-token"
         self.token.write_text("token-1")
-        self.envoy = Envoy(
-            self.bootstrap(), out.parent / "stage-envoy", start=False, binary=binary
-        )
+        self.envoy = Envoy(self.bootstrap(), out.parent / "stage-envoy", start=False, binary=binary)
         self.stack.callback(self.envoy.stop)
         self.loader: Loader | None = None
         self.options: tuple[str, ...] = ()
@@ -128,19 +126,24 @@ class Stage:
         """`admin`: another URL to ask than Envoy's; None: nobody is asked."""
         url = self.admin_url if admin == "" else admin
         self.options = (
-            *("--watch", "--namespace", "demo", "--configmap", NAME),
-            *("--apiserver", self.api.url, "--token-file", str(self.token)),
-            *("--output-dir", str(self.out), "--listen", f"127.0.0.1:{self.listen}"),
+            *("--watch", *self.arguments(), "--listen", f"127.0.0.1:{self.listen}"),
             *(("--envoy-admin", url) if url else ()),
             *options,
         )
         return self.restart_loader()
 
-    def restart_loader(self, *, kill: bool = True) -> Loader:
+    def arguments(self) -> tuple[str, ...]:
+        """The options of every run on this ConfigMap and this directory."""
+        return (
+            *("--namespace", "demo", "--configmap", NAME, "--output-dir", str(self.out)),
+            *("--apiserver", self.api.url, "--token-file", str(self.token)),
+        )
+
+    def restart_loader(self, *, kill: bool = True, prefix: Sequence[str] = ()) -> Loader:
         """A new process with the same options."""
         if self.loader is not None:
             self.loader.kill() if kill else self.loader.stop()
-        self.loader = Loader(self.options)
+        self.loader = Loader(self.options, prefix=prefix)
         self.stack.callback(self.loader.kill)
         return self.loader
 
@@ -166,13 +169,13 @@ class Stage:
         return {}
 
     def await_acked(self, timeout: float = 10.0) -> None:
+        """Until Envoy has ACKed every file that it reads."""
+
         def acked() -> bool:
             found = set(self.states().values())
-            return bool(found) and found <= {"acked", "confirmed"}
+            return "acked" in found and found <= {"acked", "unread"}
 
         wait_until(acked, timeout, "everything ACKed")
-
-    await_confirmed = await_acked
 
     def await_files(self, wanted: Mapping[str, str], timeout: float = 10.0) -> None:
         """Until these paths have these contents; others do not matter."""
@@ -210,7 +213,7 @@ class Stage:
 
         wait_until(seen, timeout, f"{wanted} served")
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -219,8 +222,8 @@ class Stage:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            if self.loader is not None:
-                error.add_note("the loader's log:\n" + "\n".join(self.loader.lines[-40:]))
-            error.add_note(f"Envoy's log:\n{self.envoy.log_tail(10)}"[-3000:])
+        if self.loader is not None:  # pytest shows it with a test that failed
+            print("the loader's log:\n" + "\n".join(self.loader.lines[-60:]))
+        said = [line for line in self.envoy.log().splitlines() if "[info]" not in line]
+        print("Envoy's log:\n" + "\n".join(said[-20:]))
         self.stack.__exit__(None, None, None)

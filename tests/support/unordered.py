@@ -15,10 +15,10 @@ def main(argv: list[str]) -> int:
     import loader
 
     def at_once(published: loader.Files, desired: loader.Files) -> loader.Step | None:
-        """What is desired, in one step."""
+        """What is desired itself."""
         if loader.same_files(published, desired):
             return None
-        return loader.Step(desired, loader.REMOVALS)
+        return loader.Step(desired, loader.CHILDREN)
 
     loader.next_step = at_once
     return loader.main(arguments)
