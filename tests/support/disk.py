@@ -11,10 +11,10 @@ import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from tests.support.busy import Deadline
+from tests.support.closing import Closing
 
 VERSION = re.compile(r"^\.\.[0-9a-f]{8,64}(\.\d+)?$")
 KNOWN = {"current", "..data", "..state"}
@@ -122,7 +122,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 IN_MODIFY, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_MOVED_FROM = 0x2, 0x80, 0x100, 0x200, 0x40
 
 
-class Inotify:
+class Inotify(Closing):
     """An inotify watch on directories, with Envoy's mask by default. Costs one instance."""
 
     def __init__(self, *directories: Path, mask: int = IN_MODIFY | IN_MOVED_TO) -> None:
@@ -153,13 +153,3 @@ class Inotify:
     def close(self) -> None:
         os.close(self._fd)
 
-    def __enter__(self) -> Inotify:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
