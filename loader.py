@@ -3804,7 +3804,8 @@ def after_publication(
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, counts=None, moves={}, late=frozenset(), back_at=now)
+    unread = {path: state for path, state in known.states.items() if state == UNREAD}
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3884,6 +3885,8 @@ def rejected_unnamed(
         if file.kind in kinds and path not in unread:
             failing.difference_update(
                 scopes_of(file.kind, resource_names(path, file, files), look.counts))
+            if known.states.get(path) == NACKED and path not in known.acked:
+                kinds.discard(file.kind)  # this one explains it
     kinds = {kind for kind in kinds for scope in failing
              if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
     return [path for path in unread if path not in known.acked and files[path].kind in kinds]
@@ -4864,24 +4867,19 @@ class Loop:
         times = [self._look_at, self._asked.until if self._asked else self._step_at]
         times.append(self._retry_at or until)
         self._newest = 0.0
-        wake = self._next(min(each for each in times if each) - time.monotonic())
+        self._take_all(min(each for each in times if each) - time.monotonic())
+        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
+            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
+            while time.monotonic() < end and self._take_all(DEBOUNCE_QUIET):
+                pass
+
+    def _take_all(self, seconds: float) -> bool:
+        """Take in whatever happens within so many seconds, and all else that is there by then."""
+        first = wake = self.wakes.get(0.0 if self.stopping else seconds)
         while wake is not None:
             self._take(wake)
-            wake = self._next(0.0)
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
-            self._gather()
-
-    def _next(self, seconds: float) -> Wake | None:
-        return self.wakes.get(0.0 if self.stopping else seconds)
-
-    def _gather(self) -> None:
-        """Take in what belongs to a burst."""
-        end = time.monotonic() + DEBOUNCE_GATHER
-        while not self.stopping and (left := end - time.monotonic()) > 0:
-            wake = self._next(min(left, DEBOUNCE_QUIET))
-            if wake is None:
-                return
-            self._take(wake)
+            wake = self.wakes.get(0.0)
+        return first is not None
 
     def _take(self, wake: Wake) -> None:
         """Take in what happened; nothing is published here."""

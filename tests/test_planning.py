@@ -388,6 +388,18 @@ def test_what_nobody_reads_and_what_is_hidden() -> None:
     assert "eds/x.json" not in known.states
 
 
+def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
+    files = A | {"rds.yaml": text("{", "rds")}
+    known, outcome = after_look(Known(counts={}), files, look({**ONE, "rds": (1, 0, 1)}))
+    assert outcome.nacks == ("rds.yaml",)
+    other = text(real.response("routes", real.route_config({"a": 1}, "other")))
+    more = files | {"new.yaml": other}
+    known = after_publication(known, files, more, more)
+    known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
+    assert outcome.nacks == ()
+    assert known.states["new.yaml"] == UNREAD
+
+
 def test_another_process_confirmed_nothing_yet() -> None:
     known, _ = after_look(met(), A, look({"cds": (0, 0, 0), "lds": (0, 0, 0)}, live=False))
     assert known.states == {}
