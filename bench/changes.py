@@ -27,10 +27,10 @@ from tests.support.envoy import (
     Envoy,
     bootstrap,
     file_source,
-    free_port,
     http_listener,
     rds_routes,
 )
+from tests.support.ports import held_port
 
 PAUSE = 0.02  # between changes: quiet enough that each is one of its own
 
@@ -216,7 +216,7 @@ def large(stage: Stage, runs: Sequence[Running], changes: int) -> list[Row]:
 
 def served(stage: Stage, runs: Sequence[Running], changes: int) -> list[Row]:
     """One Envoy with a listener for each contender's file; asked until the answer is new."""
-    ports = {run.kind: free_port() for run in runs}
+    ports = {run.kind: held_port() for run in runs}
     listeners = [
         http_listener(
             ports[run.kind],

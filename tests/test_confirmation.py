@@ -39,7 +39,8 @@ from loader import (
     version_info,
 )
 from tests.support import envoy as real
-from tests.support.envoy import Config, Envoy, free_port
+from tests.support.envoy import Config, Envoy
+from tests.support.ports import held_port
 
 StartEnvoy = Callable[..., Envoy]
 NOW = 1000.0  # wall clock of a move, in seconds
@@ -453,7 +454,7 @@ def test_an_admin_interface_without_sense_delays_once_and_is_named_once(
 
 
 def test_nobody_listens() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{held_port()}"
     asker = Asker(url)
     try:
         said = asker.hear()
@@ -498,7 +499,7 @@ class Bench:
     def __init__(self, home: Path, start: StartEnvoy) -> None:
         self.home = home
         home.mkdir()
-        self.port = free_port()
+        self.port = held_port()
         self.files: dict[str, File] = {}
         self.put("eds/a.yaml", real.response("assignment", real.assignment("a:b", 9), version="e1"))
         self.put("cds.yaml", self.cds("c1"))
@@ -558,7 +559,7 @@ def test_envoy_confirms_each_kind(bench: Bench) -> None:
         "rds.yaml": real.response("routes", real.route_config({"s": 2})),
         "cds.yaml": bench.cds("c2", real.cluster("new", 9)),
         "lds.yaml": bench.lds("l2", real.http_listener(
-            free_port(), {"route_config": real.route_config({"s": 1})}, name="two")),
+            held_port(), {"route_config": real.route_config({"s": 1})}, name="two")),
     }  # fmt: skip
     for path, content in changes.items():
         verdict = bench.change(path, content)
@@ -593,7 +594,7 @@ def test_envoy_refuses_with_a_reason(bench: Bench) -> None:
          "no xDS v3 type URL"),
         ("lds.yaml", bench.lds("l2", clash), "duplicate address"),
         ("lds.yaml", bench.lds("l3", real.http_listener(
-            free_port(), real.rds_routes(bench.source("none.yaml")), name="n")), "none.yaml"),
+            held_port(), real.rds_routes(bench.source("none.yaml")), name="n")), "none.yaml"),
     ]  # fmt: skip
     for path, content, words in bad:
         good = bench.files[path].content.decode()

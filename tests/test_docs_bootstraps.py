@@ -19,8 +19,9 @@ from tests.conftest import NAMESPACE, RunLoader, StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer
 from tests.support.backend import Backend
 from tests.support.docs import Block, blocks_of
-from tests.support.envoy import Envoy, free_port
+from tests.support.envoy import Envoy
 from tests.support.loader import wait_until
+from tests.support.ports import held_port
 from tests.support.tls import Authority
 
 PAGE = "docs/bootstraps.md"
@@ -94,7 +95,7 @@ RUNS = [
 @pytest.fixture(params=FORMS)
 def machine(request: pytest.FixtureRequest, out: Any) -> Iterator[Machine]:
     with Backend("one") as one, Backend("two") as two:
-        yield Machine(str(out), free_port(), one, two, {**FORMS, **INSIDE}[request.param])
+        yield Machine(str(out), held_port(), one, two, {**FORMS, **INSIDE}[request.param])
 
 
 def answer(port: int, headers: Mapping[str, str]) -> str:

@@ -33,13 +33,13 @@ from tests.support.envoy import (
     eds_cluster,
     envoy_path,
     file_source,
-    free_port,
     http_listener,
     rds_routes,
     response,
     route_config,
 )
 from tests.support.loader import wait_files
+from tests.support.ports import held_port
 from tests.support.tls import Authority
 
 PAGE = "docs/troubleshooting.md"
@@ -66,7 +66,7 @@ class World(NamedTuple):
         """An Envoy whose routes are rds.yaml, and which has what is published."""
         self.put(rds_yaml=routes())
         assert self.run("--onetime", "--configmap=envoy-xds").returncode == 0
-        listener = http_listener(free_port(), rds_routes(file_source(self.out / reads)))
+        listener = http_listener(held_port(), rds_routes(file_source(self.out / reads)))
         return self.envoy(bootstrap(listeners=[listener]))
 
 
@@ -252,7 +252,7 @@ def unread(world: World) -> str:
 @symptom
 def no_envoy(world: World) -> str:
     world.put(rds_yaml=EMPTY)
-    admin = ["--envoy-admin", f"http://127.0.0.1:{free_port()}"]
+    admin = ["--envoy-admin", f"http://127.0.0.1:{held_port()}"]
     sidecar = world.start("--watch", "--configmap=envoy-xds", *admin)
     sidecar.wait_log("does not answer")
     return sidecar.log

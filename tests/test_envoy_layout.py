@@ -31,7 +31,6 @@ from tests.support.envoy import (
     dynamic_resources,
     eds_cluster,
     file_source,
-    free_port,
     http_listener,
     inotify_instances,
     rds_routes,
@@ -39,6 +38,7 @@ from tests.support.envoy import (
     runtime_layers,
 )
 from tests.support.loader import ROOT, Loader, wait_files, wait_until
+from tests.support.ports import held_port
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
 
@@ -68,7 +68,7 @@ class Served:
     """An Envoy with one listener a style; all read the same file."""
 
     def __init__(self, out: Path, styles: tuple[str, ...] = STYLES, *parts: Config) -> None:
-        self.ports = {style: free_port() for style in styles}
+        self.ports = {style: held_port() for style in styles}
         listeners = [
             http_listener(port, rds_routes(source(style, out)), name=style)
             for style, port in self.ports.items()
@@ -371,7 +371,7 @@ def started(
 ) -> tuple[Envoy, Callable[[str], str]]:
     """An Envoy with one listener a source, and how to ask each."""
     served = Served(Path("/nowhere"), ())
-    served.ports = {name: free_port() for name in sources}
+    served.ports = {name: held_port() for name in sources}
     listeners = [
         http_listener(served.ports[name], rds_routes(one), name=name)
         for name, one in sources.items()

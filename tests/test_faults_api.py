@@ -41,8 +41,8 @@ from tests.support.apiserver import (
     failure,
     redirect,
 )
-from tests.support.envoy import free_port
 from tests.support.loader import ROOT, Loader, wait_until
+from tests.support.ports import held_port
 from tests.support.tls import Authority
 from tests.support.tuned import tuned
 
@@ -307,7 +307,7 @@ class Remote:
     """The scripted server in a process, so that it can be killed and stopped by signals."""
 
     def __init__(self, scratch: Path) -> None:
-        self.port = free_port()
+        self.port = held_port()
         self._objects = scratch / "objects.json"
         self.process: subprocess.Popen[str] | None = None
 

@@ -26,8 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support.apiserver import ApiServer
-from tests.support.envoy import free_port
 from tests.support.loader import Loader, wait_until
+from tests.support.ports import held_port
 
 SECRET = b"c2VjcmV0IGJ5dGVz-PRIVATE KEY-----"
 
@@ -727,7 +727,7 @@ class Running(NamedTuple):
 @pytest.fixture
 def start_listening(start_loader: StartLoader) -> Callable[..., Running]:
     def start(*args: str) -> Running:
-        port = free_port()
+        port = held_port()
         process = start_loader("--watch", "--listen", f"127.0.0.1:{port}", *args)
 
         def listens() -> bool:

@@ -17,6 +17,7 @@ import pytest
 from tests.support.apiserver import ApiServer
 from tests.support.disk import Inotify, fingerprint, wait_converged
 from tests.support.envoy import (
+    admin_connection,
     assignment,
     cluster,
     eds_cluster,
@@ -447,8 +448,8 @@ def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Sta
 class Slow(Odd):
     """Envoy's own admin interface, each answer late."""
 
-    def __init__(self, admin_port: int, delay: float) -> None:
-        self.admin_port = admin_port
+    def __init__(self, admin_url: str, delay: float) -> None:
+        self.admin_url = admin_url
         self.delay = delay
         super().__init__(None)
 
@@ -465,15 +466,16 @@ class Slow(Odd):
                 b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n"
             )
             time.sleep(self.delay)
-            with socket.create_connection(("127.0.0.1", self.admin_port)) as envoy:
-                envoy.sendall(request)
-                while part := envoy.recv(65536):
+            with contextlib.closing(admin_connection(self.admin_url)) as envoy:
+                envoy.connect()
+                envoy.sock.sendall(request)
+                while part := envoy.sock.recv(65536):
                     client.sendall(part)
 
 
 def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
     """0.4 s for each answer: steps are late by as much, in order, confirmed; refusals are seen."""
-    slow = Slow(stage.admin_port, 0.4)
+    slow = Slow(stage.admin_url, 0.4)
     try:
         stage.start(admin=slow.url)
         stage.await_confirmed(15)
@@ -496,7 +498,7 @@ def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
 
 
 def test_an_admin_interface_that_comes_late_confirms_what_stands(stage: Stage) -> None:
-    stage.start(admin=f"http://127.0.0.1:{stage.admin_port}")
+    stage.start(admin=stage.admin_url)
     stage.await_confirmed()
     stage.envoy.stop(kill=True)
     stage.log.wait_log("does not answer")

@@ -31,11 +31,11 @@ from tests.support.envoy import (
     bootstrap,
     cluster,
     file_source,
-    free_port,
     http_listener,
     route_config,
 )
 from tests.support.loader import wait_until
+from tests.support.ports import held_port
 
 TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
 ROTATIONS = 50
@@ -242,7 +242,7 @@ def edge(root: trustme.CA, start_envoy: StartEnvoy) -> Iterator[Callable[[Path],
     server = Upstream(root)
 
     def start(current: Path) -> Edge:
-        secure, plain = free_port(), free_port()
+        secure, plain = held_port(), held_port()
         envoy = start_envoy(envoy_config(current, secure, plain, server.port))
         return Edge(envoy, handshake(secure, root), through(plain))
 

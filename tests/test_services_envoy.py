@@ -18,7 +18,8 @@ from tests.support.disk import wait_converged
 from tests.support.envoy import Config, Envoy, inotify_instances
 from tests.support.load import Poller, have_wrk
 from tests.support.loader import Loader, snapshot, wait_until
-from tests.support.steady import Front, Load, Upstreams, front, own_port
+from tests.support.ports import held_port
+from tests.support.steady import Front, Load, Upstreams, front
 from tests.support.worlds import CHECKS, MERGE
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
@@ -187,7 +188,7 @@ def test_rolling_100_endpoints_under_load_loses_no_request(mode: str, shop: Shop
     """
     old = [f"127.0.1.{i}" for i in range(1, 101)]
     new = [f"127.0.2.{i}" for i in range(1, 101)]
-    with contextlib.closing(Pods(own_port())) as pods:
+    with contextlib.closing(Pods(held_port())) as pods:
         pods.start(*old)
         shop.endpoints("web", pods.port, *old)
         shop.service("web", hosts=HOST)

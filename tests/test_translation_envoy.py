@@ -28,10 +28,10 @@ from tests.support.envoy import (
     bootstrap,
     dynamic_resources,
     file_source,
-    free_port,
     http_listener,
     rds_routes,
 )
+from tests.support.ports import held_port
 from tests.support.rendering import (
     Object,
     endpoint,
@@ -69,7 +69,7 @@ class Proxy:
 
     def __init__(self, root: Path, stack: contextlib.ExitStack, **options: Any) -> None:
         self.current = root / "current"
-        self.port = free_port()
+        self.port = held_port()
         self.translator = translator(current_dir=str(self.current), **options)
         self.fmt = options.get("fmt", "yaml")
         self.published: dict[str, loader.File] = {}
@@ -177,7 +177,7 @@ def until(condition: Callable[[], bool], timeout: float = 10) -> None:
 def test_envoy_has_each_endpoint_and_requests_reach_the_ports_of_pods(
     proxy: Proxies, stack: contextlib.ExitStack, mode: str, fmt: str
 ) -> None:
-    one, two = free_port(), free_port()
+    one, two = held_port(), held_port()
     for name, host, number in (
         *(("a", "127.0.0.2", one), ("b", "127.0.0.3", two)),
         *(("drains", "127.0.0.4", one), ("admin", "127.0.0.2", two)),
@@ -225,7 +225,7 @@ def test_envoy_has_each_endpoint_and_requests_reach_the_ports_of_pods(
 
 
 def test_a_zone_that_is_lost_fails_over(proxy: Proxies, stack: contextlib.ExitStack) -> None:
-    number = free_port()
+    number = held_port()
     near = stack.enter_context(Pod("near", "127.0.0.2", number))
     stack.enter_context(Pod("far", "127.0.0.3", number))
     web = service(annotations={"route": "true"})
@@ -273,7 +273,7 @@ def test_a_zone_that_is_lost_fails_over(proxy: Proxies, stack: contextlib.ExitSt
 def test_upstream_tls_verifies_the_ca_and_the_name(
     proxy: Proxies, stack: contextlib.ExitStack, tmp_path: Path
 ) -> None:
-    number = free_port()
+    number = held_port()
     trusted, stranger = trustme.CA(), trustme.CA()
     trusted.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
 
@@ -312,7 +312,7 @@ def test_upstream_tls_verifies_the_ca_and_the_name(
 
 def test_http2_where_the_port_says_so(proxy: Proxies, stack: contextlib.ExitStack) -> None:
     """The pod is a listener of Envoy itself, which answers with the protocol it was asked in."""
-    number = free_port()
+    number = held_port()
     answer = {
         "name": "all",
         "virtual_hosts": [
@@ -349,7 +349,7 @@ def test_http2_where_the_port_says_so(proxy: Proxies, stack: contextlib.ExitStac
 
 
 def test_annotations_route_and_split(proxy: Proxies, stack: contextlib.ExitStack) -> None:
-    number = free_port()
+    number = held_port()
     for index, name in enumerate(("stable", "canary", "api", "rest")):
         stack.enter_context(Pod(name, f"127.0.0.{index + 2}", number))
 
@@ -383,7 +383,7 @@ def test_annotations_route_and_split(proxy: Proxies, stack: contextlib.ExitStack
 def test_a_thousand_services_keep_envoy_up_also_when_all_warm_at_once(
     proxy: Proxies, stack: contextlib.ExitStack, fmt: str
 ) -> None:
-    number = free_port()
+    number = held_port()
     stack.enter_context(Pod("pod", "127.0.0.2", number))
     raw = []
     for index in range(1000):

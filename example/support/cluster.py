@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shlex
+import socket
 import ssl
 import time
 from collections import Counter
@@ -37,12 +38,24 @@ CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "Namespace")
 NODES = {"a": "node-a", "b": "node-b"}
 
 
+def own_network() -> tuple[str, socket.socket]:
+    """A network of loopback that no other example has, and the socket whose name keeps it so."""
+    while True:
+        net = f"127.{random.randint(10, 250)}.{random.randint(0, 255)}"
+        held = socket.socket(socket.AF_UNIX)
+        try:
+            held.bind(f"\0envoy-xds-example-{net}")
+        except OSError:
+            held.close()
+        else:
+            return net, held
+
+
 class PodEnvoy(Envoy):
     """Envoy in a pod: on its address, with the bootstrap as the user wrote it."""
 
-    def take(self, ip: str, text: str) -> None:
+    def take(self, text: str) -> None:
         """Envoy's own parser reads the YAML, not Python's."""
-        self.admin_host = ip
         place = self.config_file.with_suffix(".yaml")
         place.write_text(text)
         self.command[self.command.index("-c") + 1] = str(place)
@@ -112,11 +125,10 @@ class Cluster:
         root: Path,
         servers: Servers,
         namespace: str = "demo",
-        net: str = "",
     ) -> None:
         self.folder, self.root, self.servers = folder, root, servers
         self.namespace = namespace
-        self.net = net or f"127.{random.randint(10, 250)}.{random.randint(0, 255)}"
+        self.net, self._held = own_network()
         self._hosts = iter(range(2, 250))
         self.ips: dict[str, str] = {}
         everything = [resource.plural for resource in BY_KIND.values()]
@@ -370,7 +382,7 @@ class Cluster:
                 envoy = PodEnvoy(
                     text, proxy.root / "envoy", args=more, log_level="warning", start=False
                 )
-                envoy.take(proxy.ip, text)
+                envoy.take(text)
                 proxy.take(envoy)
                 before = dict(os.environ)
                 os.environ.update(env)
@@ -477,6 +489,7 @@ class Cluster:
             proxy.close()
         self.client.close()
         self.api.close()
+        self._held.close()
 
 
 def kustomized(folder: Path, namespace: str) -> list[Object]:

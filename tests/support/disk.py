@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from tests.support.busy import Deadline
+
 VERSION = re.compile(r"^\.\.[0-9a-f]{8,64}(\.\d+)?$")
 KNOWN = {"current", "..data", "..state"}
 
@@ -59,12 +61,12 @@ def inspect(
 
 def wait_converged(output_dir: Path, timeout: float = 5.0, **options: Any) -> Published:
     """`inspect`, once it holds: a publication may be under way."""
-    deadline = time.monotonic() + timeout
+    deadline = Deadline(timeout)
     while True:
         try:
             return inspect(output_dir, **options)
         except (AssertionError, FileNotFoundError):
-            if time.monotonic() > deadline:
+            if deadline.over():
                 raise
             time.sleep(0.005)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from tests.support.busy import Deadline
+
 _SCRIPT = """
 done = function(summary, latency, requests)
   local e = summary.errors
@@ -57,14 +59,21 @@ class Wrk:
     """wrk against one URL, from the constructor on until `stop` (at most `seconds`)."""
 
     def __init__(
-        self, url: str, *, connections: int = 8, seconds: int = 120, host: str | None = None
+        self,
+        url: str,
+        *,
+        connections: int = 8,
+        seconds: int = 3600,
+        host: str | None = None,
+        timeout: int = 2,
     ) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".lua", delete=False) as file:
             file.write(_SCRIPT)
         self._script = Path(file.name)
         headers = ["-H", f"Host: {host}"] if host else []
         self._process = subprocess.Popen(
-            ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", file.name, *headers, url],
+            [*("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={timeout}s"),
+             *("-s", file.name, *headers, url)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -174,8 +183,11 @@ class Poller:
             found[:] = [a for a in self._answers if a.body == body and a.time > after][:1]
             return bool(found)
 
+        deadline = Deadline(timeout)
         with self._changed:
-            if not self._changed.wait_for(seen, timeout):
+            while not self._changed.wait_for(seen, deadline.left()) and not deadline.over():
+                pass
+            if not found:
                 raise TimeoutError(f"no {body!r} within {timeout} s: {self._answers[-3:]}")
         return found[0]
 

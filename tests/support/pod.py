@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from tests.support.apiserver import ApiServer, Rule
-from tests.support.envoy import envoy_path, free_port
+from tests.support.envoy import envoy_path
 from tests.support.loader import Loader, run, wait_until
 from tests.support.manifests import Object, Release, command, containers
+from tests.support.ports import held_port
 from tests.support.tls import Authority
 
 TOKEN = "pod-token"
@@ -75,7 +76,7 @@ class Pod:
         self.release = release
         self.root = root
         self.authority = authority
-        self.ports = {port: free_port() for port in FIXED}
+        self.ports = {port: held_port() for port in FIXED}
         self.fields = {
             "metadata.namespace": namespace,
             "metadata.name": "edge-0",

@@ -18,7 +18,7 @@ from tests.support.apiserver import ApiServer, Client
 from tests.support.envoy import (
     Config,
     Envoy,
-    address,
+    admin_interface,
     assignment,
     bootstrap,
     cluster,
@@ -30,7 +30,8 @@ from tests.support.envoy import (
     response,
 )
 from tests.support.loader import Loader, wait_until
-from tests.support.steady import Upstreams, own_port
+from tests.support.ports import held_port
+from tests.support.steady import Upstreams
 
 NAME = "envoy-xds"
 
@@ -49,18 +50,27 @@ class Stage:
     """See the module. Use as a context; nothing runs before `start`."""
 
     def __init__(
-        self, api: ApiServer, out: Path, upstreams: Upstreams, *, watched: bool = False
+        self,
+        api: ApiServer,
+        out: Path,
+        upstreams: Upstreams,
+        *,
+        watched: bool = False,
+        binary: str = "",
     ) -> None:
         self.api = api
         self.out = out
         self.upstreams = upstreams
-        self.port, self.extra_port, self.admin_port, self.listen = (own_port() for _ in range(4))
+        self.port, self.extra_port, self.listen = (held_port() for _ in range(3))
+        self.admin, self.admin_url = admin_interface(out.parent / "admin.sock")
         self.watched = out if watched else None
         self.stack = contextlib.ExitStack()
         self.client = self.stack.enter_context(contextlib.closing(Client(api.url, "token-1")))
         self.token = out.parent / "stage-token"
         self.token.write_text("token-1")
-        self.envoy = Envoy(self.bootstrap(), out.parent / "stage-envoy", start=False)
+        self.envoy = Envoy(
+            self.bootstrap(), out.parent / "stage-envoy", start=False, binary=binary
+        )
         self.stack.callback(self.envoy.stop)
         self.loader: Loader | None = None
         self.options: tuple[str, ...] = ()
@@ -76,7 +86,7 @@ class Stage:
             dynamic_resources(self.source("cds.yaml"), self.source("lds.yaml")),
             listeners=[listener],
         )
-        config["admin"] = {"address": address(self.admin_port)}
+        config["admin"] = {"address": self.admin}
         return config
 
     def cluster_a(self, **more: Any) -> Config:
@@ -106,17 +116,17 @@ class Stage:
     # -- what runs
 
     def start(self, *options: str, admin: str | None = "") -> None:
-        """The loader with its first snapshot, then Envoy; returns once all is confirmed."""
+        """The loader with its first snapshot, then Envoy; returns once everything is ACKed."""
         self.patch(self.files())
         self.start_loader(*options, admin=admin)
         wait_until(lambda: (self.out / "current/lds.yaml").exists())
         self.envoy.start()
         if admin == "":
-            self.await_confirmed()
+            self.await_acked()
 
     def start_loader(self, *options: str, admin: str | None = "") -> Loader:
         """`admin`: another URL to ask than Envoy's; None: nobody is asked."""
-        url = f"http://127.0.0.1:{self.admin_port}" if admin == "" else admin
+        url = self.admin_url if admin == "" else admin
         self.options = (
             *("--watch", "--namespace", "demo", "--configmap", NAME),
             *("--apiserver", self.api.url, "--token-file", str(self.token)),
@@ -149,16 +159,20 @@ class Stage:
         return self._get(self.listen, path)
 
     def states(self) -> dict[str, str]:
-        """What the loader says of each file: confirmed, unconfirmed, refused."""
+        """What the loader says of each file: acked, nacked, unknown, unread."""
         with contextlib.suppress(OSError, ValueError):
             rows = json.loads(self.asked("/snapshot")[1])["files"]
             return {row["path"]: row["state"] for row in rows}
         return {}
 
-    def await_confirmed(self, timeout: float = 10.0) -> None:
-        wait_until(
-            lambda: set(self.states().values()) == {"confirmed"}, timeout, "all is confirmed"
-        )
+    def await_acked(self, timeout: float = 10.0) -> None:
+        def acked() -> bool:
+            found = set(self.states().values())
+            return bool(found) and found <= {"acked", "confirmed"}
+
+        wait_until(acked, timeout, "everything ACKed")
+
+    await_confirmed = await_acked
 
     def await_files(self, wanted: Mapping[str, str], timeout: float = 10.0) -> None:
         """Until these paths have these contents; others do not matter."""
