@@ -3093,17 +3093,19 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
 #      hard link to that of the previous snapshot.
-#   2. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
+#   2. Remember in `..state` which object each file is from.
+#   3. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
 #      everything. symlink(2) and unlink(2) are no event for Envoy.
-#   3. Unlink the links of files that are gone.
-#   4. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
-#   5. Notify: the link of each new or changed file is replaced by rename(2), children first. This
+#   4. Unlink the links of files that are gone.
+#   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
+#   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
 #      MOVE is what wakes just the subscription concerned.
-#   6. Unmark.
-#   7. Prune: all but the last two snapshots go.
+#   7. Unmark.
+#   8. Prune: all but the last two snapshots go.
 #
-# A death before 4 leaves the old snapshot and a left-over; between 4 and 6 the marker, and the
-# next start (or the next try of a loader that lives) notifies again of what differs.
+# A death before 5 leaves the old snapshot and a left-over; between 5 and 7 the marker, and the
+# next start notifies again of what differs. So does a loader that lives: after an OSError it
+# recovers, as at a start, before it publishes anything.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
@@ -3121,12 +3123,11 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what was remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""
+        self._remembered = b""  # the same as it is on disk
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
-        self._untold: set[str] = set()  # switched to, and Envoy not notified yet
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -3158,28 +3159,29 @@ class Output:
             return error.errno not in (errno.ENOENT, errno.ENOTDIR)
 
     def recover(self) -> list[str]:
-        """Make good whatever the last process left; returns what was done, in words.
+        """Make good whatever the last process, or the last failure, left; what was done, in words.
 
         Afterwards `published` is what the disk shows, and every link and notification is right.
         """
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
-        done = []
         self._own_directory(CURRENT)
-        self.state = self._read_state()
-        self.snapshot = self._switched()
-        self.published = self._load(self.snapshot) if self.snapshot else {}
-        if self._repair_links():
-            done.append("links repaired")
+        self.published, self.snapshot = self.peek(), self._switched()
+        done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
-            known = SNAPSHOT.fullmatch(marked) and is_directory(self._path(marked))
-            changed = moved_paths(self._load(marked) if known else {}, self.published)
+            before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
+            changed = moved_paths(before, self.published)
             self._notify(changed)
-            unlink_if_there(self._path(MARKER))
+            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        self._untold.clear()
-        self._remove_leftovers()
+        others = [entry for entry in self._snapshots() if entry != self.snapshot
+                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
+        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
+        self._before = max(others, key=times.__getitem__, default="")
+        self.prune()
+        if os.path.islink(self._path(LINK)):
+            os.unlink(self._path(LINK))
         return done
 
     def peek(self) -> Files:
@@ -3187,11 +3189,16 @@ class Output:
 
         A loader that lives may prune what is being read: then the switch has moved on.
         """
+        self._read_state()
         while True:
-            self.state, name = self._read_state(), self._switched()
+            name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
+
+    def switched_at(self) -> float:
+        """When the snapshot was switched to, Unix time; 0 where there is none."""
+        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -3201,75 +3208,64 @@ class Output:
         A directory there is never removed (Envoy's watch is bound to it), so a file of its name
         cannot come; nor can a file below a foreign file.
         """
-        warnings = {}
-        for path in files.keys() - self.published.keys():
+        blocked = {}
+        for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
-            foreign = [each for each in parents(path) if self._is_foreign(each)]
             if is_directory(place):
-                warnings[path] = f"{place} is a directory"
-            elif foreign:
-                warnings[path] = f"{self._path(CURRENT, foreign[0])} is a file"
-        if not warnings:
-            return files, []
-        lines = [f"{p} of {files[p].source} left out: {warnings[p]}" for p in sorted(warnings)]
-        return {path: file for path, file in files.items() if path not in warnings}, lines
+                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
+            for above in (self._path(CURRENT, each) for each in parents(path)):
+                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
+                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
+        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
 
-    def stage(self, files: Files, renew: Iterable[str] = ()) -> str:
-        """Step 1: the name of a complete directory of these files, made if need be.
-
-        `renew`: files that are written even though they did not change.
-        """
+    def stage(self, files: Files) -> str:
+        """Step 1: the name of a complete directory of these files, made if need be."""
         wanted = f"..{version_of(files)}"
-        for attempt in itertools.count():
-            name = f"{wanted}.{attempt}" if attempt else wanted
-            try:
-                os.mkdir(self._path(name), 0o755)
-            except FileExistsError:
-                if not self._damage(name, files):
-                    return name
-                continue
-            try:
-                self._fill(name, files, set(renew))
-            except OSError:
-                remove_tree(self._path(name))
-                raise
-            return name
-        raise AssertionError("itertools.count ended")
+        name, attempt = wanted, 0
+        while os.path.lexists(self._path(name)):
+            if not self._damage(name, files):
+                return name
+            attempt += 1
+            name = f"{wanted}.{attempt}"
+        os.mkdir(self._path(name), 0o755)
+        made = {""}
+        for path, file in files.items():
+            for directory in reversed(list(parents(path))):
+                if directory not in made:
+                    os.mkdir(self._path(name, directory), 0o755)
+                    made.add(directory)
+            old, new = self._path(self.snapshot, path), self._path(name, path)
+            if not (same_file(self.published.get(path), file) and linked(old, new)):
+                write_file(new, file.content, file.mode)
+        return name
 
-    def publish(self, files: Files, renew: Iterable[str] = ()) -> list[str]:
+    def publish(self, files: Files) -> list[str]:
         """Publish these files; returns the paths that changed or are gone."""
         self._own_directory(CURRENT)
-        changed = list(dict.fromkeys([*moved_paths(self.published, files), *renew, *self._untold]))
-        changed = [path for path in changed if path in files]
+        changed = moved_paths(self.published, files)
         gone = sorted(self._links - files.keys())
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
-        name, before = self.stage(files, renew), self.snapshot  # 1
-        try:
-            os.symlink(before or "none", self._path(MARKER))  # 2
-        except FileExistsError:
-            pass  # a failed publication left it: it names the snapshot that Envoy knows
-        for path in gone:  # 3
+        name, before = self.stage(files), self.snapshot  # 1
+        self.remember(self.state, files)  # 2
+        with contextlib.suppress(FileExistsError):
+            os.symlink(before or "none", self._path(MARKER))  # 3
+        for path in gone:  # 4
             self._unlink_ours(path)
-        for directory in sorted({parent for path in changed for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        replace_link(name, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))  # 4
+        self._own_parents(changed)
+        self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
-        self._untold |= set(changed)
-        self._notify(changed)  # 5
-        unlink_if_there(self._path(MARKER))  # 6
-        self._untold.clear()
+        self._notify(changed)  # 6
+        unlink_if_there(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
         """Wake Envoy once more: those who watch the switch, and those who watch the links."""
-        replace_link(self.snapshot, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))
+        self._link(SWITCH, self.snapshot)
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 7: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
                 remove_tree(self._path(entry))
@@ -3277,74 +3273,81 @@ class Output:
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
         self._own_directory(CURRENT)
-        damaged = self._damage(self.snapshot, self.published)
-        if damaged or self._untold or self._switched() != self.snapshot:
-            self.publish(self.published, [path for path in damaged if path in self.published])
+        files, damaged = self.published, self._damage(self.snapshot, self.published)
+        if self._switched() != self.snapshot:
+            damaged.append(SWITCH)
+        if damaged:
+            self.published = {path: file for path, file in files.items() if path not in damaged}
+            self.publish(files)
             self.prune()
         return damaged + self._repair_links()
 
     # -- what a restart cannot see --------------------------------------------------------------
 
-    def remember(self, state: Mapping[str, Json]) -> None:
-        """Replace what is remembered, by rename; `files`, their source and kind, comes along."""
-        state = {"version": __version__, **state,
-                 "files": {path: (file.source, file.kind) for path, file in self.published.items()}}
-        text = json.dumps(state, sort_keys=True).encode()
+    def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
+        """Replace what is remembered, by rename. The source and kind of each file comes along, of
+        those that are about to be published too."""
+        files = {**self.published, **coming}
+        self.state = {**state, "version": __version__,
+                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        text = json.dumps(self.state, sort_keys=True).encode()
         if text == self._remembered:
             return
         self._own_directory(STATE)
-        write_file(self._path(f"{STATE_FILE}.new"), text, 0o644, replace=True)
-        os.rename(self._path(f"{STATE_FILE}.new"), self._path(STATE_FILE))
+        new = self._path(f"{STATE_FILE}.new")
+        unlink_if_there(new)
+        write_file(new, text, 0o644)
+        os.rename(new, self._path(STATE_FILE))
         self._remembered = text
 
-    def keep_acked(self, acked: Files) -> None:
-        """Keep the ACKed bytes of files that have others published, and no others."""
-        needed = {path.replace("/", "%"): file for path, file in acked.items()
-                  if not same_file(self.published.get(path), file)}
-        there = set(self._kept())
-        if not needed and not there:
-            return
-        self._own_directory(STATE)
-        self._own_directory(ACKED_FILES)
-        for name, file in needed.items():
-            place = self._path(ACKED_FILES, name)
-            if name in there and holds(place, file):
+    def keep_acked(self, acked: Files, files: Files) -> None:
+        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
+        no others."""
+        needed = {path.replace("/", "%"): path for path, file in acked.items()
+                  if not (same_file(self.published.get(path), file)
+                          and same_file(files.get(path), file))}
+        there = self._kept()
+        if needed:
+            self._own_directory(STATE)
+            self._own_directory(ACKED_FILES)
+        for name, path in needed.items():
+            place, file = self._path(ACKED_FILES, name), acked[path]
+            if holds(place, file):
                 continue
             unlink_if_there(place)
-            before = self._path(self._before, name.replace("%", "/"))
-            if not (self._before and holds(before, file) and linked(before, place)):
+            shown = same_file(self.published.get(path), file)
+            if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
         for name in there - needed.keys():
-            unlink_if_there(self._path(ACKED_FILES, name))
+            os.unlink(self._path(ACKED_FILES, name))
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {}
-        kept = {name.replace("%", "/"): self._path(ACKED_FILES, name) for name in self._kept()}
-        before = self._load(self._before) if self._before else {}
-        for path in {*digests, *kept}:
-            candidates = (self.published.get(path), before.get(path),
-                          self._file(path, kept[path]) if path in kept else None)
-            for file in candidates if path in digests else candidates[2:]:
-                if file and file.digest == digests.get(path, file.digest):
-                    found[path] = file
+        found = {path: file for path, file in self.published.items()
+                 if file.digest == digests.get(path)}
+        for name in self._kept():
+            path = name.replace("%", "/")
+            file = self._file(path, self._path(ACKED_FILES, name))
+            if file is not None and file.digest == digests.get(path, file.digest):
+                found[path] = file
         return found
 
-    def _kept(self) -> list[str]:
-        place = self._path(ACKED_FILES)
-        names = os.listdir(place) if is_directory(place) and is_directory(self._path(STATE)) else []
-        return [name for name in names if not any(map(key_problem, name.split("%")))]
+    def _kept(self) -> set[str]:
+        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
+        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
 
-    def _read_state(self) -> Mapping[str, Json]:
-        """What was remembered; nothing where it cannot be read or another version wrote it."""
+    def _read_state(self) -> None:
+        """What was remembered; nothing where it is not JSON or another version wrote it."""
+        self.state, self._remembered = {}, b""
+        found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
         try:
-            found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
             state = json_object(parse_json(found[0])) if found else {}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return {}
-        return state if state.get("version") == __version__ else {}
+            return
+        if found and state.get("version") == __version__:
+            self.state, self._remembered = state, found[0]
 
     # -- parts of the steps -------------------------------------------------------------------
 
@@ -3354,86 +3357,69 @@ class Output:
     def _file(self, path: str, place: str) -> File | None:
         """The file of a path as it is on disk; None where there is no regular one to be read."""
         found = read_file(place)
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = row if isinstance(row, list) and len(row) == 2 else ("disk", "")
         if found is None:
             return None
-        file = file_of(found[0], str(source), found[1])
-        return file if file.kind else file._replace(kind=str(kind))
+        row = json_object(self.state.get("files")).get(path)
+        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
+        file = file_of(found[0], source, found[1])
+        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
 
     def _load(self, name: str) -> dict[str, File]:
-        files = ((path, self._file(path, place)) for path, place in walk(self._path(name)))
-        return {path: file for path, file in files
-                if file and not any(map(key_problem, path.split("/")))}
-
-    def _fill(self, name: str, files: Files, renew: set[str]) -> None:
-        """Write what changed, link what did not; the kernel may refuse links, then copy."""
-        made = {""}
-        old, new = self._path(self.snapshot, ""), self._path(name, "")
-        for path, file in files.items():
-            if path.rpartition("/")[0] not in made:
-                for directory in reversed(list(parents(path))):
-                    if directory not in made:
-                        os.mkdir(new + directory, 0o755)
-                        made.add(directory)
-            if path in renew or not same_file(self.published.get(path), file) \
-                    or not linked(old + path, new + path):
-                write_file(new + path, file.content, file.mode)
+        files = {path: self._file(path, place) for path, place in walk(self._path(name))
+                 if not any(map(key_problem, path.split("/")))}
+        return {path: file for path, file in files.items() if file is not None}
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
-            return list(files)
-        wrong = [p for p, file in files.items() if not holds(self._path(name, p), file)]
+            return [*files, name]
+        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
-        for directory in directories:
-            place = self._path(CURRENT, directory) if directory else self._path(CURRENT)
+        for place in (self._path(CURRENT, each) for each in directories):
             if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
 
+    def _link(self, relative: str, target: str) -> None:
+        """Make or replace a link by rename(2): nobody ever finds none."""
+        try:
+            os.symlink(target, self._path(LINK))
+        except FileExistsError:  # of a process that died: a fixed name must not wedge
+            os.unlink(self._path(LINK))
+            os.symlink(target, self._path(LINK))
+        os.rename(self._path(LINK), self._path(relative))
+
     def _notify(self, paths: Iterable[str]) -> None:
-        """Make or replace links by rename: the MOVE that Envoy sees."""
+        """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
-            replace_link(link_target(path), self._path(LINK))
-            try:
-                os.rename(self._path(LINK), self._path(CURRENT, path))
-            except IsADirectoryError:
-                os.unlink(self._path(LINK))
-                raise
+            self._link(f"{CURRENT}/{path}", link_target(path))
             self._links.add(path)
 
+    def _is_ours(self, path: str) -> bool:
+        """Whether what is in `current/` is a link that we made."""
+        return read_link(self._path(CURRENT, path)) == link_target(path)
+
     def _unlink_ours(self, path: str) -> None:
-        """Remove a link that we made; a foreign file of the same name stays."""
-        if read_link(self._path(CURRENT, path)) == link_target(path):
+        if self._is_ours(path):
             os.unlink(self._path(CURRENT, path))
         self._links.discard(path)
-
-    def _is_foreign(self, path: str) -> bool:
-        """Whether something in `current/` is neither a directory nor a link that we made."""
-        place = self._path(CURRENT, path)
-        if not os.path.lexists(place) or is_directory(place):
-            return False
-        return read_link(place) != link_target(path)
 
     def _own_directory(self, relative: str) -> None:
         """A real directory at this place, made if need be, never replaced if it is one."""
         place = self._path(relative)
-        try:
-            mode = os.lstat(place).st_mode
-        except FileNotFoundError:
-            os.mkdir(place, 0o755)
+        if is_directory(place):
             return
-        if stat.S_ISLNK(mode):
-            # A link cannot hold Envoy's watch: it would stay on the directory behind it.
-            os.unlink(place)
-            os.mkdir(place, 0o755)
-        elif not stat.S_ISDIR(mode):
-            raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
+        if os.path.islink(place):
+            os.unlink(place)  # it cannot hold Envoy's watch, which would stay on what is behind
+        os.mkdir(place, 0o755)
+
+    def _own_parents(self, paths: Iterable[str]) -> None:
+        for directory in sorted({parent for path in paths for parent in parents(path)}):
+            self._own_directory(f"{CURRENT}/{directory}")
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -3442,47 +3428,25 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        for directory in sorted({parent for path in self.published for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        repaired = [path for path in self.published
-                    if read_link(self._path(CURRENT, path)) != link_target(path)]
+        self._own_parents(self.published)
+        repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
-        for path, place in walk(self._path(CURRENT)):
+        for path, _ in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
-            if read_link(place) != link_target(path):
+            if not self._is_ours(path):
                 foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
             else:
-                os.unlink(place)
+                self._unlink_ours(path)
                 repaired.append(path)
         self.foreign = tuple(foreign)
         return repaired
 
     def _snapshots(self) -> list[str]:
         return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
-
-    def _remove_leftovers(self) -> None:
-        """At a start: half-written directories go, and all but the newest other snapshot."""
-        complete = []
-        for entry in self._snapshots():
-            place = self._path(entry)
-            if entry == self.snapshot:
-                continue
-            if is_directory(place) and version_of(self._load(entry)) == entry[2:18]:
-                complete.append((os.stat(place).st_mtime_ns, entry))
-            else:
-                remove_tree(place)
-        self._before = max(complete)[1] if complete else ""
-        self.prune()
-        if read_link(self._path(LINK)) is not None:
-            os.unlink(self._path(LINK))
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
 
 def link_target(path: str) -> str:
@@ -3491,6 +3455,7 @@ def link_target(path: str) -> str:
 
 
 def read_link(place: str) -> str | None:
+    """Where a link points to; None where there is none. An error says nothing about that."""
     try:
         return os.readlink(place)
     except OSError as error:
@@ -3501,40 +3466,28 @@ def read_link(place: str) -> str | None:
 
 def is_directory(place: str) -> bool:
     """A real directory: what a link points to is not ours."""
-    return os.path.isdir(place) and not os.path.islink(place)
-
-
-def replace_link(target: str, place: str) -> None:
-    """symlink(2), over a left-over of a process that died: a fixed name must not wedge."""
     try:
-        os.symlink(target, place)
-    except FileExistsError:
-        os.unlink(place)
-        os.symlink(target, place)
+        return stat.S_ISDIR(os.lstat(place).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def unlink_if_there(place: str) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(place)
-    except FileNotFoundError:
-        pass
 
 
 def linked(old: str, new: str) -> bool:
-    """link(2); False where the kernel or the file system does not let us, or `old` is gone."""
+    """link(2); False where there is none, for whatever reason: then the file is written."""
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT):
-            return False
-        raise
+    except OSError:
+        return False
     return True
 
 
-def write_file(place: str, content: bytes, mode: int, *, replace: bool = False) -> None:
+def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file; the mode is exact because the umask is 0 (see `run`)."""
-    if replace:
-        unlink_if_there(place)
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         view = memoryview(content)
@@ -3551,18 +3504,15 @@ def read_file(place: str) -> tuple[bytes, int] | None:
     """
     try:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(number, "rb") as stream:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
+                return None
+            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None
-    with open(number, "rb") as stream:
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
-            return None
-        try:
-            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
-        except OSError:
-            return None  # not readable is as good as not there: it is written anew
+        return None  # not readable is as good as not there: it is written anew
 
 
 def holds(place: str, file: File) -> bool:
@@ -3572,29 +3522,27 @@ def holds(place: str, file: File) -> bool:
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
     """Every entry under a directory that is no directory, as (relative path, place)."""
+    if not is_directory(root):
+        return
     try:
-        with os.scandir(f"{root}/{below}" if below else root) as entries:
+        with os.scandir(f"{root}/{below}") as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return  # pruned by a loader that lives, while a preview reads
     for entry in found:
-        path = f"{below}/{entry.name}" if below else entry.name
+        path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
-            yield from walk(root, path)
+            yield from walk(root, f"{path}/")
         else:
-            yield path, entry.path
+            yield path, f"{root}/{path}"
 
 
 def make_directories(place: str) -> None:
     """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if os.path.isdir(place):
-        return
-    make_directories(os.path.dirname(place))
-    try:
-        os.mkdir(place, 0o755)
-    except FileExistsError:
-        if not os.path.isdir(place):
-            raise LoaderError(f"{place} is not a directory; give another --output-dir") from None
+    if not os.path.isdir(place):
+        make_directories(os.path.dirname(place))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place, 0o755)
 
 
 def remove_tree(place: str) -> None:
@@ -5021,6 +4969,7 @@ class Loop:
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
+            self.output.keep_acked(self.known.acked, files)
             paths = self.output.publish(files, again)
         finally:
             if self.output.published is not before or again:
@@ -5053,7 +5002,7 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self.output.keep_acked(self.known.acked)
+        self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
 
     def _check_disk(self) -> None:
