@@ -3239,10 +3239,10 @@ class Output:
                 write_file(new, file.content, file.mode)
         return name
 
-    def publish(self, files: Files) -> list[str]:
-        """Publish these files; returns the paths that changed or are gone."""
+    def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
+        """Publish these files, some of them `again`; returns the paths that moved or are gone."""
         self._own_directory(CURRENT)
-        changed = moved_paths(self.published, files)
+        changed = [*moved_paths(self.published, files), *again]
         gone = sorted(self._links - files.keys())
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
