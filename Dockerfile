@@ -6,13 +6,13 @@
 # as everywhere the loader is tested; patched by Debian. An Alpine image is as small, but brings a
 # shell, pip and another libc, and starts as root.
 #
-#   docker buildx build --platform linux/amd64,linux/arm64 -t registry.example/loader:1.0.0 .
+#   docker buildx build --platform linux/amd64,linux/arm64 -t registry.example/loader:2.0.0 .
 #
 # A reproducible build names the base by digest and takes its times from the last commit:
 #
 #   docker buildx build --build-arg PYTHON_DIGEST="$(crane digest gcr.io/distroless/python3-debian13:nonroot)" \
 #     --build-arg SOURCE_DATE_EPOCH="$(git log -1 --format=%ct)" \
-#     --output type=image,name=registry.example/loader:1.0.0,push=true,rewrite-timestamp=true .
+#     --output type=image,name=registry.example/loader:2.0.0,push=true,rewrite-timestamp=true .
 
 ARG PYTHON=gcr.io/distroless/python3-debian13:nonroot
 # sha256:... of PYTHON; empty takes the newest, which is what a nightly rebuild wants.
@@ -29,7 +29,7 @@ RUN ["python3", "-I", "-S", "-c", "import os, py_compile; py_compile.compile('ap
 USER 65532:65532
 
 FROM ${PYTHON}${PYTHON_DIGEST:+@$PYTHON_DIGEST}
-ARG VERSION=1.0.0
+ARG VERSION=2.0.0
 ARG REVISION=
 ARG PYTHON
 ARG PYTHON_DIGEST

@@ -327,18 +327,18 @@ class Api:
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
+            _, body = self._ask(query, "list", page)
             try:
-                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
+                answer = json_object(parse_json(body))
             except ValueError:
-                text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
-                raise ApiError(200, f"{text}; is it an API server?") from None
+                answer = {}
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(200, text)
+                raise ApiError(200, f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
-            del items  # before the next page is read
+            del body, items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
@@ -373,10 +373,9 @@ class Api:
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
         if self._socket is not None:
-            try:  # (not SSLSocket's own shutdown: that one makes a plain socket of it)
+            with contextlib.suppress(OSError):
+                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         if self._connection is not None:
@@ -653,7 +652,6 @@ class Reflector(threading.Thread):
         self._failures = 0
         self._asked = threading.Event()  # by refresh(): ends each wait
         self._watching: Api | None = None  # while a watch is open
-        self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
 
     def objects(self) -> dict[Key, Any]:
         """A copy of what is known now."""
@@ -661,10 +659,9 @@ class Reflector(threading.Thread):
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        with self._lock:
-            self._asked.set()
-            if self._watching:
-                self._watching.interrupt()
+        self._asked.set()
+        if self._watching:
+            self._watching.interrupt()
 
     def run(self) -> None:
         """As a daemon thread it owns no disk, and needs nobody's word to stop."""
@@ -677,7 +674,7 @@ class Reflector(threading.Thread):
         """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
         until = time.monotonic() + ONE_TRY_SECONDS
         while True:
-            self._refreshed()
+            self._asked.clear()
             try:
                 self._relist()
                 self._failures, delay = 0, self._interval
@@ -699,7 +696,8 @@ class Reflector(threading.Thread):
         suspect, rejections = False, 0
         while True:
             try:
-                if self._refreshed():
+                if self._asked.is_set():
+                    self._asked.clear()
                     self._forget("refresh")
                 elif suspect and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
@@ -849,13 +847,6 @@ class Reflector(threading.Thread):
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
-    def _refreshed(self) -> bool:
-        """Whether refresh() was called since."""
-        with self._lock:
-            asked = self._asked.is_set()
-            self._asked.clear()
-            return asked
-
 
 # -- --from-file ------------------------------------------------------------------------------
 
@@ -901,10 +892,10 @@ class FileSource:
         return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
 
     def _objects(self) -> Sequence[dict[str, Json]]:
-        """All objects of the file, each with its metadata and its namespace."""
+        """All objects of the file, each with a namespace if its kind has one."""
         text, hint = self._read(), "give the output of `kubectl get ... -o json`"
         try:
-            objects = [item for item in documents(text) if isinstance(item.get("metadata"), dict)]
+            objects = objects_of(text)
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error)[:200].split())
             raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
@@ -927,34 +918,31 @@ class FileSource:
             raise LoaderError(f"--from-file {why(error)}") from None
 
 
-def documents(text: bytes) -> Iterator[dict[str, Json]]:
+def objects_of(text: bytes) -> list[dict[str, Json]]:
     """The objects of a file: single ones or lists (of lists), one after another; ValueError for
     anything else."""
-    decoder, solid, position = json.JSONDecoder(), re.compile(r"\S"), 0
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole = text.decode("utf-8-sig")
-    while found := solid.search(whole, position):
-        value, position = decoder.raw_decode(whole, found.start())
-        yield from flattened(value)
-    if not position:  # a file that is just being rewritten; no objects at all is an empty List
+    whole, position, values = text.decode("utf-8-sig"), 0, []
+    decoder, solid = json.JSONDecoder(), re.compile(r"\S")
+    while start := solid.search(whole, position):
+        value, position = decoder.raw_decode(whole, start.start())
+        values.append(value)
+    if not values:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
-
-
-def flattened(value: Json) -> Iterator[dict[str, Json]]:
-    """The objects in a value: itself, or the items of a List kind."""
-    kind = json_object(value).get("kind")
-    if not isinstance(kind, str):
-        raise ValueError("holds something that is not a Kubernetes object")
-    if not kind.endswith("List"):
-        yield value
-        return
-    items = value.get("items") or []
-    if not isinstance(items, list):
-        raise ValueError(f"the items of a {kind} are not a list")
-    for item in items:
-        json_object(item).setdefault("kind", kind.removesuffix("List"))
-        yield from flattened(item)
+    objects = []
+    values.reverse()  # in order: what comes later wins
+    while values:
+        value = json_object(values.pop())
+        kind, items = text_at(value, "kind"), value.get("items") or []
+        if not kind or (kind.endswith("List") and not isinstance(items, list)):
+            raise ValueError("holds something that is not a Kubernetes object")
+        if kind.endswith("List"):
+            one = {"kind": kind.removesuffix("List")}
+            values += [{**one, **json_object(item)} for item in reversed(items)]
+        elif isinstance(value.get("metadata"), dict):
+            objects.append(value)
+    return objects
 
 
 # -- label selectors --------------------------------------------------------------------------
@@ -1317,7 +1305,7 @@ RULES: dict[str, Callable[[Json], object]] = {
 }
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
 # keys ("*": any other; "": a rule for the whole).
-PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS | OWN_FIELDS.keys(), ENVOY_JSON)
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
 PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
         "node_name": "true"}
 MATCH = {"": "something to match (what is for every cluster belongs into base)",
@@ -1354,7 +1342,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None or (schema is PATCH_FIELDS and key in OWN_FIELDS):
+            if rule is None:
                 raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
         expected = schema.get("", "")
@@ -1708,8 +1696,8 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
     groups: dict[Place, list[Json]] = {}
     for (_, _, number), (state, place, address) in sorted(best.items()):
-        endpoint_there = lb_endpoint(address, number, cluster.port.protocol, state)
-        groups.setdefault(place, []).append(endpoint_there)
+        groups.setdefault(place, []).append(
+            lb_endpoint(address, number, cluster.port.protocol, state))
     localities = []
     for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
         locality = present(region=region, zone=zone, sub_zone=sub_zone)
@@ -1771,7 +1759,8 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
         known = ", ".join(ROUTE_ANNOTATIONS)
-        problems.append(f"unknown annotation {ours}: {first_of(unknown)} (known: {known})")
+        named = first_of([ours + name for name in unknown])
+        problems.append(f"unknown annotation {named} (known: {known})")
         given = {name: value for name, value in given.items() if name not in unknown}
     if not given or given.get("route") == "false":
         return None
@@ -2412,12 +2401,13 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             with open(descriptors[-1], "wb", closefd=False) as file:
                 file.write(pem)
         names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        tls_context().load_cert_chain(names[0], names[1], no_passphrase)
-    except EncryptedKey:
-        return "is encrypted, and Envoy is given no passphrase"
+        # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+        tls_context().load_cert_chain(names[0], names[1], password="")
     except ssl.SSLError as error:
         if error.reason in KEY_MISMATCHES:
             return "is not the key of the first certificate in tls.crt"
+        if b"ENCRYPTED" in key:
+            return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
     except OSError:  # after SSLError, which is one
         return ""
@@ -2425,15 +2415,6 @@ def pair_problem(cert: bytes, key: bytes) -> str:
         for descriptor in descriptors:
             os.close(descriptor)
     return ""
-
-
-class EncryptedKey(Exception):
-    """OpenSSL asked for a passphrase."""
-
-
-def no_passphrase() -> str:
-    """Without a callback OpenSSL would prompt on the terminal and block the loader."""
-    raise EncryptedKey
 
 
 def tls_context() -> ssl.SSLContext:
@@ -3117,17 +3098,19 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
 #      hard link to that of the previous snapshot.
-#   2. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
+#   2. Remember in `..state` which object each file is from.
+#   3. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
 #      everything. symlink(2) and unlink(2) are no event for Envoy.
-#   3. Unlink the links of files that are gone.
-#   4. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
-#   5. Notify: the link of each new or changed file is replaced by rename(2), children first. This
+#   4. Unlink the links of files that are gone.
+#   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
+#   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
 #      MOVE is what wakes just the subscription concerned.
-#   6. Unmark.
-#   7. Prune: all but the last two snapshots go.
+#   7. Unmark.
+#   8. Prune: all but the last two snapshots go.
 #
-# A death before 4 leaves the old snapshot and a left-over; between 4 and 6 the marker, and the
-# next start (or the next try of a loader that lives) notifies again of what differs.
+# A death before 5 leaves the old snapshot and a left-over; between 5 and 7 the marker, and the
+# next start notifies again of what differs. So does a loader that lives: after an OSError it
+# recovers, as at a start, before it publishes anything.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
@@ -3145,12 +3128,11 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what was remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""
+        self._remembered = b""  # the same as it is on disk
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
-        self._untold: set[str] = set()  # switched to, and Envoy not notified yet
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -3182,28 +3164,29 @@ class Output:
             return error.errno not in (errno.ENOENT, errno.ENOTDIR)
 
     def recover(self) -> list[str]:
-        """Make good whatever the last process left; returns what was done, in words.
+        """Make good whatever the last process, or the last failure, left; what was done, in words.
 
         Afterwards `published` is what the disk shows, and every link and notification is right.
         """
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
-        done = []
         self._own_directory(CURRENT)
-        self.state = self._read_state()
-        self.snapshot = self._switched()
-        self.published = self._load(self.snapshot) if self.snapshot else {}
-        if self._repair_links():
-            done.append("links repaired")
+        self.published, self.snapshot = self.peek(), self._switched()
+        done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
-            known = SNAPSHOT.fullmatch(marked) and is_directory(self._path(marked))
-            changed = moved_paths(self._load(marked) if known else {}, self.published)
+            before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
+            changed = moved_paths(before, self.published)
             self._notify(changed)
-            unlink_if_there(self._path(MARKER))
+            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        self._untold.clear()
-        self._remove_leftovers()
+        others = [entry for entry in self._snapshots() if entry != self.snapshot
+                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
+        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
+        self._before = max(others, key=times.__getitem__, default="")
+        self.prune()
+        if os.path.islink(self._path(LINK)):
+            os.unlink(self._path(LINK))
         return done
 
     def peek(self) -> Files:
@@ -3211,11 +3194,16 @@ class Output:
 
         A loader that lives may prune what is being read: then the switch has moved on.
         """
+        self._read_state()
         while True:
-            self.state, name = self._read_state(), self._switched()
+            name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
+
+    def switched_at(self) -> float:
+        """When the snapshot was switched to, Unix time; 0 where there is none."""
+        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -3225,75 +3213,64 @@ class Output:
         A directory there is never removed (Envoy's watch is bound to it), so a file of its name
         cannot come; nor can a file below a foreign file.
         """
-        warnings = {}
-        for path in files.keys() - self.published.keys():
+        blocked = {}
+        for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
-            foreign = [each for each in parents(path) if self._is_foreign(each)]
             if is_directory(place):
-                warnings[path] = f"{place} is a directory"
-            elif foreign:
-                warnings[path] = f"{self._path(CURRENT, foreign[0])} is a file"
-        if not warnings:
-            return files, []
-        lines = [f"{p} of {files[p].source} left out: {warnings[p]}" for p in sorted(warnings)]
-        return {path: file for path, file in files.items() if path not in warnings}, lines
+                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
+            for above in (self._path(CURRENT, each) for each in parents(path)):
+                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
+                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
+        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
 
-    def stage(self, files: Files, renew: Iterable[str] = ()) -> str:
-        """Step 1: the name of a complete directory of these files, made if need be.
-
-        `renew`: files that are written even though they did not change.
-        """
+    def stage(self, files: Files) -> str:
+        """Step 1: the name of a complete directory of these files, made if need be."""
         wanted = f"..{version_of(files)}"
-        for attempt in itertools.count():
-            name = f"{wanted}.{attempt}" if attempt else wanted
-            try:
-                os.mkdir(self._path(name), 0o755)
-            except FileExistsError:
-                if not self._damage(name, files):
-                    return name
-                continue
-            try:
-                self._fill(name, files, set(renew))
-            except OSError:
-                remove_tree(self._path(name))
-                raise
-            return name
-        raise AssertionError("itertools.count ended")
+        name, attempt = wanted, 0
+        while os.path.lexists(self._path(name)):
+            if not self._damage(name, files):
+                return name
+            attempt += 1
+            name = f"{wanted}.{attempt}"
+        os.mkdir(self._path(name), 0o755)
+        made = {""}
+        for path, file in files.items():
+            for directory in reversed(list(parents(path))):
+                if directory not in made:
+                    os.mkdir(self._path(name, directory), 0o755)
+                    made.add(directory)
+            old, new = self._path(self.snapshot, path), self._path(name, path)
+            if not (same_file(self.published.get(path), file) and linked(old, new)):
+                write_file(new, file.content, file.mode)
+        return name
 
-    def publish(self, files: Files, renew: Iterable[str] = ()) -> list[str]:
-        """Publish these files; returns the paths that changed or are gone."""
+    def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
+        """Publish these files, some of them `again`; returns the paths that moved or are gone."""
         self._own_directory(CURRENT)
-        changed = list(dict.fromkeys([*moved_paths(self.published, files), *renew, *self._untold]))
-        changed = [path for path in changed if path in files]
+        changed = [*moved_paths(self.published, files), *again]
         gone = sorted(self._links - files.keys())
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
-        name, before = self.stage(files, renew), self.snapshot  # 1
-        try:
-            os.symlink(before or "none", self._path(MARKER))  # 2
-        except FileExistsError:
-            pass  # a failed publication left it: it names the snapshot that Envoy knows
-        for path in gone:  # 3
+        name, before = self.stage(files), self.snapshot  # 1
+        self.remember(self.state, files)  # 2
+        with contextlib.suppress(FileExistsError):
+            os.symlink(before or "none", self._path(MARKER))  # 3
+        for path in gone:  # 4
             self._unlink_ours(path)
-        for directory in sorted({parent for path in changed for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        replace_link(name, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))  # 4
+        self._own_parents(changed)
+        self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
-        self._untold |= set(changed)
-        self._notify(changed)  # 5
-        unlink_if_there(self._path(MARKER))  # 6
-        self._untold.clear()
+        self._notify(changed)  # 6
+        unlink_if_there(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
         """Wake Envoy once more: those who watch the switch, and those who watch the links."""
-        replace_link(self.snapshot, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))
+        self._link(SWITCH, self.snapshot)
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 7: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
                 remove_tree(self._path(entry))
@@ -3301,74 +3278,81 @@ class Output:
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
         self._own_directory(CURRENT)
-        damaged = self._damage(self.snapshot, self.published)
-        if damaged or self._untold or self._switched() != self.snapshot:
-            self.publish(self.published, [path for path in damaged if path in self.published])
+        files, damaged = self.published, self._damage(self.snapshot, self.published)
+        if self._switched() != self.snapshot:
+            damaged.append(SWITCH)
+        if damaged:
+            self.published = {path: file for path, file in files.items() if path not in damaged}
+            self.publish(files)
             self.prune()
         return damaged + self._repair_links()
 
     # -- what a restart cannot see --------------------------------------------------------------
 
-    def remember(self, state: Mapping[str, Json]) -> None:
-        """Replace what is remembered, by rename; `files`, their source and kind, comes along."""
-        state = {"version": __version__, **state,
-                 "files": {path: (file.source, file.kind) for path, file in self.published.items()}}
-        text = json.dumps(state, sort_keys=True).encode()
+    def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
+        """Replace what is remembered, by rename. The source and kind of each file comes along, of
+        those that are about to be published too."""
+        files = {**self.published, **coming}
+        self.state = {**state, "version": __version__,
+                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        text = json.dumps(self.state, sort_keys=True).encode()
         if text == self._remembered:
             return
         self._own_directory(STATE)
-        write_file(self._path(f"{STATE_FILE}.new"), text, 0o644, replace=True)
-        os.rename(self._path(f"{STATE_FILE}.new"), self._path(STATE_FILE))
+        new = self._path(f"{STATE_FILE}.new")
+        unlink_if_there(new)
+        write_file(new, text, 0o644)
+        os.rename(new, self._path(STATE_FILE))
         self._remembered = text
 
-    def keep_acked(self, acked: Files) -> None:
-        """Keep the ACKed bytes of files that have others published, and no others."""
-        needed = {path.replace("/", "%"): file for path, file in acked.items()
-                  if not same_file(self.published.get(path), file)}
-        there = set(self._kept())
-        if not needed and not there:
-            return
-        self._own_directory(STATE)
-        self._own_directory(ACKED_FILES)
-        for name, file in needed.items():
-            place = self._path(ACKED_FILES, name)
-            if name in there and holds(place, file):
+    def keep_acked(self, acked: Files, files: Files) -> None:
+        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
+        no others."""
+        needed = {path.replace("/", "%"): path for path, file in acked.items()
+                  if not (same_file(self.published.get(path), file)
+                          and same_file(files.get(path), file))}
+        there = self._kept()
+        if needed:
+            self._own_directory(STATE)
+            self._own_directory(ACKED_FILES)
+        for name, path in needed.items():
+            place, file = self._path(ACKED_FILES, name), acked[path]
+            if holds(place, file):
                 continue
             unlink_if_there(place)
-            before = self._path(self._before, name.replace("%", "/"))
-            if not (self._before and holds(before, file) and linked(before, place)):
+            shown = same_file(self.published.get(path), file)
+            if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
         for name in there - needed.keys():
-            unlink_if_there(self._path(ACKED_FILES, name))
+            os.unlink(self._path(ACKED_FILES, name))
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {}
-        kept = {name.replace("%", "/"): self._path(ACKED_FILES, name) for name in self._kept()}
-        before = self._load(self._before) if self._before else {}
-        for path in {*digests, *kept}:
-            candidates = (self.published.get(path), before.get(path),
-                          self._file(path, kept[path]) if path in kept else None)
-            for file in candidates if path in digests else candidates[2:]:
-                if file and file.digest == digests.get(path, file.digest):
-                    found[path] = file
+        found = {path: file for path, file in self.published.items()
+                 if file.digest == digests.get(path)}
+        for name in self._kept():
+            path = name.replace("%", "/")
+            file = self._file(path, self._path(ACKED_FILES, name))
+            if file is not None and file.digest == digests.get(path, file.digest):
+                found[path] = file
         return found
 
-    def _kept(self) -> list[str]:
-        place = self._path(ACKED_FILES)
-        names = os.listdir(place) if is_directory(place) and is_directory(self._path(STATE)) else []
-        return [name for name in names if not any(map(key_problem, name.split("%")))]
+    def _kept(self) -> set[str]:
+        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
+        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
 
-    def _read_state(self) -> Mapping[str, Json]:
-        """What was remembered; nothing where it cannot be read or another version wrote it."""
+    def _read_state(self) -> None:
+        """What was remembered; nothing where it is not JSON or another version wrote it."""
+        self.state, self._remembered = {}, b""
+        found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
         try:
-            found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
             state = json_object(parse_json(found[0])) if found else {}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return {}
-        return state if state.get("version") == __version__ else {}
+            return
+        if found and state.get("version") == __version__:
+            self.state, self._remembered = state, found[0]
 
     # -- parts of the steps -------------------------------------------------------------------
 
@@ -3378,86 +3362,69 @@ class Output:
     def _file(self, path: str, place: str) -> File | None:
         """The file of a path as it is on disk; None where there is no regular one to be read."""
         found = read_file(place)
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = row if isinstance(row, list) and len(row) == 2 else ("disk", "")
         if found is None:
             return None
-        file = file_of(found[0], str(source), found[1])
-        return file if file.kind else file._replace(kind=str(kind))
+        row = json_object(self.state.get("files")).get(path)
+        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
+        file = file_of(found[0], source, found[1])
+        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
 
     def _load(self, name: str) -> dict[str, File]:
-        files = ((path, self._file(path, place)) for path, place in walk(self._path(name)))
-        return {path: file for path, file in files
-                if file and not any(map(key_problem, path.split("/")))}
-
-    def _fill(self, name: str, files: Files, renew: set[str]) -> None:
-        """Write what changed, link what did not; the kernel may refuse links, then copy."""
-        made = {""}
-        old, new = self._path(self.snapshot, ""), self._path(name, "")
-        for path, file in files.items():
-            if path.rpartition("/")[0] not in made:
-                for directory in reversed(list(parents(path))):
-                    if directory not in made:
-                        os.mkdir(new + directory, 0o755)
-                        made.add(directory)
-            if path in renew or not same_file(self.published.get(path), file) \
-                    or not linked(old + path, new + path):
-                write_file(new + path, file.content, file.mode)
+        files = {path: self._file(path, place) for path, place in walk(self._path(name))
+                 if not any(map(key_problem, path.split("/")))}
+        return {path: file for path, file in files.items() if file is not None}
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
-            return list(files)
-        wrong = [p for p, file in files.items() if not holds(self._path(name, p), file)]
+            return [*files, name]
+        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
-        for directory in directories:
-            place = self._path(CURRENT, directory) if directory else self._path(CURRENT)
+        for place in (self._path(CURRENT, each) for each in directories):
             if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
 
+    def _link(self, relative: str, target: str) -> None:
+        """Make or replace a link by rename(2): nobody ever finds none."""
+        try:
+            os.symlink(target, self._path(LINK))
+        except FileExistsError:  # of a process that died: a fixed name must not wedge
+            os.unlink(self._path(LINK))
+            os.symlink(target, self._path(LINK))
+        os.rename(self._path(LINK), self._path(relative))
+
     def _notify(self, paths: Iterable[str]) -> None:
-        """Make or replace links by rename: the MOVE that Envoy sees."""
+        """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
-            replace_link(link_target(path), self._path(LINK))
-            try:
-                os.rename(self._path(LINK), self._path(CURRENT, path))
-            except IsADirectoryError:
-                os.unlink(self._path(LINK))
-                raise
+            self._link(f"{CURRENT}/{path}", link_target(path))
             self._links.add(path)
 
+    def _is_ours(self, path: str) -> bool:
+        """Whether what is in `current/` is a link that we made."""
+        return read_link(self._path(CURRENT, path)) == link_target(path)
+
     def _unlink_ours(self, path: str) -> None:
-        """Remove a link that we made; a foreign file of the same name stays."""
-        if read_link(self._path(CURRENT, path)) == link_target(path):
+        if self._is_ours(path):
             os.unlink(self._path(CURRENT, path))
         self._links.discard(path)
-
-    def _is_foreign(self, path: str) -> bool:
-        """Whether something in `current/` is neither a directory nor a link that we made."""
-        place = self._path(CURRENT, path)
-        if not os.path.lexists(place) or is_directory(place):
-            return False
-        return read_link(place) != link_target(path)
 
     def _own_directory(self, relative: str) -> None:
         """A real directory at this place, made if need be, never replaced if it is one."""
         place = self._path(relative)
-        try:
-            mode = os.lstat(place).st_mode
-        except FileNotFoundError:
-            os.mkdir(place, 0o755)
+        if is_directory(place):
             return
-        if stat.S_ISLNK(mode):
-            # A link cannot hold Envoy's watch: it would stay on the directory behind it.
-            os.unlink(place)
-            os.mkdir(place, 0o755)
-        elif not stat.S_ISDIR(mode):
-            raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
+        if os.path.islink(place):
+            os.unlink(place)  # it cannot hold Envoy's watch, which would stay on what is behind
+        os.mkdir(place, 0o755)
+
+    def _own_parents(self, paths: Iterable[str]) -> None:
+        for directory in sorted({parent for path in paths for parent in parents(path)}):
+            self._own_directory(f"{CURRENT}/{directory}")
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -3466,47 +3433,25 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        for directory in sorted({parent for path in self.published for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        repaired = [path for path in self.published
-                    if read_link(self._path(CURRENT, path)) != link_target(path)]
+        self._own_parents(self.published)
+        repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
-        for path, place in walk(self._path(CURRENT)):
+        for path, _ in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
-            if read_link(place) != link_target(path):
+            if not self._is_ours(path):
                 foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
             else:
-                os.unlink(place)
+                self._unlink_ours(path)
                 repaired.append(path)
         self.foreign = tuple(foreign)
         return repaired
 
     def _snapshots(self) -> list[str]:
         return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
-
-    def _remove_leftovers(self) -> None:
-        """At a start: half-written directories go, and all but the newest other snapshot."""
-        complete = []
-        for entry in self._snapshots():
-            place = self._path(entry)
-            if entry == self.snapshot:
-                continue
-            if is_directory(place) and version_of(self._load(entry)) == entry[2:18]:
-                complete.append((os.stat(place).st_mtime_ns, entry))
-            else:
-                remove_tree(place)
-        self._before = max(complete)[1] if complete else ""
-        self.prune()
-        if read_link(self._path(LINK)) is not None:
-            os.unlink(self._path(LINK))
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
 
 def link_target(path: str) -> str:
@@ -3515,6 +3460,7 @@ def link_target(path: str) -> str:
 
 
 def read_link(place: str) -> str | None:
+    """Where a link points to; None where there is none. An error says nothing about that."""
     try:
         return os.readlink(place)
     except OSError as error:
@@ -3525,40 +3471,28 @@ def read_link(place: str) -> str | None:
 
 def is_directory(place: str) -> bool:
     """A real directory: what a link points to is not ours."""
-    return os.path.isdir(place) and not os.path.islink(place)
-
-
-def replace_link(target: str, place: str) -> None:
-    """symlink(2), over a left-over of a process that died: a fixed name must not wedge."""
     try:
-        os.symlink(target, place)
-    except FileExistsError:
-        os.unlink(place)
-        os.symlink(target, place)
+        return stat.S_ISDIR(os.lstat(place).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def unlink_if_there(place: str) -> None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(place)
-    except FileNotFoundError:
-        pass
 
 
 def linked(old: str, new: str) -> bool:
-    """link(2); False where the kernel or the file system does not let us, or `old` is gone."""
+    """link(2); False where there is none, for whatever reason: then the file is written."""
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT):
-            return False
-        raise
+    except OSError:
+        return False
     return True
 
 
-def write_file(place: str, content: bytes, mode: int, *, replace: bool = False) -> None:
+def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file; the mode is exact because the umask is 0 (see `run`)."""
-    if replace:
-        unlink_if_there(place)
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         view = memoryview(content)
@@ -3575,18 +3509,15 @@ def read_file(place: str) -> tuple[bytes, int] | None:
     """
     try:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(number, "rb") as stream:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
+                return None
+            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None
-    with open(number, "rb") as stream:
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
-            return None
-        try:
-            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
-        except OSError:
-            return None  # not readable is as good as not there: it is written anew
+        return None  # not readable is as good as not there: it is written anew
 
 
 def holds(place: str, file: File) -> bool:
@@ -3596,29 +3527,27 @@ def holds(place: str, file: File) -> bool:
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
     """Every entry under a directory that is no directory, as (relative path, place)."""
+    if not is_directory(root):
+        return
     try:
-        with os.scandir(f"{root}/{below}" if below else root) as entries:
+        with os.scandir(f"{root}/{below}") as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return  # pruned by a loader that lives, while a preview reads
     for entry in found:
-        path = f"{below}/{entry.name}" if below else entry.name
+        path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
-            yield from walk(root, path)
+            yield from walk(root, f"{path}/")
         else:
-            yield path, entry.path
+            yield path, f"{root}/{path}"
 
 
 def make_directories(place: str) -> None:
     """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if os.path.isdir(place):
-        return
-    make_directories(os.path.dirname(place))
-    try:
-        os.mkdir(place, 0o755)
-    except FileExistsError:
-        if not os.path.isdir(place):
-            raise LoaderError(f"{place} is not a directory; give another --output-dir") from None
+    if not os.path.isdir(place):
+        make_directories(os.path.dirname(place))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place, 0o755)
 
 
 def remove_tree(place: str) -> None:
@@ -5033,6 +4962,7 @@ class Loop:
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
+            self.output.keep_acked(self.known.acked, files)
             paths = self.output.publish(files, again)
         finally:
             if self.output.published is not before or again:
@@ -5065,7 +4995,7 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self.output.keep_acked(self.known.acked)
+        self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
 
     def _check_disk(self) -> None:
@@ -5603,10 +5533,10 @@ def shell_words(text: str) -> tuple[str, ...]:
     return words
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"is not one of {', '.join(words)}")
+        if text not in words.split("|"):
+            raise ValueError(f"is not one of {words.replace('|', ', ')}")
         return text
 
     return parse
@@ -5656,10 +5586,9 @@ SECTIONS = {
     "From where": (
         Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
                "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
-               "bearer token, read again for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt",
-               "CA of the API server, read again for each connection"),
+        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token", "bearer token, read again "
+               "for each request"),
+        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt", "CA of the API server"),
         Option("client-cert", str, "FILE", "", "client certificate for the API server"),
         Option("client-key", str, "FILE", "", "its private key"),
         Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
@@ -5668,18 +5597,18 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto", "eds", "inline", "dns"), "auto|eds|inline|dns", "auto",
+        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns", "auto",
                "where endpoints live"),
-        Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
+        Option("format", one_of("yaml|json"), "yaml|json", "yaml", "of rendered files"),
     ),
     "Where to, and when": (
         Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
         Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D", "1m0s",
-               "between two polls; in watch mode between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s",
-               "how long --onetime waits for the sources to exist and the API server to answer"),
+        Option("sync-interval", go_duration, "D", "1m0s", "between two polls; in watch mode "
+               "between two checks of the files on disk"),
+        Option("timeout", go_duration, "D", "0s", "how long --onetime waits for the sources to "
+               "exist and the API server to answer"),
         Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
         Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
@@ -5693,11 +5622,11 @@ SECTIONS = {
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "",
-               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
-        Option("log-format", one_of("text", "json"), "text|json", "text", "of standard error"),
-        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info",
-               "debug, info, warning or error"),
+        Option("listen", listen_address, "[ADDR]:PORT", "", "serve /healthz, /readyz, /startz, "
+               "/metrics and /snapshot"),
+        Option("log-format", one_of("text|json"), "text|json", "text", "of standard error"),
+        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS), "info", "the least "
+               "that is logged"),
         Option("version", go_bool, "", "", "print the version and exit"),
         Option("help", go_bool, "", "", "print this and exit (also -h)"),
     ),
@@ -5772,6 +5701,14 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, UsageError) as error:
+        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+        raise UsageError(f"{where} {shown!r}: {error}") from None
+
+
 def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     words = command_line_words(argv)
@@ -5781,13 +5718,7 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
         if not texts and option.name not in ("help", "version"):
             where, text = option.variable, environ.get(option.variable, "")
             texts = text.split() if option.repeats else [text] if text else []
-        found = []
-        for text in texts:
-            try:
-                found.append(option.parse(text))
-            except (ValueError, UsageError) as error:
-                shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-                raise UsageError(f"{where} {shown!r}: {error}") from None
+        found = [value_of(where, option.parse, text) for text in texts]
         if found:
             attribute = option.name.replace("-", "_")
             values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
@@ -5852,10 +5783,7 @@ def check_combination(values: Mapping[str, Any]) -> None:
 def default_namespace(environ: Mapping[str, str]) -> str:
     for variable in ("NS", "POD_NAMESPACE"):
         if environ.get(variable):
-            try:
-                return namespace_name(environ[variable])
-            except ValueError as error:
-                raise UsageError(f"${variable} {environ[variable][:100]!r}: {error}") from None
+            return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
             return namespace_name(stream.read(1000).decode().strip())
@@ -5869,10 +5797,7 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     if not host:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    try:
-        return http_url(url, ["https"])
-    except ValueError as error:
-        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r}: {error}") from None
+    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
 HELP = """\

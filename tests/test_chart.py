@@ -14,6 +14,7 @@ import helm_python as helm
 import pytest
 import yaml
 
+from loader import __version__
 from tests.support import chart_docs
 from tests.support.chart_docs import CHART
 from tests.support.manifests import (
@@ -571,7 +572,7 @@ def test_two_pods_are_spread_and_not_evicted_together(values: Object, several: b
 def test_images_by_digest() -> None:
     pod = render(load_values("single-values.yaml")).pod
     assert all(re.search(r"@sha256:\w{64}$", c["image"]) for c in containers(pod))
-    assert named(render().pod, "loader")["image"] == f"{IMAGE}:1.0.0"
+    assert named(render().pod, "loader")["image"] == f"{IMAGE}:{__version__}"
 
 
 def test_the_inotify_budget_is_a_value() -> None:
@@ -601,6 +602,17 @@ def test_a_network_policy_may_be_switched_on() -> None:
 def test_a_service_may_select_the_pods_of_two_releases() -> None:
     release = render(load_values("extras-values.yaml"))
     assert release.one("Service", "edge-http")["spec"]["selector"] == {"tier": "front"}
+
+
+def test_helm_test_asks_the_port_that_leads_to_the_listener() -> None:
+    for values, port in ((load_values("extras-values.yaml"), "80"), ({}, "10000")):
+        (hook,) = render(values).all("Pod")
+        assert hook["spec"]["containers"][1]["command"][6] == port
+
+
+def test_resources_may_be_left_to_the_cluster() -> None:
+    pod = render({"loader": {"resources": {}}, "envoy": {"resources": {"limits": None}}}).pod
+    assert "limits" not in named(pod, "envoy")["resources"]
 
 
 def test_helm_test_prints_no_configuration() -> None:
@@ -707,6 +719,7 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"loader": {"image": {"repository": ""}}}, 'loader.image.repository: "" has no registry'),
         ({"loader": {"image": {"repository": "team/loader"}}}, '"team/loader" has no registry'),
         ({"envoy": {"image": {"repository": "envoy"}}}, "envoy.image.repository"),
+        ({"loader": {"image": {"repository": f"{IMAGE}:1"}}}, "has a tag or digest"),
         ({"services": {"enabled": True}}, "services.selector: give the label selector"),
         ({"runtimeVolume": {"sizeLimit": "256Mi"}}, "loader.resources.limits.memory: must be 64Mi"),
         ({"loader": {"resources": {"limits": {"memory": "100M"}}}}, "runtimeVolume.sizeLimit"),

@@ -101,7 +101,8 @@ def test_from_a_laptop(tmp_path: Path) -> None:
     assert lines[0] == "kubectl proxy &"
     with ApiServer() as proxy:
         proxy.configmap("web", "envoy-xds", {"rds.yaml": "resources: []\n"})
-        for line, expected in zip(lines[1:], ("rds.yaml (configmap", "cds.yaml (serv"), strict=True):
+        shown = ("rds.yaml (configmap", "cds.yaml (serv")
+        for line, expected in zip(lines[1:], shown, strict=True):
             done = Laptop(tmp_path / expected[:3]).run(
                 line.replace("http://127.0.0.1:8001", proxy.url)
             )

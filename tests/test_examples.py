@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+import loader
 from example.support.cluster import kustomized
 from tests.support.loader import ROOT, wait_until
 from tests.support.manifests import Object, containers, restricted, validate
@@ -119,16 +120,22 @@ def test_what_a_pod_with_envoy_and_loader_has(folder: Path) -> None:
             assert volume.get("emptyDir", {"medium": "Memory"}).get("medium") == "Memory", path
         for container in containers(pod):
             mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
-            loader = "xds-configmap-loader" in container["image"]
+            own = "xds-configmap-loader" in container["image"]
             envoy = "envoyproxy/envoy" in container["image"]
-            assert ("token" in mounts) == loader, f"{path}: {container['name']}"
-            assert ("admin" in mounts) == (loader or envoy), f"{path}: {container['name']}"
-            assert not (loader and "readinessProbe" in container), path
+            assert ("token" in mounts) == own, f"{path}: {container['name']}"
+            assert ("admin" in mounts) == (own or envoy), f"{path}: {container['name']}"
+            assert not (own and "readinessProbe" in container), path
             if envoy:
                 assert container["startupProbe"]["httpGet"]["path"] == "/startz", path
                 assert "--disable-hot-restart" in container["args"], path
-            if loader and "--watch" in container["args"]:
+            if own and "--watch" in container["args"]:
                 assert "--envoy-admin=unix:/var/run/envoy-admin/admin.sock" in container["args"]
+
+
+def test_images_have_the_version_of_the_loader() -> None:
+    for path in [*(ROOT / "example").rglob("*.yaml"), *(ROOT / "charts").rglob("*.md")]:
+        for tag in re.findall(r"envoy-xds-configmap-loader:([\w.]+)", path.read_text()):
+            assert tag == loader.__version__, path
 
 
 def test_no_bootstrap_has_an_admin_interface_on_tcp() -> None:

@@ -213,6 +213,7 @@ def test_an_outage(
     if mode == "watch":
         api.wait_watches(1)
     sampler.start()
+    wait_until((out / "..state/loader.json").exists)  # the last thing that a publication writes
     before = disk.fingerprint(out)
     kind.begin(api)
     asked = len(api.requests)
@@ -428,6 +429,7 @@ def test_a_silent_watch_of_a_quiet_object_is_no_trouble(
     api.bookmark_interval = 0.3
     running = impatient(*NAMED, "--watch")
     running.wait_log("published")
+    wait_until((out / "..state/loader.json").exists)  # the last thing that a publication writes
     before = disk.fingerprint(out)
     time.sleep(2.5)
     assert len(api.requests) == 2, "a list and a watch"

@@ -29,8 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support.apiserver import ApiServer
-from tests.support.envoy import free_port
 from tests.support.loader import COMMAND, Loader, wait_until
+from tests.support.ports import held_port
 
 PATHS = ("/healthz", "/readyz", "/startz", "/metrics", "/snapshot")
 SECRET = b"c2VjcmV0IGJ5dGVz-PRIVATE KEY-----"

@@ -593,7 +593,7 @@ def test_an_encrypted_key_is_an_error_and_no_question(
     locked = tmp_path / "locked.key"
     locked.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
     given = ("--client-cert", str(pair.cert), "--client-key", str(locked))
-    done = run_loader("--onetime", "--configmap", "envoy-xds", *given, server=api_tls, timeout=10)
+    done = run_loader("--onetime", "--configmap", "envoy-xds", *given, server=api_tls)
     assert done.returncode == 1
     assert f"{locked}: not a usable certificate" in done.stderr
 

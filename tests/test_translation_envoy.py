@@ -70,7 +70,7 @@ class Proxy:
 
     def __init__(self, root: Path, stack: contextlib.ExitStack, **options: Any) -> None:
         self.current = root / "current"
-        self.port = free_port()
+        self.port = held_port()
         self.renderer = renderer(current_dir=str(self.current), **options)
         self.fmt = options.get("fmt", "yaml")
         self.published: dict[str, loader.File] = {}
@@ -101,13 +101,13 @@ class Proxy:
         self.envoy.wait_stat(f"{scope}.version_text", found["version_info"], timeout=20)
         assert self.envoy.count(f"{scope}.update_rejected") == 0, self.envoy.log_tail()
 
-    def start(self, *listeners: Config) -> Envoy:
+    def start(self, *listeners: Config, admin: str = "") -> Envoy:
         routes = rds_routes(file_source(self.current / f"rds.{self.fmt}"), "services")
         config = bootstrap(
             dynamic_resources(cds=file_source(self.current / f"cds.{self.fmt}")),
             listeners=[http_listener(self.port, routes), *listeners],
         )
-        self.envoy = self._stack.enter_context(Envoy(config, self._root / "envoy"))
+        self.envoy = self._stack.enter_context(Envoy(config, self._root / "envoy", admin=admin))
         self.await_version("cds", "cluster_manager.cds")
         self.await_version("rds", "http.ingress.rds.services")
         return self.envoy
@@ -325,7 +325,7 @@ def test_no_external_name_reaches_what_listens_beside_envoy(
     Envoy really goes where DNS says, which is why it is off by default.
     """
     resolver = stack.enter_context(Resolver("127.0.0.2"))
-    number = free_port()
+    number = held_port()
     stack.enter_context(Pod("elsewhere", "127.0.0.2", number))
     names = ("localhost", "LOCALHOST.", "x.localhost", "127.0.0.1", "127.1", "2130706433", "0x7f.1")
 
@@ -342,8 +342,8 @@ def test_no_external_name_reaches_what_listens_beside_envoy(
     on = {"external_name": "strict_dns"}
     running = proxy(config={"endpoint": on, "cluster": {"base": resolver.fields}})
     running.publish(*raw(1))
-    envoy = running.start()
-    running.publish(*raw(envoy.admin_port))
+    envoy = running.start(admin="tcp")
+    running.publish(*raw(int(envoy.admin_url.rpartition(":")[2])))
     until(lambda: bool(running.hosts("evil/ok/http")))
     assert running.get("ok") == (200, "elsewhere")
     assert {running.get(f"h{index}", "/config_dump")[0] for index in range(len(names))} == {404}

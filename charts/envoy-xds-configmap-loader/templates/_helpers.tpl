@@ -128,6 +128,27 @@ labels: {{- include "xds.labels" . | nindent 2 }}
 {{- end }}
 {{- end }}
 
+{{/* What a Service may call the listener's port, as the keys of a mapping: its number, and names. */}}
+{{- define "xds.listenerPorts" -}}
+{{ .Values.listener.port | int | toString | quote }}: true
+{{- range $name, $port := .Values.envoy.ports }}
+{{- if eq (int $port.containerPort) (int $.Values.listener.port) }}
+{{ $name | quote }}: true
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The first port of the Service that leads to the listener; nothing where there is none. */}}
+{{- define "xds.servicePort" -}}
+{{- $names := include "xds.listenerPorts" . | fromYaml }}{{ $found := list }}
+{{- range $name := keys .Values.service.ports | sortAlpha }}
+{{- $port := get $.Values.service.ports $name }}
+{{- $target := $port.targetPort | default $port.port }}
+{{- if hasKey $names (kindIs "string" $target | ternary $target (toString (int $target))) }}{{ $found = append $found (int $port.port) }}{{ end }}
+{{- end }}
+{{- with $found }}{{ first . }}{{ end }}
+{{- end }}
+
 {{/* Values that make no sense together are an error, before any object is made. */}}
 {{- define "xds.check" -}}
 {{- $v := .Values }}
@@ -136,13 +157,16 @@ labels: {{- include "xds.labels" . | nindent 2 }}
 {{- $example := ternary "registry.example/envoy-xds-configmap-loader, built from the Dockerfile" "docker.io/envoyproxy/envoy" (eq $who "loader") }}
 {{- fail (printf "%s.image.repository: %q has no registry: give the image as the nodes pull it (%s)" $who $image.repository $example) }}
 {{- end }}
+{{- if regexMatch "[:@][^/]*$" $image.repository }}
+{{- fail (printf "%s.image.repository: %q has a tag or digest: give it in %s.image.tag or %s.image.digest" $who $image.repository $who $who) }}
 {{- end }}
-{{- $memory := include "xds.bytes" (dig "limits" "memory" "" $v.loader.resources) }}
+{{- end }}
+{{- $memory := include "xds.bytes" (dig "limits" "memory" "" ($v.loader.resources | default dict)) }}
 {{- $files := include "xds.bytes" $v.runtimeVolume.sizeLimit }}
 {{- if and $memory $files (lt (int64 $memory) (add (int64 $files) 67108864)) }}
 {{- fail "loader.resources.limits.memory: must be 64Mi above runtimeVolume.sizeLimit or more: the files in memory count as the loader's" }}
 {{- end }}
-{{- $memory = include "xds.bytes" (dig "limits" "memory" "" $v.envoy.resources) }}
+{{- $memory = include "xds.bytes" (dig "limits" "memory" "" ($v.envoy.resources | default dict)) }}
 {{- $heap := include "xds.bytes" $v.envoy.overload.maxHeap }}
 {{- if and $memory $heap (le (int64 $memory) (int64 $heap)) }}
 {{- fail "envoy.overload.maxHeap: must be below envoy.resources.limits.memory, or Envoy is killed before it sheds load" }}
@@ -151,23 +175,12 @@ labels: {{- include "xds.labels" . | nindent 2 }}
 {{- fail "envoy.bootstrap.admin.address: the admin interface is a Unix socket in a volume of its own: nothing else may reach it" }}
 {{- end }}
 {{- if $v.listener.enabled }}
-{{- $exposed := dict }}
-{{- range $name, $port := $v.envoy.ports }}
-{{- if eq (int $port.containerPort) (int $v.listener.port) }}{{ $_ := set $exposed $name $name }}{{ end }}
-{{- end }}
-{{- if not $exposed }}
+{{- $names := include "xds.listenerPorts" . | fromYaml | keys | sortAlpha }}
+{{- if lt (len $names) 2 }}
 {{- fail (printf "listener.port: %d is in no entry of envoy.ports, so nothing exposes it: set envoy.ports.http.containerPort as well" (int $v.listener.port)) }}
 {{- end }}
-{{- if $v.service.enabled }}
-{{- $_ := set $exposed (toString (int $v.listener.port)) "" }}
-{{- $sent := dict }}
-{{- range $v.service.ports }}
-{{- $target := .targetPort | default .port }}
-{{- if hasKey $exposed (kindIs "string" $target | ternary $target (toString (int $target))) }}{{ $_ := set $sent "yes" "" }}{{ end }}
-{{- end }}
-{{- if not $sent }}
-{{- fail (printf "listener.port: no entry of service.ports has it as targetPort (%s)" (keys $exposed | sortAlpha | join " or ")) }}
-{{- end }}
+{{- if and $v.service.enabled (not (include "xds.servicePort" .)) }}
+{{- fail (printf "listener.port: no entry of service.ports has it as targetPort (%s)" (join " or " $names)) }}
 {{- end }}
 {{- end }}
 {{- if and $v.services.enabled (not $v.services.selector) }}
