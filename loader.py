@@ -3636,6 +3636,7 @@ class Known(NamedTuple):
     moves: Mapping[str, int] = {}  # how often a file moved since
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
+    leaving: frozenset[str] = frozenset()  # published, and not desired any more
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3752,6 +3753,7 @@ def after_publication(
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
+        leaving=frozenset(after.keys() - desired.keys()),
     )
 
 
@@ -3914,14 +3916,16 @@ def settled(known: Known, files: Files) -> Known:
 
 def retried(known: Known, desired: Files, published: Files) -> Known:
     """Without the NACKs of files that are gone, and of references for which clusters or files came
-    that they name."""
+    that they name. What is desired again leaves no more."""
     gone = [path for path, nack in known.nacks.items()
             if (path not in desired and path not in published)
             or ((file := desired.get(path)) is not None and file.digest == nack.digest
                 and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    if not gone:
+    leaving = known.leaving - desired.keys()
+    if not gone and leaving == known.leaving:
         return known
-    return known._replace(nacks={p: nack for p, nack in known.nacks.items() if p not in gone})
+    nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
+    return known._replace(nacks=nacks, leaving=leaving)
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
@@ -3932,9 +3936,11 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
 
 
 def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file, or the one before did."""
+    """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
+    only drains."""
     state = known.states.get(path)
-    return state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    return read and path not in known.leaving
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
