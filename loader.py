@@ -5062,7 +5062,7 @@ class Loop:
             self.output.notify_again(outcome.mixed)
         self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
                               f"unknown: {look.hidden}"] if outcome.hidden else [])
-        if look.live and not self._started:
+        if look.live and files and not self._started:
             self._started = all(
                 self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
                 for path, file in files.items() if file.kind in ("cds", "lds", "rds"))

@@ -26,6 +26,7 @@ from tests.support.envoy import (
 )
 from tests.support.load import Poller
 from tests.support.loader import wait_until
+from tests.support.long import times
 from tests.support.stage import Stage, routes
 from tests.support.steady import Upstreams
 
@@ -609,10 +610,18 @@ def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Up
 # All of it at once
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: Stage) -> None:
+@pytest.mark.parametrize("seed", range(1, 1 + times(2, long=12)))
+@pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
+def test_no_request_is_lost_over_random_good_and_bad_changes(
+    watched: bool, seed: int, api: ApiServer, out: Path, upstreams: Upstreams
+) -> None:
     """Up to two bad files and good ones in each change, most of them before the last is settled."""
-    rng = random.Random(seed)
+    out.mkdir()
+    with Stage(api, out, upstreams, watched=watched) as stage:
+        good_and_bad(random.Random(seed), stage)
+
+
+def good_and_bad(rng: random.Random, stage: Stage) -> None:
     stage.start()
     first, rest = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{stage.extra_port}"
     with Poller(f"{first}/") as one, Poller(f"{first}/e") as two, Poller(f"{rest}/") as three:
