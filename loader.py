@@ -5146,8 +5146,10 @@ class Loop:
             place = f"{self.output.root}/{self.output.staged}"
             threading.Thread(target=self._run_check, args=(command, place, version),
                              name="check", daemon=True).start()
-        elif checked == version and refusal and self._once:
-            raise LoaderError(refusal)
+        elif checked == version and refusal:
+            self.output.prune()  # what was staged for the check
+            if self._once:
+                raise LoaderError(refusal)
         return {**base, **fresh} if base else None
 
     def _run_check(self, command: Sequence[str], place: str, version: str) -> None:
