@@ -38,7 +38,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -54,7 +53,6 @@ import threading
 import time
 import urllib.parse
 import zlib
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -4143,7 +4141,9 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-REMINDER = 300.0  # seconds between two lines about the same outage
+# Seconds until an outage is logged again, and lines about it until then: errors that differ each
+# time must not flood either.
+REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
 STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
@@ -4152,10 +4152,9 @@ STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 class Log:
     """One line a record to stderr, as text for people or as JSON for machines.
 
-    A record is a message, `%`-formatted with `args` only if it is written, and fields:
-    `log.info("published", version=v, files=1)`. A line is written whole, whichever thread it comes
-    from, or not at all: where nobody reads stderr, lines are dropped and counted, and the loader
-    goes on. (Not `logging`: it costs 6 ms of import, and what is needed of it are these lines.)
+    A record is a message, `%`-formatted with `args` only if it is written, and fields. A line is
+    written whole or not at all: where nobody reads stderr, lines are dropped and counted, and the
+    loader goes on. (Not `logging`: it costs 6 ms of import.)
     """
 
     def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -4166,37 +4165,31 @@ class Log:
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
-        """What --log-format and --log-level say."""
         self._form, self._level = form, LOG_LEVELS.index(level)
 
     def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: written once, and again every five minutes.
-
-        In between it is there at level debug. A new message on the same topic is written at once,
-        but not a ninth one: errors that differ each time must not flood either.
-        """
+        """A warning about something persistent: once, and again every five minutes; else debug."""
         now = self._clock()
         with self._lock:
             past = self._outages.setdefault(topic, {})
-            known = message if message in past or len(past) < 8 else max(past, key=past.__getitem__)
-            due = now - past.get(known, -REMINDER) >= REMINDER
+            for old in [old for old, at in past.items() if now - at >= REMINDER]:
+                del past[old]
+            due = message not in past and len(past) < OUTAGE_LINES
             if due:
-                past[known] = now
+                past[message] = now
         self._write("warning" if due else "debug", message, **fields)
 
-    def recovered(self, topic: str, message: str, /, **fields: object) -> None:
+    def recovered(self, topic: str, message: str) -> None:
         """The end of an outage: one line if there was one, else nothing."""
         with self._lock:
-            was_out = self._outages.pop(topic, None)
+            was_out = self._outages.pop(topic, None) is not None
         if was_out:
-            self._write("info", message, **fields)
+            self._write("info", message)
 
     def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
             return
-        values = {name: plain_value(value) for name, value in fields.items()}
-        text, now = message % args if args else message, timestamp(time.time())
-        line = log_line(self._form, now, level, text, values)
+        line = log_line(self._form, level, message % args if args else message, fields)
         poll = select.poll()
         with self._lock:
             poll.register(self._fd, select.POLLOUT)
@@ -4215,17 +4208,16 @@ class Log:
     error = functools.partialmethod(_write, "error")
 
 
-def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str, Json]) -> bytes:
+def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, the longest of its texts are cut.
-    """
-    texts = {"message": message, **fields}
+    the same as a JSON object. Where it is too long, the longest of its texts are cut."""
+    when = timestamp(time.time())
+    texts = {"message": message, **{name: plain_value(value) for name, value in fields.items()}}
     while True:
         if form == "json":
             line = json.dumps({"time": when, "level": level, **texts})
         else:
-            said = texts["message"]
-            said = said if said.isprintable() else json.dumps(said)
+            said = message if message.isprintable() else json.dumps(message)
             pairs = (f" {name}={text_value(texts[name])}" for name in fields)
             line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
@@ -4233,23 +4225,22 @@ def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str
             return encoded
         longest = max(texts, key=lambda name: len(str(texts[name])))
         texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
+        message = str(texts["message"])
 
 
 def plain_value(value: object) -> Json:
     """A number stays, a sequence is joined by commas, the rest is its str()."""
     if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
         return value  # not NaN nor infinite, which JSON does not have
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return ",".join(map(str, sorted(value) if isinstance(value, (set, frozenset)) else value))
-    return str(value)
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def text_value(value: Json) -> str:
     """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
     text = value if isinstance(value, str) else json.dumps(value)
-    if not text.isprintable():
-        return json.dumps(text)
-    return json.dumps(text, ensure_ascii=False) if not text or re.search(r'[\s"=]', text) else text
+    if text.isprintable() and re.fullmatch(r'[^\s"=]+', text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def timestamp(now: float) -> str:
@@ -4299,12 +4290,13 @@ METRICS = (
     Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_start_time_seconds", "gauge", "When the process started."),
-    Metric("process_open_fds", "gauge", "Open file descriptors."),
 )
 # fmt: on
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BUCKET_TEXTS = {bound: f'_bucket{{le="{bound}"}}' for bound in BUCKETS}
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = tuple[str, ...]
 
@@ -4312,91 +4304,72 @@ Labels = tuple[str, ...]
 class Metrics:
     """The values of METRICS, to be recorded from any thread in about a microsecond.
 
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError.
+    Labels are a tuple of values in the order declared. An undeclared name is a KeyError. A series
+    is held by what stands between the name and the value in the output.
     """
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._series: dict[str, dict[Labels, float]] = {
-            metric.name: {(): 0.0} if metric.type == "counter" and not metric.labels else {}
-            for metric in METRICS
-        }
-        # of a histogram: a count for each bucket, one for what lies beyond, and the sum
-        self._histograms = {
-            metric.name: [0.0] * (len(BUCKETS) + 2)
-            for metric in METRICS
-            if metric.type == "histogram"
-        }
+        self._labels = {metric.name: metric.labels for metric in METRICS}
+        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
+        for name, kind, _, labels in METRICS:
+            if kind == "histogram":
+                suffixes = (*BUCKET_TEXTS.values(), '_bucket{le="+Inf"}', "_sum", "_count")
+                self._series[name] = dict.fromkeys(suffixes, 0.0)
+            elif kind == "counter" and not labels:
+                self.add(name, by=0)
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
-            series = self._series[name]
-            series[labels] = series.get(labels, 0.0) + by
+            series, suffix = self._series[name], self._suffix(name, labels)
+            series[suffix] = series.get(suffix, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
-        """Set a gauge."""
         with self._lock:
-            self._series[name][labels] = value
+            self._series[name][self._suffix(name, labels)] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
         with self._lock:
-            self._series[name] = dict(series)
+            self._series[name] = {self._suffix(name, labels): series[labels] for labels in series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
         with self._lock:
-            histogram = self._histograms[name]
-            histogram[bisect_left(BUCKETS, seconds)] += 1
-            histogram[-1] += seconds
+            series = self._series[name]
+            for bound, text in BUCKET_TEXTS.items():
+                series[text] += seconds <= bound
+            series["_sum"] += seconds
+            series["_count"] += 1
+            series['_bucket{le="+Inf"}'] += 1
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        for name, value in process_figures().items():
-            self.set(name, value)
+        times = os.times()
+        self.set("process_cpu_seconds_total", round(times.user + times.system, 2))
+        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
-            series = {name: sorted(values.items()) for name, values in self._series.items()}
-            histograms = {name: tuple(values) for name, values in self._histograms.items()}
+            held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, labels in METRICS:
+        for name, kind, text, _ in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for values, value in series[name]:
-                lines.append(f"{name}{label_text(labels, values)} {value:.15g}")
-            if kind == "histogram":
-                *counts, total = histograms[name]
-                counts = [*itertools.accumulate(counts)]
-                for bound, count in zip((*BUCKETS, "+Inf"), counts, strict=True):
-                    lines.append(f'{name}_bucket{{le="{bound}"}} {count:.15g}')
-                lines += [f"{name}_sum {total:.15g}", f"{name}_count {counts[-1]:.15g}"]
+            rows = held[name] if kind == "histogram" else sorted(held[name])
+            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+
+    def _suffix(self, name: str, values: Labels) -> str:
+        """`{code="200",verb="list"}`, "" without labels."""
+        names = self._labels[name]
+        pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
+        return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
-
-
-def label_text(names: Labels, values: Labels) -> str:
-    """`{code="200",verb="list"}`, "" without labels."""
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = (f'{n}="{v.translate(escapes)}"' for n, v in zip(names, values, strict=True))
-    return "{" + ",".join(pairs) + "}" if names else ""
-
-
-def process_figures() -> dict[str, float]:
-    """What this process uses now, under the names that every Prometheus client gives it."""
-    times = os.times()
-    figures = {"process_cpu_seconds_total": round(times.user + times.system, 2)}
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            pages = int(file.read().split()[1])
-        figures["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # less this listing
-    except OSError:  # not Linux, or out of descriptors
-        pass
-    return figures
-
 
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
@@ -4405,11 +4378,8 @@ def process_figures() -> dict[str, float]:
 # for the loop nor the loop for it; and only names and figures: never the content of a file, nor
 # Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 32  # each has a thread
+CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-# The same while all threads are busy: a probe waits for 1 s, and with a full backlog of silent
-# clients before it (128) it is answered after 128 / 32 * 0.05 s.
-CROWDED_TIME = 0.05
 TICK = 0.2  # seconds between two looks for connections past their time
 HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used for so many times as long as it took to make, so
@@ -4432,8 +4402,8 @@ class Status(NamedTuple):
 
     def paths(self, state: str) -> list[str]:
         """The files in this state; one that has none is unknown."""
-        known = dict.fromkeys(self.files, "unknown") if state == "unknown" else {}
-        return sorted(path for path, its in {**known, **self.states}.items() if its == state)
+        states = {**dict.fromkeys(self.files, "unknown"), **self.states}
+        return sorted(path for path, its in states.items() if its == state)
 
 
 Answer = tuple[int, str, bytes]
@@ -4445,9 +4415,9 @@ def text_answer(code: int, *lines: str) -> Answer:
     return code, "text/plain; charset=utf-8", body
 
 
-def health_answer(status: Status, now: float) -> Answer:
-    """/healthz: 200 while the loop turns. `now` is monotonic."""
-    age, bound = now - status.last_turn, status.turn_bound
+def health_answer(status: Status) -> Answer:
+    """/healthz: 200 while the loop turns."""
+    age, bound = time.monotonic() - status.last_turn, status.turn_bound
     if age <= bound:
         return text_answer(200, "ok")
     return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
@@ -4461,9 +4431,8 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     """
     ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
     lines = [ready if status.version else "no snapshot yet"]
-    lines += [f"missing: {name}" for name in status.missing]
-    lines += [f"stale: {name}" for name in status.stale]
-    lines += [f"nacked: {name}" for name in status.paths("nacked")]
+    named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
+    lines += [f"{what}: {name}" for what, names in named.items() for name in names]
     return text_answer(200 if status.version and started else 503, *lines)
 
 
@@ -4498,149 +4467,119 @@ def listen_address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
+class Client(NamedTuple):
+    """A connection: when it is closed at the latest, and what is left to do."""
+
+    socket: socket.socket
+    end: float
+    talk: Iterator[int]
+
+
 class Listener:
-    """The server of --listen. The loop replaces `status`; all else belongs to its threads."""
+    """The server of --listen. The loop replaces `status`; all else belongs to one thread, which
+    waits for no client."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         """Bind and serve. Raises LoaderError: an address in use ends the loader at its start."""
         self.status = Status({}, last_turn=time.monotonic())
-        self._recorded = recorded
-        self._rendering = threading.Lock()
-        self._kept: dict[str, tuple[Status, float, Answer]] = {}  # path -> of, good until, answer
-        self._server = probe_server(listening_socket(host, port), self.answer)
-        self.port: int = self._server.socket.getsockname()[1]
-        serve = threading.Thread(target=self._server.serve_forever, args=(TICK,), daemon=True)
-        serve.start()
+        self.clients: dict[int, Client] = {}  # by descriptor, oldest first
+        self._recorded, self._stopped = recorded, False
+        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
+        self._socket, self._poll = listening_socket(host, port), select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Close everything."""
+        self._stopped = True
         with contextlib.suppress(OSError):  # stopped before
-            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.drop(0.0)
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
 
-    def answer(self, path: str) -> Answer | None:
-        """What is served there, None where there is nothing."""
+    def _serve(self) -> None:
+        while not self._stopped:
+            for number, _ in self._poll.poll(TICK * 1000):
+                if number not in self.clients:
+                    self._accept()
+                    continue
+                try:
+                    self._poll.modify(number, next(self.clients[number].talk))
+                except (StopIteration, OSError):
+                    self._close(number)
+            now, crowd = time.monotonic(), len(self.clients) - CONNECTIONS_MAX
+            for place, (number, client) in enumerate([*self.clients.items()]):
+                if place < crowd or client.end < now:
+                    self._close(number)
+        for number in [*self.clients]:
+            self._close(number)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._socket.accept()
+        except OSError:  # no descriptor is left: not to spin
+            time.sleep(0.01)
+            return
+        client.setblocking(False)
+        talk = self._talk(client)
+        self._poll.register(client, next(talk))
+        self.clients[client.fileno()] = Client(client, time.monotonic() + CONNECTION_TIME, talk)
+
+    def _close(self, number: int) -> None:
+        self._poll.unregister(number)
+        self.clients.pop(number).socket.close()
+
+    def _talk(self, client: socket.socket) -> Iterator[int]:
+        """One request and its answer; it yields what it waits for."""
+        head, block = b"", b"-"
+        while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
+            yield select.POLLIN
+            block = client.recv(HEAD_MAX - len(head))
+            head += block
+        words = head.partition(b"\n")[0].decode("latin-1").split()
+        if len(words) == 3 and words[0] == "GET" and words[2].startswith("HTTP/1."):
+            code, form, body = self.answer(words[1].partition("?")[0])
+        else:
+            code, form, body = text_answer(400, "not a GET of HTTP/1.1")
+        fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+        line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
+        left = memoryview((line + fields).encode() + body)
+        while left:
+            yield select.POLLOUT
+            left = left[client.send(left) :]
+
+    def answer(self, path: str) -> Answer:
+        """What is served there."""
+        status, began = self.status, time.monotonic()
         if path == "/healthz":
-            return health_answer(self.status, time.monotonic())
-        if path == "/readyz":
-            return ready_answer(self.status)
-        if path == "/startz":
-            return ready_answer(self.status, started=self.status.started)
+            return health_answer(status)
+        if path in ("/readyz", "/startz"):
+            return ready_answer(status, started=path == "/readyz" or status.started)
         if path not in ("/metrics", "/snapshot"):
-            return None
-        with self._rendering:
-            status, began = self.status, time.monotonic()
-            of, until, kept = self._kept.get(path, (None, 0.0, None))
-            if kept and (began < until or (path == "/snapshot" and of is status)):
-                return kept
-            if path == "/snapshot":
-                kept = snapshot_answer(status)
-            else:
-                kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-            now = time.monotonic()
-            self._kept[path] = status, now + REUSED * (now - began), kept
+            return text_answer(404, "not found")
+        until, kept = self._kept.get(path, (0.0, None))
+        if kept and began < until:
             return kept
+        if path == "/snapshot":
+            kept = snapshot_answer(status)
+        else:
+            kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+        now = time.monotonic()
+        self._kept[path] = now + REUSED * (now - began), kept
+        return kept
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; "" is every address, of IPv6 too if there is any."""
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        if not host and socket.has_dualstack_ipv6():
-            address, family, both = ("", port), socket.AF_INET6, True
-        else:
-            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-            address, family, both = (host, port), found[0][0], False
-        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = why(error).partition(" (while")[0]
         where = f"{host or '*'} port {port}"
         raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
-
-
-def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -> Any:
-    """A server of these answers, with a thread for each connection.
-
-    Made in a function, because http.server takes 15 ms to import and only --listen needs it.
-    """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
-        server_version, sys_version = "xds-loader", ""
-        error_content_type, error_message_format = "text/plain", "%(code)d %(explain)s\n"
-
-        def setup(self) -> None:
-            """Of a request no more than HEAD_MAX is read; http.server would read 6 MB."""
-            super().setup()
-            self.rfile.close()
-            head = block = self.request.recv(HEAD_MAX)
-            while block and not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
-                block = self.request.recv(HEAD_MAX - len(head))
-                head += block
-            self.rfile = io.BytesIO(head)
-
-        def do_GET(self) -> None:
-            found = answer(self.path.partition("?")[0])
-            if found is None:
-                self.send_error(404)
-                return
-            code, content_type, body = found
-            self.send_response(code)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Not a line a request."""
-
-    class Server(ThreadingHTTPServer):
-        def __init__(self) -> None:
-            super().__init__(("", 0), Handler, bind_and_activate=False)
-            self.socket.close()
-            self.socket = bound
-            self.room = threading.Semaphore(CONNECTIONS_MAX)
-            self.since: dict[Any, float] = {}  # when each connection was accepted
-
-        def drop(self, age: float) -> None:
-            """Shut connections of this age or more: their threads, which read or write, end."""
-            for request, since in list(self.since.items()):
-                if time.monotonic() - since >= age:
-                    with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RDWR)
-
-        def service_actions(self) -> None:
-            self.drop(CONNECTION_TIME)
-
-        def get_request(self) -> Any:
-            try:
-                return super().get_request()
-            except OSError:  # no descriptor is left: not to spin
-                time.sleep(0.01)
-                raise
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            """A crowd makes room by those that dawdle."""
-            while not self.room.acquire(timeout=CROWDED_TIME):
-                self.drop(CROWDED_TIME)
-            self.since[request] = time.monotonic()
-            super().process_request(request, client_address)
-
-        def shutdown_request(self, request: Any) -> None:
-            """The end of every connection."""
-            super().shutdown_request(request)
-            if self.since.pop(request, None) is not None:
-                self.room.release()
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that went away."""
-            log.debug("a probe failed: %s", why(sys.exception() or Exception()))
-
-    return Server()
 
 
 # ---------------------------------------------------------------------------------------------
