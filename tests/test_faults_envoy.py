@@ -526,6 +526,18 @@ def test_fault_17_an_envoy_that_stalls_is_waited_for(seconds: float, stage: Stag
         assert not poller.failed
 
 
+def test_an_end_is_not_delayed_by_an_envoy_that_stalls(stage: Stage) -> None:
+    stage.start()
+    with stage.envoy.paused():
+        for seconds in (0.0, 1.2, 2.5):  # asked, silent, waited for
+            stage.patch({"cds.yaml": clusters(stage, mark=str(seconds)), "rds.yaml": to(x="a")})
+            time.sleep(seconds)
+            assert stage.loader
+            stage.loader.stop(within=1.0)
+            stage.restart_loader()
+    stage.await_acked()
+
+
 def to_n() -> str:
     return response("routes", routes({"/": "n", "/x": "n", "/e": "e"}))
 

@@ -86,7 +86,7 @@ def test_the_first_event_of_a_quiet_time_is_published_at_once(
         wait_until(lambda: read(out / "current/k") == str(number))  # noqa: B023
         took.append(time.monotonic() - began)
     print(f"change to file: median {sorted(took)[10] * 1e3:.1f} ms")
-    assert sorted(took)[10] < loader.HOLDOFF_GATHER / 2, "nobody gathered"
+    assert sorted(took)[10] < loader.DEBOUNCE_GATHER / 2, "nobody gathered"
 
 
 def test_a_configmap_rewritten_without_a_pause_starves_nobody(

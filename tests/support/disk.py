@@ -30,14 +30,14 @@ class Published(NamedTuple):
 def inspect(
     output_dir: Path,
     *,
-    strangers: Iterable[str] = (),
-    snapshots: int = 3,
+    foreign: Iterable[str] = (),
+    snapshots: int = 2,
     converged: bool = True,
 ) -> Published:
-    """Assert the layout; `strangers` are files in `current/` that are not the loader's.
+    """Assert the layout; `foreign` are files in `current/` that are not the loader's.
 
     With `converged` nothing may be left over: as many links as files, no temporary name, no marker
-    and at most `snapshots` directories (the one served, the last but one, the last confirmed).
+    and at most `snapshots` directories (the one served and the last but one).
     Without it, only what holds at every instant: each link resolves into the snapshot.
     """
     data = output_dir / "..data"
@@ -48,7 +48,7 @@ def inspect(
     assert stat.S_ISDIR(home.lstat().st_mode), f"{home} is no directory"
     current = output_dir / "current"
     assert stat.S_ISDIR(current.lstat().st_mode), "current is no real directory"
-    files = _links(output_dir, home, set(strangers))
+    files = _links(output_dir, home, set(foreign))
     if converged:
         held = {str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir()}
         assert set(files) == held, f"links {sorted(files)} but files {sorted(held)}"
@@ -71,7 +71,7 @@ def wait_converged(output_dir: Path, timeout: float = 5.0, **options: Any) -> Pu
             time.sleep(0.005)
 
 
-def _links(output_dir: Path, home: Path, strangers: set[str]) -> dict[str, bytes]:
+def _links(output_dir: Path, home: Path, foreign: set[str]) -> dict[str, bytes]:
     current = output_dir / "current"
     files = {}
     for directory, directories, names in os.walk(current):
@@ -81,7 +81,7 @@ def _links(output_dir: Path, home: Path, strangers: set[str]) -> dict[str, bytes
         for name in names:
             path = Path(directory, name)
             relative = str(path.relative_to(current))
-            if relative in strangers:
+            if relative in foreign:
                 continue
             try:
                 files[relative] = _linked(path, relative, home, depth)
