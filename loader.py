@@ -4902,6 +4902,8 @@ class Loop:
         self._admin: Admin | None = None
         self._link = ""  # "", "end", "silent", "meet", "blind"
         self._asked: Asked | None = None
+        self._learned = False  # something that is to be remembered
+        self._mixed: tuple[str, ...] = ()  # of which Envoy is to be notified again
         self._look_at, self._look_pause = 0.0, LOOK_FIRST
         self._silent_since = 0.0
         self._look = Look()
@@ -5040,6 +5042,11 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
+            mixed, self._mixed = self._mixed, ()
+            if mixed:
+                self.output.notify_again(mixed)
+            if self._learned:
+                self._remember()
             if not self._once and now >= self._check_at:
                 self._check_disk()
             while self._asked is None and not self.stopping and self._advance():
@@ -5174,6 +5181,7 @@ class Loop:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
         self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
+        self._learned = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -5229,8 +5237,7 @@ class Loop:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome.nacks)
-        if outcome.mixed:
-            self.output.notify_again(outcome.mixed)
+        self._mixed = outcome.mixed
         if look.hidden:
             self._note("hidden", [f"what Envoy makes of {path} stays unknown: {look.hidden}"
                                   for path, file in files.items()
@@ -5242,8 +5249,7 @@ class Loop:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and not waiting:
             self._end_asking("")
-        if outcome.acks or outcome.nacks:
-            self._remember()
+        self._learned = self._learned or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
     def _plan_look(self, now: float, waiting: bool) -> None:
