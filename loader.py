@@ -4739,6 +4739,8 @@ class Loop:
         self._look_at, self._look_pause = 0.0, LOOK_FIRST
         self._silent_since = 0.0
         self._look = Look()
+        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self._unsaved = False  # something that a restart is to know
         self._started = False
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
@@ -4871,6 +4873,11 @@ class Loop:
                 self._retry_at = 0.0
             if not self._once and now >= self._check_at:
                 self._check_disk()
+            if self._mixed:
+                self.output.notify_again(self._mixed)
+                self._mixed = ()
+            if self._unsaved:
+                self._remember()
             while self._asked is None and not self.stopping and self._advance():
                 pass
             self._failures = 0
@@ -5001,8 +5008,10 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self._unsaved = True
         self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
+        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -5058,8 +5067,7 @@ class Loop:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome.nacks)
-        if outcome.mixed:
-            self.output.notify_again(outcome.mixed)
+        self._mixed = outcome.mixed
         self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
                               f"unknown: {look.hidden}"] if outcome.hidden else [])
         if look.live and files and not self._started:
@@ -5069,8 +5077,7 @@ class Loop:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and (outcome.nacks or not waiting):
             self._end_asking("")  # a rollback does not wait for the other files
-        if outcome.acks or outcome.nacks:
-            self._remember()
+        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
     def _plan_look(self, now: float, waiting: bool) -> None:
