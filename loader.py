@@ -4614,11 +4614,11 @@ class Loop:
         self._admin: Admin | None = None
         self._link = ""  # "", "end", "silent", "meet", "blind"
         self._asked: Asked | None = None
-        self._learned = False  # something that is to be remembered
-        self._mixed: tuple[str, ...] = ()  # of which Envoy is to be notified again
         self._look_at, self._look_pause = 0.0, LOOK_FIRST
         self._silent_since = 0.0
         self._look = Look()
+        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self._unsaved = False  # something that a restart is to know
         self._started = False
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
@@ -4749,13 +4749,13 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            mixed, self._mixed = self._mixed, ()
-            if mixed:
-                self.output.notify_again(mixed)
-            if self._learned:
-                self._remember()
             if not self._once and now >= self._check_at:
                 self._check_disk()
+            if self._mixed:
+                self.output.notify_again(self._mixed)
+                self._mixed = ()
+            if self._unsaved:
+                self._remember()
             while self._asked is None and not self.stopping and self._advance():
                 pass
             self._failures = 0
@@ -4886,9 +4886,10 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self._unsaved = True
         self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
-        self._learned = False
+        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -4954,7 +4955,7 @@ class Loop:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and (outcome.nacks or not waiting):
             self._end_asking("")  # a rollback does not wait for the other files
-        self._learned = self._learned or bool(outcome.acks or outcome.nacks)
+        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
     def _plan_look(self, now: float, waiting: bool) -> None:
