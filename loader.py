@@ -5325,48 +5325,54 @@ def read_config(path: str) -> Config:
 # -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
 
 
+def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser of the texts that a pattern matches as a whole."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"is not {what}")
+        return value(text)
+
+    return parse
+
+
+def one_of(words: str) -> Callable[[str], Any]:
+    return matching(words, f"one of {words.replace('|', ', ')}")
+
+
+NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
+NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
+namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
+any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
+go_bool = matching(
+    "1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false", lambda text: text[0] in "1tT"
+)
+file_mode = matching(
+    "(0o)?0?[4-7][0-7]{2}", "a file mode that lets the owner read, such as 0600 or 0640",
+    lambda text: int(text.removeprefix("0o"), 8),
+)  # fmt: skip
+gone = matching(
+    "false", "supported any more; split traffic with weights in an RDS file, or by the annotation "
+    "xds-loader/weight with --services",
+)  # fmt: skip
+
+
 def go_duration(text: str) -> float:
     """Seconds of a duration as Go writes it: `1m0s`, `250ms`, `1.5h`, `0`."""
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
-    if not re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
-        raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
-    seconds = float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
-    if seconds > 9e9:
-        raise ValueError("is longer than Go's longest, 2562047h")
-    return seconds
+    if re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
+        seconds = sum(float(number) * units[unit] for number, unit in re.findall(part, text))
+        if seconds < 9e9:  # Go's longest
+            return float(seconds)
+    raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def go_bool(text: str) -> bool:
-    if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
-        raise ValueError("is neither true nor false")
-    return text[0] in "1tT"
-
-
-def object_name(text: str) -> str:
-    if not re.fullmatch(OBJECT_NAME, text):
-        raise ValueError("is not a valid Kubernetes name (lower case letters, digits, '-')")
-    return text
-
-
-def namespace_name(text: str) -> str:
-    if "." in text or len(text) > 63:
-        raise ValueError("is not a valid namespace (at most 63 lower case letters, digits, '-')")
-    return object_name(text)
-
-
-def any_namespace(text: str) -> str:
-    return text if text == "*" else namespace_name(text)
-
-
-def named(kind: str, text: str, directory: str = "") -> Named:
+def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
-
-
-def named_secret(text: str) -> Named:
-    return named("secret", text)
 
 
 def named_configmap(text: str) -> Named:
@@ -5375,7 +5381,7 @@ def named_configmap(text: str) -> Named:
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named("configmap", name, directory)
+    return named_secret(name, "configmap", directory)
 
 
 def label_selector(text: str) -> str:
@@ -5403,44 +5409,19 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
 
 def admin_url(text: str) -> str:
     """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    path = text.removeprefix("unix:")
-    if path == text:
+    if not text.startswith("unix:"):
         return http_url(text, ["http"])
-    if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
+    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
         raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
     return text
-
-
-def file_mode(text: str) -> int:
-    if not re.fullmatch("(0o)?0?[4-7][0-7]{2}", text):
-        raise ValueError("is not a file mode that lets the owner read, such as 0600 or 0640")
-    return int(text.removeprefix("0o"), 8)
 
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
 
-    words = tuple(shlex.split(text))
-    if not words:
-        raise ValueError("is empty")
-    return words
-
-
-def one_of(words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words.split("|"):
-            raise ValueError(f"is not one of {words.replace('|', ', ')}")
-        return text
-
-    return parse
-
-
-def gone(text: str) -> str:
-    """An option of the predecessor, `-smi=false` excepted."""
-    if text == "false":
-        return text
-    raise ValueError("is not supported any more; split traffic with weights in an RDS file, or by "
-                     "the annotation xds-loader/weight with --services")  # fmt: skip
+    if words := tuple(shlex.split(text)):
+        return words
+    raise ValueError("is empty")
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -5452,8 +5433,8 @@ class Option(NamedTuple):
     name: str
     parse: Callable[[str], Any]
     metavar: str  # "" of a switch
-    default: str
     help: str
+    default: str = ""
     repeats: bool = False
 
     @property
@@ -5464,69 +5445,69 @@ class Option(NamedTuple):
 # fmt: off
 SECTIONS = {
     "What to load": (
-        Option("configmap", named_configmap, "[NS/]NAME[:DIR]", "",
-               "a ConfigMap: each key is a file (in DIR), its value the content", True),
-        Option("configmap-selector", label_selector, "SEL", "",
+        Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
+               "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
+        Option("configmap-selector", label_selector, "SEL",
                "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "", "render clusters, endpoints and routes of "
+        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
                "the Services that match a label selector ('*' or '': all of them)"),
-        Option("services-namespace", any_namespace, "NS", "--namespace",
-               "where these Services are; '*' for all namespaces", True),
-        Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
-        Option("namespace", namespace_name, "NS", "$NS, $POD_NAMESPACE, the service account's, "
-               "'default'", "the namespace of what is named without one"),
+        Option("services-namespace", any_namespace, "NS",
+               "where these Services are; '*' for all namespaces", "--namespace", True),
+        Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
+        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
+               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
-               "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token", "bearer token, read again "
-               "for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt", "CA of the API server"),
-        Option("client-cert", str, "FILE", "", "client certificate for the API server"),
-        Option("client-key", str, "FILE", "", "its private key"),
-        Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "", "objects from `kubectl get ... -o json` instead of an "
-               "API server; read again every interval ('-': standard input, with --onetime)"),
+        Option("apiserver", http_url, "URL", "the Kubernetes API server",
+               "the pod's own, else https://kubernetes"),
+        Option("token-file", str, "FILE", "bearer token, read again for each request",
+               f"{SERVICE_ACCOUNT}/token"),
+        Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
+        Option("client-cert", str, "FILE", "client certificate for the API server"),
+        Option("client-key", str, "FILE", "its private key"),
+        Option("insecure", go_bool, "", "do not verify the API server's certificate"),
+        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
+               "server; read again every interval ('-': standard input, with --onetime)"),
     ),
     "How Services are rendered": (
-        Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns", "auto",
-               "where endpoints live"),
-        Option("format", one_of("yaml|json"), "yaml|json", "yaml", "of rendered files"),
+        Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
+        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns",
+               "where endpoints live", "auto"),
+        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
-        Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
-        Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
-        Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D", "1m0s", "between two polls; in watch mode "
-               "between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s", "how long --onetime waits for the sources to "
-               "exist and the API server to answer"),
-        Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
-        Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
-        Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
+        Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
+        Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
+        Option("watch", go_bool, "", "watch for changes instead of polling"),
+        Option("sync-interval", go_duration, "D",
+               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
+               "the API server to answer", "0s"),
+        Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
+        Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
+        Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "", "http://127.0.0.1:9901 or unix:/path: ask "
+        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "100ms", "pause between ordered steps; beside "
-               "--envoy-admin only where it is given"),
-        Option("check-cmd", shell_words, "CMD", "", "run on the staged files ('{dir}'), 30 s at "
+        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
+               "--envoy-admin only where it is given", "100ms"),
+        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "", "serve /healthz, /readyz, /startz, "
-               "/metrics and /snapshot"),
-        Option("log-format", one_of("text|json"), "text|json", "text", "of standard error"),
-        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS), "info", "the least "
-               "that is logged"),
-        Option("version", go_bool, "", "", "print the version and exit"),
-        Option("help", go_bool, "", "", "print this and exit (also -h)"),
+        Option("listen", listen_address, "[ADDR]:PORT",
+               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
+        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS),
+               "the least that is logged", "info"),
+        Option("version", go_bool, "", "print the version and exit"),
+        Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
     "Of the predecessor": (
-        Option("trafficsplit-api-version", str, "V", "", "accepted and ignored, with a warning"),
-        Option("smi", gone, "", "", "not supported any more: use weights by annotation"),
-        Option("trafficsplit", gone, "NAME", "", "not supported any more, too"),
+        Option("trafficsplit-api-version", str, "V", "accepted and ignored, with a warning"),
+        Option("smi", gone, "", "not supported any more: use weights by annotation"),
+        Option("trafficsplit", gone, "NAME", "not supported any more, too"),
     ),
 }
 # fmt: on
@@ -5580,11 +5561,7 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
         option = known.get("help" if name == "h" else name)
         if option is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean --{near[0]}?)" if near else ""
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
+            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
         if not equals:
             following = next(rest, None) if option.metavar else "true"
             if following is None:
@@ -5602,9 +5579,8 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
-    words = command_line_words(argv)
     values: dict[str, Any] = {}
     for option in OPTIONS:
         where, texts = f"--{option.name}", words.get(option.name, [])
@@ -5620,33 +5596,29 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(argv, environ)
+    values = parsed(command_line_words(argv), environ)
     check_combination(values)
     warnings = []
     if "trafficsplit_api_version" in values:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
-    links = {name for name in environ if re.fullmatch(SERVICE_LINK, name)}
-    ours = {name for name in environ if name.startswith("XDS_LOADER_")}
-    if unknown := sorted(ours - known - links):
+    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
+    if unknown:
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
     namespace = values.get("namespace") or default_namespace(environ)
-    from_file = bool(values.get("from_file"))
     for kind in ("configmap", "secret"):
-        values[kind] = tuple(
-            each._replace(namespace=each.namespace or namespace) for each in values.get(kind, ())
-        )
+        named = values.get(kind, ())
+        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
+    from_file = bool(values.get("from_file"))
     access = Access(
         values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
         values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
         values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
-        values.get("client_cert", ""),
-        values.get("client_key", ""),
-        values.get("insecure", False),
+        **{name: values[name] for name in Access._fields[3:] if name in values},
     )
     once = values.get("onetime") or values.get("dry_run")
-    watch = values.get("watch") and not from_file
-    mode = "once" if once else "watch" if watch else "poll"
+    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
     given = {name: value for name, value in values.items() if name in Options._fields}
     given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
     return Options(**given, node_name=environ.get("NODE_NAME", ""))
@@ -5679,7 +5651,7 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return namespace_name(stream.read(1000).decode().strip())
+            return str(namespace_name(stream.read(1000).decode().strip()))
     except (OSError, ValueError):
         return "default"
 
@@ -5737,38 +5709,23 @@ def run(options: Options) -> int:
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if options.services is not None and config.prefer_zone is True and not options.node_name:
-        raise UsageError(f"--config {options.config}: $.endpoint.prefer_zone: true needs the own "
-                         "Node's name in $NODE_NAME")  # fmt: skip
+        raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
     os.umask(0)  # modes are as stated, whatever the umask was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
-def own_standard_streams() -> None:
-    """Where a standard stream is closed, none of our files may take its number."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
-    own_standard_streams()
     try:
         words = command_line_words(arguments)
-        if words.get("help", ["false"])[-1] != "false":
-            print_out([help_text().encode()])
-            return 0
-        if words.get("version", ["false"])[-1] != "false":
-            print_out([f"envoy-xds-configmap-loader {__version__}\n".encode()])
-            return 0
+        for name in ("help", "version"):
+            if words.get(name, ["false"])[-1] != "false":
+                version = f"envoy-xds-configmap-loader {__version__}\n"
+                print_out([(version if name == "version" else help_text()).encode()])
+                return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
