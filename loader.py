@@ -2493,10 +2493,10 @@ def configmap_from(item: dict[str, Any]) -> Keys:
     if not isinstance(text, dict) or not isinstance(binary, dict):
         raise ValueError(f"{source}: data is not a map")
     files, problems = {}, []
-    for key, value in sorted({**binary, **text}.items()):
+    for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
         try:
-            content = value.encode() if key in text else decode_key(value, key)
+            content = text[key].encode() if key in text else decode_key(binary[key], key)
         except (AttributeError, ValueError):
             problem = "is not text" if key in text else "is not base64"
         if problem:
