@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -102,6 +103,13 @@ def deep(home: Path, _: Path) -> None:
         os.mkdir("d")
         os.chdir("d")
     os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deep(out: Path) -> Iterator[None]:
+    """Whoever removes the directories of tests may be recursive."""
+    yield
+    subprocess.run(["rm", "-rf", str(out)], check=True)
 
 
 PLANTED = [secret_by_link, secret_beside, linked_subdirectory, fifo, a_socket, huge, deep]
