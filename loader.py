@@ -4945,7 +4945,7 @@ class Loop:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome.nacks)
-        self._mixed = outcome.mixed
+        self._mixed += outcome.mixed
         self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
                               f"unknown: {look.hidden}"] if outcome.hidden else [])
         if look.live and files and not self._started:
