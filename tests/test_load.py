@@ -66,7 +66,7 @@ def test_a_thousand_events_in_a_second_are_a_handful_of_publications(
     )
     count = published(running) - before
     print(f"1,000 events in {ended - began:.2f} s: {count} publications, last {late * 1e3:.0f} ms")
-    assert count <= 40
+    assert count <= 60
     assert late < 0.5
 
 
@@ -160,7 +160,7 @@ def test_a_thousand_configmaps_by_selector_are_one_connection(
     for number in range(0, 1_000, 2):
         api.delete("ConfigMap", "demo", f"m{number}")
     wait_until(lambda: len(os.listdir(out / "current")) == 500, 10)
-    disk.inspect(out)
+    disk.wait_converged(out)
 
 
 def roll(api: ApiServer, service: int, generation: int) -> list[str]:
@@ -237,7 +237,7 @@ def test_events_that_change_nothing_cost_no_publication(
     running = start_loader("--watch", "--configmap-selector", "app=x")
     running.wait_log("published")
     api.wait_watches(1)
-    before = disk.fingerprint(out)
+    before = disk.fingerprint_at_rest(out)
     put: Callable[[int], object] = {
         "labels": lambda n: api.configmap("demo", "envoy-xds", {"k": "0"},
                                           labels={"app": "x", "n": str(n)}),
