@@ -2464,6 +2464,7 @@ def no_core_dumps() -> None:
 # ---------------------------------------------------------------------------------------------
 
 KEY_NAME = re.compile(r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}")
+ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
 
 
 def key_problem(name: str) -> str:
@@ -2477,32 +2478,32 @@ def key_problem(name: str) -> str:
     return "begins with '..'" if name.startswith("..") else ""
 
 
-class ConfigMap(NamedTuple):
-    """A ConfigMap as files by key, and what in it cannot be a file."""
+class Keys(NamedTuple):
+    """What a ConfigMap or a Secret is to us: files by key, and what in it cannot be one."""
 
-    files: tuple[tuple[str, File], ...]
+    files: Mapping[str, File]
     problems: tuple[str, ...]
 
 
-def configmap_from(item: dict[str, Any]) -> ConfigMap:
+def configmap_from(item: dict[str, Any]) -> Keys:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
     text, binary = item.get("data") or {}, item.get("binaryData") or {}
     if not isinstance(text, dict) or not isinstance(binary, dict):
         raise ValueError(f"{source}: data is not a map")
-    files, problems = [], []
-    for key, value in sorted([*text.items(), *binary.items()]):
+    files, problems = {}, []
+    for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
         try:
-            content = value.encode() if key in text else decode_key(value, key)
+            content = text[key].encode() if key in text else decode_key(binary[key], key)
         except (AttributeError, ValueError):
             problem = "is not text" if key in text else "is not base64"
         if problem:
             problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
-            files.append((key, file_of(content, source)))
-    return ConfigMap(tuple(files), tuple(problems))
+            files[key] = file_of(content, source)
+    return Keys(files, tuple(problems))
 
 
 class Named(NamedTuple):
@@ -2554,7 +2555,8 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         for path, file in layer.items():
             lost = files.get(path)
             if lost is not None and lost.source != file.source:
-                warnings.append(f"{path} of {lost.source} is hidden by that of {file.source}")
+                warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
+                                f"{file.source}")
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
     for path in sorted(directories & files.keys()):
@@ -2563,14 +2565,21 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     return files, warnings
 
 
+def counted(file: File) -> str:
+    """How many clusters or routes a file has, in words, where it shows."""
+    if file.kind == "cds" and (clusters := clusters_of(file)):
+        return f" ({len(clusters.texts)} clusters)"
+    return f" ({len(ROUTE_MATCH.findall(file.content))} routes)" if file.kind == "rds" else ""
+
+
 def with_kind(path: str, file: File, before: File | None) -> File:
     """A file without a type URL is what was published there before, else what its name says.
 
     That is CDS with no cluster left, or a file that Envoy will not be able to parse.
     """
     stem = path.rpartition("/")[2].partition(".")[0]
-    kind = before.kind if before else stem if stem in KINDS.values() else ""
-    return file._replace(kind=kind) if kind else file
+    kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
+    return file if file.kind == kind else file._replace(kind=kind)
 
 
 class Sources:
@@ -2580,9 +2589,8 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
+        self._selected: Query | None = None
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
-        self._secrets: dict[Named, tuple[Secret, dict[str, File], tuple[str, ...]]] = {}
-        self._published: Files = {}
         self._renderer: Renderer | None = None
         self.rendering: Rendering | None = None
         own = config.eds_budget
@@ -2590,15 +2598,15 @@ class Sources:
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
-        options, self._published = self._options, published
+        options = self._options
         for named in (*options.configmap, *options.secret):
             owned = {path: file for path, file in published.items() if named.owns(path, file)}
             if owned:
                 self._kept[named] = owned
-            parse = secret_from if named.kind == "secret" else configmap_from
-            self._reflect(named.query, parse)
+            self._reflect(named.query, self._secret if named.kind == "secret" else configmap_from)
         if options.configmap_selector is not None:
-            self._reflect(self._selector, configmap_from)
+            self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
+            self._reflect(self._selected, configmap_from)
         if options.services is None:
             return
         self._renderer = Renderer(
@@ -2611,39 +2619,32 @@ class Sources:
             on_inline=inline_clusters(published),
             budget=self.budget,
         )
-        for namespace in self._namespaces:
+        namespaces = options.services_namespace or (options.namespace,)
+        for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
-            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from, optional=True)
+            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from)
         if needs_nodes(self._config):
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
             self._reflect(Query(NODES, name=own), node_from)
 
-    @property
-    def _selector(self) -> Query:
-        selector = self._options.configmap_selector or ""
-        return Query(CONFIGMAPS, self._options.namespace, labels=selector)
+    def _secret(self, item: dict[str, Any]) -> Keys:
+        form, mode = self._options.format, self._options.secret_mode
+        return Keys(*secret_files(secret_from(item), form, mode))
 
-    @property
-    def _namespaces(self) -> tuple[str, ...]:
-        chosen = self._options.services_namespace or (self._options.namespace,)
-        return ("",) if "*" in chosen else chosen
-
-    def _reflect(
-        self, query: Query, parse: Callable[[Json], Any], *, optional: bool = False
-    ) -> None:
+    def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
         if query in self._reflectors:
             return
         options = self._options
         mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
         if mode == "once" and options.timeout:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
-        elif options.from_file:
+        elif self._file:
             patience = min(patience, interval)  # nobody is hammered
-        client = self._file or Api(options.access, count_request)
         self._reflectors[query] = reflector = Reflector(
-            query, parse, client, self._wake,
-            mode=mode, interval=interval, optional=optional, patience=patience,
+            query, parse, self._file or Api(options.access, count_request), self._wake,
+            mode=mode, interval=interval, optional=query.resource is ENDPOINTSLICES,
+            patience=patience,
         )
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
@@ -2657,13 +2658,12 @@ class Sources:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
-    # -- composing ----------------------------------------------------------------------------
-
     def compose(self, published: Files) -> Wanted:
         """The files of all sources. Precedence, last wins: rendered files, Secrets, ConfigMaps by
         selector in order of name, ConfigMaps in the order in which they were named."""
-        self._published = published
-        self._seek_endpoints()
+        for query, reflector in list(self._reflectors.items()):
+            if reflector.absent:  # the API server has no EndpointSlices
+                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
         reflectors = self._reflectors.values()
         failed = tuple(r.trouble for r in reflectors if r.failed)
         unknown = tuple(str(r.query) for r in reflectors if not r.synced)
@@ -2673,24 +2673,18 @@ class Sources:
         missing: list[str] = []
         stale: list[str] = []
         layers = [self._named(named, notes, missing, stale) for named in self._options.secret]
-        if self._options.configmap_selector is not None:
-            found = self._reflectors[self._selector].objects()
+        if self._selected is not None:
+            found = self._reflectors[self._selected].objects()
             if not found:
-                notes.append(f"{self._selector}: none exist")
+                notes.append(f"{self._selected}: none exist")
             for _, configmap in sorted(found.items()):
                 notes += configmap.problems
-                layers.append(dict(configmap.files))
+                layers.append(configmap.files)
         layers += [self._named(named, notes, missing, stale) for named in self._options.configmap]
-        files, warnings = overlaid(layers)
         if self._renderer is not None:
-            rendering = self.rendering = self._render(self._renderer, files)
-            notes += [*rendering.warnings, *hidden(rendering, files)]
-            rendered = {p: file for p, file in rendering.files.items() if p not in files}
-            files, warnings = overlaid([rendered, *layers])
-        files = {
-            path: file if file.kind else with_kind(path, file, published.get(path))
-            for path, file in files.items()
-        }
+            layers.insert(0, self._render(self._renderer, layers, notes))
+        files, warnings = overlaid(layers)
+        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
         return Wanted(files, (*notes, *warnings), tuple(missing), tuple(stale))
 
     def _named(
@@ -2698,81 +2692,43 @@ class Sources:
     ) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         found = self._reflectors[named.query].objects().get((named.namespace, named.name))
-        files: Files = {}
-        if isinstance(found, Secret):
-            files, problems = self._secret_files(named, found)
-            notes += problems
-        elif found is not None:
-            prefix = f"{named.directory}/" if named.directory else ""
-            files = {prefix + key: file for key, file in found.files}
-            notes += found.problems
+        prefix = f"{named.directory}/" if named.directory else ""
+        files = {prefix + key: file for key, file in found.files.items()} if found else {}
+        notes += found.problems if found else ()
         kept = self._kept.get(named)  # None: it never was there
-        if files or (found is not None and not kept and named.kind == "configmap"):
+        if files or (found and not kept and named.kind == "configmap"):
             self._kept[named] = files
         elif kept is None:
             missing.append(named.source)
             if self._file and (hint := self._file.elsewhere(named.query)):
                 notes.append(hint)
         else:
-            state = "has no usable files" if found is not None else "does not exist any more"
+            state = "has no usable files" if found else "does not exist any more"
             notes.append(f"{named.source} {state}: its last files stay published")
             stale.append(named.source)
         return self._kept.get(named, {})
 
-    def _secret_files(self, named: Named, secret: Secret) -> tuple[Files, tuple[str, ...]]:
-        """The SDS files of a Secret, made and checked once for each change of it."""
-        known = self._secrets.get(named)
-        if known is None or known[0] is not secret:
-            made = secret_files(secret, self._options.format, self._options.secret_mode)
-            self._secrets[named] = known = (secret, *made)
-        return known[1], known[2]
+    def _render(self, renderer: Renderer, others: Sequence[Files], notes: list[str]) -> Files:
+        """The files of Services, as many of them with EDS as the other files leave budget for."""
 
-    # -- Services -----------------------------------------------------------------------------
+        def gathered(resource: Resource) -> dict[Key, Any]:
+            return {key: value for query, reflector in self._reflectors.items()
+                    if query.resource is resource for key, value in reflector.objects().items()}
 
-    def _seek_endpoints(self) -> None:
-        """Where the API server has no EndpointSlices, legacy Endpoints take their place."""
-        for query, reflector in list(self._reflectors.items()):
-            if query.resource is ENDPOINTSLICES and reflector.absent:
-                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
-
-    def _gathered(self, resource: Resource) -> dict[Key, Any]:
-        """The objects of one resource, of all namespaces that are looked at."""
-        found: dict[Key, Any] = {}
-        for query, reflector in self._reflectors.items():
-            if query.resource is resource:
-                found.update(reflector.objects())
-        return found
-
-    def _render(self, renderer: Renderer, others: Files) -> Rendering:
-        legacy = itertools.chain.from_iterable(self._gathered(ENDPOINTS).values())
+        legacy = itertools.chain.from_iterable(gathered(ENDPOINTS).values())
         objects = Objects(
-            services=self._gathered(SERVICES),
-            slices=[*self._gathered(ENDPOINTSLICES).values(), *legacy],
-            nodes={name: node for (_, name), node in self._gathered(NODES).items()},
+            services=gathered(SERVICES),
+            slices=[*gathered(ENDPOINTSLICES).values(), *legacy],
+            nodes={name: node for (_, name), node in gathered(NODES).items()},
         )
-        subscriptions = sum(file.kind in ("eds", "rds", "sds") for file in others.values())
-        rendering = renderer.render(objects, other_files=subscriptions)
-        if not rendering.inlined:
-            return rendering
-        note = f"beyond the EDS budget of {self.budget}, endpoints are in CDS"
-        note = f"{note}: {shortened(rendering.inlined)}"
-        return rendering._replace(warnings=(*rendering.warnings, note))
-
-
-ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
-
-
-def hidden(rendering: Rendering, others: Files) -> list[str]:
-    """A warning for each rendered file that a ConfigMap key of the same name hides."""
-    notes = []
-    for path in sorted(rendering.files.keys() & others.keys()):
-        file = rendering.files[path]
-        what = {
-            "cds": f"{sum(rendering.clusters.values())} rendered clusters",
-            "rds": f"{len(ROUTE_MATCH.findall(file.content))} rendered routes",
-        }.get(file.kind, "rendered endpoints")
-        notes.append(f"{path} of {others[path].source} hides {what}")
-    return notes
+        kinds = {path: file.kind for layer in others for path, file in layer.items()}
+        subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
+        self.rendering = renderer.render(objects, other_files=subscriptions)
+        notes += self.rendering.warnings
+        if self.rendering.inlined:
+            notes.append(f"beyond the EDS budget of {self.budget}, endpoints are in CDS: "
+                         f"{shortened(self.rendering.inlined)}")
+        return self.rendering.files
 
 
 def count_request(verb: str, code: str) -> None:
@@ -3154,13 +3110,6 @@ class Output:
             os.close(self._lock)
             self._lock = -1
 
-    def is_there(self) -> bool:
-        """Whether the directory that is locked still is the one at this place."""
-        try:
-            return os.path.samestat(os.fstat(self._lock), os.stat(self.root))
-        except OSError as error:
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
-
     def recover(self) -> list[str]:
         """Make good whatever the last process, or the last failure, left; what was done, in words.
 
@@ -3168,7 +3117,6 @@ class Output:
         """
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
-        self._own_directory(CURRENT)
         self.published, self.snapshot = self.peek(), self._switched()
         done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
@@ -3244,7 +3192,6 @@ class Output:
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
-        self._own_directory(CURRENT)
         changed = [*moved_paths(self.published, files), *again]
         gone = sorted(self._links - files.keys())
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
@@ -3253,8 +3200,10 @@ class Output:
         with contextlib.suppress(FileExistsError):
             os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
-            self._unlink_ours(path)
-        self._own_parents(changed)
+            if self._is_ours(path):
+                os.unlink(self._path(CURRENT, path))
+        self._links.difference_update(gone)
+        self._own_parents(CURRENT, changed)
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
@@ -3275,7 +3224,6 @@ class Output:
 
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
-        self._own_directory(CURRENT)
         files, damaged = self.published, self._damage(self.snapshot, self.published)
         if self._switched() != self.snapshot:
             damaged.append(SWITCH)
@@ -3296,7 +3244,7 @@ class Output:
         text = json.dumps(self.state, sort_keys=True).encode()
         if text == self._remembered:
             return
-        self._own_directory(STATE)
+        self._own_parents(STATE)
         new = self._path(f"{STATE_FILE}.new")
         unlink_if_there(new)
         write_file(new, text, 0o644)
@@ -3311,8 +3259,7 @@ class Output:
                           and same_file(files.get(path), file))}
         there = self._kept()
         if needed:
-            self._own_directory(STATE)
-            self._own_directory(ACKED_FILES)
+            self._own_parents(STATE, ["acked/"])
         for name, path in needed.items():
             place, file = self._path(ACKED_FILES, name), acked[path]
             if holds(place, file):
@@ -3406,23 +3353,15 @@ class Output:
         """Whether what is in `current/` is a link that we made."""
         return read_link(self._path(CURRENT, path)) == link_target(path)
 
-    def _unlink_ours(self, path: str) -> None:
-        if self._is_ours(path):
-            os.unlink(self._path(CURRENT, path))
-        self._links.discard(path)
-
-    def _own_directory(self, relative: str) -> None:
-        """A real directory at this place, made if need be, never replaced if it is one."""
-        place = self._path(relative)
-        if is_directory(place):
-            return
-        if os.path.islink(place):
-            os.unlink(place)  # it cannot hold Envoy's watch, which would stay on what is behind
-        os.mkdir(place, 0o755)
-
-    def _own_parents(self, paths: Iterable[str]) -> None:
-        for directory in sorted({parent for path in paths for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
+    def _own_parents(self, top: str, paths: Iterable[str] = ()) -> None:
+        """Real directories at `top` and above the paths in it, never replaced if they are."""
+        below = {f"{top}/{parent}" for path in paths for parent in parents(path)}
+        for place in map(self._path, (top, *sorted(below))):
+            if is_directory(place):
+                continue
+            if os.path.islink(place):
+                os.unlink(place)  # Envoy's watch would stay on what is behind it
+            os.mkdir(place, 0o755)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -3431,11 +3370,11 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        self._own_parents(self.published)
+        self._own_parents(CURRENT, self.published)
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
-        for path, _ in walk(self._path(CURRENT)):
+        for path, place in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
@@ -3443,7 +3382,7 @@ class Output:
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
             else:
-                self._unlink_ours(path)
+                os.unlink(place)
                 repaired.append(path)
         self.foreign = tuple(foreign)
         return repaired
@@ -4678,6 +4617,8 @@ class Loop:
         self._look_at, self._look_pause = 0.0, LOOK_FIRST
         self._silent_since = 0.0
         self._look = Look()
+        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self._unsaved = False  # something that a restart is to know
         self._started = False
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
@@ -4810,11 +4751,16 @@ class Loop:
                 self._retry_at = 0.0
             if not self._once and now >= self._check_at:
                 self._check_disk()
+            if self._mixed:
+                self.output.notify_again(self._mixed)
+                self._mixed = ()
+            if self._unsaved:
+                self._remember()
             while self._asked is None and not self.stopping and self._advance():
                 pass
             self._failures = 0
         except OSError as error:
-            if self._once or not self.output.is_there():
+            if self._once:
                 raise
             delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
             self._failures += 1
@@ -4940,8 +4886,10 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self._unsaved = True
         self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
+        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -4997,8 +4945,7 @@ class Loop:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome.nacks)
-        if outcome.mixed:
-            self.output.notify_again(outcome.mixed)
+        self._mixed += outcome.mixed
         self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
                               f"unknown: {look.hidden}"] if outcome.hidden else [])
         if look.live and files and not self._started:
@@ -5008,8 +4955,7 @@ class Loop:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and (outcome.nacks or not waiting):
             self._end_asking("")  # a rollback does not wait for the other files
-        if outcome.acks or outcome.nacks:
-            self._remember()
+        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
     def _plan_look(self, now: float, waiting: bool) -> None:
@@ -5379,48 +5325,54 @@ def read_config(path: str) -> Config:
 # -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
 
 
+def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser of the texts that a pattern matches as a whole."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"is not {what}")
+        return value(text)
+
+    return parse
+
+
+def one_of(words: str) -> Callable[[str], Any]:
+    return matching(words, f"one of {words.replace('|', ', ')}")
+
+
+NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
+NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
+namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
+any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
+go_bool = matching(
+    "1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false", lambda text: text[0] in "1tT"
+)
+file_mode = matching(
+    "(0o)?0?[4-7][0-7]{2}", "a file mode that lets the owner read, such as 0600 or 0640",
+    lambda text: int(text.removeprefix("0o"), 8),
+)  # fmt: skip
+gone = matching(
+    "false", "supported any more; split traffic with weights in an RDS file, or by the annotation "
+    "xds-loader/weight with --services",
+)  # fmt: skip
+
+
 def go_duration(text: str) -> float:
     """Seconds of a duration as Go writes it: `1m0s`, `250ms`, `1.5h`, `0`."""
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
-    if not re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
-        raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
-    seconds = float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
-    if seconds > 9e9:
-        raise ValueError("is longer than Go's longest, 2562047h")
-    return seconds
+    if re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
+        seconds = sum(float(number) * units[unit] for number, unit in re.findall(part, text))
+        if seconds < 9e9:  # Go's longest
+            return float(seconds)
+    raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def go_bool(text: str) -> bool:
-    if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
-        raise ValueError("is neither true nor false")
-    return text[0] in "1tT"
-
-
-def object_name(text: str) -> str:
-    if not re.fullmatch(OBJECT_NAME, text):
-        raise ValueError("is not a valid Kubernetes name (lower case letters, digits, '-')")
-    return text
-
-
-def namespace_name(text: str) -> str:
-    if "." in text or len(text) > 63:
-        raise ValueError("is not a valid namespace (at most 63 lower case letters, digits, '-')")
-    return object_name(text)
-
-
-def any_namespace(text: str) -> str:
-    return text if text == "*" else namespace_name(text)
-
-
-def named(kind: str, text: str, directory: str = "") -> Named:
+def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
-
-
-def named_secret(text: str) -> Named:
-    return named("secret", text)
 
 
 def named_configmap(text: str) -> Named:
@@ -5429,7 +5381,7 @@ def named_configmap(text: str) -> Named:
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named("configmap", name, directory)
+    return named_secret(name, "configmap", directory)
 
 
 def label_selector(text: str) -> str:
@@ -5457,44 +5409,19 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
 
 def admin_url(text: str) -> str:
     """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    path = text.removeprefix("unix:")
-    if path == text:
+    if not text.startswith("unix:"):
         return http_url(text, ["http"])
-    if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
+    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
         raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
     return text
-
-
-def file_mode(text: str) -> int:
-    if not re.fullmatch("(0o)?0?[4-7][0-7]{2}", text):
-        raise ValueError("is not a file mode that lets the owner read, such as 0600 or 0640")
-    return int(text.removeprefix("0o"), 8)
 
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
 
-    words = tuple(shlex.split(text))
-    if not words:
-        raise ValueError("is empty")
-    return words
-
-
-def one_of(words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words.split("|"):
-            raise ValueError(f"is not one of {words.replace('|', ', ')}")
-        return text
-
-    return parse
-
-
-def gone(text: str) -> str:
-    """An option of the predecessor, `-smi=false` excepted."""
-    if text == "false":
-        return text
-    raise ValueError("is not supported any more; split traffic with weights in an RDS file, or by "
-                     "the annotation xds-loader/weight with --services")  # fmt: skip
+    if words := tuple(shlex.split(text)):
+        return words
+    raise ValueError("is empty")
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -5506,8 +5433,8 @@ class Option(NamedTuple):
     name: str
     parse: Callable[[str], Any]
     metavar: str  # "" of a switch
-    default: str
     help: str
+    default: str = ""
     repeats: bool = False
 
     @property
@@ -5518,69 +5445,69 @@ class Option(NamedTuple):
 # fmt: off
 SECTIONS = {
     "What to load": (
-        Option("configmap", named_configmap, "[NS/]NAME[:DIR]", "",
-               "a ConfigMap: each key is a file (in DIR), its value the content", True),
-        Option("configmap-selector", label_selector, "SEL", "",
+        Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
+               "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
+        Option("configmap-selector", label_selector, "SEL",
                "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "", "render clusters, endpoints and routes of "
+        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
                "the Services that match a label selector ('*' or '': all of them)"),
-        Option("services-namespace", any_namespace, "NS", "--namespace",
-               "where these Services are; '*' for all namespaces", True),
-        Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
-        Option("namespace", namespace_name, "NS", "$NS, $POD_NAMESPACE, the service account's, "
-               "'default'", "the namespace of what is named without one"),
+        Option("services-namespace", any_namespace, "NS",
+               "where these Services are; '*' for all namespaces", "--namespace", True),
+        Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
+        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
+               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
-               "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token", "bearer token, read again "
-               "for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt", "CA of the API server"),
-        Option("client-cert", str, "FILE", "", "client certificate for the API server"),
-        Option("client-key", str, "FILE", "", "its private key"),
-        Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "", "objects from `kubectl get ... -o json` instead of an "
-               "API server; read again every interval ('-': standard input, with --onetime)"),
+        Option("apiserver", http_url, "URL", "the Kubernetes API server",
+               "the pod's own, else https://kubernetes"),
+        Option("token-file", str, "FILE", "bearer token, read again for each request",
+               f"{SERVICE_ACCOUNT}/token"),
+        Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
+        Option("client-cert", str, "FILE", "client certificate for the API server"),
+        Option("client-key", str, "FILE", "its private key"),
+        Option("insecure", go_bool, "", "do not verify the API server's certificate"),
+        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
+               "server; read again every interval ('-': standard input, with --onetime)"),
     ),
     "How Services are rendered": (
-        Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns", "auto",
-               "where endpoints live"),
-        Option("format", one_of("yaml|json"), "yaml|json", "yaml", "of rendered files"),
+        Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
+        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns",
+               "where endpoints live", "auto"),
+        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
-        Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
-        Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
-        Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D", "1m0s", "between two polls; in watch mode "
-               "between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s", "how long --onetime waits for the sources to "
-               "exist and the API server to answer"),
-        Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
-        Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
-        Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
+        Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
+        Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
+        Option("watch", go_bool, "", "watch for changes instead of polling"),
+        Option("sync-interval", go_duration, "D",
+               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
+               "the API server to answer", "0s"),
+        Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
+        Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
+        Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "", "http://127.0.0.1:9901 or unix:/path: ask "
+        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "100ms", "pause between ordered steps; beside "
-               "--envoy-admin only where it is given"),
-        Option("check-cmd", shell_words, "CMD", "", "run on the staged files ('{dir}'), 30 s at "
+        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
+               "--envoy-admin only where it is given", "100ms"),
+        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "", "serve /healthz, /readyz, /startz, "
-               "/metrics and /snapshot"),
-        Option("log-format", one_of("text|json"), "text|json", "text", "of standard error"),
-        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS), "info", "the least "
-               "that is logged"),
-        Option("version", go_bool, "", "", "print the version and exit"),
-        Option("help", go_bool, "", "", "print this and exit (also -h)"),
+        Option("listen", listen_address, "[ADDR]:PORT",
+               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
+        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS),
+               "the least that is logged", "info"),
+        Option("version", go_bool, "", "print the version and exit"),
+        Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
     "Of the predecessor": (
-        Option("trafficsplit-api-version", str, "V", "", "accepted and ignored, with a warning"),
-        Option("smi", gone, "", "", "not supported any more: use weights by annotation"),
-        Option("trafficsplit", gone, "NAME", "", "not supported any more, too"),
+        Option("trafficsplit-api-version", str, "V", "accepted and ignored, with a warning"),
+        Option("smi", gone, "", "not supported any more: use weights by annotation"),
+        Option("trafficsplit", gone, "NAME", "not supported any more, too"),
     ),
 }
 # fmt: on
@@ -5634,11 +5561,7 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
         option = known.get("help" if name == "h" else name)
         if option is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean --{near[0]}?)" if near else ""
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
+            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
         if not equals:
             following = next(rest, None) if option.metavar else "true"
             if following is None:
@@ -5656,9 +5579,8 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
-    words = command_line_words(argv)
     values: dict[str, Any] = {}
     for option in OPTIONS:
         where, texts = f"--{option.name}", words.get(option.name, [])
@@ -5674,33 +5596,29 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(argv, environ)
+    values = parsed(command_line_words(argv), environ)
     check_combination(values)
     warnings = []
     if "trafficsplit_api_version" in values:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
-    links = {name for name in environ if re.fullmatch(SERVICE_LINK, name)}
-    ours = {name for name in environ if name.startswith("XDS_LOADER_")}
-    if unknown := sorted(ours - known - links):
+    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
+    if unknown:
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
     namespace = values.get("namespace") or default_namespace(environ)
-    from_file = bool(values.get("from_file"))
     for kind in ("configmap", "secret"):
-        values[kind] = tuple(
-            each._replace(namespace=each.namespace or namespace) for each in values.get(kind, ())
-        )
+        named = values.get(kind, ())
+        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
+    from_file = bool(values.get("from_file"))
     access = Access(
         values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
         values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
         values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
-        values.get("client_cert", ""),
-        values.get("client_key", ""),
-        values.get("insecure", False),
+        **{name: values[name] for name in Access._fields[3:] if name in values},
     )
     once = values.get("onetime") or values.get("dry_run")
-    watch = values.get("watch") and not from_file
-    mode = "once" if once else "watch" if watch else "poll"
+    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
     given = {name: value for name, value in values.items() if name in Options._fields}
     given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
     return Options(**given, node_name=environ.get("NODE_NAME", ""))
@@ -5733,7 +5651,7 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return namespace_name(stream.read(1000).decode().strip())
+            return str(namespace_name(stream.read(1000).decode().strip()))
     except (OSError, ValueError):
         return "default"
 
@@ -5791,38 +5709,23 @@ def run(options: Options) -> int:
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if options.services is not None and config.prefer_zone is True and not options.node_name:
-        raise UsageError(f"--config {options.config}: $.endpoint.prefer_zone: true needs the own "
-                         "Node's name in $NODE_NAME")  # fmt: skip
+        raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
     os.umask(0)  # modes are as stated, whatever the umask was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
-def own_standard_streams() -> None:
-    """Where a standard stream is closed, none of our files may take its number."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
-    own_standard_streams()
     try:
         words = command_line_words(arguments)
-        if words.get("help", ["false"])[-1] != "false":
-            print_out([help_text().encode()])
-            return 0
-        if words.get("version", ["false"])[-1] != "false":
-            print_out([f"envoy-xds-configmap-loader {__version__}\n".encode()])
-            return 0
+        for name in ("help", "version"):
+            if words.get(name, ["false"])[-1] != "false":
+                version = f"envoy-xds-configmap-loader {__version__}\n"
+                print_out([(version if name == "version" else help_text()).encode()])
+                return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)

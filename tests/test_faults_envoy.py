@@ -571,6 +571,21 @@ def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> No
             each.unlink()
 
 
+def test_what_cannot_be_written_down_ends_nobody(stage: Stage) -> None:
+    """What Envoy ACKed is kept in ..state, and the disk is full just then."""
+    stage.start()
+    obstacle = stage.out / "..state/loader.json.new"
+    with stage.envoy.paused():
+        stage.patch({"eds-e.yaml": stage.endpoints(2)})
+        stage.await_files({"eds-e.yaml": stage.endpoints(2)})
+        obstacle.mkdir()
+    stage.log.wait_log("WARNING cannot publish to ")
+    obstacle.rmdir()
+    stage.patch({"eds-e.yaml": stage.endpoints(0)})
+    wait_until(lambda: stage.get("/e") == "v0", 20)
+    stage.log.wait_log("INFO .*can be written again")
+
+
 def test_a_clock_that_jumps_disturbs_nothing(stage: Stage) -> None:
     """Days ahead and back between two looks at it."""
     stage.patch(stage.files())
