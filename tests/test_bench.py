@@ -203,7 +203,7 @@ def test_services_cost_in_proportion_to_their_number(tmp_path: Path, stage: Stag
         command = stage.loader_command(*options, "--output-dir", str(place))
         return min(machine.run(command, place / "current").cpu for _ in range(2))
 
-    start, few, many = cost(1), cost(500), cost(2000)
+    start, few, many = cost(1), cost(400), cost(1600)
     assert many - start < 9 * (few - start)  # linear: 4 times, quadratic: 16
 
 
