@@ -214,7 +214,7 @@ def test_an_outage(
         api.wait_watches(1)
     sampler.start()
     wait_until((out / "..state/loader.json").exists)  # the last thing that a publication writes
-    before = disk.fingerprint(out)
+    before = disk.fingerprint_at_rest(out)
     kind.begin(api)
     asked = len(api.requests)
     put(api, 2)
@@ -430,7 +430,7 @@ def test_a_silent_watch_of_a_quiet_object_is_no_trouble(
     running = impatient(*NAMED, "--watch")
     running.wait_log("published")
     wait_until((out / "..state/loader.json").exists)  # the last thing that a publication writes
-    before = disk.fingerprint(out)
+    before = disk.fingerprint_at_rest(out)
     time.sleep(2.5)
     assert len(api.requests) == 2, "a list and a watch"
     assert disk.fingerprint(out) == before
