@@ -136,6 +136,8 @@ def test_nothing_planted_in_a_snapshot_is_followed(
         planted(home, secret)
         running.process.send_signal(1)
         running.wait_log("repaired on disk")
+        status = Path(f"/proc/{running.pid}/status").read_text()
+        assert int(status.partition("VmHWM:")[2].split()[0]) < 64 << 10, "kB: all is bounded"
         running.stop()
         assert SECRET not in running.log
         disk.inspect(out)
