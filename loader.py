@@ -3266,7 +3266,8 @@ def allowed(
     result, notes = dict(desired), []
     before = {**published, **acked}
     held = {path for path, nack in nacks.items()
-            if path in desired and desired[path].digest == nack.digest}
+            if path in desired and (desired[path].digest == nack.digest or (
+                path in before and united(before[path], desired[path]).digest == nack.shown))}
     for path in sorted(held):
         result[path] = before.get(path, desired[path])
         notes.append(f"{path}: NACKed by Envoy, "
