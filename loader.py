@@ -4099,7 +4099,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
+        moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
+               **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
         late=known.late - {*found[ACKED], *found[NACKED], *found[UNKNOWN]},
     )
