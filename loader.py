@@ -5046,6 +5046,7 @@ class Loop:
         self._silent_since = 0.0
         self._look = Look()
         self._started = False
+        self._unsaved = False  # something that a restart is to know
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
 
@@ -5180,6 +5181,8 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
+            if self._unsaved:
+                self._remember()
             if not self._once and now >= self._check_at:
                 self._check_disk()
             while self._asked is None and not self.stopping and self._advance():
@@ -5305,6 +5308,7 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self._unsaved = False
         self.output.keep_acked(self.known.acked)
         self.output.remember(state_of(self.known))
 
@@ -5348,6 +5352,7 @@ class Loop:
             self._started = False
             self.known, blamed = after_end(self.known, self.output.published, now)
             self._tell_nacks(blamed)
+            self._unsaved = True
         self._end_asking("unknown")
 
     def _take_look(self, look: Look) -> None:
@@ -5375,8 +5380,7 @@ class Loop:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and not waiting:
             self._end_asking("")
-        if outcome.acks or outcome.nacks:
-            self._remember()
+        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
     def _plan_look(self, now: float, waiting: bool) -> None:
