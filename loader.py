@@ -3947,6 +3947,8 @@ class Known(NamedTuple):
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
     leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
+    gone: bool = False  # no process is known
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -4046,12 +4048,23 @@ def after_publication(known: Known, before: Files, after: Files, desired: Files)
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
         leaving=frozenset(after.keys() - desired.keys()),
+        came=known.came | (newly_there(before, after) if before and (known.gone or any(
+            file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
+            for path, file in before.items())) else frozenset()),
     )
+
+
+def newly_there(before: Files, after: Files) -> frozenset[str]:
+    """The clusters and files that came with a publication."""
+    clusters = [cluster_names(files[path] for path in moved_paths(before, after) if path in files)
+                for files in (after, before)]
+    return (clusters[0] - clusters[1]) | (after.keys() - before.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, counts=None, moves={}, late=frozenset(), back_at=now)
+    return known._replace(states={}, counts=None, moves={}, late=frozenset(), back_at=now,
+                          gone=False)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -4062,7 +4075,7 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
                 and known.states.get(path) != UNREAD}
     suspects = frozenset((path, file.digest) for path, file in unproven.items())
     again = not known.blind and bool(suspects & known.suspects) and now - known.back_at <= END_BOUND
-    known = known._replace(suspects=suspects)
+    known = known._replace(suspects=suspects, gone=True)
     if not again:
         return known, ()
     nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
@@ -4110,6 +4123,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
+    known = known._replace(came=known.came if found[PENDING] else frozenset())
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
                                           tuple(found[UNKNOWN]), pending)
@@ -4163,8 +4177,11 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
     desired, clean = known.tried.get(path, (shown, True))
     blamed = desired if clean or path not in known.acked else shown
     stood: frozenset[str] = frozenset()
-    if files[path].kind in REFERENCE_KINDS:
-        stood = named_things(files[path], files)
+    old = known.nacks.get(path)
+    if old and is_nacked(files[path], old):
+        stood = old.stood
+    elif files[path].kind in REFERENCE_KINDS:
+        stood = named_things(files[path], files) - known.came
     return Nack(blamed, shown, files[path].kind, reason, stood)
 
 
@@ -4189,7 +4206,7 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
             if (path not in desired and path not in published)
             or ((file := desired.get(path)) is not None and file.digest == nack.digest
                 and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    leaving = known.leaving - desired.keys()
+    leaving = known.leaving.difference(desired)
     if not gone and leaving == known.leaving:
         return known
     nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
@@ -4214,6 +4231,19 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
             if file.kind in kinds and path not in known.states]
+
+
+def standing(known: Known, files: Files) -> list[str]:
+    """The NACKed files that are published still, for want of ACKed bytes, and may be tried again."""
+    return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
+            and known.states.get(path) == NACKED and path not in known.nacks]
+
+
+def after_repeat(known: Known, paths: Collection[str]) -> Known:
+    """Envoy is notified of published files once more."""
+    return known._replace(
+        states={path: state for path, state in known.states.items() if path not in paths},
+        moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in paths}})
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -5218,6 +5248,10 @@ class Loop:
         desired = self._desired(published)
         if desired is None:
             return False
+        again = standing(self.known, published) if self._link == "meet" else []
+        if again:
+            self._notify_again(again)
+            return False
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
         if step is None:
             self._waits_since = 0.0
@@ -5305,6 +5339,14 @@ class Loop:
         log.recovered("disk", f"{self.output.root} can be written again")
         self._remember()
         self.output.prune()
+
+    def _notify_again(self, paths: Sequence[str]) -> None:
+        """What they name came since they were NACKed: Envoy does not try again by itself."""
+        self.output.notify_again(paths)
+        self.known = after_repeat(self.known, paths)
+        now = time.monotonic()
+        self._asked = Asked(tuple(paths), {}, now, now + ASK_BOUND[1])
+        self._ask()
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
@@ -5592,7 +5634,8 @@ def known_from(output: Output) -> Known:
         if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
             digest, shown, kind, reason = map(str, row[:4])
             nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
-    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks)
+    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
+                 came=cluster_names(output.published.values()).union(output.published))
 
 
 # ---------------------------------------------------------------------------------------------
