@@ -5350,9 +5350,9 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self._unsaved = False
         self.output.keep_acked(self.known.acked)
         self.output.remember(state_of(self.known))
+        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
