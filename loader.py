@@ -2962,7 +2962,8 @@ def allowed(
     result, notes = dict(desired), []
     before = {**published, **acked}
     held = {path for path, nack in nacks.items()
-            if path in desired and desired[path].digest == nack.digest}
+            if path in desired and (desired[path].digest == nack.digest or (
+                path in before and united(before[path], desired[path]).digest == nack.shown))}
     for path in sorted(held):
         result[path] = before.get(path, desired[path])
         notes.append(f"{path}: NACKed by Envoy, "
@@ -3574,6 +3575,8 @@ class Known(NamedTuple):
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
     leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
+    gone: bool = False  # no process is known
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3691,13 +3694,24 @@ def after_publication(
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
         leaving=frozenset(after.keys() - desired.keys()),
+        came=known.came | (newly_there(before, after) if before and (known.gone or any(
+            file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
+            for path, file in before.items())) else frozenset()),
     )
+
+
+def newly_there(before: Files, after: Files) -> frozenset[str]:
+    """The clusters and files that came with a publication."""
+    clusters = [cluster_names(files[path] for path in moved_paths(before, after) if path in files)
+                for files in (after, before)]
+    return (clusters[0] - clusters[1]) | (after.keys() - before.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now)
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now,
+                          gone=False)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3708,7 +3722,7 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
                 and known.states.get(path) != UNREAD}
     suspects = frozenset((path, file.digest) for path, file in unproven.items())
     again = not known.blind and bool(suspects & known.suspects) and now - known.back_at <= END_BOUND
-    known = known._replace(suspects=suspects)
+    known = known._replace(suspects=suspects, gone=True)
     if not again:
         return known, ()
     nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
@@ -3748,7 +3762,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
+        moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
+               **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
         late=known.late.difference(found[ACKED]),
     )
@@ -3758,6 +3773,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
+    known = known._replace(came=known.came if found[PENDING] else frozenset())
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
                                           tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
@@ -3832,8 +3848,11 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
     desired, clean = known.tried.get(path, (shown, True))
     blamed = desired if clean or path not in known.acked else shown
     stood: frozenset[str] = frozenset()
-    if files[path].kind in REFERENCE_KINDS:
-        stood = named_things(files[path], files)
+    old = known.nacks.get(path)
+    if old and is_nacked(files[path], old):
+        stood = old.stood
+    elif files[path].kind in REFERENCE_KINDS:
+        stood = named_things(files[path], files) - known.came
     return Nack(blamed, shown, files[path].kind, reason, stood)
 
 
@@ -3858,7 +3877,7 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
             if (path not in desired and path not in published)
             or ((file := desired.get(path)) is not None and file.digest == nack.digest
                 and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    leaving = known.leaving - desired.keys()
+    leaving = known.leaving.difference(desired)
     if not gone and leaving == known.leaving:
         return known
     nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
@@ -3915,7 +3934,8 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    `wake` gets ("end", None) when nothing listens or a connection ended, ("meet", None) when one is
+    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for one
+    that nobody answered, ("meet", None) when one is
     made to another process, ("blind", reason) for one whose counters do not tell, ("look", Look)
     for each answer to `ask`, and ("silent", reason) where there is none in time.
     """
@@ -3935,18 +3955,22 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        ended_at, gone = -1.0, False
+        ended_at, gone, refused = -1.0, False, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
                 if not gone:
                     self._wake("end", f"{self.url}: {why(error)}")
+                refused = True
             else:
                 with kept.sock:
-                    self._stay(kept, ended_at)
-                self._wake("end", f"{self.url}: the connection ended")
-                ended_at = time.monotonic()
+                    met = self._stay(kept, ended_at)
+                # A process that dies still accepts connections for a moment: the end of one that
+                # nobody answered counts only if there was none to be had before it.
+                self._wake("end" if met or refused else "closed",
+                           f"{self.url}: the connection ended")
+                ended_at, refused = time.monotonic(), False
             gone = True
             time.sleep(PROBE)
 
@@ -3966,10 +3990,11 @@ class Admin(threading.Thread):
             raise
         return connection
 
-    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> None:
+    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> bool:
         """Meet the process behind a connection, and answer questions until the connection ends.
 
-        A process that was up before the last connection ended is the one that was met then.
+        A process that was up before the last connection ended is the one that was met then. Returns
+        whether it answered.
         """
         self._wake("connected", None)
         met = False
@@ -3983,12 +4008,12 @@ class Admin(threading.Thread):
                         self._wake("meet", None)
                     self.ask()
                 if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
-                    return
+                    return met
                 os.read(self._read, 4096)
                 self._wake("look", self._look())
             except (OSError, http.client.HTTPException, AdminError) as error:
                 if select.select([kept.sock], [], [], 0)[0]:
-                    return  # its end is why
+                    return met  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
                     time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
@@ -4731,7 +4756,7 @@ class Loop:
                 self._take_look(wake.news)
             case "warning":
                 log.warning("%s", wake.news)
-            case "connected" | "meet" | "end" | "silent" | "blind":
+            case "connected" | "meet" | "end" | "closed" | "silent" | "blind":
                 self._take_link(wake.what, str(wake.news or ""))
 
     # -- turning ------------------------------------------------------------------------------
@@ -4931,6 +4956,7 @@ class Loop:
             self._started = False
             self.known, blamed = after_end(self.known, self.output.published, now)
             self._tell_nacks(blamed)
+            self._unsaved = True
         self._end_asking("unknown")
 
     def _take_look(self, look: Look) -> None:
@@ -5171,7 +5197,8 @@ def known_from(output: Output) -> Known:
         if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
             digest, shown, kind, reason = map(str, row[:4])
             nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
-    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks)
+    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
+                 came=cluster_names(output.published.values()).union(output.published))
 
 
 # ---------------------------------------------------------------------------------------------
