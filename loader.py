@@ -3110,6 +3110,8 @@ ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
 SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]{1,9})?")
 DEPTH = 32  # of directories that we look into
 FILE_BYTES = 64 << 20  # a larger file on the volume is not ours
+SNAPSHOT_BYTES = 256 << 20  # of what is read of one directory: sparse files cost nobody a disk
+STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
 
 class Output:
@@ -3323,9 +3325,11 @@ class Output:
         found = {}
         kept = {name.replace("%", "/"): self._path(ACKED_FILES, name) for name in self._kept()}
         before = self._load(self._before) if self._before else {}
+        room = SNAPSHOT_BYTES
         for path in {*digests, *kept}:
-            candidates = (self.published.get(path), before.get(path),
-                          self._file(path, kept[path]) if path in kept else None)
+            own = self._file(path, kept[path], room) if path in kept else None
+            room -= len(own.content) if own else 0
+            candidates = self.published.get(path), before.get(path), own
             for file in candidates if path in digests else candidates[2:]:
                 if file and file.digest == digests.get(path, file.digest):
                     found[path] = file
@@ -3334,12 +3338,14 @@ class Output:
     def _kept(self) -> list[str]:
         place = self._path(ACKED_FILES)
         names = os.listdir(place) if is_directory(place) and is_directory(self._path(STATE)) else []
-        return [name for name in names if not any(map(key_problem, name.split("%")))]
+        return [name for name in names if not any(map(key_problem, name.split("%")))
+                and not is_directory(f"{place}/{name}")]
 
     def _read_state(self) -> Mapping[str, Json]:
         """What was remembered; nothing where it cannot be read or another version wrote it."""
         try:
-            found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
+            there = is_directory(self._path(STATE))
+            found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
             state = json_object(parse_json(found[0])) if found else {}
         except (OSError, ValueError) as error:
             log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
@@ -3351,20 +3357,24 @@ class Output:
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _file(self, path: str, place: str) -> File | None:
+    def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
         """The file of a path as it is on disk; None where there is no regular one to be read."""
-        found = read_file(place)
+        found = read_file(place, min(most, FILE_BYTES))
         row = json_object(self.state.get("files")).get(path)
         source, kind = row if isinstance(row, list) and len(row) == 2 else ("disk", "")
         if found is None:
             return None
         file = file_of(found[0], str(source), found[1])
-        return file if file.kind else file._replace(kind=str(kind))
+        return file if file.kind or kind not in KINDS.values() else file._replace(kind=kind)
 
     def _load(self, name: str) -> dict[str, File]:
-        files = ((path, self._file(path, place)) for path, place in walk(self._path(name)))
-        return {path: file for path, file in files
-                if file and not any(map(key_problem, path.split("/")))}
+        files, room = dict[str, File](), SNAPSHOT_BYTES
+        for path, place in walk(self._path(name)):
+            if not any(map(key_problem, path.split("/"))) and (
+                    file := self._file(path, place, room)):
+                files[path] = file
+                room -= len(file.content)
+        return files
 
     def _fill(self, name: str, files: Files, renew: set[str]) -> None:
         """Write what changed, link what did not; the kernel may refuse links, then copy."""
@@ -3544,7 +3554,7 @@ def write_file(place: str, content: bytes, mode: int, *, replace: bool = False) 
         os.close(number)
 
 
-def read_file(place: str) -> tuple[bytes, int] | None:
+def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     """Content and mode of a regular file; None where there is none that can be read.
 
     Others may write to the volume: no link is followed, and no FIFO is waited for.
@@ -3555,12 +3565,13 @@ def read_file(place: str) -> tuple[bytes, int] | None:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
         return None
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+        os.close(number)
+        return None
     with open(number, "rb") as stream:
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
-            return None
         try:
-            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
+            return stream.read(most), stat.S_IMODE(status.st_mode)
         except OSError:
             return None  # not readable is as good as not there: it is written anew
 
@@ -5054,9 +5065,18 @@ class Loop:
         self.output.prune()
 
     def _remember(self) -> None:
-        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self.output.keep_acked(self.known.acked)
-        self.output.remember(state_of(self.known))
+        """What a restart is to know, and the ACKed bytes that may be rolled back to. What cannot be
+        written is no reason for a sidecar to end: it is tried again with the next change."""
+        try:
+            self.output.keep_acked(self.known.acked)
+            self.output.remember(state_of(self.known))
+        except OSError as error:
+            if self._once or not self.output.is_there():
+                raise
+            metrics.add("xds_loader_errors_total", ("disk",))
+            log.outage("state", f"what a restart is to know is not written: {why(error)}")
+        else:
+            log.recovered("state", "what a restart is to know is written again")
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
