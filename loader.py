@@ -217,6 +217,9 @@ WATCH_SILENCE = 80.0
 # together do not renew together (client-go: 5 to 10 minutes).
 WATCH_SECONDS = (300, 600)
 
+# Where a token may go over plain HTTP.
+LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"
+
 # What a server may ask us to wait: a year in a header must not stop a source for a year.
 RETRY_AFTER_LAST = 300.0
 
@@ -546,7 +549,7 @@ class Api:
             raise LoaderError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
             raise LoaderError(f"token file {path}: not a valid token; check --token-file")
-        if token and url.scheme == "http" and url.hostname not in ("127.0.0.1", "::1", "localhost"):
+        if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
             text = f"the token in {path} is not sent to {url.netloc} over plain HTTP"
             raise LoaderError(f"{text}; give --apiserver an https URL")
         return token
