@@ -1089,7 +1089,7 @@ def member(parent: Json, key: str, kind: type) -> Json:
         return value
     if re.search(SURROGATES, value):
         raise ValueError(f"{key}: not a Unicode text: {value[:60]!a}")
-    return sys.intern(value)
+    return sys.intern(value) if len(value) <= CACHED_LENGTH else value
 
 
 def text_map(parent: Json, key: str) -> dict[str, str]:
