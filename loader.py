@@ -5467,7 +5467,7 @@ def preview_text(path: str, file: File) -> bytes:
         content = b"[binary]\n"
     end = b"" if content.endswith(b"\n") or not content else b"\n"
     header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode() + content + end
+    return header.encode("utf-8", "backslashreplace") + content + end
 
 
 def difference(path: str, old: File | None, new: File | None) -> bytes:
