@@ -4150,21 +4150,44 @@ class Admin(threading.Thread):
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
         deadline = time.monotonic() + ANSWER_BOUND
         connection = self._connect()
-        with connection.sock as sock:
+        with connection.sock as sock, Answering(sock, deadline) as answering:
             connection.request("GET", path)
+            response = http.client.HTTPResponse(answering, method="GET")  # type: ignore[arg-type]
+            body = bytearray()
             try:
-                response = connection.getresponse()
+                response.begin()
+                while part := response.read1(1 << 16):
+                    body += part
+                    if len(body) > ANSWER_BYTES:
+                        raise TimeoutError
+            except TimeoutError:
+                text = f"{path.partition('?')[0]}: no end of the answer in time"
+                raise TimeoutError(text) from None
             except http.client.HTTPException:
                 raise AdminError(NOT_ENVOY) from None
-            body = bytearray()
-            while part := response.read1(1 << 16):
-                body += part
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                if time.monotonic() > deadline or len(body) > ANSWER_BYTES:
-                    raise TimeoutError(f"{path.partition('?')[0]}: no end of the answer in time")
         if response.status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{path.partition('?')[0]}: HTTP {response.status}")
         return body.decode("utf-8", "replace")
+
+
+class Answering(io.RawIOBase):
+    """What comes over a socket until a deadline. (The time limit of a socket is for each read: who
+    sends headers byte by byte is within it for ever.)"""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        if time.monotonic() >= self._deadline:
+            raise TimeoutError
+        return self._sock.recv_into(buffer)
 
 
 def ended(sock: socket.socket) -> bool:

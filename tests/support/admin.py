@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Self
 
 from tests.support.envoy import admin_connection
 
@@ -48,7 +49,7 @@ class Listener:
                 client.shutdown(socket.SHUT_RDWR)
             client.close()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
