@@ -38,6 +38,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import os
@@ -214,6 +215,9 @@ WATCH_SILENCE = 80.0
 # The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
 # together do not renew together (client-go: 5 to 10 minutes).
 WATCH_SECONDS = (300, 600)
+
+# Where a token may go over plain HTTP.
+LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"
 
 # What a server may ask us to wait: a year in a header must not stop a source for a year.
 RETRY_AFTER_LAST = 300.0
@@ -544,7 +548,7 @@ class Api:
             raise LoaderError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
             raise LoaderError(f"token file {path}: not a valid token; check --token-file")
-        if token and url.scheme == "http" and url.hostname not in ("127.0.0.1", "::1", "localhost"):
+        if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
             text = f"the token in {path} is not sent to {url.netloc} over plain HTTP"
             raise LoaderError(f"{text}; give --apiserver an https URL")
         return token
@@ -1084,7 +1088,7 @@ def member(parent: Json, key: str, kind: type) -> Json:
         return value
     if re.search(SURROGATES, value):
         raise ValueError(f"{key}: not a Unicode text: {value[:60]!a}")
-    return sys.intern(value)
+    return sys.intern(value) if len(value) <= CACHED_LENGTH else value
 
 
 def text_map(parent: Json, key: str) -> dict[str, str]:
@@ -3072,6 +3076,8 @@ ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
 SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]{1,9})?")
 DEPTH = 32  # of directories that we look into
 FILE_BYTES = 64 << 20  # a larger file on the volume is not ours
+SNAPSHOT_BYTES = 256 << 20  # of what is read of one directory: sparse files cost nobody a disk
+STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
 
 class Output:
@@ -3277,9 +3283,11 @@ class Output:
         one tells."""
         found = {path: file for path, file in self.published.items()
                  if file.digest == digests.get(path)}
+        room = SNAPSHOT_BYTES
         for name in self._kept():
             path = name.replace("%", "/")
-            file = self._file(path, self._path(ACKED_FILES, name))
+            file = self._file(path, self._path(ACKED_FILES, name), room)
+            room -= len(file.content) if file is not None else 0
             if file is not None and file.digest == digests.get(path, file.digest):
                 found[path] = file
         return found
@@ -3291,7 +3299,8 @@ class Output:
     def _read_state(self) -> None:
         """What was remembered; nothing where it is not JSON or another version wrote it."""
         self.state, self._remembered = {}, b""
-        found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
+        there = is_directory(self._path(STATE))
+        found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
         try:
             state = json_object(parse_json(found[0])) if found else {}
         except ValueError as error:
@@ -3305,9 +3314,9 @@ class Output:
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _file(self, path: str, place: str) -> File | None:
+    def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
         """The file of a path as it is on disk; None where there is no regular one to be read."""
-        found = read_file(place)
+        found = read_file(place, min(most, FILE_BYTES))
         if found is None:
             return None
         row = json_object(self.state.get("files")).get(path)
@@ -3316,9 +3325,13 @@ class Output:
         return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
 
     def _load(self, name: str) -> dict[str, File]:
-        files = {path: self._file(path, place) for path, place in walk(self._path(name))
-                 if not any(map(key_problem, path.split("/")))}
-        return {path: file for path, file in files.items() if file is not None}
+        files, room = dict[str, File](), SNAPSHOT_BYTES
+        for path, place in walk(self._path(name)):
+            file = None if any(map(key_problem, path.split("/"))) else self._file(path, place, room)
+            if file is not None:
+                files[path] = file
+                room -= len(file.content)
+        return files
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
@@ -3440,7 +3453,7 @@ def write_file(place: str, content: bytes, mode: int) -> None:
         os.close(number)
 
 
-def read_file(place: str) -> tuple[bytes, int] | None:
+def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     """Content and mode of a regular file; None where there is none that can be read.
 
     Others may write to the volume: no link is followed, and no FIFO is waited for.
@@ -3449,9 +3462,9 @@ def read_file(place: str) -> tuple[bytes, int] | None:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(number, "rb") as stream:
             status = os.fstat(number)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
                 return None
-            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
+            return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
@@ -3934,10 +3947,10 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for one
-    that nobody answered, ("meet", None) when one is
-    made to another process, ("blind", reason) for one whose counters do not tell, ("look", Look)
-    for each answer to `ask`, and ("silent", reason) where there is none in time.
+    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for
+    a connection that nobody answered, ("meet", None) for one to another process, ("blind", reason)
+    for one whose counters do not tell, ("look", Look) for each answer to `ask`, and ("silent",
+    reason) where there is none in time.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -4055,21 +4068,44 @@ class Admin(threading.Thread):
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
         deadline = time.monotonic() + ANSWER_BOUND
         connection = self._connect()
-        with connection.sock as sock:
+        with connection.sock as sock, Answering(sock, deadline) as answering:
             connection.request("GET", path)
+            response = http.client.HTTPResponse(answering, method="GET")  # type: ignore[arg-type]
+            body = bytearray()
             try:
-                response = connection.getresponse()
+                response.begin()
+                while part := response.read1(1 << 16):
+                    body += part
+                    if len(body) > ANSWER_BYTES:
+                        raise TimeoutError
+            except TimeoutError:
+                text = f"{path.partition('?')[0]}: no end of the answer in time"
+                raise TimeoutError(text) from None
             except http.client.HTTPException:
                 raise AdminError(NOT_ENVOY) from None
-            body = bytearray()
-            while part := response.read1(1 << 16):
-                body += part
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                if time.monotonic() > deadline or len(body) > ANSWER_BYTES:
-                    raise TimeoutError(f"{path.partition('?')[0]}: no end of the answer in time")
         if response.status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{path.partition('?')[0]}: HTTP {response.status}")
         return body.decode("utf-8", "replace")
+
+
+class Answering(io.RawIOBase):
+    """What comes over a socket until a deadline. (The time limit of a socket is for each read: who
+    sends headers byte by byte is within it for ever.)"""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        if time.monotonic() >= self._deadline:
+            raise TimeoutError
+        return self._sock.recv_into(buffer)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
@@ -5304,7 +5340,7 @@ def preview_text(path: str, file: File) -> bytes:
         content = b"[binary]\n"
     end = b"" if content.endswith(b"\n") or not content else b"\n"
     header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode() + content + end
+    return header.encode("utf-8", "backslashreplace") + content + end
 
 
 def difference(path: str, old: File | None, new: File | None) -> bytes:
