@@ -451,20 +451,25 @@ def test_onetime_goes_by_the_steps_where_there_is_a_snapshot(
         "cds.json": cds("b"), "rds.json": rds("b")}  # fmt: skip
 
 
+@pytest.mark.parametrize("version", [loader.__version__, "0"])
 def test_onetime_leaves_out_what_envoy_nacked(
-    run_loader: RunLoader, api: ApiServer, out: Path
+    run_loader: RunLoader, api: ApiServer, out: Path, version: str
 ) -> None:
-    """And goes on with the rest; when the bytes change, they are tried."""
+    """And goes on with the rest; when the bytes change, they are tried. What another version of the
+    loader wrote is ignored."""
     good, bad = rds("good"), rds("bad")
     api.configmap("demo", "envoy-xds", {"rds.yaml": good, "note": "1"})
     assert run_loader(*ONCE).returncode == 0
     state = remembered(out)
-    state |= {"acked": {"rds.yaml": digest(good)},
+    state |= {"version": version, "acked": {"rds.yaml": digest(good)},
               "nacked": {"rds.yaml": [digest(bad), digest(bad), "rds", "no reason", []]}}
     state_file(out).write_text(json.dumps(state))
     api.configmap("demo", "envoy-xds", {"rds.yaml": bad, "note": "2"})
     done = run_loader(*ONCE)
     assert done.returncode == 0, done.stderr
+    if version == "0":
+        assert disk.inspect(out).files == {"rds.yaml": bad.encode(), "note": b"2"}
+        return
     assert "rds.yaml: NACKed by Envoy" in done.stderr
     assert disk.inspect(out).files == {"rds.yaml": good.encode(), "note": b"2"}
     assert remembered(out)["nacked"] == state["nacked"]
