@@ -2962,7 +2962,8 @@ def allowed(
     result, notes = dict(desired), []
     before = {**published, **acked}
     held = {path for path, nack in nacks.items()
-            if path in desired and desired[path].digest == nack.digest}
+            if path in desired and (desired[path].digest == nack.digest or (
+                path in before and united(before[path], desired[path]).digest == nack.shown))}
     for path in sorted(held):
         result[path] = before.get(path, desired[path])
         notes.append(f"{path}: NACKed by Envoy, "
@@ -3574,6 +3575,8 @@ class Known(NamedTuple):
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
     leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
+    gone: bool = False  # no process is known
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3691,13 +3694,24 @@ def after_publication(
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
         leaving=frozenset(after.keys() - desired.keys()),
+        came=known.came | (newly_there(before, after) if before and (known.gone or any(
+            file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
+            for path, file in before.items())) else frozenset()),
     )
+
+
+def newly_there(before: Files, after: Files) -> frozenset[str]:
+    """The clusters and files that came with a publication."""
+    clusters = [cluster_names(files[path] for path in moved_paths(before, after) if path in files)
+                for files in (after, before)]
+    return (clusters[0] - clusters[1]) | (after.keys() - before.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now)
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now,
+                          gone=False)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3708,7 +3722,7 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
                 and known.states.get(path) != UNREAD}
     suspects = frozenset((path, file.digest) for path, file in unproven.items())
     again = not known.blind and bool(suspects & known.suspects) and now - known.back_at <= END_BOUND
-    known = known._replace(suspects=suspects)
+    known = known._replace(suspects=suspects, gone=True)
     if not again:
         return known, ()
     nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
@@ -3748,7 +3762,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
+        moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
+               **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
         late=known.late.difference(found[ACKED]),
     )
@@ -3758,6 +3773,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
+    known = known._replace(came=known.came if found[PENDING] else frozenset())
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
                                           tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
@@ -3832,8 +3848,11 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
     desired, clean = known.tried.get(path, (shown, True))
     blamed = desired if clean or path not in known.acked else shown
     stood: frozenset[str] = frozenset()
-    if files[path].kind in REFERENCE_KINDS:
-        stood = named_things(files[path], files)
+    old = known.nacks.get(path)
+    if old and is_nacked(files[path], old):
+        stood = old.stood
+    elif files[path].kind in REFERENCE_KINDS:
+        stood = named_things(files[path], files) - known.came
     return Nack(blamed, shown, files[path].kind, reason, stood)
 
 
@@ -3858,7 +3877,7 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
             if (path not in desired and path not in published)
             or ((file := desired.get(path)) is not None and file.digest == nack.digest
                 and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    leaving = known.leaving - desired.keys()
+    leaving = known.leaving.difference(desired)
     if not gone and leaving == known.leaving:
         return known
     nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
@@ -3890,8 +3909,8 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
 def to_retry(known: Known, files: Files) -> list[str]:
     """References that were NACKed for what is mended now, and that are published as they are:
     Envoy has to be notified of them again."""
-    return [path for path in files
-            if known.states.get(path) == NACKED and path not in known.nacks]
+    return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
+            and known.states.get(path) == NACKED and path not in known.nacks]
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -4931,6 +4950,7 @@ class Loop:
             self._started = False
             self.known, blamed = after_end(self.known, self.output.published, now)
             self._tell_nacks(blamed)
+            self._unsaved = True
         self._end_asking("unknown")
 
     def _take_look(self, look: Look) -> None:
@@ -5171,7 +5191,8 @@ def known_from(output: Output) -> Known:
         if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
             digest, shown, kind, reason = map(str, row[:4])
             nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
-    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks)
+    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
+                 came=cluster_names(output.published.values()).union(output.published))
 
 
 # ---------------------------------------------------------------------------------------------
