@@ -3922,8 +3922,8 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
 def to_retry(known: Known, files: Files) -> list[str]:
     """References that were NACKed for what is mended now, and that are published as they are:
     Envoy has to be notified of them again."""
-    return [path for path in files
-            if known.states.get(path) == NACKED and path not in known.nacks]
+    return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
+            and known.states.get(path) == NACKED and path not in known.nacks]
 
 
 def likely_cause(file: File, files: Files) -> str:
