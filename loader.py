@@ -53,7 +53,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -199,7 +198,7 @@ ANSWER_TIMEOUT = 30.0
 # One whole answer, from its request to its last byte: no server holds a thread by trickling.
 ANSWER_SECONDS = 120.0
 
-# Sizes of answers, unpacked. A page of 500 objects of 512 KiB each; the text of an error; an event
+# Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
 # (etcd stores objects of 1.5 MiB).
 LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
 
@@ -269,8 +268,8 @@ class Query(NamedTuple):
 
     def __str__(self) -> str:
         if self.name:
-            kind = self.resource.name.removesuffix("s")
-            return f"{kind} {self.namespace}/{self.name}".replace(" /", " ")
+            scope = f"{self.namespace}/" if self.namespace else ""
+            return f"{self.resource.name.removesuffix('s')} {scope}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
 
@@ -304,8 +303,11 @@ class Cut(LoaderError):
 
 
 # What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# an answer that cannot be unpacked. A host name that no resolver accepts (`a..b`) is a ValueError.
-BROKEN = (OSError, http.client.HTTPException, ValueError, zlib.error)
+# what is not JSON. A host name that no resolver accepts (`a..b`) is a ValueError.
+BROKEN = (OSError, http.client.HTTPException, ValueError)
+
+Response = http.client.HTTPResponse
+Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
@@ -329,18 +331,16 @@ class Api:
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
-            _, body = self._ask(query, "list", page)
-            try:
-                answer = json_object(parse_json(body))
-            except ValueError:
-                answer = {}
+            answer: dict[str, Json] = {}
+            with contextlib.suppress(ValueError):
+                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
                 raise ApiError(200, f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
-            del body, items  # before the next page is read
+            del items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
@@ -354,14 +354,14 @@ class Api:
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
+            return False
         except ApiError as error:
-            if error.status != 504:
-                raise
-            return True
-        return False
+            if error.status == 504:
+                return True
+            raise
 
-    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
-        """Open a watch: its events (type, object), until the server ends it properly.
+    def watch(self, query: Query, version: str) -> Iterator[Event]:
+        """Open a watch: its events, until the server ends it properly.
 
         Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
         event), ApiError for other failures, Cut where the stream stops without an end.
@@ -369,7 +369,8 @@ class Api:
         seconds = random.randint(*WATCH_SECONDS)
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
-        self._wait(WATCH_SILENCE)
+        if self._socket is not None:
+            self._socket.settimeout(WATCH_SILENCE)
         return self._events(query, response, time.monotonic() + seconds + ANSWER_SECONDS)
 
     def interrupt(self) -> None:
@@ -386,9 +387,7 @@ class Api:
 
     # -- one answer -------------------------------------------------------------------------
 
-    def _events(
-        self, query: Query, response: http.client.HTTPResponse, until: float
-    ) -> Iterator[tuple[str, dict[str, Json]]]:
+    def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
         """The events in the lines of a watch. One line can span many chunks and exceed 1 MiB.
 
         `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
@@ -408,13 +407,13 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            reason = self._quoted(str(error), why(error))
-            raise Cut(f"watch {query}: cut or silent ({reason})") from error
+            shown = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({shown})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
 
-    def _event(self, query: Query, line: bytes) -> tuple[str, dict[str, Json]]:
+    def _event(self, query: Query, line: bytes) -> Event:
         event = json_object(parse_json(line))
         kind, item = event.get("type"), event.get("object")
         if not isinstance(kind, str) or not isinstance(item, dict):
@@ -427,9 +426,7 @@ class Api:
             raise self._error(query, "watch", status, text_at(item, "message"))
         return kind, item
 
-    def _ask(
-        self, query: Query, verb: str, page: Mapping[str, str]
-    ) -> tuple[http.client.HTTPResponse, bytes]:
+    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
         """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
@@ -453,33 +450,28 @@ class Api:
             timer.cancel()
             self._count(verb, code)
 
-    def _send(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _send(self, target: str, headers: dict[str, str]) -> Response:
         """Over the open connection if there is one; a server may have closed it meanwhile."""
-        while True:
-            began, connection = time.monotonic(), self._connection
-            fresh = connection is None or connection.sock is None
-            try:
-                if connection is None or fresh:
-                    connection = self._connect()
-                connection.request("GET", target, headers=headers)
-                self._wait(ANSWER_TIMEOUT)
-                return connection.getresponse()
-            except BROKEN:
-                self.close()
-                if fresh or time.monotonic() - began > CONNECT_TIMEOUT:
-                    raise
-
-    def _failure(self, query: Query, verb: str, response: http.client.HTTPResponse) -> ApiError:
-        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
+        began, kept = time.monotonic(), self._connection
+        if kept is not None and kept.sock is None:
+            kept = None
         try:
-            body = body_of(response, ERROR_BYTES)
+            connection = kept or self._connect()
+            connection.request("GET", target, headers=headers)
+            connection.sock.settimeout(ANSWER_TIMEOUT)
+            return connection.getresponse()
         except BROKEN:
-            body = b""
             self.close()
-        try:
-            message = text_at(json_object(parse_json(body)), "message")
-        except ValueError:
-            message = body.decode("utf-8", "replace")
+            if kept is None or time.monotonic() - began > CONNECT_TIMEOUT:
+                raise
+        return self._send(target, headers)
+
+    def _failure(self, query: Query, verb: str, response: Response) -> ApiError:
+        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
+        message = ""
+        with contextlib.suppress(*BROKEN):
+            message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
+            message = text_at(json_object(parse_json(message)), "message")
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
             message = f"redirects are not followed: correct --apiserver ({where})"
@@ -490,12 +482,12 @@ class Api:
     def _error(
         self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
     ) -> ApiError:
-        access, resource = self._access, query.resource.name
+        path = self._access.token_file
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
-        sent = "" if self._token else f" (no token was sent: there is none in {access.token_file})"
+        sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
-            401: f"; is the token in {access.token_file} valid?",
-            403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
+            401: f"; is the token in {path} valid?",
+            403: f"; grant the service account {verb} on {query.resource.name} in {scope}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
         }.get(status, "")
         text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
@@ -517,13 +509,11 @@ class Api:
     # -- one connection ---------------------------------------------------------------------
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port, wait = self._url.hostname or "", self._url.port, CONNECT_TIMEOUT
+        place = self._url.hostname or "", self._url.port
+        made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
         if self._url.scheme == "https":
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=wait, context=self._context()
-            )
-        else:
-            made = http.client.HTTPConnection(host, port, timeout=wait)
+            context = self._context()
+            made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT, context=context)
         made.connect()
         self._connection, self._socket = made, made.sock
         # The kernel notices within about a minute that the other side is gone.
@@ -531,10 +521,6 @@ class Api:
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         return made
-
-    def _wait(self, seconds: float) -> None:
-        if self._socket is not None:
-            self._socket.settimeout(seconds)
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
@@ -576,11 +562,9 @@ class Api:
         return context
 
 
-def body_of(response: http.client.HTTPResponse, most: int) -> bytes:
-    """All of an answer, unpacked; ValueError if that is more than `most` bytes."""
+def body_of(response: Response, most: int) -> bytes:
+    """All of an answer; ValueError if that is more than `most` bytes."""
     body = response.read(most + 1)
-    if response.headers.get("Content-Encoding") == "gzip":  # nobody asked for it
-        body = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, most + 1)
     if len(body) > most:
         raise ValueError(f"the answer is larger than {most >> 20} MiB")
     if response.length:  # with a bound, read() does not raise it
