@@ -54,7 +54,6 @@ import threading
 import time
 import urllib.parse
 import zlib
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -2469,6 +2468,7 @@ def no_core_dumps() -> None:
 # ---------------------------------------------------------------------------------------------
 
 KEY_NAME = re.compile(r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}")
+ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
 
 
 def key_problem(name: str) -> str:
@@ -2482,21 +2482,21 @@ def key_problem(name: str) -> str:
     return "begins with '..'" if name.startswith("..") else ""
 
 
-class ConfigMap(NamedTuple):
-    """A ConfigMap as files by key, and what in it cannot be a file."""
+class Keys(NamedTuple):
+    """What a ConfigMap or a Secret is to us: files by key, and what in it cannot be one."""
 
-    files: tuple[tuple[str, File], ...]
+    files: Mapping[str, File]
     problems: tuple[str, ...]
 
 
-def configmap_from(item: dict[str, Any]) -> ConfigMap:
+def configmap_from(item: dict[str, Any]) -> Keys:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
     text, binary = item.get("data") or {}, item.get("binaryData") or {}
     if not isinstance(text, dict) or not isinstance(binary, dict):
         raise ValueError(f"{source}: data is not a map")
-    files, problems = [], []
+    files, problems = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
         try:
@@ -2506,8 +2506,8 @@ def configmap_from(item: dict[str, Any]) -> ConfigMap:
         if problem:
             problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
-            files.append((key, file_of(content, source)))
-    return ConfigMap(tuple(files), tuple(problems))
+            files[key] = file_of(content, source)
+    return Keys(files, tuple(problems))
 
 
 class Named(NamedTuple):
@@ -2559,7 +2559,8 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         for path, file in layer.items():
             lost = files.get(path)
             if lost is not None and lost.source != file.source:
-                warnings.append(f"{path} of {lost.source} is hidden by that of {file.source}")
+                warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
+                                f"{file.source}")
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
     for path in sorted(directories & files.keys()):
@@ -2568,14 +2569,21 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     return files, warnings
 
 
+def counted(file: File) -> str:
+    """How many clusters or routes a file has, in words, where it shows."""
+    if file.kind == "cds" and (clusters := clusters_of(file)):
+        return f" ({len(clusters.texts)} clusters)"
+    return f" ({len(ROUTE_MATCH.findall(file.content))} routes)" if file.kind == "rds" else ""
+
+
 def with_kind(path: str, file: File, before: File | None) -> File:
     """A file without a type URL is what was published there before, else what its name says.
 
     That is CDS with no cluster left, or a file that Envoy will not be able to parse.
     """
     stem = path.rpartition("/")[2].partition(".")[0]
-    kind = before.kind if before else stem if stem in KINDS.values() else ""
-    return file._replace(kind=kind) if kind else file
+    kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
+    return file if file.kind == kind else file._replace(kind=kind)
 
 
 class Sources:
@@ -2585,9 +2593,8 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
+        self._selected: Query | None = None
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
-        self._secrets: dict[Named, tuple[Secret, dict[str, File], tuple[str, ...]]] = {}
-        self._published: Files = {}
         self._renderer: Renderer | None = None
         self.rendering: Rendering | None = None
         own = config.eds_budget
@@ -2595,15 +2602,15 @@ class Sources:
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
-        options, self._published = self._options, published
+        options = self._options
         for named in (*options.configmap, *options.secret):
             owned = {path: file for path, file in published.items() if named.owns(path, file)}
             if owned:
                 self._kept[named] = owned
-            parse = secret_from if named.kind == "secret" else configmap_from
-            self._reflect(named.query, parse)
+            self._reflect(named.query, self._secret if named.kind == "secret" else configmap_from)
         if options.configmap_selector is not None:
-            self._reflect(self._selector, configmap_from)
+            self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
+            self._reflect(self._selected, configmap_from)
         if options.services is None:
             return
         self._renderer = Renderer(
@@ -2616,39 +2623,32 @@ class Sources:
             on_inline=inline_clusters(published),
             budget=self.budget,
         )
-        for namespace in self._namespaces:
+        namespaces = options.services_namespace or (options.namespace,)
+        for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
-            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from, optional=True)
+            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from)
         if needs_nodes(self._config):
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
             self._reflect(Query(NODES, name=own), node_from)
 
-    @property
-    def _selector(self) -> Query:
-        selector = self._options.configmap_selector or ""
-        return Query(CONFIGMAPS, self._options.namespace, labels=selector)
+    def _secret(self, item: dict[str, Any]) -> Keys:
+        form, mode = self._options.format, self._options.secret_mode
+        return Keys(*secret_files(secret_from(item), form, mode))
 
-    @property
-    def _namespaces(self) -> tuple[str, ...]:
-        chosen = self._options.services_namespace or (self._options.namespace,)
-        return ("",) if "*" in chosen else chosen
-
-    def _reflect(
-        self, query: Query, parse: Callable[[Json], Any], *, optional: bool = False
-    ) -> None:
+    def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
         if query in self._reflectors:
             return
         options = self._options
         mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
         if mode == "once" and options.timeout:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
-        elif options.from_file:
+        elif self._file:
             patience = min(patience, interval)  # nobody is hammered
-        client = self._file or Api(options.access, count_request)
         self._reflectors[query] = reflector = Reflector(
-            query, parse, client, self._wake,
-            mode=mode, interval=interval, optional=optional, patience=patience,
+            query, parse, self._file or Api(options.access, count_request), self._wake,
+            mode=mode, interval=interval, optional=query.resource is ENDPOINTSLICES,
+            patience=patience,
         )
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
@@ -2662,13 +2662,12 @@ class Sources:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
-    # -- composing ----------------------------------------------------------------------------
-
     def compose(self, published: Files) -> Wanted:
         """The files of all sources. Precedence, last wins: rendered files, Secrets, ConfigMaps by
         selector in order of name, ConfigMaps in the order in which they were named."""
-        self._published = published
-        self._seek_endpoints()
+        for query, reflector in list(self._reflectors.items()):
+            if reflector.absent:  # the API server has no EndpointSlices
+                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
         reflectors = self._reflectors.values()
         failed = tuple(r.trouble for r in reflectors if r.failed)
         unknown = tuple(str(r.query) for r in reflectors if not r.synced)
@@ -2678,24 +2677,18 @@ class Sources:
         missing: list[str] = []
         stale: list[str] = []
         layers = [self._named(named, notes, missing, stale) for named in self._options.secret]
-        if self._options.configmap_selector is not None:
-            found = self._reflectors[self._selector].objects()
+        if self._selected is not None:
+            found = self._reflectors[self._selected].objects()
             if not found:
-                notes.append(f"{self._selector}: none exist")
+                notes.append(f"{self._selected}: none exist")
             for _, configmap in sorted(found.items()):
                 notes += configmap.problems
-                layers.append(dict(configmap.files))
+                layers.append(configmap.files)
         layers += [self._named(named, notes, missing, stale) for named in self._options.configmap]
-        files, warnings = overlaid(layers)
         if self._renderer is not None:
-            rendering = self.rendering = self._render(self._renderer, files)
-            notes += [*rendering.warnings, *hidden(rendering, files)]
-            rendered = {p: file for p, file in rendering.files.items() if p not in files}
-            files, warnings = overlaid([rendered, *layers])
-        files = {
-            path: file if file.kind else with_kind(path, file, published.get(path))
-            for path, file in files.items()
-        }
+            layers.insert(0, self._render(self._renderer, layers, notes))
+        files, warnings = overlaid(layers)
+        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
         return Wanted(files, (*notes, *warnings), tuple(missing), tuple(stale))
 
     def _named(
@@ -2703,81 +2696,43 @@ class Sources:
     ) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         found = self._reflectors[named.query].objects().get((named.namespace, named.name))
-        files: Files = {}
-        if isinstance(found, Secret):
-            files, problems = self._secret_files(named, found)
-            notes += problems
-        elif found is not None:
-            prefix = f"{named.directory}/" if named.directory else ""
-            files = {prefix + key: file for key, file in found.files}
-            notes += found.problems
+        prefix = f"{named.directory}/" if named.directory else ""
+        files = {prefix + key: file for key, file in found.files.items()} if found else {}
+        notes += found.problems if found else ()
         kept = self._kept.get(named)  # None: it never was there
-        if files or (found is not None and not kept and named.kind == "configmap"):
+        if files or (found and not kept and named.kind == "configmap"):
             self._kept[named] = files
         elif kept is None:
             missing.append(named.source)
             if self._file and (hint := self._file.elsewhere(named.query)):
                 notes.append(hint)
         else:
-            state = "has no usable files" if found is not None else "does not exist any more"
+            state = "has no usable files" if found else "does not exist any more"
             notes.append(f"{named.source} {state}: its last files stay published")
             stale.append(named.source)
         return self._kept.get(named, {})
 
-    def _secret_files(self, named: Named, secret: Secret) -> tuple[Files, tuple[str, ...]]:
-        """The SDS files of a Secret, made and checked once for each change of it."""
-        known = self._secrets.get(named)
-        if known is None or known[0] is not secret:
-            made = secret_files(secret, self._options.format, self._options.secret_mode)
-            self._secrets[named] = known = (secret, *made)
-        return known[1], known[2]
+    def _render(self, renderer: Renderer, others: Sequence[Files], notes: list[str]) -> Files:
+        """The files of Services, as many of them with EDS as the other files leave budget for."""
 
-    # -- Services -----------------------------------------------------------------------------
+        def gathered(resource: Resource) -> dict[Key, Any]:
+            return {key: value for query, reflector in self._reflectors.items()
+                    if query.resource is resource for key, value in reflector.objects().items()}
 
-    def _seek_endpoints(self) -> None:
-        """Where the API server has no EndpointSlices, legacy Endpoints take their place."""
-        for query, reflector in list(self._reflectors.items()):
-            if query.resource is ENDPOINTSLICES and reflector.absent:
-                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
-
-    def _gathered(self, resource: Resource) -> dict[Key, Any]:
-        """The objects of one resource, of all namespaces that are looked at."""
-        found: dict[Key, Any] = {}
-        for query, reflector in self._reflectors.items():
-            if query.resource is resource:
-                found.update(reflector.objects())
-        return found
-
-    def _render(self, renderer: Renderer, others: Files) -> Rendering:
-        legacy = itertools.chain.from_iterable(self._gathered(ENDPOINTS).values())
+        legacy = itertools.chain.from_iterable(gathered(ENDPOINTS).values())
         objects = Objects(
-            services=self._gathered(SERVICES),
-            slices=[*self._gathered(ENDPOINTSLICES).values(), *legacy],
-            nodes={name: node for (_, name), node in self._gathered(NODES).items()},
+            services=gathered(SERVICES),
+            slices=[*gathered(ENDPOINTSLICES).values(), *legacy],
+            nodes={name: node for (_, name), node in gathered(NODES).items()},
         )
-        subscriptions = sum(file.kind in ("eds", "rds", "sds") for file in others.values())
-        rendering = renderer.render(objects, other_files=subscriptions)
-        if not rendering.inlined:
-            return rendering
-        note = f"beyond the EDS budget of {self.budget}, endpoints are in CDS"
-        note = f"{note}: {shortened(rendering.inlined)}"
-        return rendering._replace(warnings=(*rendering.warnings, note))
-
-
-ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
-
-
-def hidden(rendering: Rendering, others: Files) -> list[str]:
-    """A warning for each rendered file that a ConfigMap key of the same name hides."""
-    notes = []
-    for path in sorted(rendering.files.keys() & others.keys()):
-        file = rendering.files[path]
-        what = {
-            "cds": f"{sum(rendering.clusters.values())} rendered clusters",
-            "rds": f"{len(ROUTE_MATCH.findall(file.content))} rendered routes",
-        }.get(file.kind, "rendered endpoints")
-        notes.append(f"{path} of {others[path].source} hides {what}")
-    return notes
+        kinds = {path: file.kind for layer in others for path, file in layer.items()}
+        subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
+        self.rendering = renderer.render(objects, other_files=subscriptions)
+        notes += self.rendering.warnings
+        if self.rendering.inlined:
+            notes.append(f"beyond the EDS budget of {self.budget}, endpoints are in CDS: "
+                         f"{shortened(self.rendering.inlined)}")
+        return self.rendering.files
 
 
 def count_request(verb: str, code: str) -> None:
@@ -2927,6 +2882,7 @@ NAME_VALUE = re.compile(
     rb"""["']?\b(?:cluster_)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)"""
 )
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
+PLACE = re.compile(rb"[-\w.]*/[-\w./]+", re.ASCII)
 
 
 def names_in(content: bytes) -> frozenset[str]:
@@ -2957,10 +2913,16 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def names_path(content: bytes, path: str) -> bool:
-    """Whether a text names the file at `path`, under whatever directory Envoy mounts ours."""
-    text = content.replace(b"\\/", b"/") if b"\\/" in content else content
-    return re.search(rb"/" + re.escape(path.encode()) + rb"(?![\w./-])", text) is not None
+def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
+    """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
+    found: set[str] = set()
+    for content in contents if paths else ():
+        for raw in PLACE.findall(content.replace(b"\\/", b"/")):
+            place = raw.decode()
+            while place := place.partition("/")[2]:
+                if place in paths:
+                    found.add(place)
+    return found
 
 
 # -- what may be published after a NACK ----------------------------------------------------------
@@ -2983,15 +2945,13 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     file that is read and that no published file names is named by the bootstrap.
     """
     result = dict(desired)
-    gone = [path for path in published if path not in desired]
-    named = {path for path in gone if any(
-        names_path(file.content, path) for other, file in published.items() if other != path)}
-    for path in gone:
-        if path not in named and is_read(path):
-            result[path] = published[path]
-    while more := [path for path in gone if path not in result and any(
-            names_path(file.content, path) for file in result.values())]:
+    gone = published.keys() - desired.keys()
+    named = paths_in((file.content for file in published.values()), gone)
+    more = {path for path in gone - named if is_read(path)}
+    more |= paths_in((file.content for file in desired.values()), gone)
+    while more:
         result |= {path: published[path] for path in more}
+        more = paths_in((published[path].content for path in more), gone - result.keys())
     return result
 
 
@@ -3024,7 +2984,7 @@ def allowed(
             and file is desired.get(path)
             and not same_file(before.get(path), file)
             and (mentioned(file.content, lacking)
-                 or any(names_path(file.content, each) for each in missing))
+                 or paths_in([file.content], missing))
         ]
         for path in waiting:
             notes.append(f"{path}: waits for what Envoy NACKed")
@@ -3040,7 +3000,7 @@ def idle_clusters(desired: Files, paths: Collection[str]) -> frozenset[str]:
     known = [clusters_of(file) for file in desired.values() if file.kind == "cds"] if paths else []
     return frozenset(
         name for clusters in known if clusters for name, text in clusters.texts.items()
-        if any(names_path(text, path) for path in paths)
+        if paths_in([text], paths)
     )
 
 
@@ -3051,8 +3011,8 @@ def keep_needed(
     """Give back to `result` what bytes that are kept name: files and clusters; whether any."""
     kept = [file for path, file in result.items() if not same_file(desired.get(path), file)]
     before = {**acked, **published}
-    gone = [path for path in before.keys() - result.keys() - desired.keys()
-            if any(names_path(file.content, path) for file in kept)]
+    gone = paths_in((file.content for file in kept),
+                    before.keys() - result.keys() - desired.keys())
     result |= {path: before[path] for path in gone}
     users = [file.content for file in kept if file.kind in REFERENCE_KINDS]
     found = bool(gone)
@@ -3083,9 +3043,9 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     back = {path: acked[path] for path, nack in nacks.items()
             if path in acked and is_nacked(published.get(path), nack)
             and not same_file(acked[path], published[path])}
-    named = {path: file for path, file in acked.items() if path not in published
-             and any(names_path(each.content, path) for each in back.values())}
-    return Step({**published, **named, **back}, ROLLBACK) if back else None
+    named = paths_in((file.content for file in back.values()), acked.keys() - published.keys())
+    files = {**published, **{path: acked[path] for path in named}, **back}
+    return Step(files, ROLLBACK) if back else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3096,17 +3056,19 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
 #      hard link to that of the previous snapshot.
-#   2. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
+#   2. Remember in `..state` which object each file is from.
+#   3. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
 #      everything. symlink(2) and unlink(2) are no event for Envoy.
-#   3. Unlink the links of files that are gone.
-#   4. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
-#   5. Notify: the link of each new or changed file is replaced by rename(2), children first. This
+#   4. Unlink the links of files that are gone.
+#   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
+#   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
 #      MOVE is what wakes just the subscription concerned.
-#   6. Unmark.
-#   7. Prune: all but the last two snapshots go.
+#   7. Unmark.
+#   8. Prune: all but the last two snapshots go.
 #
-# A death before 4 leaves the old snapshot and a left-over; between 4 and 6 the marker, and the
-# next start (or the next try of a loader that lives) notifies again of what differs.
+# A death before 5 leaves the old snapshot and a left-over; between 5 and 7 the marker, and the
+# next start notifies again of what differs. So does a loader that lives: after an OSError it
+# recovers, as at a start, before it publishes anything.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
@@ -3126,12 +3088,11 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what was remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""
+        self._remembered = b""  # the same as it is on disk
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
-        self._untold: set[str] = set()  # switched to, and Envoy not notified yet
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -3155,36 +3116,29 @@ class Output:
             os.close(self._lock)
             self._lock = -1
 
-    def is_there(self) -> bool:
-        """Whether the directory that is locked still is the one at this place."""
-        try:
-            return os.path.samestat(os.fstat(self._lock), os.stat(self.root))
-        except OSError as error:
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
-
     def recover(self) -> list[str]:
-        """Make good whatever the last process left; returns what was done, in words.
+        """Make good whatever the last process, or the last failure, left; what was done, in words.
 
         Afterwards `published` is what the disk shows, and every link and notification is right.
         """
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
-        done = []
-        self._own_directory(CURRENT)
-        self.state = self._read_state()
-        self.snapshot = self._switched()
-        self.published = self._load(self.snapshot) if self.snapshot else {}
-        if self._repair_links():
-            done.append("links repaired")
+        self.published, self.snapshot = self.peek(), self._switched()
+        done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
-            known = SNAPSHOT.fullmatch(marked) and is_directory(self._path(marked))
-            changed = moved_paths(self._load(marked) if known else {}, self.published)
+            before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
+            changed = moved_paths(before, self.published)
             self._notify(changed)
-            unlink_if_there(self._path(MARKER))
+            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        self._untold.clear()
-        self._remove_leftovers()
+        others = [entry for entry in self._snapshots() if entry != self.snapshot
+                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
+        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
+        self._before = max(others, key=times.__getitem__, default="")
+        self.prune()
+        if os.path.islink(self._path(LINK)):
+            os.unlink(self._path(LINK))
         return done
 
     def peek(self) -> Files:
@@ -3192,11 +3146,16 @@ class Output:
 
         A loader that lives may prune what is being read: then the switch has moved on.
         """
+        self._read_state()
         while True:
-            self.state, name = self._read_state(), self._switched()
+            name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
+
+    def switched_at(self) -> float:
+        """When the snapshot was switched to, Unix time; 0 where there is none."""
+        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -3206,154 +3165,150 @@ class Output:
         A directory there is never removed (Envoy's watch is bound to it), so a file of its name
         cannot come; nor can a file below a foreign file.
         """
-        warnings = {}
-        for path in files.keys() - self.published.keys():
+        blocked = {}
+        for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
-            foreign = [each for each in parents(path) if self._is_foreign(each)]
             if is_directory(place):
-                warnings[path] = f"{place} is a directory"
-            elif foreign:
-                warnings[path] = f"{self._path(CURRENT, foreign[0])} is a file"
-        if not warnings:
-            return files, []
-        lines = [f"{p} of {files[p].source} left out: {warnings[p]}" for p in sorted(warnings)]
-        return {path: file for path, file in files.items() if path not in warnings}, lines
+                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
+            for above in (self._path(CURRENT, each) for each in parents(path)):
+                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
+                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
+        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
 
-    def stage(self, files: Files, renew: Iterable[str] = ()) -> str:
-        """Step 1: the name of a complete directory of these files, made if need be.
-
-        `renew`: files that are written even though they did not change.
-        """
+    def stage(self, files: Files) -> str:
+        """Step 1: the name of a complete directory of these files, made if need be."""
         wanted = f"..{version_of(files)}"
-        for attempt in itertools.count():
-            name = f"{wanted}.{attempt}" if attempt else wanted
-            try:
-                os.mkdir(self._path(name), 0o755)
-            except FileExistsError:
-                if not self._damage(name, files):
-                    return name
-                continue
-            try:
-                self._fill(name, files, set(renew))
-            except OSError:
-                remove_tree(self._path(name))
-                raise
-            return name
-        raise AssertionError("itertools.count ended")
+        name, attempt = wanted, 0
+        while os.path.lexists(self._path(name)):
+            if not self._damage(name, files):
+                return name
+            attempt += 1
+            name = f"{wanted}.{attempt}"
+        os.mkdir(self._path(name), 0o755)
+        made = {""}
+        for path, file in files.items():
+            for directory in reversed(list(parents(path))):
+                if directory not in made:
+                    os.mkdir(self._path(name, directory), 0o755)
+                    made.add(directory)
+            old, new = self._path(self.snapshot, path), self._path(name, path)
+            if not (same_file(self.published.get(path), file) and linked(old, new)):
+                write_file(new, file.content, file.mode)
+        return name
 
-    def publish(self, files: Files, renew: Iterable[str] = ()) -> list[str]:
-        """Publish these files; returns the paths that changed or are gone."""
-        self._own_directory(CURRENT)
-        changed = list(dict.fromkeys([*moved_paths(self.published, files), *renew, *self._untold]))
-        changed = [path for path in changed if path in files]
+    def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
+        """Publish these files, some of them `again`; returns the paths that moved or are gone."""
+        changed = [*moved_paths(self.published, files), *again]
         gone = sorted(self._links - files.keys())
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
-        name, before = self.stage(files, renew), self.snapshot  # 1
-        try:
-            os.symlink(before or "none", self._path(MARKER))  # 2
-        except FileExistsError:
-            pass  # a failed publication left it: it names the snapshot that Envoy knows
-        for path in gone:  # 3
-            self._unlink_ours(path)
-        for directory in sorted({parent for path in changed for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        replace_link(name, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))  # 4
+        name, before = self.stage(files), self.snapshot  # 1
+        self.remember(self.state, files)  # 2
+        with contextlib.suppress(FileExistsError):
+            os.symlink(before or "none", self._path(MARKER))  # 3
+        for path in gone:  # 4
+            if self._is_ours(path):
+                os.unlink(self._path(CURRENT, path))
+        self._links.difference_update(gone)
+        self._own_parents(CURRENT, changed)
+        self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
-        self._untold |= set(changed)
-        self._notify(changed)  # 5
-        unlink_if_there(self._path(MARKER))  # 6
-        self._untold.clear()
+        self._notify(changed)  # 6
+        unlink_if_there(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
         """Wake Envoy once more: those who watch the switch, and those who watch the links."""
-        replace_link(self.snapshot, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))
+        self._link(SWITCH, self.snapshot)
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 7: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
                 remove_tree(self._path(entry))
 
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
-        self._own_directory(CURRENT)
-        damaged = self._damage(self.snapshot, self.published)
-        if damaged or self._untold or self._switched() != self.snapshot:
-            self.publish(self.published, [path for path in damaged if path in self.published])
+        files, damaged = self.published, self._damage(self.snapshot, self.published)
+        if self._switched() != self.snapshot:
+            damaged.append(SWITCH)
+        if damaged:
+            self.published = {path: file for path, file in files.items() if path not in damaged}
+            self.publish(files)
             self.prune()
         return damaged + self._repair_links()
 
     # -- what a restart cannot see --------------------------------------------------------------
 
-    def remember(self, state: Mapping[str, Json]) -> None:
-        """Replace what is remembered, by rename; `files`, their source and kind, comes along."""
-        state = {"version": __version__, **state,
-                 "files": {path: (file.source, file.kind) for path, file in self.published.items()}}
-        text = json.dumps(state, sort_keys=True).encode()
+    def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
+        """Replace what is remembered, by rename. The source and kind of each file comes along, of
+        those that are about to be published too."""
+        files = {**self.published, **coming}
+        self.state = {**state, "version": __version__,
+                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        text = json.dumps(self.state, sort_keys=True).encode()
         if text == self._remembered:
             return
-        self._own_directory(STATE)
-        write_file(self._path(f"{STATE_FILE}.new"), text, 0o644, replace=True)
-        os.rename(self._path(f"{STATE_FILE}.new"), self._path(STATE_FILE))
+        self._own_parents(STATE)
+        new = self._path(f"{STATE_FILE}.new")
+        unlink_if_there(new)
+        write_file(new, text, 0o644)
+        if is_directory(self._path(STATE_FILE)):
+            remove_tree(self._path(STATE_FILE))
+        os.rename(new, self._path(STATE_FILE))
         self._remembered = text
 
-    def keep_acked(self, acked: Files) -> None:
-        """Keep the ACKed bytes of files that have others published, and no others."""
-        needed = {path.replace("/", "%"): file for path, file in acked.items()
-                  if not same_file(self.published.get(path), file)}
-        there = set(self._kept())
-        if not needed and not there:
-            return
-        self._own_directory(STATE)
-        self._own_directory(ACKED_FILES)
-        for name, file in needed.items():
-            place = self._path(ACKED_FILES, name)
-            if name in there and holds(place, file):
+    def keep_acked(self, acked: Files, files: Files) -> None:
+        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
+        no others."""
+        needed = {path.replace("/", "%"): path for path, file in acked.items()
+                  if not (same_file(self.published.get(path), file)
+                          and same_file(files.get(path), file))}
+        there = self._kept()
+        if needed:
+            self._own_parents(STATE, ["acked/"])
+        for name, path in needed.items():
+            place, file = self._path(ACKED_FILES, name), acked[path]
+            if holds(place, file):
                 continue
             unlink_if_there(place)
-            before = self._path(self._before, name.replace("%", "/"))
-            if not (self._before and holds(before, file) and linked(before, place)):
+            shown = same_file(self.published.get(path), file)
+            if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
         for name in there - needed.keys():
-            unlink_if_there(self._path(ACKED_FILES, name))
+            os.unlink(self._path(ACKED_FILES, name))
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {}
-        kept = {name.replace("%", "/"): self._path(ACKED_FILES, name) for name in self._kept()}
-        before = self._load(self._before) if self._before else {}
+        found = {path: file for path, file in self.published.items()
+                 if file.digest == digests.get(path)}
         room = SNAPSHOT_BYTES
-        for path in {*digests, *kept}:
-            own = self._file(path, kept[path], room) if path in kept else None
-            room -= len(own.content) if own else 0
-            candidates = self.published.get(path), before.get(path), own
-            for file in candidates if path in digests else candidates[2:]:
-                if file and file.digest == digests.get(path, file.digest):
-                    found[path] = file
+        for name in self._kept():
+            path = name.replace("%", "/")
+            file = self._file(path, self._path(ACKED_FILES, name), room)
+            if file is not None and file.digest == digests.get(path, file.digest):
+                found[path] = file
+                room -= len(file.content)
         return found
 
-    def _kept(self) -> list[str]:
-        place = self._path(ACKED_FILES)
-        names = os.listdir(place) if is_directory(place) and is_directory(self._path(STATE)) else []
-        return [name for name in names if not any(map(key_problem, name.split("%")))
-                and not is_directory(f"{place}/{name}")]
+    def _kept(self) -> set[str]:
+        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
+        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
 
-    def _read_state(self) -> Mapping[str, Json]:
-        """What was remembered; nothing where it cannot be read or another version wrote it."""
+    def _read_state(self) -> None:
+        """What was remembered; nothing where it is not JSON or another version wrote it."""
+        self.state, self._remembered = {}, b""
+        there = is_directory(self._path(STATE))
+        found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
         try:
-            there = is_directory(self._path(STATE))
-            found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
             state = json_object(parse_json(found[0])) if found else {}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return {}
-        return state if state.get("version") == __version__ else {}
+            return
+        if found and state.get("version") == __version__:
+            self.state, self._remembered = state, found[0]
 
     # -- parts of the steps -------------------------------------------------------------------
 
@@ -3363,90 +3318,65 @@ class Output:
     def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
         """The file of a path as it is on disk; None where there is no regular one to be read."""
         found = read_file(place, min(most, FILE_BYTES))
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = row if isinstance(row, list) and len(row) == 2 else ("disk", "")
         if found is None:
             return None
-        file = file_of(found[0], str(source), found[1])
-        return file if file.kind or kind not in KINDS.values() else file._replace(kind=kind)
+        row = json_object(self.state.get("files")).get(path)
+        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
+        file = file_of(found[0], source, found[1])
+        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
 
     def _load(self, name: str) -> dict[str, File]:
         files, room = dict[str, File](), SNAPSHOT_BYTES
         for path, place in walk(self._path(name)):
-            if not any(map(key_problem, path.split("/"))) and (
-                    file := self._file(path, place, room)):
+            problem = any(map(key_problem, path.split("/")))
+            if not problem and (file := self._file(path, place, room)):
                 files[path] = file
                 room -= len(file.content)
         return files
 
-    def _fill(self, name: str, files: Files, renew: set[str]) -> None:
-        """Write what changed, link what did not; the kernel may refuse links, then copy."""
-        made = {""}
-        old, new = self._path(self.snapshot, ""), self._path(name, "")
-        for path, file in files.items():
-            if path.rpartition("/")[0] not in made:
-                for directory in reversed(list(parents(path))):
-                    if directory not in made:
-                        os.mkdir(new + directory, 0o755)
-                        made.add(directory)
-            if path in renew or not same_file(self.published.get(path), file) \
-                    or not linked(old + path, new + path):
-                write_file(new + path, file.content, file.mode)
-
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
-            return list(files)
-        wrong = [p for p, file in files.items() if not holds(self._path(name, p), file)]
+            return [*files, name]
+        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
-        for directory in directories:
-            place = self._path(CURRENT, directory) if directory else self._path(CURRENT)
+        for place in (self._path(CURRENT, each) for each in directories):
             if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
 
+    def _link(self, relative: str, target: str) -> None:
+        """Make or replace a link by rename(2): nobody ever finds none."""
+        try:
+            os.symlink(target, self._path(LINK))
+        except FileExistsError:  # of a process that died: a fixed name must not wedge
+            os.unlink(self._path(LINK))
+            os.symlink(target, self._path(LINK))
+        os.rename(self._path(LINK), self._path(relative))
+
     def _notify(self, paths: Iterable[str]) -> None:
-        """Make or replace links by rename: the MOVE that Envoy sees."""
+        """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
-            replace_link(link_target(path), self._path(LINK))
-            try:
-                os.rename(self._path(LINK), self._path(CURRENT, path))
-            except IsADirectoryError:
-                os.unlink(self._path(LINK))
-                raise
+            self._link(f"{CURRENT}/{path}", link_target(path))
             self._links.add(path)
 
-    def _unlink_ours(self, path: str) -> None:
-        """Remove a link that we made; a foreign file of the same name stays."""
-        if read_link(self._path(CURRENT, path)) == link_target(path):
-            os.unlink(self._path(CURRENT, path))
-        self._links.discard(path)
+    def _is_ours(self, path: str) -> bool:
+        """Whether what is in `current/` is a link that we made."""
+        return read_link(self._path(CURRENT, path)) == link_target(path)
 
-    def _is_foreign(self, path: str) -> bool:
-        """Whether something in `current/` is neither a directory nor a link that we made."""
-        place = self._path(CURRENT, path)
-        if not os.path.lexists(place) or is_directory(place):
-            return False
-        return read_link(place) != link_target(path)
-
-    def _own_directory(self, relative: str) -> None:
-        """A real directory at this place, made if need be, never replaced if it is one."""
-        place = self._path(relative)
-        try:
-            mode = os.lstat(place).st_mode
-        except FileNotFoundError:
+    def _own_parents(self, top: str, paths: Iterable[str] = ()) -> None:
+        """Real directories at `top` and above the paths in it, never replaced if they are."""
+        below = {f"{top}/{parent}" for path in paths for parent in parents(path)}
+        for place in map(self._path, (top, *sorted(below))):
+            if is_directory(place):
+                continue
+            if os.path.islink(place):
+                os.unlink(place)  # Envoy's watch would stay on what is behind it
             os.mkdir(place, 0o755)
-            return
-        if stat.S_ISLNK(mode):
-            # A link cannot hold Envoy's watch: it would stay on the directory behind it.
-            os.unlink(place)
-            os.mkdir(place, 0o755)
-        elif not stat.S_ISDIR(mode):
-            raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -3455,16 +3385,14 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        for directory in sorted({parent for path in self.published for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        repaired = [path for path in self.published
-                    if read_link(self._path(CURRENT, path)) != link_target(path)]
+        self._own_parents(CURRENT, self.published)
+        repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
         for path, place in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
-            if read_link(place) != link_target(path):
+            if not self._is_ours(path):
                 foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
@@ -3477,26 +3405,6 @@ class Output:
     def _snapshots(self) -> list[str]:
         return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
 
-    def _remove_leftovers(self) -> None:
-        """At a start: half-written directories go, and all but the newest other snapshot."""
-        complete = []
-        for entry in self._snapshots():
-            place = self._path(entry)
-            if entry == self.snapshot:
-                continue
-            if is_directory(place) and version_of(self._load(entry)) == entry[2:18]:
-                complete.append((os.stat(place).st_mtime_ns, entry))
-            else:
-                remove_tree(place)
-        self._before = max(complete)[1] if complete else ""
-        self.prune()
-        if read_link(self._path(LINK)) is not None:
-            os.unlink(self._path(LINK))
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
-
 
 def link_target(path: str) -> str:
     """What `current/<path>` points to: relative, so that the directory may be mounted anywhere."""
@@ -3504,6 +3412,7 @@ def link_target(path: str) -> str:
 
 
 def read_link(place: str) -> str | None:
+    """Where a link points to; None where there is none. An error says nothing about that."""
     try:
         return os.readlink(place)
     except OSError as error:
@@ -3514,40 +3423,31 @@ def read_link(place: str) -> str | None:
 
 def is_directory(place: str) -> bool:
     """A real directory: what a link points to is not ours."""
-    return os.path.isdir(place) and not os.path.islink(place)
-
-
-def replace_link(target: str, place: str) -> None:
-    """symlink(2), over a left-over of a process that died: a fixed name must not wedge."""
     try:
-        os.symlink(target, place)
-    except FileExistsError:
-        os.unlink(place)
-        os.symlink(target, place)
+        return stat.S_ISDIR(os.lstat(place).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def unlink_if_there(place: str) -> None:
-    try:
+    """A directory that somebody else made there goes too."""
+    if is_directory(place):
+        remove_tree(place)
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(place)
-    except FileNotFoundError:
-        pass
 
 
 def linked(old: str, new: str) -> bool:
-    """link(2); False where the kernel or the file system does not let us, or `old` is gone."""
+    """link(2); False where there is none, for whatever reason: then the file is written."""
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT):
-            return False
-        raise
+    except OSError:
+        return False
     return True
 
 
-def write_file(place: str, content: bytes, mode: int, *, replace: bool = False) -> None:
+def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file; the mode is exact because the umask is 0 (see `run`)."""
-    if replace:
-        unlink_if_there(place)
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         view = memoryview(content)
@@ -3564,19 +3464,16 @@ def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     """
     try:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            os.close(number)
+            return None
+        with open(number, "rb") as stream:
+            return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None
-    status = os.fstat(number)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-        os.close(number)
-        return None
-    with open(number, "rb") as stream:
-        try:
-            return stream.read(most), stat.S_IMODE(status.st_mode)
-        except OSError:
-            return None  # not readable is as good as not there: it is written anew
+        return None  # not readable is as good as not there: it is written anew
 
 
 def holds(place: str, file: File) -> bool:
@@ -3586,29 +3483,27 @@ def holds(place: str, file: File) -> bool:
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
     """Every entry under a directory that is no directory, as (relative path, place)."""
+    if not is_directory(root):
+        return
     try:
-        with os.scandir(f"{root}/{below}" if below else root) as entries:
+        with os.scandir(f"{root}/{below}") as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return  # pruned by a loader that lives, while a preview reads
     for entry in found:
-        path = f"{below}/{entry.name}" if below else entry.name
+        path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
-            yield from walk(root, path)
+            yield from walk(root, f"{path}/")
         else:
-            yield path, entry.path
+            yield path, f"{root}/{path}"
 
 
 def make_directories(place: str) -> None:
     """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if os.path.isdir(place):
-        return
-    make_directories(os.path.dirname(place))
-    try:
-        os.mkdir(place, 0o755)
-    except FileExistsError:
-        if not os.path.isdir(place):
-            raise LoaderError(f"{place} is not a directory; give another --output-dir") from None
+    if not os.path.isdir(place):
+        make_directories(os.path.dirname(place))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place, 0o755)
 
 
 def remove_tree(place: str) -> None:
@@ -3697,6 +3592,7 @@ class Known(NamedTuple):
     moves: Mapping[str, int] = {}  # how often a file moved since
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
+    leaving: frozenset[str] = frozenset()  # published, and not desired any more
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3813,12 +3709,14 @@ def after_publication(
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
+        leaving=frozenset(after.keys() - desired.keys()),
     )
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, counts=None, moves={}, late=frozenset(), back_at=now)
+    unread = {path: state for path, state in known.states.items() if state == UNREAD}
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3898,6 +3796,8 @@ def rejected_unnamed(
         if file.kind in kinds and path not in unread:
             failing.difference_update(
                 scopes_of(file.kind, resource_names(path, file, files), look.counts))
+            if known.states.get(path) == NACKED and path not in known.acked:
+                kinds.discard(file.kind)  # this one explains it
     kinds = {kind for kind in kinds for scope in failing
              if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
     return [path for path in unread if path not in known.acked and files[path].kind in kinds]
@@ -3958,8 +3858,8 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
 
 def named_things(file: File, files: Files) -> frozenset[str]:
     """The clusters and files there are, of those that a reference names."""
-    paths = frozenset(path for path in files if names_path(file.content, path))
-    return paths | mentioned(file.content, cluster_names(files.values()))
+    return mentioned(file.content, cluster_names(files.values())) \
+        | paths_in([file.content], files.keys())
 
 
 def settled(known: Known, files: Files) -> Known:
@@ -3972,14 +3872,16 @@ def settled(known: Known, files: Files) -> Known:
 
 def retried(known: Known, desired: Files, published: Files) -> Known:
     """Without the NACKs of files that are gone, and of references for which clusters or files came
-    that they name."""
+    that they name. What is desired again leaves no more."""
     gone = [path for path, nack in known.nacks.items()
             if (path not in desired and path not in published)
             or ((file := desired.get(path)) is not None and file.digest == nack.digest
                 and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    if not gone:
+    leaving = known.leaving - desired.keys()
+    if not gone and leaving == known.leaving:
         return known
-    return known._replace(nacks={p: nack for p, nack in known.nacks.items() if p not in gone})
+    nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
+    return known._replace(nacks=nacks, leaving=leaving)
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
@@ -3990,9 +3892,11 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
 
 
 def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file, or the one before did."""
+    """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
+    only drains."""
     state = known.states.get(path)
-    return state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    return read and path not in known.leaving
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -4067,19 +3971,18 @@ class Admin(threading.Thread):
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme == "unix":
-            connection = http.client.HTTPConnection("localhost")
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(ANSWER_BOUND)
-            try:
-                connection.sock.connect(parts.path)
-            except OSError:
-                connection.sock.close()
-                raise
-            return connection
         host, port = parts.hostname or "127.0.0.1", parts.port or 80
         connection = http.client.HTTPConnection(host, port, timeout=ANSWER_BOUND)
-        connection.connect()
+        if parts.scheme != "unix":
+            connection.connect()
+            return connection
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(ANSWER_BOUND)
+        try:
+            connection.sock.connect(parts.path)
+        except OSError:
+            connection.sock.close()
+            raise
         return connection
 
     def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> None:
@@ -4098,17 +4001,13 @@ class Admin(threading.Thread):
                         self._live, self._rejected, self._reason = False, 0, ""
                         self._wake("meet", None)
                     self.ask()
-                readable = select.poll()
-                readable.register(kept.sock, select.POLLIN)
-                readable.register(self._read, select.POLLIN)
-                ready = {number for number, _ in readable.poll()}
-                if kept.sock.fileno() in ready:
+                if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
                     return
                 os.read(self._read, 4096)
                 self._wake("look", self._look())
             except (OSError, http.client.HTTPException, AdminError) as error:
-                if ended(kept.sock):
-                    return
+                if select.select([kept.sock], [], [], 0)[0]:
+                    return  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
                     time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
@@ -4190,13 +4089,6 @@ class Answering(io.RawIOBase):
         return self._sock.recv_into(buffer)
 
 
-def ended(sock: socket.socket) -> bool:
-    """Whether the other end has closed the connection."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     """Of /stats, one `name: value` a line: the counts by scope, and the other figures by name."""
     counts: dict[str, list[int]] = {}
@@ -4230,7 +4122,9 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-REMINDER = 300.0  # seconds between two lines about the same outage
+# Seconds until an outage is logged again, and lines about it until then: errors that differ each
+# time must not flood either.
+REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
 STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
@@ -4239,10 +4133,9 @@ STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 class Log:
     """One line a record to stderr, as text for people or as JSON for machines.
 
-    A record is a message, `%`-formatted with `args` only if it is written, and fields:
-    `log.info("published", version=v, files=1)`. A line is written whole, whichever thread it comes
-    from, or not at all: where nobody reads stderr, lines are dropped and counted, and the loader
-    goes on. (Not `logging`: it costs 6 ms of import, and what is needed of it are these lines.)
+    A record is a message, `%`-formatted with `args` only if it is written, and fields. A line is
+    written whole or not at all: where nobody reads stderr, lines are dropped and counted, and the
+    loader goes on. (Not `logging`: it costs 6 ms of import.)
     """
 
     def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -4253,37 +4146,31 @@ class Log:
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
-        """What --log-format and --log-level say."""
         self._form, self._level = form, LOG_LEVELS.index(level)
 
     def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: written once, and again every five minutes.
-
-        In between it is there at level debug. A new message on the same topic is written at once,
-        but not a ninth one: errors that differ each time must not flood either.
-        """
+        """A warning about something persistent: once, and again every five minutes; else debug."""
         now = self._clock()
         with self._lock:
             past = self._outages.setdefault(topic, {})
-            known = message if message in past or len(past) < 8 else max(past, key=past.__getitem__)
-            due = now - past.get(known, -REMINDER) >= REMINDER
+            for old in [old for old, at in past.items() if now - at >= REMINDER]:
+                del past[old]
+            due = message not in past and len(past) < OUTAGE_LINES
             if due:
-                past[known] = now
+                past[message] = now
         self._write("warning" if due else "debug", message, **fields)
 
-    def recovered(self, topic: str, message: str, /, **fields: object) -> None:
+    def recovered(self, topic: str, message: str) -> None:
         """The end of an outage: one line if there was one, else nothing."""
         with self._lock:
-            was_out = self._outages.pop(topic, None)
+            was_out = self._outages.pop(topic, None) is not None
         if was_out:
-            self._write("info", message, **fields)
+            self._write("info", message)
 
     def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
             return
-        values = {name: plain_value(value) for name, value in fields.items()}
-        text, now = message % args if args else message, timestamp(time.time())
-        line = log_line(self._form, now, level, text, values)
+        line = log_line(self._form, level, message % args if args else message, fields)
         poll = select.poll()
         with self._lock:
             poll.register(self._fd, select.POLLOUT)
@@ -4302,17 +4189,16 @@ class Log:
     error = functools.partialmethod(_write, "error")
 
 
-def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str, Json]) -> bytes:
+def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, the longest of its texts are cut.
-    """
-    texts = {"message": message, **fields}
+    the same as a JSON object. Where it is too long, the longest of its texts are cut."""
+    when = timestamp(time.time())
+    texts = {"message": message, **{name: plain_value(value) for name, value in fields.items()}}
     while True:
         if form == "json":
             line = json.dumps({"time": when, "level": level, **texts})
         else:
-            said = texts["message"]
-            said = said if said.isprintable() else json.dumps(said)
+            said = message if message.isprintable() else json.dumps(message)
             pairs = (f" {name}={text_value(texts[name])}" for name in fields)
             line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
@@ -4320,23 +4206,22 @@ def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str
             return encoded
         longest = max(texts, key=lambda name: len(str(texts[name])))
         texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
+        message = str(texts["message"])
 
 
 def plain_value(value: object) -> Json:
     """A number stays, a sequence is joined by commas, the rest is its str()."""
     if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
         return value  # not NaN nor infinite, which JSON does not have
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return ",".join(map(str, sorted(value) if isinstance(value, (set, frozenset)) else value))
-    return str(value)
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def text_value(value: Json) -> str:
     """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
     text = value if isinstance(value, str) else json.dumps(value)
-    if not text.isprintable():
-        return json.dumps(text)
-    return json.dumps(text, ensure_ascii=False) if not text or re.search(r'[\s"=]', text) else text
+    if text.isprintable() and re.fullmatch(r'[^\s"=]+', text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def timestamp(now: float) -> str:
@@ -4386,12 +4271,13 @@ METRICS = (
     Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_start_time_seconds", "gauge", "When the process started."),
-    Metric("process_open_fds", "gauge", "Open file descriptors."),
 )
 # fmt: on
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BUCKET_TEXTS = {bound: f'_bucket{{le="{bound}"}}' for bound in BUCKETS}
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = tuple[str, ...]
 
@@ -4399,91 +4285,72 @@ Labels = tuple[str, ...]
 class Metrics:
     """The values of METRICS, to be recorded from any thread in about a microsecond.
 
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError.
+    Labels are a tuple of values in the order declared. An undeclared name is a KeyError. A series
+    is held by what stands between the name and the value in the output.
     """
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._series: dict[str, dict[Labels, float]] = {
-            metric.name: {(): 0.0} if metric.type == "counter" and not metric.labels else {}
-            for metric in METRICS
-        }
-        # of a histogram: a count for each bucket, one for what lies beyond, and the sum
-        self._histograms = {
-            metric.name: [0.0] * (len(BUCKETS) + 2)
-            for metric in METRICS
-            if metric.type == "histogram"
-        }
+        self._labels = {metric.name: metric.labels for metric in METRICS}
+        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
+        for name, kind, _, labels in METRICS:
+            if kind == "histogram":
+                suffixes = (*BUCKET_TEXTS.values(), '_bucket{le="+Inf"}', "_sum", "_count")
+                self._series[name] = dict.fromkeys(suffixes, 0.0)
+            elif kind == "counter" and not labels:
+                self.add(name, by=0)
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
-            series = self._series[name]
-            series[labels] = series.get(labels, 0.0) + by
+            series, suffix = self._series[name], self._suffix(name, labels)
+            series[suffix] = series.get(suffix, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
-        """Set a gauge."""
         with self._lock:
-            self._series[name][labels] = value
+            self._series[name][self._suffix(name, labels)] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
         with self._lock:
-            self._series[name] = dict(series)
+            self._series[name] = {self._suffix(name, labels): series[labels] for labels in series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
         with self._lock:
-            histogram = self._histograms[name]
-            histogram[bisect_left(BUCKETS, seconds)] += 1
-            histogram[-1] += seconds
+            series = self._series[name]
+            for bound, text in BUCKET_TEXTS.items():
+                series[text] += seconds <= bound
+            series["_sum"] += seconds
+            series["_count"] += 1
+            series['_bucket{le="+Inf"}'] += 1
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        for name, value in process_figures().items():
-            self.set(name, value)
+        times = os.times()
+        self.set("process_cpu_seconds_total", round(times.user + times.system, 2))
+        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
-            series = {name: sorted(values.items()) for name, values in self._series.items()}
-            histograms = {name: tuple(values) for name, values in self._histograms.items()}
+            held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, labels in METRICS:
+        for name, kind, text, _ in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for values, value in series[name]:
-                lines.append(f"{name}{label_text(labels, values)} {value:.15g}")
-            if kind == "histogram":
-                *counts, total = histograms[name]
-                counts = [*itertools.accumulate(counts)]
-                for bound, count in zip((*BUCKETS, "+Inf"), counts, strict=True):
-                    lines.append(f'{name}_bucket{{le="{bound}"}} {count:.15g}')
-                lines += [f"{name}_sum {total:.15g}", f"{name}_count {counts[-1]:.15g}"]
+            rows = held[name] if kind == "histogram" else sorted(held[name])
+            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+
+    def _suffix(self, name: str, values: Labels) -> str:
+        """`{code="200",verb="list"}`, "" without labels."""
+        names = self._labels[name]
+        pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
+        return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
-
-
-def label_text(names: Labels, values: Labels) -> str:
-    """`{code="200",verb="list"}`, "" without labels."""
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = (f'{n}="{v.translate(escapes)}"' for n, v in zip(names, values, strict=True))
-    return "{" + ",".join(pairs) + "}" if names else ""
-
-
-def process_figures() -> dict[str, float]:
-    """What this process uses now, under the names that every Prometheus client gives it."""
-    times = os.times()
-    figures = {"process_cpu_seconds_total": round(times.user + times.system, 2)}
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            pages = int(file.read().split()[1])
-        figures["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # less this listing
-    except OSError:  # not Linux, or out of descriptors
-        pass
-    return figures
-
 
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
@@ -4492,11 +4359,8 @@ def process_figures() -> dict[str, float]:
 # for the loop nor the loop for it; and only names and figures: never the content of a file, nor
 # Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 32  # each has a thread
+CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-# The same while all threads are busy: a probe waits for 1 s, and with a full backlog of silent
-# clients before it (128) it is answered after 128 / 32 * 0.05 s.
-CROWDED_TIME = 0.05
 TICK = 0.2  # seconds between two looks for connections past their time
 HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used for so many times as long as it took to make, so
@@ -4519,8 +4383,8 @@ class Status(NamedTuple):
 
     def paths(self, state: str) -> list[str]:
         """The files in this state; one that has none is unknown."""
-        known = dict.fromkeys(self.files, "unknown") if state == "unknown" else {}
-        return sorted(path for path, its in {**known, **self.states}.items() if its == state)
+        states = {**dict.fromkeys(self.files, "unknown"), **self.states}
+        return sorted(path for path, its in states.items() if its == state)
 
 
 Answer = tuple[int, str, bytes]
@@ -4532,9 +4396,9 @@ def text_answer(code: int, *lines: str) -> Answer:
     return code, "text/plain; charset=utf-8", body
 
 
-def health_answer(status: Status, now: float) -> Answer:
-    """/healthz: 200 while the loop turns. `now` is monotonic."""
-    age, bound = now - status.last_turn, status.turn_bound
+def health_answer(status: Status) -> Answer:
+    """/healthz: 200 while the loop turns."""
+    age, bound = time.monotonic() - status.last_turn, status.turn_bound
     if age <= bound:
         return text_answer(200, "ok")
     return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
@@ -4548,9 +4412,8 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     """
     ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
     lines = [ready if status.version else "no snapshot yet"]
-    lines += [f"missing: {name}" for name in status.missing]
-    lines += [f"stale: {name}" for name in status.stale]
-    lines += [f"nacked: {name}" for name in status.paths("nacked")]
+    named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
+    lines += [f"{what}: {name}" for what, names in named.items() for name in names]
     return text_answer(200 if status.version and started else 503, *lines)
 
 
@@ -4585,149 +4448,119 @@ def listen_address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
+class Client(NamedTuple):
+    """A connection: when it is closed at the latest, and what is left to do."""
+
+    socket: socket.socket
+    end: float
+    talk: Iterator[int]
+
+
 class Listener:
-    """The server of --listen. The loop replaces `status`; all else belongs to its threads."""
+    """The server of --listen. The loop replaces `status`; all else belongs to one thread, which
+    waits for no client."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         """Bind and serve. Raises LoaderError: an address in use ends the loader at its start."""
         self.status = Status({}, last_turn=time.monotonic())
-        self._recorded = recorded
-        self._rendering = threading.Lock()
-        self._kept: dict[str, tuple[Status, float, Answer]] = {}  # path -> of, good until, answer
-        self._server = probe_server(listening_socket(host, port), self.answer)
-        self.port: int = self._server.socket.getsockname()[1]
-        serve = threading.Thread(target=self._server.serve_forever, args=(TICK,), daemon=True)
-        serve.start()
+        self.clients: dict[int, Client] = {}  # by descriptor, oldest first
+        self._recorded, self._stopped = recorded, False
+        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
+        self._socket, self._poll = listening_socket(host, port), select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        """Close everything."""
+        self._stopped = True
         with contextlib.suppress(OSError):  # stopped before
-            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._server.shutdown()
-        self._server.server_close()
-        self._server.drop(0.0)
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
 
-    def answer(self, path: str) -> Answer | None:
-        """What is served there, None where there is nothing."""
+    def _serve(self) -> None:
+        while not self._stopped:
+            for number, _ in self._poll.poll(TICK * 1000):
+                if number not in self.clients:
+                    self._accept()
+                    continue
+                try:
+                    self._poll.modify(number, next(self.clients[number].talk))
+                except (StopIteration, OSError):
+                    self._close(number)
+            now, crowd = time.monotonic(), len(self.clients) - CONNECTIONS_MAX
+            for place, (number, client) in enumerate([*self.clients.items()]):
+                if place < crowd or client.end < now:
+                    self._close(number)
+        for number in [*self.clients]:
+            self._close(number)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._socket.accept()
+        except OSError:  # no descriptor is left: not to spin
+            time.sleep(0.01)
+            return
+        client.setblocking(False)
+        talk = self._talk(client)
+        self._poll.register(client, next(talk))
+        self.clients[client.fileno()] = Client(client, time.monotonic() + CONNECTION_TIME, talk)
+
+    def _close(self, number: int) -> None:
+        self._poll.unregister(number)
+        self.clients.pop(number).socket.close()
+
+    def _talk(self, client: socket.socket) -> Iterator[int]:
+        """One request and its answer; it yields what it waits for."""
+        head, block = b"", b"-"
+        while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
+            yield select.POLLIN
+            block = client.recv(HEAD_MAX - len(head))
+            head += block
+        words = head.partition(b"\n")[0].decode("latin-1").split()
+        if len(words) == 3 and words[0] == "GET" and words[2].startswith("HTTP/1."):
+            code, form, body = self.answer(words[1].partition("?")[0])
+        else:
+            code, form, body = text_answer(400, "not a GET of HTTP/1.1")
+        fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+        line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
+        left = memoryview((line + fields).encode() + body)
+        while left:
+            yield select.POLLOUT
+            left = left[client.send(left) :]
+
+    def answer(self, path: str) -> Answer:
+        """What is served there."""
+        status, began = self.status, time.monotonic()
         if path == "/healthz":
-            return health_answer(self.status, time.monotonic())
-        if path == "/readyz":
-            return ready_answer(self.status)
-        if path == "/startz":
-            return ready_answer(self.status, started=self.status.started)
+            return health_answer(status)
+        if path in ("/readyz", "/startz"):
+            return ready_answer(status, started=path == "/readyz" or status.started)
         if path not in ("/metrics", "/snapshot"):
-            return None
-        with self._rendering:
-            status, began = self.status, time.monotonic()
-            of, until, kept = self._kept.get(path, (None, 0.0, None))
-            if kept and (began < until or (path == "/snapshot" and of is status)):
-                return kept
-            if path == "/snapshot":
-                kept = snapshot_answer(status)
-            else:
-                kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-            now = time.monotonic()
-            self._kept[path] = status, now + REUSED * (now - began), kept
+            return text_answer(404, "not found")
+        until, kept = self._kept.get(path, (0.0, None))
+        if kept and began < until:
             return kept
+        if path == "/snapshot":
+            kept = snapshot_answer(status)
+        else:
+            kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+        now = time.monotonic()
+        self._kept[path] = now + REUSED * (now - began), kept
+        return kept
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; "" is every address, of IPv6 too if there is any."""
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        if not host and socket.has_dualstack_ipv6():
-            address, family, both = ("", port), socket.AF_INET6, True
-        else:
-            found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-            address, family, both = (host, port), found[0][0], False
-        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=both)
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = why(error).partition(" (while")[0]
         where = f"{host or '*'} port {port}"
         raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
-
-
-def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -> Any:
-    """A server of these answers, with a thread for each connection.
-
-    Made in a function, because http.server takes 15 ms to import and only --listen needs it.
-    """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
-        server_version, sys_version = "xds-loader", ""
-        error_content_type, error_message_format = "text/plain", "%(code)d %(explain)s\n"
-
-        def setup(self) -> None:
-            """Of a request no more than HEAD_MAX is read; http.server would read 6 MB."""
-            super().setup()
-            self.rfile.close()
-            head = block = self.request.recv(HEAD_MAX)
-            while block and not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
-                block = self.request.recv(HEAD_MAX - len(head))
-                head += block
-            self.rfile = io.BytesIO(head)
-
-        def do_GET(self) -> None:
-            found = answer(self.path.partition("?")[0])
-            if found is None:
-                self.send_error(404)
-                return
-            code, content_type, body = found
-            self.send_response(code)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Not a line a request."""
-
-    class Server(ThreadingHTTPServer):
-        def __init__(self) -> None:
-            super().__init__(("", 0), Handler, bind_and_activate=False)
-            self.socket.close()
-            self.socket = bound
-            self.room = threading.Semaphore(CONNECTIONS_MAX)
-            self.since: dict[Any, float] = {}  # when each connection was accepted
-
-        def drop(self, age: float) -> None:
-            """Shut connections of this age or more: their threads, which read or write, end."""
-            for request, since in list(self.since.items()):
-                if time.monotonic() - since >= age:
-                    with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RDWR)
-
-        def service_actions(self) -> None:
-            self.drop(CONNECTION_TIME)
-
-        def get_request(self) -> Any:
-            try:
-                return super().get_request()
-            except OSError:  # no descriptor is left: not to spin
-                time.sleep(0.01)
-                raise
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            """A crowd makes room by those that dawdle."""
-            while not self.room.acquire(timeout=CROWDED_TIME):
-                self.drop(CROWDED_TIME)
-            self.since[request] = time.monotonic()
-            super().process_request(request, client_address)
-
-        def shutdown_request(self, request: Any) -> None:
-            """The end of every connection."""
-            super().shutdown_request(request)
-            if self.since.pop(request, None) is not None:
-                self.room.release()
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that went away."""
-            log.debug("a probe failed: %s", why(sys.exception() or Exception()))
-
-    return Server()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4826,6 +4659,8 @@ class Loop:
         self._look_at, self._look_pause = 0.0, LOOK_FIRST
         self._silent_since = 0.0
         self._look = Look()
+        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self._unsaved = False  # something that a restart is to know
         self._started = False
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
@@ -4901,24 +4736,19 @@ class Loop:
         times = [self._look_at, self._asked.until if self._asked else self._step_at]
         times.append(self._retry_at or until)
         self._newest = 0.0
-        wake = self._next(min(each for each in times if each) - time.monotonic())
+        self._take_all(min(each for each in times if each) - time.monotonic())
+        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
+            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
+            while time.monotonic() < end and self._take_all(DEBOUNCE_QUIET):
+                pass
+
+    def _take_all(self, seconds: float) -> bool:
+        """Take in whatever happens within so many seconds, and all else that is there by then."""
+        first = wake = self.wakes.get(0.0 if self.stopping else seconds)
         while wake is not None:
             self._take(wake)
-            wake = self._next(0.0)
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
-            self._gather()
-
-    def _next(self, seconds: float) -> Wake | None:
-        return self.wakes.get(0.0 if self.stopping else seconds)
-
-    def _gather(self) -> None:
-        """Take in what belongs to a burst."""
-        end = time.monotonic() + DEBOUNCE_GATHER
-        while not self.stopping and (left := end - time.monotonic()) > 0:
-            wake = self._next(min(left, DEBOUNCE_QUIET))
-            if wake is None:
-                return
-            self._take(wake)
+            wake = self.wakes.get(0.0)
+        return first is not None
 
     def _take(self, wake: Wake) -> None:
         """Take in what happened; nothing is published here."""
@@ -4963,11 +4793,16 @@ class Loop:
                 self._retry_at = 0.0
             if not self._once and now >= self._check_at:
                 self._check_disk()
+            if self._mixed:
+                self.output.notify_again(self._mixed)
+                self._mixed = ()
+            if self._unsaved:
+                self._remember()
             while self._asked is None and not self.stopping and self._advance():
                 pass
             self._failures = 0
         except OSError as error:
-            if self._once or not self.output.is_there():
+            if self._once:
                 raise
             delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
             self._failures += 1
@@ -5060,6 +4895,7 @@ class Loop:
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
+            self.output.keep_acked(self.known.acked, files)
             paths = self.output.publish(files, again)
         finally:
             if self.output.published is not before or again:
@@ -5091,18 +4927,11 @@ class Loop:
         self.output.prune()
 
     def _remember(self) -> None:
-        """What a restart is to know, and the ACKed bytes that may be rolled back to. What cannot be
-        written is no reason for a sidecar to end: it is tried again with the next change."""
-        try:
-            self.output.keep_acked(self.known.acked)
-            self.output.remember(state_of(self.known))
-        except OSError as error:
-            if self._once or not self.output.is_there():
-                raise
-            metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("state", f"what a restart is to know is not written: {why(error)}")
-        else:
-            log.recovered("state", "what a restart is to know is written again")
+        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self._unsaved = True
+        self.output.keep_acked(self.known.acked, self.output.published)
+        self.output.remember(state_of(self.known))
+        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -5158,19 +4987,17 @@ class Loop:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome.nacks)
-        if outcome.mixed:
-            self.output.notify_again(outcome.mixed)
+        self._mixed += outcome.mixed
         self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
                               f"unknown: {look.hidden}"] if outcome.hidden else [])
-        if look.live and not self._started:
+        if look.live and files and not self._started:
             self._started = all(
                 self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
                 for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self._asked is not None and (outcome.nacks or not waiting):
             self._end_asking("")  # a rollback does not wait for the other files
-        if outcome.acks or outcome.nacks:
-            self._remember()
+        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
     def _plan_look(self, now: float, waiting: bool) -> None:
@@ -5246,8 +5073,10 @@ class Loop:
             place = f"{self.output.root}/{self.output.staged}"
             threading.Thread(target=self._run_check, args=(command, place, version),
                              name="check", daemon=True).start()
-        elif checked == version and refusal and self._once:
-            raise LoaderError(refusal)
+        elif checked == version and refusal:
+            self.output.prune()  # what was staged for the check
+            if self._once:
+                raise LoaderError(refusal)
         return {**base, **fresh} if base else None
 
     def _run_check(self, command: Sequence[str], place: str, version: str) -> None:
@@ -5538,48 +5367,54 @@ def read_config(path: str) -> Config:
 # -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
 
 
+def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser of the texts that a pattern matches as a whole."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"is not {what}")
+        return value(text)
+
+    return parse
+
+
+def one_of(words: str) -> Callable[[str], Any]:
+    return matching(words, f"one of {words.replace('|', ', ')}")
+
+
+NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
+NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
+namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
+any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
+go_bool = matching(
+    "1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false", lambda text: text[0] in "1tT"
+)
+file_mode = matching(
+    "(0o)?0?[4-7][0-7]{2}", "a file mode that lets the owner read, such as 0600 or 0640",
+    lambda text: int(text.removeprefix("0o"), 8),
+)  # fmt: skip
+gone = matching(
+    "false", "supported any more; split traffic with weights in an RDS file, or by the annotation "
+    "xds-loader/weight with --services",
+)  # fmt: skip
+
+
 def go_duration(text: str) -> float:
     """Seconds of a duration as Go writes it: `1m0s`, `250ms`, `1.5h`, `0`."""
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
-    if not re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
-        raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
-    seconds = float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
-    if seconds > 9e9:
-        raise ValueError("is longer than Go's longest, 2562047h")
-    return seconds
+    if re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
+        seconds = sum(float(number) * units[unit] for number, unit in re.findall(part, text))
+        if seconds < 9e9:  # Go's longest
+            return float(seconds)
+    raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def go_bool(text: str) -> bool:
-    if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
-        raise ValueError("is neither true nor false")
-    return text[0] in "1tT"
-
-
-def object_name(text: str) -> str:
-    if not re.fullmatch(OBJECT_NAME, text):
-        raise ValueError("is not a valid Kubernetes name (lower case letters, digits, '-')")
-    return text
-
-
-def namespace_name(text: str) -> str:
-    if "." in text or len(text) > 63:
-        raise ValueError("is not a valid namespace (at most 63 lower case letters, digits, '-')")
-    return object_name(text)
-
-
-def any_namespace(text: str) -> str:
-    return text if text == "*" else namespace_name(text)
-
-
-def named(kind: str, text: str, directory: str = "") -> Named:
+def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
-
-
-def named_secret(text: str) -> Named:
-    return named("secret", text)
 
 
 def named_configmap(text: str) -> Named:
@@ -5588,7 +5423,7 @@ def named_configmap(text: str) -> Named:
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named("configmap", name, directory)
+    return named_secret(name, "configmap", directory)
 
 
 def label_selector(text: str) -> str:
@@ -5616,44 +5451,19 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
 
 def admin_url(text: str) -> str:
     """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    path = text.removeprefix("unix:")
-    if path == text:
+    if not text.startswith("unix:"):
         return http_url(text, ["http"])
-    if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
+    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
         raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
     return text
-
-
-def file_mode(text: str) -> int:
-    if not re.fullmatch("(0o)?0?[4-7][0-7]{2}", text):
-        raise ValueError("is not a file mode that lets the owner read, such as 0600 or 0640")
-    return int(text.removeprefix("0o"), 8)
 
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
 
-    words = tuple(shlex.split(text))
-    if not words:
-        raise ValueError("is empty")
-    return words
-
-
-def one_of(words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words.split("|"):
-            raise ValueError(f"is not one of {words.replace('|', ', ')}")
-        return text
-
-    return parse
-
-
-def gone(text: str) -> str:
-    """An option of the predecessor, `-smi=false` excepted."""
-    if text == "false":
-        return text
-    raise ValueError("is not supported any more; split traffic with weights in an RDS file, or by "
-                     "the annotation xds-loader/weight with --services")  # fmt: skip
+    if words := tuple(shlex.split(text)):
+        return words
+    raise ValueError("is empty")
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -5665,8 +5475,8 @@ class Option(NamedTuple):
     name: str
     parse: Callable[[str], Any]
     metavar: str  # "" of a switch
-    default: str
     help: str
+    default: str = ""
     repeats: bool = False
 
     @property
@@ -5677,69 +5487,69 @@ class Option(NamedTuple):
 # fmt: off
 SECTIONS = {
     "What to load": (
-        Option("configmap", named_configmap, "[NS/]NAME[:DIR]", "",
-               "a ConfigMap: each key is a file (in DIR), its value the content", True),
-        Option("configmap-selector", label_selector, "SEL", "",
+        Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
+               "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
+        Option("configmap-selector", label_selector, "SEL",
                "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "", "render clusters, endpoints and routes of "
+        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
                "the Services that match a label selector ('*' or '': all of them)"),
-        Option("services-namespace", any_namespace, "NS", "--namespace",
-               "where these Services are; '*' for all namespaces", True),
-        Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
-        Option("namespace", namespace_name, "NS", "$NS, $POD_NAMESPACE, the service account's, "
-               "'default'", "the namespace of what is named without one"),
+        Option("services-namespace", any_namespace, "NS",
+               "where these Services are; '*' for all namespaces", "--namespace", True),
+        Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
+        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
+               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "the pod's own, else https://kubernetes",
-               "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token", "bearer token, read again "
-               "for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt", "CA of the API server"),
-        Option("client-cert", str, "FILE", "", "client certificate for the API server"),
-        Option("client-key", str, "FILE", "", "its private key"),
-        Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "", "objects from `kubectl get ... -o json` instead of an "
-               "API server; read again every interval ('-': standard input, with --onetime)"),
+        Option("apiserver", http_url, "URL", "the Kubernetes API server",
+               "the pod's own, else https://kubernetes"),
+        Option("token-file", str, "FILE", "bearer token, read again for each request",
+               f"{SERVICE_ACCOUNT}/token"),
+        Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
+        Option("client-cert", str, "FILE", "client certificate for the API server"),
+        Option("client-key", str, "FILE", "its private key"),
+        Option("insecure", go_bool, "", "do not verify the API server's certificate"),
+        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
+               "server; read again every interval ('-': standard input, with --onetime)"),
     ),
     "How Services are rendered": (
-        Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns", "auto",
-               "where endpoints live"),
-        Option("format", one_of("yaml|json"), "yaml|json", "yaml", "of rendered files"),
+        Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
+        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns",
+               "where endpoints live", "auto"),
+        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
-        Option("output-dir", str, "DIR", "/srv/runtime", "where the files are published"),
-        Option("onetime", go_bool, "", "", "publish one snapshot and exit (init container)"),
-        Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D", "1m0s", "between two polls; in watch mode "
-               "between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s", "how long --onetime waits for the sources to "
-               "exist and the API server to answer"),
-        Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
-        Option("diff", go_bool, "", "", "with --dry-run: a diff against what is published"),
-        Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
+        Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
+        Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
+        Option("watch", go_bool, "", "watch for changes instead of polling"),
+        Option("sync-interval", go_duration, "D",
+               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
+               "the API server to answer", "0s"),
+        Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
+        Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
+        Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "", "http://127.0.0.1:9901 or unix:/path: ask "
+        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "100ms", "pause between ordered steps; beside "
-               "--envoy-admin only where it is given"),
-        Option("check-cmd", shell_words, "CMD", "", "run on the staged files ('{dir}'), 30 s at "
+        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
+               "--envoy-admin only where it is given", "100ms"),
+        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "", "serve /healthz, /readyz, /startz, "
-               "/metrics and /snapshot"),
-        Option("log-format", one_of("text|json"), "text|json", "text", "of standard error"),
-        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS), "info", "the least "
-               "that is logged"),
-        Option("version", go_bool, "", "", "print the version and exit"),
-        Option("help", go_bool, "", "", "print this and exit (also -h)"),
+        Option("listen", listen_address, "[ADDR]:PORT",
+               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
+        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS),
+               "the least that is logged", "info"),
+        Option("version", go_bool, "", "print the version and exit"),
+        Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
     "Of the predecessor": (
-        Option("trafficsplit-api-version", str, "V", "", "accepted and ignored, with a warning"),
-        Option("smi", gone, "", "", "not supported any more: use weights by annotation"),
-        Option("trafficsplit", gone, "NAME", "", "not supported any more, too"),
+        Option("trafficsplit-api-version", str, "V", "accepted and ignored, with a warning"),
+        Option("smi", gone, "", "not supported any more: use weights by annotation"),
+        Option("trafficsplit", gone, "NAME", "not supported any more, too"),
     ),
 }
 # fmt: on
@@ -5793,11 +5603,7 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
         option = known.get("help" if name == "h" else name)
         if option is None:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean --{near[0]}?)" if near else ""
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
+            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
         if not equals:
             following = next(rest, None) if option.metavar else "true"
             if following is None:
@@ -5815,9 +5621,8 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
-    words = command_line_words(argv)
     values: dict[str, Any] = {}
     for option in OPTIONS:
         where, texts = f"--{option.name}", words.get(option.name, [])
@@ -5833,33 +5638,29 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(argv, environ)
+    values = parsed(command_line_words(argv), environ)
     check_combination(values)
     warnings = []
     if "trafficsplit_api_version" in values:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
-    links = {name for name in environ if re.fullmatch(SERVICE_LINK, name)}
-    ours = {name for name in environ if name.startswith("XDS_LOADER_")}
-    if unknown := sorted(ours - known - links):
+    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
+    if unknown:
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
     namespace = values.get("namespace") or default_namespace(environ)
-    from_file = bool(values.get("from_file"))
     for kind in ("configmap", "secret"):
-        values[kind] = tuple(
-            each._replace(namespace=each.namespace or namespace) for each in values.get(kind, ())
-        )
+        named = values.get(kind, ())
+        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
+    from_file = bool(values.get("from_file"))
     access = Access(
         values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
         values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
         values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
-        values.get("client_cert", ""),
-        values.get("client_key", ""),
-        values.get("insecure", False),
+        **{name: values[name] for name in Access._fields[3:] if name in values},
     )
     once = values.get("onetime") or values.get("dry_run")
-    watch = values.get("watch") and not from_file
-    mode = "once" if once else "watch" if watch else "poll"
+    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
     given = {name: value for name, value in values.items() if name in Options._fields}
     given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
     return Options(**given, node_name=environ.get("NODE_NAME", ""))
@@ -5892,7 +5693,7 @@ def default_namespace(environ: Mapping[str, str]) -> str:
             return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return namespace_name(stream.read(1000).decode().strip())
+            return str(namespace_name(stream.read(1000).decode().strip()))
     except (OSError, ValueError):
         return "default"
 
@@ -5950,38 +5751,23 @@ def run(options: Options) -> int:
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if options.services is not None and config.prefer_zone is True and not options.node_name:
-        raise UsageError(f"--config {options.config}: $.endpoint.prefer_zone: true needs the own "
-                         "Node's name in $NODE_NAME")  # fmt: skip
+        raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
     os.umask(0)  # modes are as stated, whatever the umask was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
-def own_standard_streams() -> None:
-    """Where a standard stream is closed, none of our files may take its number."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
-    own_standard_streams()
     try:
         words = command_line_words(arguments)
-        if words.get("help", ["false"])[-1] != "false":
-            print_out([help_text().encode()])
-            return 0
-        if words.get("version", ["false"])[-1] != "false":
-            print_out([f"envoy-xds-configmap-loader {__version__}\n".encode()])
-            return 0
+        for name in ("help", "version"):
+            if words.get(name, ["false"])[-1] != "false":
+                version = f"envoy-xds-configmap-loader {__version__}\n"
+                print_out([(version if name == "version" else help_text()).encode()])
+                return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)

@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from bench import machine
 from tests.support.apiserver import ApiServer, Request
+from tests.support.closing import Closing
 from tests.support.disk import IN_MOVED_TO, Inotify
 from tests.support.loader import environment
 from tests.support.tls import Authority
@@ -91,7 +91,7 @@ def content(number: int, size: int = 4096) -> str:
     return text + f"# {PAGE}" * lines
 
 
-class Stage:
+class Stage(Closing):
     """An API server over TLS, a byte-compiled loader, a directory for everybody's files."""
 
     def __init__(self, root: Path) -> None:
@@ -110,15 +110,7 @@ class Stage:
         )
         self._numbers = itertools.count(1)
 
-    def __enter__(self) -> Stage:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.api.close()
 
     def directory(self, kind: str) -> Path:
@@ -207,12 +199,7 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         children = machine.family(self.process.pid)[1:]
         self.process.terminate()
         for child in children:

@@ -26,6 +26,7 @@ from tests.support.envoy import (
 )
 from tests.support.load import Poller
 from tests.support.loader import wait_until
+from tests.support.long import times
 from tests.support.stage import Stage, routes
 from tests.support.steady import Upstreams
 
@@ -212,14 +213,14 @@ def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> No
     assert stage.asked("/readyz")[0] == 200
 
     # It is not tried again while other things change.
-    refused = sum(map(int, stage.envoy.stats(COUNTS).values()))
+    rejected = sum(map(int, stage.envoy.stats(COUNTS).values()))
     other = "eds-e.yaml" if bad.path != "eds-e.yaml" else "rds.yaml"
     fresh = {"eds-e.yaml": stage.endpoints(2), "rds.yaml": rds()(stage, "v2")}[other]
     stage.patch({other: fresh})
     stage.await_files({**good, other: fresh})
     now = ("v0", "v2" if other == "eds-e.yaml" else "v1", "v0")
     stage.await_served(*now)
-    assert sum(map(int, stage.envoy.stats(COUNTS).values())) == refused
+    assert sum(map(int, stage.envoy.stats(COUNTS).values())) == rejected
     assert stage.log.count_log("Envoy NACKed") == 1, stage.log.log
 
     # Mixed with a good change, in one go: the good one is served.
@@ -244,16 +245,51 @@ def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> No
     wait_converged(stage.out)
 
 
+@pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
+def test_the_oldest_envoy_tells_the_same(
+    watched: bool, api: ApiServer, out: Path, upstreams: Upstreams, envoy_binary: str
+) -> None:
+    """Of each kind a file that it rejects, then a change of all steps, with a killed Envoy."""
+    out.mkdir()
+    with Stage(api, out, upstreams, watched=watched, binary=envoy_binary) as stage:
+        stage.start()
+        for row in ("cds: one bad cluster", "rds: a host twice", "eds: empty", "lds: bad yaml"):
+            bad = TABLE[row]
+            stage.patch({bad.path: bad.content(stage, "bad")})
+            stage.log.wait_log(f"ERROR Envoy NACKed {bad.path}")
+            stage.await_files(stage.files())
+            stage.patch({bad.path: stage.files()[bad.path]})
+            stage.await_acked()
+        new = eds_cluster("n", stage.source("eds-n.yaml"))
+        port = stage.upstreams.ports[2]
+        with Poller(f"http://127.0.0.1:{stage.port}/e", interval=0.0) as poller:
+            poller.wait_body("v1")
+            stage.patch({
+                "cds.yaml": response("cluster", stage.cluster_a(), new, version="n"),
+                "eds-n.yaml": response("assignment", assignment("n", port)),
+                "rds.yaml": response("routes", routes({"/": "a", "/e": "n"}), version="n"),
+                "eds-e.yaml": None,
+            })  # fmt: skip
+            wait_until(lambda: stage.read("eds-e.yaml") is None)
+            poller.wait_body("v2")
+            assert not poller.failed
+        for step in STEPS[1:]:
+            stage.log.wait_log(f"step={step} .*ack=yes")
+        stage.envoy.restart(kill=True)
+        stage.await_acked()
+        stage.await_served("v0", "v2", "v0")
+
+
 # ---------------------------------------------------------------------------------------------
-# What a refusal holds back, and what it does not
+# What a NACK holds back, and what it does not
 
 
 def more_clusters(stage: Stage, *extra: dict[str, object], mark: str) -> str:
     return response("cluster", stage.cluster_a(), stage.cluster_e(), *extra, version=mark)
 
 
-def test_what_needs_the_refused_file_waits_with_it(stage: Stage) -> None:
-    """A route to a cluster that only the refused CDS has, while endpoints go on; later it comes."""
+def test_what_needs_the_nacked_file_waits_with_it(stage: Stage) -> None:
+    """A route to a cluster that only the NACKed CDS has, while endpoints go on; later it comes."""
     stage.start()
     good = stage.files()
     bad = cluster("n", stage.upstreams.ports[2], lb_policy="CLUSTER_PROVIDED")
@@ -296,7 +332,7 @@ def test_endpoints_stay_fresh_while_a_route_file_is_broken(stage: Stage) -> None
     assert stage.log.count_log("Envoy NACKed") == 1
 
 
-def test_what_needs_a_new_child_that_is_refused_waits(stage: Stage) -> None:
+def test_what_needs_a_new_child_that_is_nacked_waits(stage: Stage) -> None:
     """A new EDS file with two resources: no route goes to its cluster, which has no endpoint."""
     stage.start()
     good = stage.files()
@@ -329,7 +365,7 @@ def test_unknown_fields_are_taken_and_warned_about(stage: Stage) -> None:
     assert stage.log.count_log("NACKed") == 0
 
 
-def test_a_refused_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> None:
+def test_a_nacked_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> None:
     stage.start()
     stage.patch({"rds.yaml": "resources: {"})
     stage.log.wait_log("Envoy NACKed rds.yaml")
@@ -344,7 +380,7 @@ def test_a_refused_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> 
 
 
 @pytest.mark.parametrize("signal", ["kill", "stop"])
-def test_a_loader_that_starts_again_does_not_try_refused_bytes(signal: str, stage: Stage) -> None:
+def test_a_loader_that_starts_again_does_not_try_nacked_bytes(signal: str, stage: Stage) -> None:
     stage.start()
     good = stage.files()
     bad = rds(virtual_hosts=hosts("x", "x"))(stage, "bad")
@@ -415,7 +451,7 @@ def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Sta
 
 
 def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
-    """0.4 s for each answer: steps are late by as much, in order, confirmed; refusals are seen."""
+    """0.4 s for each answer: steps are late by as much, in order, ACKed; NACKs are seen."""
     slow = Relay(stage.admin_url, 0.4)
     try:
         stage.start(admin=slow.url)
@@ -438,7 +474,7 @@ def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
         slow.close()
 
 
-def test_an_admin_interface_that_comes_late_confirms_what_stands(stage: Stage) -> None:
+def test_an_admin_interface_that_comes_late_is_asked_about_what_is_published(stage: Stage) -> None:
     stage.start(admin=stage.admin_url)
     stage.await_acked()
     stage.envoy.stop(kill=True)
@@ -574,10 +610,18 @@ def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Up
 # All of it at once
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: Stage) -> None:
+@pytest.mark.parametrize("seed", range(1, 1 + times(2, long=12)))
+@pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
+def test_no_request_is_lost_over_random_good_and_bad_changes(
+    watched: bool, seed: int, api: ApiServer, out: Path, upstreams: Upstreams
+) -> None:
     """Up to two bad files and good ones in each change, most of them before the last is settled."""
-    rng = random.Random(seed)
+    out.mkdir()
+    with Stage(api, out, upstreams, watched=watched) as stage:
+        good_and_bad(random.Random(seed), stage)
+
+
+def good_and_bad(rng: random.Random, stage: Stage) -> None:
     stage.start()
     first, rest = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{stage.extra_port}"
     with Poller(f"{first}/") as one, Poller(f"{first}/e") as two, Poller(f"{rest}/") as three:

@@ -19,6 +19,7 @@ import yaml
 
 from tests.support.backend import Backends
 from tests.support.chart_docs import CHART
+from tests.support.envoy import inotify_instances
 from tests.support.loader import run, wait_until
 from tests.support.manifests import Object, Release, command, containers, load_values, render
 from tests.support.pod import Pod
@@ -276,6 +277,17 @@ def test_what_a_tenant_tries_changes_nothing_for_others(
             assert len(lines) < 20
             assert max(map(len, lines)) < 1000
             assert states(pod) <= {"acked", "unread"}
+
+
+def test_the_budget_of_the_values_is_that_of_the_pod(tmp_path: Path, authority: Authority) -> None:
+    values = {"services": {"enabled": True, "selector": "edge=public", "edsBudget": 4}}
+    pod = Pod(render(values), tmp_path, authority)
+    for number in range(10):
+        expose(pod, "shop", f"web-{number}", {"http": 9})
+    with pod:
+        assert pod.envoy is not None
+        wait_until(lambda: "shop/web-9/http" in pod.admin("/clusters").body)
+        assert inotify_instances(pod.envoy.pid) == 4 + 3, "CDS, LDS and RDS besides"
 
 
 def test_a_service_without_slices_raises_no_alarm(tmp_path: Path, authority: Authority) -> None:

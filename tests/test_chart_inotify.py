@@ -1,7 +1,7 @@
 """How many Envoys of one user fit on a node: the table of docs/envoy-files.md, measured.
 
 Each row starts that many Envoys as one user with the kernel's default limit, each with as many
-files as the budget allows, and changes all clusters of all of them at once.
+clusters on EDS as the budget allows, and changes all clusters of all of them at once.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ PAGE = (ROOT / "docs" / "envoy-files.md").read_text()
 class Node:
     """A user namespace with the limit, as a user of its own: other Envoys here do not count."""
 
-    def __init__(self, root: Path, files: int) -> None:
+    def __init__(self, root: Path, budget: int) -> None:
         self.root = root
-        self.eds = files - 1  # one of the files is RDS
+        self.eds = budget
         self.pids: list[int] = []
         # accepts connections and never answers: a cluster with such an endpoint goes on warming
         self.silent = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -198,12 +198,12 @@ def test_so_many_envoys_survive_a_change_of_everything(
         node.write_rest()
         for _ in range(fit):
             node.start()
-        assert instances(node) == {budget + 2}, "CDS and LDS besides the budget"
-        assert LIMIT // (budget + 2) == at_rest
+        assert instances(node) == {budget + 3}, "CDS, LDS and RDS besides the budget"
+        assert LIMIT // (budget + 3) == at_rest
         node.change_everything()
         assert len(node.alive()) == fit
-        (used,) = instances(node)
-        assert LIMIT // used == fit, "not one more"
+        assert instances(node) == {2 * budget + 3}
+        assert LIMIT // (2 * budget + 3) == fit, "not one more"
 
 
 def test_one_envoy_more_ends_one(directory: Path) -> None:

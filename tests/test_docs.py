@@ -120,7 +120,8 @@ def test_the_readme_leads_to_every_page_and_example() -> None:
 
 def test_pages_name_options_that_exist() -> None:
     known = {option.name for option in loader.OPTIONS}
-    others = {"keep", "minutes", "mode", "reuse-values", "service-cluster", "service-node", "set"}
+    others = {"keep", "minutes", "mode", "overwrite", "reuse-values", "set"}
+    others |= {"service-cluster", "service-node"}
     others |= {"disable-hot-restart", "unix-socket"}
     mistaken = {"sync-intervall"}
     for page in (page for page in DOCS if page not in WHOLE):

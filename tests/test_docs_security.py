@@ -21,7 +21,7 @@ def lines() -> Iterator[tuple[str, list[str]]]:
         yield what, re.findall(r"`(tests/\w+\.py::\w+)`", shown)
 
 
-@pytest.mark.parametrize(("what", "tests"), lines())
+@pytest.mark.parametrize(("what", "tests"), list(lines()))
 def test_each_line_has_a_test(what: str, tests: list[str]) -> None:
     assert tests
     for test in tests:

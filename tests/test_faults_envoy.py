@@ -526,6 +526,18 @@ def test_fault_17_an_envoy_that_stalls_is_waited_for(seconds: float, stage: Stag
         assert not poller.failed
 
 
+def test_an_end_is_not_delayed_by_an_envoy_that_stalls(stage: Stage) -> None:
+    stage.start()
+    with stage.envoy.paused():
+        for seconds in (0.0, 1.2, 2.5):  # asked, silent, waited for
+            stage.patch({"cds.yaml": clusters(stage, mark=str(seconds)), "rds.yaml": to(x="a")})
+            time.sleep(seconds)
+            assert stage.loader
+            stage.loader.stop(within=1.0)
+            stage.restart_loader()
+    stage.await_acked()
+
+
 def to_n() -> str:
     return response("routes", routes({"/": "n", "/x": "n", "/e": "e"}))
 
@@ -557,6 +569,21 @@ def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> No
         first.wait()
         for each in Path("/dev/shm").glob(f"envoy_shared_memory_{number}*"):
             each.unlink()
+
+
+def test_what_cannot_be_written_down_ends_nobody(stage: Stage) -> None:
+    """What Envoy ACKed is kept in ..state, and the disk is full just then."""
+    stage.start()
+    obstacle = stage.out / "..state/loader.json.new"
+    with stage.envoy.paused():
+        stage.patch({"eds-e.yaml": stage.endpoints(2)})
+        stage.await_files({"eds-e.yaml": stage.endpoints(2)})
+        obstacle.mkdir()
+    stage.log.wait_log("WARNING cannot publish to ")
+    obstacle.rmdir()
+    stage.patch({"eds-e.yaml": stage.endpoints(0)})
+    wait_until(lambda: stage.get("/e") == "v0", 20)
+    stage.log.wait_log("INFO .*can be written again")
 
 
 def test_a_clock_that_jumps_disturbs_nothing(stage: Stage) -> None:

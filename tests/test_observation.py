@@ -174,19 +174,15 @@ def test_an_empty_status_is_a_snapshot_of_nothing(listener: Any) -> None:
 # -- the server ----------------------------------------------------------------------------------
 
 
-def test_methods_paths_and_bad_requests(listener: Any) -> None:
+def test_paths_and_bad_requests(listener: Any) -> None:
     port = listener.port
-    get, head = ask(port, "/readyz"), ask(port, "/readyz", "HEAD")
-    assert head.body == ""
-    assert head.headers["content-length"] == get.headers["content-length"]
     assert ask(port, "/metrics?name[]=up").status == 200
     for path in ("/", "/metrics/", "/snapshot/rds.yaml"):
         assert ask(port, path).status == 404
-    assert ask(port, "/metrics", "POST").status == 501
-    for bad in (b"GET\r\n\r\n", b"\x16\x03\x01\n\n"):
-        assert talk(port, bad).startswith(b"400 ")
+    assert ask(port, "/metrics", "POST").status == 400
+    for bad in (b"GET\r\n\r\n", b"\x16\x03\x01\n\n", b"GET /" + b"y" * 9000):
+        assert talk(port, bad).startswith(b"HTTP/1.0 400 ")
     assert talk(port, b"GET /healthz HTTP/1.0\n\n").startswith(b"HTTP/1.0 200 ")
-    assert talk(port, b"GET /" + b"y" * 9000).startswith(b"404 ")  # nothing else is read of it
     assert ask(port, "/healthz").status == 200
 
 
@@ -226,11 +222,11 @@ def test_silent_clients_cost_others_nothing(listener: Any) -> None:
             assert ask(listener.port, "/healthz").status == 200
             slow += time.monotonic() - began > 0.5
         assert slow <= 2
-        assert threading.active_count() < loader.CONNECTIONS_MAX + 20
+        assert len(listener.clients) <= loader.CONNECTIONS_MAX + 1
     finally:
         for sock in silent:
             sock.close()
-        wait_until(lambda: not listener._server.since, 10, "all connections closed")
+        wait_until(lambda: not listener.clients, 10, "all connections closed")
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
@@ -260,8 +256,8 @@ def test_a_client_that_never_reads_is_gone_after_its_time(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", listener.port))
         sock.sendall(b"GET /snapshot HTTP/1.1\r\n\r\n")
-        wait_until(lambda: listener._server.since, message="a connection")
-        wait_until(lambda: not listener._server.since, message="no connection")
+        wait_until(lambda: listener.clients, message="a connection")
+        wait_until(lambda: not listener.clients, message="no connection")
     assert ask(listener.port, "/healthz").status == 200
 
 
@@ -282,27 +278,6 @@ def test_a_hundred_clients_at_once(listener: Any) -> None:
         thread.join(30)
     assert replies == [200] * 500
     wait_until(lambda: open_descriptors() <= before, message="all connections closed")
-
-
-def test_a_snapshot_is_rendered_once_for_each_status(
-    listener: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rendered = []
-    render = loader.snapshot_answer
-
-    def recording(status: loader.Status) -> loader.Answer:
-        rendered.append(status)
-        return render(status)
-
-    monkeypatch.setattr(loader, "snapshot_answer", recording)
-    monkeypatch.setattr(loader, "REUSED", 0)
-    files = {f"{n:06}": loader.file_of(b"", "services") for n in range(2000)}
-    for version in ("a", "b"):
-        listener.status = a_status(files=files, version=version)
-        wait_until(lambda: f'"{version}"' in ask(listener.port, "/snapshot").body)  # noqa: B023
-        for _ in range(20):
-            ask(listener.port, "/snapshot")
-    assert [status.version for status in rendered] == ["a", "b"]
 
 
 def test_rendering_costs_a_twentieth_of_a_cpu(listener: Any) -> None:
@@ -561,7 +536,6 @@ def test_what_the_process_uses() -> None:
     found = families(loader.Metrics("1").render())
     assert 1e6 < found["process_resident_memory_bytes"].samples[0].value < 1e10
     assert found["process_cpu_seconds"].samples[0].value > 0
-    assert 3 <= found["process_open_fds"].samples[0].value < 10_000
     assert abs(found["process_start_time_seconds"].samples[0].value - time.time()) < 60
 
 

@@ -2,7 +2,7 @@
 
 Random changes that add, remove, replace and re-route clusters at once. An Envoy reads what shares
 a `watched_directory` in an order of its own that differs from process to process, hence so many of
-them: eight that are asked with 26 changes each, and six that are not with a third of that, of each
+them: four that are asked with 26 changes each, and six that are not with a third of that, of each
 kind; 200 in the long run (`make soak`).
 
 The last tests switch the order off and see requests fail: else the others would prove nothing.
@@ -36,7 +36,7 @@ from tests.support.scenes import (
 from tests.support.steady import Upstreams
 
 CHANGES = times(26, long=200)
-FAULTS_EACH = times(3, long=30)
+FAULTS_EACH = times(2, long=30)
 # Envoy and how it subscribes: in the suite the oldest Envoy shares a `watched_directory`.
 WAYS = [
     pytest.param(version, watched, id=f"{version or 'envoy'}-{('path', 'watched')[watched]}")
@@ -113,7 +113,7 @@ def test_no_request_is_lost_when_envoy_is_asked(
     start_loader: StartLoader,
     start_envoy: StartEnvoy,
 ) -> None:
-    for seed in (1, 2):
+    for seed in range(times(1, long=2)):
         scene = KINDS[kind](seed, api, client, out / str(seed), upstreams.ports)
         scene.checked = True
         scene.begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,10 +30,10 @@ from loader import (
     is_read,
     kind_of,
     mentioned,
-    names_path,
     next_step,
     notify_order,
     parse_stats,
+    paths_in,
     resource_file,
     resource_names,
     retried,
@@ -129,10 +130,13 @@ def test_a_reference_is_a_whole_word(content: bytes, names: set[str]) -> None:
 
 
 def test_a_path_is_named_under_whatever_directory() -> None:
-    for place in ("/etc/envoy/eds/a.json", "/srv/current/eds/a.json"):
-        assert names_path(b'{"path": "%s"}' % place.encode(), "eds/a.json")
-    assert not names_path(b"path: /srv/eds/a.json.bak", "eds/a.json")
-    assert not names_path(b"path: /srv/other-eds/a.json", "eds/a.json")
+    paths = {"eds/a.json", "a.json"}
+    for place in (b"/etc/envoy/eds/a.json", b"eds/a.json", b"\\/srv\\/eds\\/a.json"):
+        assert paths_in([b'{"path": "%s"}' % place], paths) >= {"a.json"}
+    assert paths_in([b"path: /srv/current/eds/a.json"], {"eds/a.json"}) == {"eds/a.json"}
+    assert paths_in([b"path: /srv/eds/a.json.bak\npath: /srv/other-eds/a.json"], paths) == {
+        "a.json"
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,6 +392,18 @@ def test_what_nobody_reads_and_what_is_hidden() -> None:
     assert "eds/x.json" not in known.states
 
 
+def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
+    files = A | {"rds.yaml": text("{", "rds")}
+    known, outcome = after_look(Known(counts={}), files, look({**ONE, "rds": (1, 0, 1)}))
+    assert outcome.nacks == ("rds.yaml",)
+    other = text(real.response("routes", real.route_config({"a": 1}, "other")))
+    more = files | {"new.yaml": other}
+    known = after_publication(known, files, more, more)
+    known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
+    assert outcome.nacks == ()
+    assert known.states["new.yaml"] == UNREAD
+
+
 def test_another_process_confirmed_nothing_yet() -> None:
     known, _ = after_look(met(), A, look({"cds": (0, 0, 0), "lds": (0, 0, 0)}, live=False))
     assert known.states == {}
@@ -422,13 +438,26 @@ def test_references_are_tried_again_when_what_they_need_is_there() -> None:
 
 
 def test_a_thousand_eds_files_are_one_look() -> None:
-    """Fault 11, by the number of times that CDS is read."""
+    """Fault 11: it took 0.19 s each time. Nor are those that go compared with all others."""
     names = [f"c{i}" for i in range(1000)]
     files = {f"eds/{name}.json": eds(name) for name in names} | {"cds.yaml": on_eds(*names)}
     counts = {f"cluster.{name}": Counts(1, 1, 0) for name in names}
     counts["cluster_manager.cds"] = Counts(1, 1, 0)
+    began = time.process_time()
     known, _ = after_look(Known(counts={}), files, Look(counts, True))
     assert set(known.states.values()) == {ACKED}
+    changed = {**files, "eds/c5.json": eds("c5", 81)}
+    known = after_publication(known, files, changed, changed)
+    counts["cluster.c5"] = Counts(2, 2, 0)
+    first = time.process_time()
+    known, outcome = after_look(known, changed, Look(counts, True))
+    again = time.process_time()
+    assert outcome.acks == ("eds/c5.json",)
+    less = {path: files[path] for path in [*files][100:]} | {"cds.yaml": on_eds(*names[100:])}
+    assert len(with_needed(less, changed, lambda path: True)) == len(less)
+    assert first - began < 0.3
+    assert again - first < 0.02
+    assert time.process_time() - again < 0.3
 
 
 # ---------------------------------------------------------------------------------------------

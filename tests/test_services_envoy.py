@@ -18,6 +18,7 @@ from tests.conftest import StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer, Client, Object
 from tests.support.disk import wait_converged
 from tests.support.dns import Resolver
+from tests.support.docs import block_for
 from tests.support.envoy import Config, Envoy, inotify_instances
 from tests.support.load import Poller, have_wrk
 from tests.support.loader import Loader, snapshot, wait_until
@@ -252,14 +253,16 @@ def test_zones_fail_over_and_back(shop: Shop) -> None:
 # Routes by annotation
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "rendering.md"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def canary_commands() -> list[tuple[str, dict[str, str]]]:
-    """The commands of the page: (name, annotations) of each `kubectl annotate service`."""
-    [block] = re.findall(r"```sh canary\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """The commands of README.md and docs/rendering.md: (name, annotations) of each line."""
+    test = test_a_canary_by_the_commands_of_the_page.__name__
+    page = (ROOT / "docs" / "rendering.md").read_text()
+    blocks = re.findall(r"```sh canary\n(.*?)```", page, re.DOTALL)
     found = []
-    for line in block.splitlines():
+    for line in "".join([block_for("README.md", test), *blocks]).splitlines():
         words = shlex.split(line, comments=True)
         assert words[:3] == ["kubectl", "annotate", "service"]
         given = dict(word.split("=") for word in words[4:] if word != "--overwrite")
@@ -431,7 +434,7 @@ def test_many_services_keep_envoy_up_also_when_all_of_them_warm(shop: Shop) -> N
             shop.start_loader(
                 config={**config, "cluster": {"base": {**base, "connect_timeout": timeout}}}
             )
-            shop.loader.wait_log("published .*confirmed=yes", 20)
+            shop.loader.wait_log("published .*ack=yes", 20)
             assert set(connect_timeouts(shop.out)) == {timeout}
             most = highest.end()
             print(f"{many} Services, {budget} on EDS: {before} instances, {most} while all warm")

@@ -7,13 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
+from tests.support.closing import Closing
 from tests.support.envoy import admin_connection
 
 
-class Listener:
+class Listener(Closing):
     """Accepts on a port of its own; what a connection gets is for `serve` to say."""
 
     def __init__(self) -> None:
@@ -48,17 +47,6 @@ class Listener:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
             client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Odd(Listener):

@@ -35,10 +35,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, overload
 
 from tests.support.busy import Deadline
+from tests.support.closing import Closing
 from tests.support.ports import hold
 
 Object = dict[str, Any]
@@ -587,7 +587,7 @@ class _Watch:
 # The server
 
 
-class ApiServer:
+class ApiServer(Closing):
     """See the module; every attribute may be changed while it runs."""
 
     def __init__(
@@ -638,17 +638,6 @@ class ApiServer:
     @property
     def url(self) -> str:
         return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> ApiServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def start(self) -> None:
         """Listen, on the port that it had before."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import shutil
@@ -14,10 +13,10 @@ import time
 import urllib.parse
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from tests.support.busy import Deadline
+from tests.support.closing import Closing
 
 _SCRIPT = """
 done = function(summary, latency, requests)
@@ -55,7 +54,7 @@ def have_wrk() -> bool:
     return shutil.which("wrk") is not None
 
 
-class Wrk:
+class Wrk(Closing):
     """wrk against one URL, from the constructor on until `stop` (at most `seconds`)."""
 
     def __init__(
@@ -107,15 +106,7 @@ class Wrk:
             )
         return self._report
 
-    def __enter__(self) -> Wrk:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._report is None:
             self._process.kill()
             self._process.communicate()
@@ -130,7 +121,7 @@ class Answer(NamedTuple):
     body: str
 
 
-class Poller:
+class Poller(Closing):
     """A steady client: one connection, one request after another, every answer kept."""
 
     def __init__(self, url: str, *, interval: float = 0.002, host: str | None = None) -> None:
@@ -194,15 +185,3 @@ class Poller:
     def close(self) -> None:
         self._done.set()
         self._thread.join(10)
-
-    def __enter__(self) -> Poller:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.close()

@@ -119,7 +119,7 @@ envoy-xds-configmap-loader: --services-namespace needs --services
 $ envoy-xds-configmap-loader --configmap x --config c.json
 envoy-xds-configmap-loader: --config needs --services
 $ envoy-xds-configmap-loader --configmap x --sync-intervall 30s
-envoy-xds-configmap-loader: unknown option '--sync-intervall' (did you mean --sync-interval?); see --help
+envoy-xds-configmap-loader: unknown option '--sync-intervall'; see --help
 $ envoy-xds-configmap-loader --configmap x --timeout 30
 envoy-xds-configmap-loader: --timeout '30': is not a valid duration, such as 30s, 1m0s or 250ms
 ```

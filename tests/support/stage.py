@@ -11,7 +11,6 @@ import http.client
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tests.support.apiserver import ApiServer, Client
@@ -216,12 +215,7 @@ class Stage:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.loader is not None:  # pytest shows it with a test that failed
             print("the loader's log:\n" + "\n".join(self.loader.lines[-60:]))
         said = [line for line in self.envoy.log().splitlines() if "[info]" not in line]

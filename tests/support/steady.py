@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
+from tests.support.closing import Closing
 from tests.support.envoy import (
     Config,
     Envoy,
@@ -152,7 +152,7 @@ class Pulse(threading.Thread):
         return self.stall
 
 
-class Load:
+class Load(Closing):
     """wrk against each of these ports; `stop` gives the sum."""
 
     def __init__(
@@ -184,13 +184,5 @@ class Load:
         bad = sum(report.non_2xx for report in reports)
         return Total(requests, failed, seconds, stall, bad)
 
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def close(self) -> None:
+        self._stack.close()

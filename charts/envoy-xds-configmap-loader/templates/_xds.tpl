@@ -233,7 +233,7 @@ virtual_hosts:
 {{- define "xds.bootstrap" -}}
 {{- $v := .Values.envoy }}
 {{- $type := "type.googleapis.com/envoy.extensions" }}
-{{- /* a Unix socket: no cluster and no route reaches it by an address (mode 384 is 0600) */}}
+{{- /* a Unix socket has no address that a Service could name (mode 384 is 0600) */}}
 {{- $admin := dict "pipe" (dict "path" (include "xds.admin" .) "mode" 384) }}
 {{- $ready := dict "address" $v.bindAddress "port_value" $v.readyPort }}
 {{- if contains ":" $v.bindAddress }}{{ $_ := set $ready "ipv4_compat" true }}{{ end }}
