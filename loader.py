@@ -53,7 +53,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -199,7 +198,7 @@ ANSWER_TIMEOUT = 30.0
 # One whole answer, from its request to its last byte: no server holds a thread by trickling.
 ANSWER_SECONDS = 120.0
 
-# Sizes of answers, unpacked. A page of 500 objects of 512 KiB each; the text of an error; an event
+# Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
 # (etcd stores objects of 1.5 MiB).
 LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
 
@@ -269,8 +268,8 @@ class Query(NamedTuple):
 
     def __str__(self) -> str:
         if self.name:
-            kind = self.resource.name.removesuffix("s")
-            return f"{kind} {self.namespace}/{self.name}".replace(" /", " ")
+            scope = f"{self.namespace}/" if self.namespace else ""
+            return f"{self.resource.name.removesuffix('s')} {scope}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
 
@@ -304,8 +303,11 @@ class Cut(LoaderError):
 
 
 # What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# an answer that cannot be unpacked. A host name that no resolver accepts (`a..b`) is a ValueError.
-BROKEN = (OSError, http.client.HTTPException, ValueError, zlib.error)
+# what is not JSON. A host name that no resolver accepts (`a..b`) is a ValueError.
+BROKEN = (OSError, http.client.HTTPException, ValueError)
+
+Response = http.client.HTTPResponse
+Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
@@ -329,18 +331,16 @@ class Api:
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
-            _, body = self._ask(query, "list", page)
-            try:
-                answer = json_object(parse_json(body))
-            except ValueError:
-                answer = {}
+            answer: dict[str, Json] = {}
+            with contextlib.suppress(ValueError):
+                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
                 raise ApiError(200, f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
-            del body, items  # before the next page is read
+            del items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
@@ -354,14 +354,14 @@ class Api:
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
+            return False
         except ApiError as error:
-            if error.status != 504:
-                raise
-            return True
-        return False
+            if error.status == 504:
+                return True
+            raise
 
-    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
-        """Open a watch: its events (type, object), until the server ends it properly.
+    def watch(self, query: Query, version: str) -> Iterator[Event]:
+        """Open a watch: its events, until the server ends it properly.
 
         Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
         event), ApiError for other failures, Cut where the stream stops without an end.
@@ -369,7 +369,8 @@ class Api:
         seconds = random.randint(*WATCH_SECONDS)
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
-        self._wait(WATCH_SILENCE)
+        if self._socket is not None:
+            self._socket.settimeout(WATCH_SILENCE)
         return self._events(query, response, time.monotonic() + seconds + ANSWER_SECONDS)
 
     def interrupt(self) -> None:
@@ -386,9 +387,7 @@ class Api:
 
     # -- one answer -------------------------------------------------------------------------
 
-    def _events(
-        self, query: Query, response: http.client.HTTPResponse, until: float
-    ) -> Iterator[tuple[str, dict[str, Json]]]:
+    def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
         """The events in the lines of a watch. One line can span many chunks and exceed 1 MiB.
 
         `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
@@ -408,13 +407,13 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            reason = self._quoted(str(error), why(error))
-            raise Cut(f"watch {query}: cut or silent ({reason})") from error
+            shown = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({shown})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
 
-    def _event(self, query: Query, line: bytes) -> tuple[str, dict[str, Json]]:
+    def _event(self, query: Query, line: bytes) -> Event:
         event = json_object(parse_json(line))
         kind, item = event.get("type"), event.get("object")
         if not isinstance(kind, str) or not isinstance(item, dict):
@@ -427,9 +426,7 @@ class Api:
             raise self._error(query, "watch", status, text_at(item, "message"))
         return kind, item
 
-    def _ask(
-        self, query: Query, verb: str, page: Mapping[str, str]
-    ) -> tuple[http.client.HTTPResponse, bytes]:
+    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
         """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
@@ -453,33 +450,28 @@ class Api:
             timer.cancel()
             self._count(verb, code)
 
-    def _send(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _send(self, target: str, headers: dict[str, str]) -> Response:
         """Over the open connection if there is one; a server may have closed it meanwhile."""
-        while True:
-            began, connection = time.monotonic(), self._connection
-            fresh = connection is None or connection.sock is None
-            try:
-                if connection is None or fresh:
-                    connection = self._connect()
-                connection.request("GET", target, headers=headers)
-                self._wait(ANSWER_TIMEOUT)
-                return connection.getresponse()
-            except BROKEN:
-                self.close()
-                if fresh or time.monotonic() - began > CONNECT_TIMEOUT:
-                    raise
-
-    def _failure(self, query: Query, verb: str, response: http.client.HTTPResponse) -> ApiError:
-        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
+        began, kept = time.monotonic(), self._connection
+        if kept is not None and kept.sock is None:
+            kept = None
         try:
-            body = body_of(response, ERROR_BYTES)
+            connection = kept or self._connect()
+            connection.request("GET", target, headers=headers)
+            connection.sock.settimeout(ANSWER_TIMEOUT)
+            return connection.getresponse()
         except BROKEN:
-            body = b""
             self.close()
-        try:
-            message = text_at(json_object(parse_json(body)), "message")
-        except ValueError:
-            message = body.decode("utf-8", "replace")
+            if kept is None or time.monotonic() - began > CONNECT_TIMEOUT:
+                raise
+        return self._send(target, headers)
+
+    def _failure(self, query: Query, verb: str, response: Response) -> ApiError:
+        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
+        message = ""
+        with contextlib.suppress(*BROKEN):
+            message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
+            message = text_at(json_object(parse_json(message)), "message")
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
             message = f"redirects are not followed: correct --apiserver ({where})"
@@ -490,12 +482,12 @@ class Api:
     def _error(
         self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
     ) -> ApiError:
-        access, resource = self._access, query.resource.name
+        path = self._access.token_file
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
-        sent = "" if self._token else f" (no token was sent: there is none in {access.token_file})"
+        sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
-            401: f"; is the token in {access.token_file} valid?",
-            403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
+            401: f"; is the token in {path} valid?",
+            403: f"; grant the service account {verb} on {query.resource.name} in {scope}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
         }.get(status, "")
         text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
@@ -517,13 +509,11 @@ class Api:
     # -- one connection ---------------------------------------------------------------------
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port, wait = self._url.hostname or "", self._url.port, CONNECT_TIMEOUT
+        place = self._url.hostname or "", self._url.port
+        made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
         if self._url.scheme == "https":
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=wait, context=self._context()
-            )
-        else:
-            made = http.client.HTTPConnection(host, port, timeout=wait)
+            context = self._context()
+            made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT, context=context)
         made.connect()
         self._connection, self._socket = made, made.sock
         # The kernel notices within about a minute that the other side is gone.
@@ -531,10 +521,6 @@ class Api:
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         return made
-
-    def _wait(self, seconds: float) -> None:
-        if self._socket is not None:
-            self._socket.settimeout(seconds)
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
@@ -576,11 +562,9 @@ class Api:
         return context
 
 
-def body_of(response: http.client.HTTPResponse, most: int) -> bytes:
-    """All of an answer, unpacked; ValueError if that is more than `most` bytes."""
+def body_of(response: Response, most: int) -> bytes:
+    """All of an answer; ValueError if that is more than `most` bytes."""
     body = response.read(most + 1)
-    if response.headers.get("Content-Encoding") == "gzip":  # nobody asked for it
-        body = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, most + 1)
     if len(body) > most:
         raise ValueError(f"the answer is larger than {most >> 20} MiB")
     if response.length:  # with a bound, read() does not raise it
@@ -2966,7 +2950,8 @@ def allowed(
     result, notes = dict(desired), []
     before = {**published, **acked}
     held = {path for path, nack in nacks.items()
-            if path in desired and desired[path].digest == nack.digest}
+            if path in desired and (desired[path].digest == nack.digest or (
+                path in before and united(before[path], desired[path]).digest == nack.shown))}
     for path in sorted(held):
         result[path] = before.get(path, desired[path])
         notes.append(f"{path}: NACKed by Envoy, "
@@ -3288,9 +3273,9 @@ class Output:
         for name in self._kept():
             path = name.replace("%", "/")
             file = self._file(path, self._path(ACKED_FILES, name), room)
+            room -= len(file.content) if file is not None else 0
             if file is not None and file.digest == digests.get(path, file.digest):
                 found[path] = file
-                room -= len(file.content)
         return found
 
     def _kept(self) -> set[str]:
@@ -3328,8 +3313,8 @@ class Output:
     def _load(self, name: str) -> dict[str, File]:
         files, room = dict[str, File](), SNAPSHOT_BYTES
         for path, place in walk(self._path(name)):
-            problem = any(map(key_problem, path.split("/")))
-            if not problem and (file := self._file(path, place, room)):
+            file = None if any(map(key_problem, path.split("/"))) else self._file(path, place, room)
+            if file is not None:
                 files[path] = file
                 room -= len(file.content)
         return files
@@ -3593,6 +3578,8 @@ class Known(NamedTuple):
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
     leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
+    gone: bool = False  # no process is known
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3710,13 +3697,24 @@ def after_publication(
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
         leaving=frozenset(after.keys() - desired.keys()),
+        came=known.came | (newly_there(before, after) if before and (known.gone or any(
+            file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
+            for path, file in before.items())) else frozenset()),
     )
+
+
+def newly_there(before: Files, after: Files) -> frozenset[str]:
+    """The clusters and files that came with a publication."""
+    clusters = [cluster_names(files[path] for path in moved_paths(before, after) if path in files)
+                for files in (after, before)]
+    return (clusters[0] - clusters[1]) | (after.keys() - before.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now)
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now,
+                          gone=False)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3727,7 +3725,7 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
                 and known.states.get(path) != UNREAD}
     suspects = frozenset((path, file.digest) for path, file in unproven.items())
     again = not known.blind and bool(suspects & known.suspects) and now - known.back_at <= END_BOUND
-    known = known._replace(suspects=suspects)
+    known = known._replace(suspects=suspects, gone=True)
     if not again:
         return known, ()
     nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
@@ -3767,7 +3765,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={path: times for path, times in known.moves.items() if path in found[PENDING]},
+        moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
+               **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
         late=known.late.difference(found[ACKED]),
     )
@@ -3777,6 +3776,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
+    known = known._replace(came=known.came if found[PENDING] else frozenset())
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
                                           tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
@@ -3851,8 +3851,11 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
     desired, clean = known.tried.get(path, (shown, True))
     blamed = desired if clean or path not in known.acked else shown
     stood: frozenset[str] = frozenset()
-    if files[path].kind in REFERENCE_KINDS:
-        stood = named_things(files[path], files)
+    old = known.nacks.get(path)
+    if old and is_nacked(files[path], old):
+        stood = old.stood
+    elif files[path].kind in REFERENCE_KINDS:
+        stood = named_things(files[path], files) - known.came
     return Nack(blamed, shown, files[path].kind, reason, stood)
 
 
@@ -3877,7 +3880,7 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
             if (path not in desired and path not in published)
             or ((file := desired.get(path)) is not None and file.digest == nack.digest
                 and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    leaving = known.leaving - desired.keys()
+    leaving = known.leaving.difference(desired)
     if not gone and leaving == known.leaving:
         return known
     nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
@@ -3909,8 +3912,8 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
 def to_retry(known: Known, files: Files) -> list[str]:
     """References that were NACKed for what is mended now, and that are published as they are:
     Envoy has to be notified of them again."""
-    return [path for path in files
-            if known.states.get(path) == NACKED and path not in known.nacks]
+    return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
+            and known.states.get(path) == NACKED and path not in known.nacks]
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -3934,9 +3937,10 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    `wake` gets ("end", None) when nothing listens or a connection ended, ("meet", None) when one is
-    made to another process, ("blind", reason) for one whose counters do not tell, ("look", Look)
-    for each answer to `ask`, and ("silent", reason) where there is none in time.
+    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for
+    a connection that nobody answered, ("meet", None) for one to another process, ("blind", reason)
+    for one whose counters do not tell, ("look", Look) for each answer to `ask`, and ("silent",
+    reason) where there is none in time.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -3954,18 +3958,22 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        ended_at, gone = -1.0, False
+        ended_at, gone, refused = -1.0, False, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
                 if not gone:
                     self._wake("end", f"{self.url}: {why(error)}")
+                refused = True
             else:
                 with kept.sock:
-                    self._stay(kept, ended_at)
-                self._wake("end", f"{self.url}: the connection ended")
-                ended_at = time.monotonic()
+                    met = self._stay(kept, ended_at)
+                # A process that dies still accepts connections for a moment: the end of one that
+                # nobody answered counts only if there was none to be had before it.
+                self._wake("end" if met or refused else "closed",
+                           f"{self.url}: the connection ended")
+                ended_at, refused = time.monotonic(), False
             gone = True
             time.sleep(PROBE)
 
@@ -3985,10 +3993,11 @@ class Admin(threading.Thread):
             raise
         return connection
 
-    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> None:
+    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> bool:
         """Meet the process behind a connection, and answer questions until the connection ends.
 
-        A process that was up before the last connection ended is the one that was met then.
+        A process that was up before the last connection ended is the one that was met then. Returns
+        whether it answered.
         """
         self._wake("connected", None)
         met = False
@@ -4002,12 +4011,12 @@ class Admin(threading.Thread):
                         self._wake("meet", None)
                     self.ask()
                 if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
-                    return
+                    return met
                 os.read(self._read, 4096)
                 self._wake("look", self._look())
             except (OSError, http.client.HTTPException, AdminError) as error:
                 if select.select([kept.sock], [], [], 0)[0]:
-                    return  # its end is why
+                    return met  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
                     time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
@@ -4773,7 +4782,7 @@ class Loop:
                 self._take_look(wake.news)
             case "warning":
                 log.warning("%s", wake.news)
-            case "connected" | "meet" | "end" | "silent" | "blind":
+            case "connected" | "meet" | "end" | "closed" | "silent" | "blind":
                 self._take_link(wake.what, str(wake.news or ""))
 
     # -- turning ------------------------------------------------------------------------------
@@ -4973,6 +4982,7 @@ class Loop:
             self._started = False
             self.known, blamed = after_end(self.known, self.output.published, now)
             self._tell_nacks(blamed)
+            self._unsaved = True
         self._end_asking("unknown")
 
     def _take_look(self, look: Look) -> None:
@@ -5213,7 +5223,8 @@ def known_from(output: Output) -> Known:
         if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
             digest, shown, kind, reason = map(str, row[:4])
             nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
-    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks)
+    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
+                 came=cluster_names(output.published.values()).union(output.published))
 
 
 # ---------------------------------------------------------------------------------------------

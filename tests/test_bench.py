@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -174,19 +175,23 @@ def in_turns(
 
 
 def test_a_one_time_run_costs_twice_the_floor(stage: Stage) -> None:
-    """CPU to the exit, from byte code; from source it is more."""
+    """CPU to the exit, from byte code; from source it is more. The best of several, in turns."""
     stage.change("one")
-
-    def cost(command: Callable[[Path], list[str]]) -> float:
-        places = [stage.directory("cost") for _ in range(4)]
-        return min(machine.run(command(place), place / "current").cpu for place in places)
-
-    compiled = cost(lambda place: stage.command(LOADER, named("one"), place, once=True))
-    assert compiled < 2.2 * cost(lambda place: stage.command(FLOOR, named("one"), place, once=True))
     options = ("--onetime", "--configmap", "one", "--output-dir")
-    assert compiled < 0.8 * cost(
-        lambda place: stage.loader_command(*options, str(place), source=True)
-    )
+    commands: dict[str, Callable[[Path], list[str]]] = {
+        "floor": lambda place: stage.command(FLOOR, named("one"), place, once=True),
+        "byte code": lambda place: stage.command(LOADER, named("one"), place, once=True),
+        "source": lambda place: stage.loader_command(*options, str(place), source=True),
+    }
+    cost = dict.fromkeys(commands, math.inf)
+    for _ in range(12):
+        for name, command in commands.items():
+            place = stage.directory("cost")
+            cost[name] = min(cost[name], machine.run(command(place), place / "current").cpu)
+        if cost["byte code"] < min(2.2 * cost["floor"], 0.8 * cost["source"]):
+            return
+    skip_if_busy(f"CPU {cost} s")
+    pytest.fail(f"CPU {cost} s")
 
 
 def test_services_cost_in_proportion_to_their_number(tmp_path: Path, stage: Stage) -> None:
@@ -198,8 +203,8 @@ def test_services_cost_in_proportion_to_their_number(tmp_path: Path, stage: Stag
         command = stage.loader_command(*options, "--output-dir", str(place))
         return min(machine.run(command, place / "current").cpu for _ in range(2))
 
-    start, few, many = cost(1), cost(200), cost(1000)
-    assert many - start < 10 * (few - start)  # linear: 5 times, quadratic: 25
+    start, few, many = cost(1), cost(400), cost(1600)
+    assert many - start < 9 * (few - start)  # linear: 4 times, quadratic: 16
 
 
 # ---------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_a_thousand_events_in_a_second_are_a_handful_of_publications(
     )
     count = published(running) - before
     print(f"1,000 events in {ended - began:.2f} s: {count} publications, last {late * 1e3:.0f} ms")
-    assert count <= 40
+    assert count <= 60
     assert late < 0.5
 
 
@@ -159,7 +159,7 @@ def test_a_thousand_configmaps_by_selector_are_one_connection(
     for number in range(0, 1_000, 2):
         api.delete("ConfigMap", "demo", f"m{number}")
     wait_until(lambda: len(os.listdir(out / "current")) == 500, 10)
-    disk.inspect(out)
+    disk.wait_converged(out)
 
 
 def roll(api: ApiServer, service: int, generation: int) -> list[str]:

@@ -122,7 +122,7 @@ def test_pages_that_expire_are_listed_again(
 
 
 @pytest.mark.parametrize(
-    "fault", [k8s.Gzip(), k8s.Slow(64, 0.001), k8s.Stall(0.5)], ids=lambda f: type(f).__name__
+    "fault", [k8s.Slow(64, 0.001), k8s.Stall(0.5)], ids=lambda f: type(f).__name__
 )
 def test_odd_but_right_answers(
     run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault

@@ -337,11 +337,12 @@ def test_a_bad_key_is_left_out_and_named(
 
 def test_binary_data_that_is_no_base64(run_loader: RunLoader, tmp_path: Path, out: Path) -> None:
     path = tmp_path / "objects.json"
-    save(path, configmap("a", {"ok": "1"}, binaryData={"bad": "***"}))
+    save(path, configmap("a", {"ok": "1", "both": 7}, binaryData={"bad": "***", "both": "MQ=="}))
     done = run_loader("--onetime", "--configmap", "a", "--from-file", str(path))
     assert done.returncode == 0, done.stderr
     assert snapshot(out) == {"ok": b"1"}
-    assert "bad" in done.stderr
+    assert "key 'bad' is not base64" in done.stderr
+    assert "key 'both' is not text" in done.stderr
 
 
 # -- a file whose source is gone

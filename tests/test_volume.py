@@ -136,6 +136,8 @@ def test_nothing_planted_in_a_snapshot_is_followed(
         planted(home, secret)
         running.process.send_signal(1)
         running.wait_log("repaired on disk")
+        status = Path(f"/proc/{running.pid}/status").read_text()
+        assert int(status.partition("VmHWM:")[2].split()[0]) < 64 << 10, "kB: all is bounded"
         running.stop()
         assert SECRET not in running.log
         disk.inspect(out)
@@ -449,20 +451,25 @@ def test_onetime_goes_by_the_steps_where_there_is_a_snapshot(
         "cds.json": cds("b"), "rds.json": rds("b")}  # fmt: skip
 
 
+@pytest.mark.parametrize("version", [loader.__version__, "0"])
 def test_onetime_leaves_out_what_envoy_nacked(
-    run_loader: RunLoader, api: ApiServer, out: Path
+    run_loader: RunLoader, api: ApiServer, out: Path, version: str
 ) -> None:
-    """And goes on with the rest; when the bytes change, they are tried."""
+    """And goes on with the rest; when the bytes change, they are tried. What another version of the
+    loader wrote is ignored."""
     good, bad = rds("good"), rds("bad")
     api.configmap("demo", "envoy-xds", {"rds.yaml": good, "note": "1"})
     assert run_loader(*ONCE).returncode == 0
     state = remembered(out)
-    state |= {"acked": {"rds.yaml": digest(good)},
+    state |= {"version": version, "acked": {"rds.yaml": digest(good)},
               "nacked": {"rds.yaml": [digest(bad), digest(bad), "rds", "no reason", []]}}
     state_file(out).write_text(json.dumps(state))
     api.configmap("demo", "envoy-xds", {"rds.yaml": bad, "note": "2"})
     done = run_loader(*ONCE)
     assert done.returncode == 0, done.stderr
+    if version == "0":
+        assert disk.inspect(out).files == {"rds.yaml": bad.encode(), "note": b"2"}
+        return
     assert "rds.yaml: NACKed by Envoy" in done.stderr
     assert disk.inspect(out).files == {"rds.yaml": good.encode(), "note": b"2"}
     assert remembered(out)["nacked"] == state["nacked"]

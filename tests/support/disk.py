@@ -118,6 +118,17 @@ def fingerprint(output_dir: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def fingerprint_at_rest(output_dir: Path, quiet: float = 0.1) -> dict[str, tuple[int, int, int]]:
+    """The same, once nothing changed for a moment: what is remembered in `..state` follows the
+    files."""
+    deadline = Deadline(5.0)
+    while True:
+        before = fingerprint(output_dir)
+        time.sleep(quiet)
+        if fingerprint(output_dir) == before or deadline.over():
+            return before
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 IN_MODIFY, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_MOVED_FROM = 0x2, 0x80, 0x100, 0x200, 0x40
 
