@@ -3239,6 +3239,8 @@ class Output:
         new = self._path(f"{STATE_FILE}.new")
         unlink_if_there(new)
         write_file(new, text, 0o644)
+        if is_directory(self._path(STATE_FILE)):
+            remove_tree(self._path(STATE_FILE))
         os.rename(new, self._path(STATE_FILE))
         self._remembered = text
 
@@ -3413,6 +3415,9 @@ def is_directory(place: str) -> bool:
 
 
 def unlink_if_there(place: str) -> None:
+    """A directory that somebody else made there goes too."""
+    if is_directory(place):
+        remove_tree(place)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(place)
 
@@ -3444,10 +3449,11 @@ def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     """
     try:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            os.close(number)
+            return None
         with open(number, "rb") as stream:
-            status = os.fstat(number)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-                return None
             return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):

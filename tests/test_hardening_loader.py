@@ -132,7 +132,7 @@ def test_what_is_planted_is_not_waited_for(
 ) -> None:
     put(api)
     assert run_loader(*ONCE).returncode == 0
-    for place in PLACES:
+    for place in PLACES[4:] if kind == "deep" else PLACES:
         planted(out / place, kind)
     routes = out / "current/rds.yaml"
     with Envoy() as envoy:
@@ -249,7 +249,7 @@ def test_a_configmap_of_any_values_is_reduced() -> None:
             raw = {"metadata": metadata, "data": {"k": one, "l": other},
                    "binaryData": {"k": other, "m": one}}  # fmt: skip
             found = loader.configmap_from(raw)
-            names = [name for name, _ in found.files]
+            names = list(found.files)
             assert sorted({*names}) == names
             assert ("k" in names) == (one == "text")
 
