@@ -593,7 +593,6 @@ PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
 def status_of(error: LoaderError) -> int:
-    """The HTTP status of an error, 0 for one that is not an answer."""
     return error.status if isinstance(error, ApiError) else 0
 
 
@@ -627,16 +626,13 @@ class Reflector(threading.Thread):
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake = parse, client, wake
         self._mode, self._interval, self._optional = mode, interval, optional
-        self._patience = patience
-        self._topic = str(query)
+        self._patience, self._topic = patience, str(query)
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
-        self._version = ""
-        self._failures = 0
+        self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None  # while a watch is open
+        self._watching: Api | None = None
 
     def objects(self) -> dict[Key, Any]:
-        """A copy of what is known now."""
         return self._objects.copy()
 
     def refresh(self) -> None:
@@ -646,63 +642,46 @@ class Reflector(threading.Thread):
             self._watching.interrupt()
 
     def run(self) -> None:
-        """As a daemon thread it owns no disk, and needs nobody's word to stop."""
-        if self._mode == "watch" and isinstance(self._client, Api):
-            self._watch(self._client)
-        else:
-            self._poll()
-
-    def _poll(self) -> None:
-        """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
-        until = time.monotonic() + ONE_TRY_SECONDS
-        while True:
-            self._asked.clear()
-            try:
-                self._relist()
-                self._failures, delay = 0, self._interval
-                if self._mode == "once" or self.absent:
-                    return
-            except LoaderError as error:
-                delay = self._failure(error)
-                # (a quarter of a second more, so that a Retry-After of 1 fits)
-                late = time.monotonic() + delay > until + 0.25
-                if self._mode == "once" and (late or status_of(error) not in PASSING):
-                    self.failed = True
-                    self._wake("trouble", time.monotonic())
-                    return
-            self._asked.wait(delay)
-
-    def _watch(self, api: Api) -> None:
-        """List, then watch from there; resume a watch that ended, list again where only that
+        """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        suspect, rejections = False, 0
+        until, suspect, rejections = time.monotonic() + ONE_TRY_SECONDS, False, 0
+        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
         while True:
             try:
                 if self._asked.is_set():
                     self._asked.clear()
                     self._forget("refresh")
-                elif suspect and self._version and api.is_future(self.query, self._version):
+                elif suspect and api and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
                 suspect = False
-                if not self._version:
+                if not api or not self._version:
                     self._relist()
-                if self.absent:
+                if self._mode == "once" or self.absent:
                     return
-                suspect, rejections = self._follow(api), 0
-            except Expired as error:
-                log.debug("%s", error)
-                self._forget("expired")
-                self._asked.wait(self._delay() if rejections else 0.0)
-                rejections += 1
+                if api:
+                    suspect = self._follow(api)
+                else:
+                    self._failures = 0
+                    self._asked.wait(self._interval)
+                rejections = 0
             except LoaderError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
                 status = status_of(error)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
-                if rejections >= RELIST_AFTER:
-                    self._forget("rejected")
-                self._asked.wait(self._failure(error))
+                if isinstance(error, Expired) or rejections >= RELIST_AFTER:
+                    self._forget("expired" if isinstance(error, Expired) else "rejected")
+                    if rejections == 1:
+                        continue
+                delay = self._failure(error)
+                # (a quarter of a second more, so that a Retry-After of 1 fits)
+                late = time.monotonic() + delay > until + 0.25
+                if self._mode == "once" and (late or status not in PASSING):
+                    self.failed = True
+                    self._wake("trouble", time.monotonic())
+                    return
+                self._asked.wait(delay)
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -713,11 +692,8 @@ class Reflector(threading.Thread):
         self._version = ""
 
     def _relist(self) -> None:
-        """Replace the store by a complete list, so that deletions in a gap are seen.
-
-        A list whose continue token expires midway is asked for again without pages: a server whose
-        history is shorter than a paginated list takes would else never be read.
-        """
+        """Replace the store by a complete list, so that deletions in a gap are seen. One whose
+        continue token expires midway is asked for again without pages."""
         try:
             try:
                 objects, bad, version = self._listed(PAGE)
@@ -730,8 +706,7 @@ class Reflector(threading.Thread):
             objects, bad, version = {}, {}, ""
             self.absent = True
         changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version = objects, bad, version
-        self.synced = True
+        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
@@ -740,15 +715,13 @@ class Reflector(threading.Thread):
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
-        """A complete list: values by key, what is bad, and the version. Of each object only what
-        `parse` keeps is held: JSON as it is decoded is many times larger."""
+        """A complete list: values by key, what is bad, and the version."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
 
         def keep(item: dict[str, Json]) -> None:
             key = object_key(item)
-            value = self._value(key, item, bad)
-            if value is not None:
+            if (value := self._value(key, item, bad)) is not None:
                 objects[key] = value
 
         return objects, bad, self._client.list(self.query, limit, keep)
@@ -793,10 +766,9 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            old = self._objects.get(key)
             bad = {other: text for other, text in self.bad.items() if other != key}
             value = None if kind == "DELETED" else self._value(key, item, bad)
-            if value is not old or bad != self.bad:
+            if value is not self._objects.get(key) or bad != self.bad:
                 self.bad = bad
                 if value is None:
                     self._objects.pop(key, None)
@@ -843,61 +815,50 @@ class FileSource:
 
     def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
-        wanted = requirements(query.labels)
-        objects = self._objects()
+        wanted, objects = requirements(query.labels), self._objects()
         kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
         if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
             raise ApiError(404, f"{self._path} holds Endpoints and no EndpointSlice")
         for item in objects:
             namespace, name = object_key(item)
-            if (
-                item["kind"] == query.resource.kind
-                and query.namespace in ("", namespace)
-                and query.name in ("", name)
-                and selects(wanted, json_object(item["metadata"].get("labels")))
-            ):
+            named = query.namespace in ("", namespace) and query.name in ("", name)
+            labels = json_object(item["metadata"].get("labels"))
+            if item["kind"] == query.resource.kind and named and selects(wanted, labels):
                 keep(item)
         return ""
 
     def elsewhere(self, query: Query) -> str:
         """Where the named object of a query is, which is not where it was looked for; or ""."""
-        try:
-            keys = [object_key(item) for item in self._objects()
-                    if item["kind"] == query.resource.kind]
-        except LoaderError:
-            return ""
-        same = sorted(key for key in keys if key[1] == query.name)
-        names = [f"{namespace}/{name}" for namespace, name in same or sorted(keys)]
-        if not names:
-            return ""
+        kind, keys = query.resource.kind, []
+        with contextlib.suppress(LoaderError):
+            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
+        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
-        text, hint = self._read(), "give the output of `kubectl get ... -o json`"
         try:
-            objects = objects_of(text)
+            objects = objects_of(self._read())
+        except OSError as error:
+            raise LoaderError(f"--from-file {why(error)}") from None
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error)[:200].split())
+            hint = "give the output of `kubectl get ... -o json`"
             raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
         for item in objects:
-            if item["kind"] != NODES.kind:
-                metadata = item["metadata"]
-                metadata["namespace"] = metadata.get("namespace") or self._namespace
+            if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
+                item["metadata"]["namespace"] = self._namespace
         return objects
 
     def _read(self) -> bytes:
-        standard_input = self._path == "-"
-        try:
-            with self._lock:
-                if not (standard_input and self._text):
-                    path = 0 if standard_input else self._path
-                    with open(path, "rb", closefd=not standard_input) as stream:
-                        self._text = stream.read(LIST_BYTES + 1)
-                return self._text
-        except OSError as error:
-            raise LoaderError(f"--from-file {why(error)}") from None
+        stdin = self._path == "-"
+        with self._lock:
+            if not (stdin and self._text):
+                with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
+                    self._text = stream.read(LIST_BYTES + 1)
+            return self._text
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -905,26 +866,24 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     anything else."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole, position, values = text.decode("utf-8-sig"), 0, []
+    whole, position, objects = text.decode("utf-8-sig"), 0, []
     decoder, solid = json.JSONDecoder(), re.compile(r"\S")
     while start := solid.search(whole, position):
         value, position = decoder.raw_decode(whole, start.start())
-        values.append(value)
-    if not values:  # a file that is just being rewritten; no objects at all is an empty List
+        objects += single_objects(json_object(value))
+    if not position:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
-    objects = []
-    values.reverse()  # in order: what comes later wins
-    while values:
-        value = json_object(values.pop())
-        kind, items = text_at(value, "kind"), value.get("items") or []
-        if not kind or (kind.endswith("List") and not isinstance(items, list)):
-            raise ValueError("holds something that is not a Kubernetes object")
-        if kind.endswith("List"):
-            one = {"kind": kind.removesuffix("List")}
-            values += [{**one, **json_object(item)} for item in reversed(items)]
-        elif isinstance(value.get("metadata"), dict):
-            objects.append(value)
     return objects
+
+
+def single_objects(value: dict[str, Json]) -> list[dict[str, Json]]:
+    kind, items = text_at(value, "kind"), value.get("items") or []
+    if not kind or (kind.endswith("List") and not isinstance(items, list)):
+        raise ValueError("holds something that is not a Kubernetes object")
+    if not kind.endswith("List"):
+        return [value] if isinstance(value.get("metadata"), dict) else []
+    one = {"kind": kind.removesuffix("List")}
+    return [each for item in items for each in single_objects({**one, **json_object(item)})]
 
 
 # -- label selectors --------------------------------------------------------------------------
