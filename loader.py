@@ -31,7 +31,6 @@ admin interface. Only the standard library is used.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import errno
 import fcntl
@@ -2201,6 +2200,7 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 # OpenSSL's reasons for a key of another certificate: of the same type; of another one.
 KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
+SECRET_KEYS = ("tls.crt", "tls.key", "ca.crt")
 
 
 class Secret(NamedTuple):
@@ -2212,8 +2212,7 @@ class Secret(NamedTuple):
     key: bytes  # tls.key
     ca: bytes  # ca.crt
 
-    def __repr__(self) -> str:
-        """The name alone: a value that gets into a message or a traceback shows nothing."""
+    def __repr__(self) -> str:  # without the bytes, for messages and tracebacks
         return f"Secret({self.namespace}/{self.name})"
 
 
@@ -2227,11 +2226,9 @@ def secret_from(obj: Json) -> Secret:
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
-    cert, key, ca = (
-        decode_key(held.get(entry), f"secret {namespace}/{name}: {entry}")
-        for entry in ("tls.crt", "tls.key", "ca.crt")
-    )
-    return Secret(namespace, name, cert, key, ca)
+    label = f"secret {namespace}/{name}"
+    entries = (decode_key(held.get(entry), f"{label}: {entry}") for entry in SECRET_KEYS)
+    return Secret(namespace, name, *entries)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2248,11 +2245,7 @@ def secret_files(
     """The SDS files of a Secret, by path in the snapshot, and what is wrong with it.
 
     It is all or nothing: with a problem there are no files, and the caller keeps the last ones. A
-    new CA beside an old certificate would be a mixture that nobody wrote. Both files have `mode`:
-    it is widened where Envoy runs as another user, and Envoy needs both.
-
-    `version_info` is a hash over the key too, so every rotation shows in Envoy's `version_text`.
-    It gives nothing away: SHA-256 of a key that nobody can guess is not invertible.
+    new CA beside an old certificate would be a mixture that nobody wrote.
     """
     label = f"{secret.namespace}/{secret.name}"
     stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
@@ -2282,12 +2275,9 @@ def pem_source(pem: bytes) -> dict[str, str]:
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-# What is checked before a Secret is published: whatever Envoy would reject, as far as the standard
-# library can tell, and nothing that Envoy would accept.
-
-
 def secret_problems(secret: Secret) -> list[str]:
-    """Why this Secret must not be published; empty when it may."""
+    """Why this Secret must not be published: whatever Envoy would reject, as far as the standard
+    library can tell, and nothing that Envoy would accept."""
     cert, key, ca = secret.cert, secret.key, secret.ca
     if not (cert or key or ca):
         return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
@@ -2319,9 +2309,7 @@ def certificates_problem(pem: bytes) -> str:
                 return "is not readable (a PEM block has no end)"
             der = base64.b64decode(b"".join(body.split()), validate=True)
             context.load_verify_locations(cadata=der)
-    except binascii.Error:
-        return "is not readable (a PEM block is not base64)"
-    except (ssl.SSLError, ValueError):  # ValueError: an empty block
+    except (ssl.SSLError, ValueError):  # ValueError: an empty block, or one that is not base64
         return "is not readable (a PEM block is not an X.509 certificate)"
     return "" if parts else "holds no PEM certificate"
 
@@ -2333,8 +2321,6 @@ def pair_problem(cert: bytes, key: bytes) -> str:
     no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which rejects
     a bad one itself and keeps the last.
     """
-    if not hasattr(os, "memfd_create"):
-        return ""
     descriptors: list[int] = []
     try:
         for pem in (cert, key):
@@ -2350,7 +2336,7 @@ def pair_problem(cert: bytes, key: bytes) -> str:
         if b"ENCRYPTED" in key:
             return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
-    except OSError:  # after SSLError, which is one
+    except (OSError, AttributeError):  # after SSLError, which is an OSError
         return ""
     finally:
         for descriptor in descriptors:
@@ -2363,9 +2349,6 @@ def tls_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_ciphers("ALL:@SECLEVEL=0")
     return context
-
-
-# What --dry-run and --diff print, and how a crash writes nothing.
 
 
 def holds_secret(content: bytes) -> bool:
