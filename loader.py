@@ -5217,8 +5217,8 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
     """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
 
-    It has a session, and so a process group, of its own, which is killed as a whole at the end: a
-    process that the command left behind must not read the next snapshot's files, nor hold this one.
+    It has a process group of its own, which is killed at the end: a process that the command left
+    behind must not read the next snapshot's files, nor hold this one.
     """
     import subprocess
 
@@ -5233,16 +5233,15 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
     assert output is not None
     os.set_blocking(output.fileno(), False)
+    ended = None
     try:
-        ended = False
         while not ended and time.monotonic() < until and not stop.wait(0.01):
             # Not reaped yet, so that the group cannot be another's when it is killed.
-            states = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ended = os.waitid(os.P_PID, process.pid, states) is not None
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             printed += output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
             secret = secret or holds_secret(printed)
             printed = printed[-CHECK_OUTPUT:]
-    finally:
+    finally:  # SIGTERM raises in a preview
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
@@ -5265,29 +5264,25 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    title, paths = f"snapshot {version_of(files)}\n".encode(), sorted({*files, *published})
+    paths = sorted({*files, *published})
     if options.diff:
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
-        title = title if any(texts) else b""
     else:
         texts = [b"\n" + preview_text(path, files[path]) for path in paths]
-    print_out([title, *texts])
-    problem = check_copy(options.check_cmd, files) if options.check_cmd else ""
-    if problem:
-        raise LoaderError(problem)
+    if any(texts) or not options.diff:
+        print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
+    if options.check_cmd:
+        import tempfile
+
+        # a copy that nobody else can read (0700), and that goes again
+        with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
+            for path, file in files.items():
+                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
+                with open(f"{directory}/{path}", "wb") as stream:
+                    stream.write(file.content)
+            if problem := run_check(options.check_cmd, directory, threading.Event()):
+                raise LoaderError(problem)
     return 0
-
-
-def check_copy(command: Sequence[str], files: Files) -> str:
-    """Run --check-cmd on a copy of the files, which nobody else can read and which goes again."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:  # 0700
-        for path, file in files.items():
-            os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-            with open(f"{directory}/{path}", "wb") as stream:
-                stream.write(file.content)
-        return run_check(command, directory, threading.Event())
 
 
 def json_warnings(files: Files) -> Iterator[str]:
@@ -5308,22 +5303,20 @@ def preview_text(path: str, file: File) -> bytes:
     except UnicodeDecodeError:
         content = b"[binary]\n"
     end = b"" if content.endswith(b"\n") or not content else b"\n"
-    header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode() + content + end
+    return f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n".encode() + content + end
 
 
 def difference(path: str, old: File | None, new: File | None) -> bytes:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
 
-    if old and new and old.digest == new.digest:
-        return b""
     before = redacted(old.content) if old else b""
     after = redacted(new.content, old.content if old else None) if new else b""
     a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
-    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    rows = difflib.unified_diff(
+        a, b, f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    )
     missing = "\n\\ No newline at end of file\n"
-    rows = difflib.unified_diff(a, b, *names)
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
