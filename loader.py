@@ -188,25 +188,20 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# A TCP and TLS handshake, and the silence within one answer. An API server that needs longer for
-# a page of 500 objects is not going to answer.
-CONNECT_TIMEOUT = 10.0
-ANSWER_TIMEOUT = 30.0
-
-# One whole answer, from its request to its last byte: no server holds a thread by trickling.
-ANSWER_SECONDS = 120.0
+# A TCP and TLS handshake; the silence within one answer; one whole answer, from its request to its
+# last byte: no server holds a thread by trickling.
+CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
 # Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
 # (etcd stores objects of 1.5 MiB).
 LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
 
-# Objects in one page of a list: the chunk size of kubectl and of client-go's pager. And pages in
-# one list: a million objects, beyond which the server is going round in circles.
+# Objects in one page of a list, as kubectl asks. And pages in one list: a million objects, beyond
+# which the server is going round in circles.
 PAGE, LIST_PAGES = 500, 2_000
 
-# An API server bookmarks a watch about once a minute. A watch from a resourceVersion of the future
-# (etcd was restored) is silent for ever, and so is a half-open connection: 80 s without a byte is
-# taken for either, and answered by one cheap probe.
+# An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
+# (etcd was restored) is silent for ever, like a half-open connection: either is probed.
 WATCH_SILENCE = 80.0
 
 # The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
@@ -306,10 +301,8 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
-    """The Kubernetes REST API over one connection that is kept open; one thread uses it.
-
-    `http.client` and not `urllib.request`: it keeps its connection, and a redirect must be refused
-    rather than followed with the token. `count` is called for every answer: (verb, status).
+    """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
+    `urllib.request`, which follows redirects.) `count` is called for every answer: (verb, status).
     """
 
     def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
@@ -321,8 +314,7 @@ class Api:
 
     def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
-        resourceVersion to watch from. Anything that is not plainly a list of what was asked for is
-        unknown, never empty. Expired when the server forgot the list midway."""
+        resourceVersion to watch from. What is not plainly such a list is unknown, never empty."""
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
@@ -342,10 +334,8 @@ class Api:
         raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether `version` is one that this server never reached: its etcd was reset.
-
-        Costs one object. The server waits up to 3 s for the version to come before its 504.
-        """
+        """Whether `version` is one that this server never reached: its etcd was reset. (It waits
+        up to 3 s for the version to come before its 504.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -356,11 +346,8 @@ class Api:
             raise
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """Open a watch: its events, until the server ends it properly.
-
-        Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
-        event), ApiError for other failures, Cut where the stream stops without an end.
-        """
+        """Open a watch: its events, until the server ends it properly; else Cut, ApiError, or
+        Expired for 410 (a status, or an ERROR event: a real server answers 200 and one event)."""
         seconds = random.randint(*WATCH_SECONDS)
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
@@ -383,11 +370,8 @@ class Api:
     # -- one answer -------------------------------------------------------------------------
 
     def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
-        """The events in the lines of a watch. One line can span many chunks and exceed 1 MiB.
-
-        `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
-        boundary as a normal end (measured), and a cut must be told from an end.
-        """
+        """The events in the lines of a watch. (http.client's readline shows a stream that was cut
+        at a chunk boundary as a normal end; `read1` does not.)"""
         buffer = bytearray()
         try:
             while block := response.read1(1 << 18):
