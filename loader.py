@@ -2170,13 +2170,9 @@ class Renderer:
 # Secrets
 # ---------------------------------------------------------------------------------------------
 #
-# A TLS Secret becomes SDS files. Envoy accepts one Secret resource a file (it rejects a second
-# one), so the pair and the trusted CA are two files. The PEM is inline, not by file name:
-# certificate and key are then replaced by the one rename(2) of the snapshot, and Envoy never reads
-# one without the other.
-#
-# No text made here (error, problem, repr, redaction) has a byte of a key in it: messages are
-# literals plus names, and OpenSSL's reason codes, which are constants.
+# A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
+# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
+# here (error, problem, repr, redaction) has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
@@ -2201,11 +2197,8 @@ class Secret(NamedTuple):
 
 
 def secret_from(obj: Json) -> Secret:
-    """Reduce an API object to what is used of it.
-
-    The raw object must not be kept: its annotation `last-applied-configuration` often holds the
-    key a second time. Raises ValueError, without content, for what is not a valid Secret.
-    """
+    """Reduce an API object to what is used of it; ValueError, without content, for what is not a
+    valid Secret. The raw object must not be kept: an annotation often holds the key again."""
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
@@ -2226,11 +2219,8 @@ def decode_key(text: Json, what: str) -> bytes:
 def secret_files(
     secret: Secret, form: str = "yaml", mode: int = 0o600
 ) -> tuple[dict[str, File], tuple[str, ...]]:
-    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it.
-
-    It is all or nothing: with a problem there are no files, and the caller keeps the last ones. A
-    new CA beside an old certificate would be a mixture that nobody wrote.
-    """
+    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
+    none, and the caller keeps the last ones, all of them."""
     label = f"{secret.namespace}/{secret.name}"
     stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
     problems = secret_problems(secret)
@@ -2278,10 +2268,8 @@ def secret_problems(secret: Secret) -> list[str]:
 
 
 def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or with a bundle of CAs, "" if nothing.
-
-    Every block is an X.509 certificate to OpenSSL; text around the blocks is a comment.
-    """
+    """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
+    a comment."""
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
     parts = pem.split(b"-----BEGIN CERTIFICATE-----")[1:]
@@ -2302,8 +2290,7 @@ def pair_problem(cert: bytes, key: bytes) -> str:
     """What is wrong with the key of a certificate, "" if nothing.
 
     OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which rejects
-    a bad one itself and keeps the last.
+    no disk. Where there is none (macOS) Envoy judges the pair itself.
     """
     descriptors: list[int] = []
     try:
@@ -2336,20 +2323,15 @@ def tls_context() -> ssl.SSLContext:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource from whatever source, or a private key.
-
-    PEM in base64 (`inline_bytes`) counts as well; that this hides some certificates does no harm.
-    """
+    """Whether a file must not be shown: an SDS resource from whatever source, a private key, or PEM
+    in base64."""
     marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
     return any(mark in content for mark in marks)
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print: itself, or a line in its place.
-
-    The line has no hash, which would let a reader test guesses at a password in an SDS file. With
-    `published`, the bytes on disk, it tells whether they differ, so that a diff shows it.
-    """
+    """The content to print: itself, or a line in its place, without a hash, by which guesses could
+    be tested. With `published`, the bytes on disk, it tells whether they differ."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -2357,11 +2339,7 @@ def redacted(content: bytes, published: bytes | None = None) -> bytes:
 
 
 def no_core_dumps() -> None:
-    """Keep keys out of core files. To be called when --secret is given.
-
-    The limit is 1 and not 0: core(5) says that 0 does not hold where core_pattern is a pipe; the
-    kernel takes 1 for "not even then".
-    """
+    """Keep keys out of core files. (Not 0, which does not hold where core_pattern is a pipe.)"""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
