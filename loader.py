@@ -4088,12 +4088,9 @@ STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
-    """One line a record to stderr, as text for people or as JSON for machines.
-
-    A record is a message, `%`-formatted with `args` only if it is written, and fields. A line is
-    written whole or not at all: where nobody reads stderr, lines are dropped and counted, and the
-    loader goes on. (Not `logging`: it costs 6 ms of import.)
-    """
+    """One line a record to stderr: a message, `%`-formatted with `args` only if it is written, and
+    fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
+    counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
     def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._fd, self._clock = fd, clock
@@ -4193,10 +4190,8 @@ log = Log()
 
 
 class Metric(NamedTuple):
-    """A declared metric: its type is counter, gauge or histogram."""
-
     name: str
-    type: str
+    type: str  # counter, gauge or histogram
     help: str
     labels: tuple[str, ...] = ()
 
@@ -4206,8 +4201,7 @@ METRICS = (
     Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
     Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
     Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-    Metric("xds_loader_publication_duration_seconds", "histogram",
-           "From an event to the file that Envoy reads."),
+    Metric("xds_loader_publication_duration_seconds", "histogram", "From an event to the file."),
     Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
     Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
     Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
@@ -4215,10 +4209,8 @@ METRICS = (
     Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
            "When a source last answered: an event, a bookmark or a list.", ("source",)),
     Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-    Metric("xds_loader_watch_restarts_total", "counter", "Watches begun again by reason.",
-           ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter", "Requests to the API server.",
-           ("code", "verb")),
+    Metric("xds_loader_watch_restarts_total", "counter", "Watches resumed.", ("source", "reason")),
+    Metric("xds_loader_api_requests_total", "counter", "API requests.", ("code", "verb")),
     Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
     Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
     Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
@@ -4240,11 +4232,8 @@ Labels = tuple[str, ...]
 
 
 class Metrics:
-    """The values of METRICS, to be recorded from any thread in about a microsecond.
-
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError. A series
-    is held by what stands between the name and the value in the output.
-    """
+    """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
+    order declared. A series is held by what stands between name and value in the output."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
@@ -4312,9 +4301,8 @@ metrics = Metrics(__version__)
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
 # Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
-# the size of a request, what rendering may cost. It shows one immutable Status, so it never waits
-# for the loop nor the loop for it; and only names and figures: never the content of a file, nor
-# Envoy's reasons, which quote it.
+# the size of a request, what rendering may cost. It shows names and figures: never the content of
+# a file, nor Envoy's reasons, which quote it.
 
 CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
@@ -4354,7 +4342,7 @@ def text_answer(code: int, *lines: str) -> Answer:
 
 
 def health_answer(status: Status) -> Answer:
-    """/healthz: 200 while the loop turns."""
+    """200 while the loop turns."""
     age, bound = time.monotonic() - status.last_turn, status.turn_bound
     if age <= bound:
         return text_answer(200, "ok")
@@ -4362,11 +4350,8 @@ def health_answer(status: Status) -> Answer:
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
-    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it.
-
-    The body names what is not as it should be. A NACKed file or an API server that is down takes
-    no running Envoy out of its Service.
-    """
+    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it. The body
+    names what is not as it should be, which takes no running Envoy out of its Service."""
     ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
@@ -4375,11 +4360,8 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
 
 
 def snapshot_answer(status: Status) -> Answer:
-    """/snapshot: the published files, their size, digest and source, and what Envoy made of them.
-
-    A file that holds a secret has no size and no digest: with a digest one tests guesses at a
-    password, and the port asks nobody for credentials.
-    """
+    """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
+    size and no digest: with a digest one tests guesses at a password."""
     rows = []
     for path, file in sorted(status.files.items()):
         row: dict[str, Json] = {"path": path, "source": file.source}
@@ -4414,11 +4396,9 @@ class Client(NamedTuple):
 
 
 class Listener:
-    """The server of --listen. The loop replaces `status`; all else belongs to one thread, which
-    waits for no client."""
+    """The server of --listen, in one thread that waits for no client. The loop sets `status`."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
-        """Bind and serve. Raises LoaderError: an address in use ends the loader at its start."""
         self.status = Status({}, last_turn=time.monotonic())
         self.clients: dict[int, Client] = {}  # by descriptor, oldest first
         self._recorded, self._stopped = recorded, False
