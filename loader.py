@@ -5289,11 +5289,9 @@ def read_config(path: str) -> Config:
 # The command line
 # ---------------------------------------------------------------------------------------------
 
-# -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
-
 
 def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A parser of the texts that a pattern matches as a whole."""
+    """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""
 
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
@@ -5409,6 +5407,7 @@ class Option(NamedTuple):
         return "XDS_LOADER_" + self.name.upper().replace("-", "_")
 
 
+WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 # fmt: off
 SECTIONS = {
     "What to load": (
@@ -5427,8 +5426,7 @@ SECTIONS = {
     "From where": (
         Option("apiserver", http_url, "URL", "the Kubernetes API server",
                "the pod's own, else https://kubernetes"),
-        Option("token-file", str, "FILE", "bearer token, read again for each request",
-               f"{SERVICE_ACCOUNT}/token"),
+        Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
         Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
         Option("client-cert", str, "FILE", "client certificate for the API server"),
         Option("client-key", str, "FILE", "its private key"),
@@ -5438,8 +5436,7 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns",
-               "where endpoints live", "auto"),
+        Option("endpoints", one_of(WHERE), WHERE, "where endpoints live", "auto"),
         Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
@@ -5466,8 +5463,7 @@ SECTIONS = {
         Option("listen", listen_address, "[ADDR]:PORT",
                "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
         Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
-        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS),
-               "the least that is logged", "info"),
+        Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
         Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
@@ -5515,10 +5511,8 @@ class Options(NamedTuple):
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them.
-
-    One dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`.
-    """
+    """The values on the command line by option, read as Go's flag package reads them: one dash or
+    two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
     known = {option.name: option for option in OPTIONS}
     found: dict[str, list[str]] = {}
     rest = iter(argv)
