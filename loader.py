@@ -3946,7 +3946,7 @@ class Known(NamedTuple):
     moves: Mapping[str, int] = {}  # how often a file moved since
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
-    leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    leaving: frozenset[str] = frozenset()  # not desired any more, by those that named them either
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     gone: bool = False  # no process is known
     wary: bool = False  # moved while moves before were not judged: a read may belong to those
@@ -4048,7 +4048,9 @@ def after_publication(known: Known, before: Files, after: Files, desired: Files)
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
-        leaving=frozenset(after.keys() - desired.keys()),
+        leaving=frozenset(path for path in after if path not in desired and (
+            path in known.leaving or any(names_path(file.content, path)
+                                         for other, file in before.items() if other != path))),
         wary=any(file.kind and path not in known.states for path, file in before.items()),
         came=known.came | (newly_there(before, after) if before and (known.gone or any(
             file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
