@@ -3481,9 +3481,10 @@ class Known(NamedTuple):
     moves: Mapping[str, int] = {}  # how often a file moved since
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
-    leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    leaving: frozenset[str] = frozenset()  # not desired any more, by those that named them either
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     gone: bool = False  # no process is known
+    wary: bool = False  # moved while moves before were not judged: a read may belong to those
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3600,7 +3601,10 @@ def after_publication(
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
-        leaving=frozenset(after.keys() - desired.keys()),
+        leaving=frozenset(path for path in after if path not in desired and (
+            path in known.leaving or any(names_path(file.content, path)
+                                         for other, file in before.items() if other != path))),
+        wary=any(file.kind and path not in known.states for path, file in before.items()),
         came=known.came | (newly_there(before, after) if before and (known.gone or any(
             file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
             for path, file in before.items())) else frozenset()),
@@ -3640,14 +3644,15 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     """What the counts tell about each published file that is not judged yet.
 
     Of a process that was never looked at before the first look is believed only when the second
-    one agrees: Envoy may have been asked in the moment between a move and its reading.
+    one agrees: Envoy may have been asked in the moment between a move and its reading. So it is
+    after a publication that did not wait for the judgement of the one before.
     """
     lasting = ("cluster_manager.cds", "listener_manager.lds")  # they live as long as Envoy does
     if known.counts and any(look.counts.get(scope, Counts()).attempt < known.counts[scope].attempt
                             for scope in lasting if scope in known.counts):
         known = after_meeting(known, known.back_at)
-    if known.counts is None:
-        return known._replace(counts={}), Outcome(pending=tuple(p for p in files if files[p].kind))
+    if known.counts is None or known.wary:
+        return known._replace(counts=known.counts or {}, wary=False), Outcome(pending=tuple(p for p in files if files[p].kind))
     open_scopes: set[str] = set()
     found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
                                    HIDDEN: []}
