@@ -3602,7 +3602,7 @@ def after_publication(
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
         leaving=frozenset(path for path in after if path not in desired and (
-            path in known.leaving or any(names_path(file.content, path)
+            path in known.leaving or any(paths_in([file.content], [path])
                                          for other, file in before.items() if other != path))),
         wary=any(file.kind and path not in known.states for path, file in before.items()),
         came=known.came | (newly_there(before, after) if before and (known.gone or any(
