@@ -4098,7 +4098,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
                             for scope in lasting if scope in known.counts):
         known = after_meeting(known, known.back_at)
     if known.counts is None or known.wary:
-        return known._replace(counts=known.counts or {}, wary=False), Outcome(pending=tuple(p for p in files if files[p].kind))
+        known = known._replace(counts=known.counts or {}, wary=False)
+        return known, Outcome(pending=tuple(p for p in files if files[p].kind))
     open_scopes: set[str] = set()
     found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
                                    HIDDEN: []}
@@ -4239,7 +4240,7 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
 
 
 def standing(known: Known, files: Files) -> list[str]:
-    """The NACKed files that are published still, for want of ACKed bytes, and may be tried again."""
+    """The NACKed files that stand, for want of ACKed bytes, and may be tried once more."""
     return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
             and known.states.get(path) == NACKED and path not in known.nacks]
 
