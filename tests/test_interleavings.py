@@ -798,7 +798,7 @@ def gone_world() -> World:
 WORLDS = [
     good_world(), refused_world(), listener_world(), endpoints_world(),
     endpoints_world(name="endpoints, never warm", never_warm=True), deadly_world(), gone_world(),
-    good_world(name="good, watched_directory", shared=True, unknowns=0, events=2),
+    good_world(name="good, watched_directory", shared=True, unknowns=0, events=1),
     good_world(name="good, no counters", hidden=True),
     good_world(name="good, not asked", asked=False, events=4),
 ]
