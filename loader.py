@@ -31,7 +31,6 @@ admin interface. Only the standard library is used.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import errno
 import fcntl
@@ -41,7 +40,6 @@ import http.client
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -54,9 +52,7 @@ import sys
 import threading
 import time
 import urllib.parse
-import zlib
-from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,30 +189,28 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# A TCP and TLS handshake, and the silence within one answer. An API server that needs longer for
-# a page of 500 objects is not going to answer.
-CONNECT_TIMEOUT = 10.0
-ANSWER_TIMEOUT = 30.0
+# A TCP and TLS handshake; the silence within one answer; one whole answer, from its request to its
+# last byte: no server holds a thread by trickling.
+CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
-# One whole answer, from its request to its last byte: no server holds a thread by trickling.
-ANSWER_SECONDS = 120.0
-
-# Sizes of answers, unpacked. A page of 500 objects of 512 KiB each; the text of an error; an event
+# Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
 # (etcd stores objects of 1.5 MiB).
 LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
 
-# Objects in one page of a list: the chunk size of kubectl and of client-go's pager. And pages in
-# one list: a million objects, beyond which the server is going round in circles.
+# Objects in one page of a list, as kubectl asks. And pages in one list: a million objects, beyond
+# which the server is going round in circles.
 PAGE, LIST_PAGES = 500, 2_000
 
-# An API server bookmarks a watch about once a minute. A watch from a resourceVersion of the future
-# (etcd was restored) is silent for ever, and so is a half-open connection: 80 s without a byte is
-# taken for either, and answered by one cheap probe.
+# An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
+# (etcd was restored) is silent for ever, like a half-open connection: either is probed.
 WATCH_SILENCE = 80.0
 
 # The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
 # together do not renew together (client-go: 5 to 10 minutes).
 WATCH_SECONDS = (300, 600)
+
+# Where a token may go over plain HTTP.
+LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"
 
 # What a server may ask us to wait: a year in a header must not stop a source for a year.
 RETRY_AFTER_LAST = 300.0
@@ -268,10 +262,22 @@ class Query(NamedTuple):
 
     def __str__(self) -> str:
         if self.name:
-            kind = self.resource.name.removesuffix("s")
-            return f"{kind} {self.namespace}/{self.name}".replace(" /", " ")
+            scope = f"{self.namespace}/" if self.namespace else ""
+            return f"{self.resource.name.removesuffix('s')} {scope}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
+
+
+def text_at(item: Mapping[str, Json], *path: str) -> str:
+    """The text at a path of names in an API object; "" for whatever else is there."""
+    value: Json = item
+    for name in path:
+        value = json_object(value).get(name)
+    return value if isinstance(value, str) else ""
+
+
+def object_key(item: Mapping[str, Json]) -> Key:
+    return text_at(item, "metadata", "namespace"), text_at(item, "metadata", "name")
 
 
 class ApiError(LoaderError):
@@ -291,15 +297,16 @@ class Cut(LoaderError):
 
 
 # What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# an answer that cannot be unpacked. A host name that no resolver accepts (`a..b`) is a ValueError.
-BROKEN = (OSError, http.client.HTTPException, ValueError, zlib.error)
+# what is not JSON. A host name that no resolver accepts (`a..b`) is a ValueError.
+BROKEN = (OSError, http.client.HTTPException, ValueError)
+
+Response = http.client.HTTPResponse
+Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
-    """The Kubernetes REST API over one connection that is kept open; one thread uses it.
-
-    `http.client` and not `urllib.request`: it keeps its connection, and a redirect must be refused
-    rather than followed with the token. `count` is called for every answer: (verb, status).
+    """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
+    `urllib.request`, which follows redirects.) `count` is called for every answer: (verb, status).
     """
 
     def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
@@ -311,60 +318,53 @@ class Api:
 
     def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
-        resourceVersion to watch from. Anything that is not plainly a list of what was asked for is
-        unknown, never empty. Expired when the server forgot the list midway."""
+        resourceVersion to watch from. What is not plainly such a list is unknown, never empty."""
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
-            try:
+            answer: dict[str, Json] = {}
+            with contextlib.suppress(ValueError):
                 answer = json_object(parse_json(self._ask(query, "list", page)[1]))
-            except ValueError:
-                text = f"list {query}: {self._url.netloc} answered 200 with invalid JSON"
-                raise ApiError(200, f"{text}; is it an API server?") from None
-            items, metadata = answer.pop("items", 0), json_object(answer.get("metadata"))
+            items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(200, text)
-            while items:  # (None: Go's JSON writes an empty slice as null)
-                keep(json_object(items.pop()))  # each is let go before the next page is read
-            page["continue"] = str(metadata.get("continue") or "")
+                raise ApiError(200, f"{text}; is it a Kubernetes API server?")
+            for item in items or ():  # Go's JSON writes an empty slice as null
+                keep(json_object(item))
+            del items  # before the next page is read
+            page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
-                return str(metadata.get("resourceVersion") or "")
+                return text_at(answer, "metadata", "resourceVersion")
         raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether `version` is one that this server never reached: its etcd was reset.
-
-        Costs one object. The server waits up to 3 s for the version to come before its 504.
-        """
+        """Whether `version` is one that this server never reached: its etcd was reset. (It waits
+        up to 3 s for the version to come before its 504.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
+            return False
         except ApiError as error:
-            if error.status != 504:
-                raise
-            return True
-        return False
+            if error.status == 504:
+                return True
+            raise
 
-    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
-        """Open a watch: its events (type, object), until the server ends it properly.
-
-        Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
-        event), ApiError for other failures, Cut where the stream stops without an end.
-        """
+    def watch(self, query: Query, version: str) -> Iterator[Event]:
+        """Open a watch: its events, until the server ends it properly; else Cut, ApiError, or
+        Expired for 410 (a status, or an ERROR event: a real server answers 200 and one event)."""
         seconds = random.randint(*WATCH_SECONDS)
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
-        self._wait(WATCH_SILENCE)
+        if self._socket is not None:
+            self._socket.settimeout(WATCH_SILENCE)
         return self._events(query, response, time.monotonic() + seconds + ANSWER_SECONDS)
 
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
         if self._socket is not None:
-            try:  # (not SSLSocket's own shutdown: that one makes a plain socket of it)
+            with contextlib.suppress(OSError):
+                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         if self._connection is not None:
@@ -373,14 +373,9 @@ class Api:
 
     # -- one answer -------------------------------------------------------------------------
 
-    def _events(
-        self, query: Query, response: http.client.HTTPResponse, until: float
-    ) -> Iterator[tuple[str, dict[str, Json]]]:
-        """The events in the lines of a watch. One line can span many chunks and exceed 1 MiB.
-
-        `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
-        boundary as a normal end (measured), and a cut must be told from an end.
-        """
+    def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
+        """The events in the lines of a watch. (http.client's readline shows a stream that was cut
+        at a chunk boundary as a normal end; `read1` does not.)"""
         buffer = bytearray()
         try:
             while block := response.read1(1 << 18):
@@ -395,12 +390,13 @@ class Api:
             if buffer.strip():
                 raise ValueError("cut within an event")
         except BROKEN as error:
-            raise Cut(f"watch {query}: cut or silent ({self._quoted(why(error))})") from error
+            shown = self._quoted(str(error), why(error))
+            raise Cut(f"watch {query}: cut or silent ({shown})") from error
         finally:
             if not response.isclosed():
                 self.close()  # it cannot be used for another request
 
-    def _event(self, query: Query, line: bytes) -> tuple[str, dict[str, Json]]:
+    def _event(self, query: Query, line: bytes) -> Event:
         event = json_object(parse_json(line))
         kind, item = event.get("type"), event.get("object")
         if not isinstance(kind, str) or not isinstance(item, dict):
@@ -410,12 +406,10 @@ class Api:
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
             if item.get("reason") in ("Expired", "Gone"):
                 status = 410
-            raise self._error(query, "watch", status, item.get("message"))
+            raise self._error(query, "watch", status, text_at(item, "message"))
         return kind, item
 
-    def _ask(
-        self, query: Query, verb: str, page: Mapping[str, str]
-    ) -> tuple[http.client.HTTPResponse, bytes]:
+    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
         """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
@@ -433,63 +427,58 @@ class Api:
             return response, b"" if verb == "watch" else body_of(response, LIST_BYTES)
         except BROKEN as error:
             self.close()
-            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(why(error))}"
+            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(str(error), why(error))}"
             raise Cut(f"{text}; check --apiserver and --ca-file") from error
         finally:
             timer.cancel()
             self._count(verb, code)
 
-    def _send(self, target: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def _send(self, target: str, headers: dict[str, str]) -> Response:
         """Over the open connection if there is one; a server may have closed it meanwhile."""
-        while True:
-            began, connection = time.monotonic(), self._connection
-            fresh = connection is None or connection.sock is None
-            try:
-                if connection is None or fresh:
-                    connection = self._connect()
-                connection.request("GET", target, headers=headers)
-                self._wait(ANSWER_TIMEOUT)
-                return connection.getresponse()
-            except BROKEN:
-                self.close()
-                if fresh or time.monotonic() - began > CONNECT_TIMEOUT:
-                    raise
-
-    def _failure(self, query: Query, verb: str, response: http.client.HTTPResponse) -> ApiError:
-        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
+        began, kept = time.monotonic(), self._connection
+        if kept is not None and kept.sock is None:
+            kept = None
         try:
-            body = body_of(response, ERROR_BYTES)
+            connection = kept or self._connect()
+            connection.request("GET", target, headers=headers)
+            connection.sock.settimeout(ANSWER_TIMEOUT)
+            return connection.getresponse()
         except BROKEN:
-            body = b""
             self.close()
-        try:
-            message = json_object(parse_json(body)).get("message")
-        except ValueError:
-            message = body.decode("utf-8", "replace")
+            if kept is None or time.monotonic() - began > CONNECT_TIMEOUT:
+                raise
+        return self._send(target, headers)
+
+    def _failure(self, query: Query, verb: str, response: Response) -> ApiError:
+        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
+        message = ""
+        with contextlib.suppress(*BROKEN):
+            message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
+            message = text_at(json_object(parse_json(message)), "message")
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
-            message = f"redirect to {where} rejected; correct --apiserver"
+            message = f"redirects are not followed: correct --apiserver ({where})"
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
 
     def _error(
-        self, query: Query, verb: str, status: int, message: object, retry_after: float = 0.0
+        self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
     ) -> ApiError:
-        access, resource = self._access, query.resource.name
+        path = self._access.token_file
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
-        sent = "" if self._token else f" (no token was sent: there is none in {access.token_file})"
+        sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
-            401: f"; is the token in {access.token_file} valid?",
-            403: f"; grant the service account {verb} on {resource} in {scope}{sent}",
+            401: f"; is the token in {path} valid?",
+            403: f"; grant the service account {verb} on {query.resource.name} in {scope}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
         }.get(status, "")
-        text = f"{verb} {query}: {status} {self._quoted(str(message or ''))}".rstrip()
+        text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
         return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
 
-    def _quoted(self, text: str) -> str:
-        """Foreign text as one line for the log. An error page may echo the request, token and all,
-        in a URL or in base64 too, where three alignments are possible."""
+    def _quoted(self, text: str, shown: str = "") -> str:
+        """Foreign text (or a line about it) for the log. An error page may echo the request, token
+        and all, in a URL or in base64 too, where three alignments are possible."""
         forms = {self._token}
         for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
             encoded = base64.b64encode(bytes(shift) + self._token.encode("latin-1")).decode()
@@ -498,18 +487,16 @@ class Api:
         seen = plain + plain.replace("-", "+").replace("_", "/")
         if any(form in seen for form in forms if form):
             return "[a text that quotes the token]"
-        return " ".join(text.split())[:500]
+        return shown or " ".join(text.split())[:500]
 
     # -- one connection ---------------------------------------------------------------------
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port, wait = self._url.hostname or "", self._url.port, CONNECT_TIMEOUT
+        place = self._url.hostname or "", self._url.port
+        made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
         if self._url.scheme == "https":
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=wait, context=self._context()
-            )
-        else:
-            made = http.client.HTTPConnection(host, port, timeout=wait)
+            context = self._context()
+            made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT, context=context)
         made.connect()
         self._connection, self._socket = made, made.sock
         # The kernel notices within about a minute that the other side is gone.
@@ -517,10 +504,6 @@ class Api:
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         return made
-
-    def _wait(self, seconds: float) -> None:
-        if self._socket is not None:
-            self._socket.settimeout(seconds)
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
@@ -534,7 +517,7 @@ class Api:
             raise LoaderError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
             raise LoaderError(f"token file {path}: not a valid token; check --token-file")
-        if token and url.scheme == "http" and url.hostname not in ("127.0.0.1", "::1", "localhost"):
+        if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
             text = f"the token in {path} is not sent to {url.netloc} over plain HTTP"
             raise LoaderError(f"{text}; give --apiserver an https URL")
         return token
@@ -562,11 +545,9 @@ class Api:
         return context
 
 
-def body_of(response: http.client.HTTPResponse, most: int) -> bytes:
-    """All of an answer, unpacked; ValueError if that is more than `most` bytes."""
+def body_of(response: Response, most: int) -> bytes:
+    """All of an answer; ValueError if that is more than `most` bytes."""
     body = response.read(most + 1)
-    if response.headers.get("Content-Encoding") == "gzip":  # nobody asked for it
-        body = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(body, most + 1)
     if len(body) > most:
         raise ValueError(f"the answer is larger than {most >> 20} MiB")
     if response.length:  # with a bound, read() does not raise it
@@ -598,13 +579,7 @@ ONE_TRY_SECONDS = 1.0
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
-def object_key(item: Mapping[str, Json]) -> Key:
-    metadata = json_object(item.get("metadata"))
-    return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
-
-
 def status_of(error: LoaderError) -> int:
-    """The HTTP status of an error, 0 for one that is not an answer."""
     return error.status if isinstance(error, ApiError) else 0
 
 
@@ -638,82 +613,62 @@ class Reflector(threading.Thread):
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake = parse, client, wake
         self._mode, self._interval, self._optional = mode, interval, optional
-        self._patience = patience
-        self._topic = str(query)
+        self._patience, self._topic = patience, str(query)
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
-        self._version = ""
-        self._failures = 0
-        self._asked = threading.Event()  # by refresh()
-        self._watching: Api | None = None  # while a watch is open
-        self._lock = threading.Lock()  # refresh() cuts no list that it has itself asked for
+        self._version, self._failures = "", 0
+        self._asked = threading.Event()  # by refresh(): ends each wait
+        self._watching: Api | None = None
 
     def objects(self) -> dict[Key, Any]:
-        """A copy of what is known now."""
         return self._objects.copy()
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        with self._lock:
-            self._asked.set()
-            if self._watching:
-                self._watching.interrupt()
+        self._asked.set()
+        if self._watching:
+            self._watching.interrupt()
 
     def run(self) -> None:
-        if self._mode == "watch" and isinstance(self._client, Api):
-            self._watch(self._client)
-        else:
-            self._poll()
-
-    def _poll(self) -> None:
-        """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
-        until = time.monotonic() + ONE_TRY_SECONDS
-        while True:
-            self._refreshed()
-            try:
-                self._relist()
-                self._failures, delay = 0, self._interval
-                if self._mode == "once" or self.absent:
-                    return
-            except LoaderError as error:
-                delay = self._failure(error)
-                # (a quarter of a second more, so that a Retry-After of 1 fits)
-                late = time.monotonic() + delay > until + 0.25
-                if self._mode == "once" and (late or status_of(error) not in PASSING):
-                    self.failed = True
-                    self._wake("trouble", time.monotonic())
-                    return
-            self._pause(delay)
-
-    def _watch(self, api: Api) -> None:
-        """List, then watch from there; resume a watch that ended, list again where only that
+        """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        suspect, rejections = False, 0
+        until, suspect, rejections = time.monotonic() + ONE_TRY_SECONDS, False, 0
+        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
         while True:
             try:
-                if self._refreshed():
+                if self._asked.is_set():
+                    self._asked.clear()
                     self._forget("refresh")
-                elif suspect and self._version and api.is_future(self.query, self._version):
+                elif suspect and api and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
                 suspect = False
-                if not self._version:
+                if not api or not self._version:
                     self._relist()
-                if self.absent:
+                if self._mode == "once" or self.absent:
                     return
-                suspect, rejections = self._follow(api), 0
-            except Expired as error:
-                log.debug("%s", error)
-                self._forget("expired")
-                self._pause(self._delay() if rejections else 0.0)
-                rejections += 1
+                if api:
+                    suspect = self._follow(api)
+                else:
+                    self._failures = 0
+                    self._asked.wait(self._interval)
+                rejections = 0
             except LoaderError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
                 status = status_of(error)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
-                if rejections >= RELIST_AFTER:
-                    self._forget("rejected")
-                self._pause(self._failure(error))
+                if isinstance(error, Expired) or rejections >= RELIST_AFTER:
+                    self._forget("expired" if isinstance(error, Expired) else "rejected")
+                    if rejections == 1:
+                        continue
+                delay = self._failure(error)
+                # (a quarter of a second more, so that a Retry-After of 1 fits)
+                late = time.monotonic() + delay > until + 0.25
+                if self._mode == "once" and (late or status not in PASSING):
+                    self.failed = True
+                    self._wake("trouble", time.monotonic())
+                    return
+                self._asked.wait(delay)
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -724,11 +679,8 @@ class Reflector(threading.Thread):
         self._version = ""
 
     def _relist(self) -> None:
-        """Replace the store by a complete list, so that deletions in a gap are seen.
-
-        A list whose continue token expires midway is asked for again without pages: a server whose
-        history is shorter than a paginated list takes would else never be read.
-        """
+        """Replace the store by a complete list, so that deletions in a gap are seen. One whose
+        continue token expires midway is asked for again without pages."""
         try:
             try:
                 objects, bad, version = self._listed(PAGE)
@@ -738,11 +690,11 @@ class Reflector(threading.Thread):
             if error.status != 404 or not self._optional or self.synced:
                 raise
             log.info("%s: not available here (%s)", self.query, error)
-            objects, bad, version, self.absent = {}, {}, "", True
+            objects, bad, version = {}, {}, ""
+            self.absent = True
         changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version = objects, bad, version
-        self.synced = True
-        log.debug("listed %s: %d objects at %s", self.query, len(objects), version)
+        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
             self._wake("objects", time.monotonic())
@@ -750,43 +702,37 @@ class Reflector(threading.Thread):
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
-        """A complete list: values by key, what is bad, and the version. Of each object only what
-        `parse` keeps is held: JSON as it is decoded is many times larger."""
+        """A complete list: values by key, what is bad, and the version."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
 
         def keep(item: dict[str, Json]) -> None:
             key = object_key(item)
-            value = self._value(key, item, bad)
-            if value is not None:
+            if (value := self._value(key, item, bad)) is not None:
                 objects[key] = value
 
-        version = self._client.list(self.query, limit, keep)
-        return objects, bad, version
+        return objects, bad, self._client.list(self.query, limit, keep)
 
     def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
         old = self._objects.get(key)
         try:
             value = self._parse(item)
-        except ValueError as error:
+            return old if value == old else value
+        except (ValueError, RecursionError) as error:
             name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
             bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
             return old
-        return old if value == old else value
 
     def _follow(self, api: Api) -> bool:
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
         began = last = time.monotonic()
-        log.debug("watching %s from %s", self.query, self._version)
+        log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
         self._watching = api
         try:
-            while not self._asked.is_set():
-                event = next(events, None)
-                if event is None:
-                    break
+            while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event, last)
         finally:
@@ -799,27 +745,23 @@ class Reflector(threading.Thread):
         log.debug("watch of %s ended after %.0f s", self.query, now - began)
         metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
         if now - began < WATCH_SHORT:
-            self._pause(self._delay())
+            self._asked.wait(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
     def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
-        metadata = json_object(item.get("metadata"))
-        self._version = str(metadata.get("resourceVersion") or self._version)
-        if kind in ("ADDED", "MODIFIED", "DELETED"):
+        self._version = text_at(item, "metadata", "resourceVersion") or self._version
+        if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            old = self._objects.get(key)
             bad = {other: text for other, text in self.bad.items() if other != key}
             value = None if kind == "DELETED" else self._value(key, item, bad)
-            if value is not old or bad != self.bad:
+            if value is not self._objects.get(key) or bad != self.bad:
                 self.bad = bad
                 if value is None:
                     self._objects.pop(key, None)
                 else:
                     self._objects[key] = value
                 self._wake("objects", now)
-        elif kind != "BOOKMARK":
-            log.debug("watch of %s: event of unknown type %s", self.query, kind)
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _recovered(self) -> None:
@@ -837,7 +779,6 @@ class Reflector(threading.Thread):
         self.trouble = str(error)
         if self._mode != "once":  # there the error is the end, and is reported as such
             log.outage(self._topic, self.trouble)
-        log.debug("%s: next try in %.1f s", self.query, delay)
         self._wake("trouble", time.monotonic())
         return delay
 
@@ -846,18 +787,6 @@ class Reflector(threading.Thread):
         ceiling = min(self._patience, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
-
-    def _refreshed(self) -> bool:
-        """Whether refresh() was called since."""
-        with self._lock:
-            asked = self._asked.is_set()
-            self._asked.clear()
-            return asked
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, unless refresh() is called. Daemon threads need nothing else to stop: they own no
-        disk."""
-        self._asked.wait(seconds)
 
 
 # -- --from-file ------------------------------------------------------------------------------
@@ -873,91 +802,75 @@ class FileSource:
 
     def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
-        wanted = requirements(query.labels)
-        objects = self._objects()
+        wanted, objects = requirements(query.labels), self._objects()
         kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
         if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
             raise ApiError(404, f"{self._path} holds Endpoints and no EndpointSlice")
         for item in objects:
             namespace, name = object_key(item)
-            if (
-                item["kind"] == query.resource.kind
-                and query.namespace in ("", namespace)
-                and query.name in ("", name)
-                and selects(wanted, json_object(item["metadata"].get("labels")))
-            ):
+            named = query.namespace in ("", namespace) and query.name in ("", name)
+            labels = json_object(item["metadata"].get("labels"))
+            if item["kind"] == query.resource.kind and named and selects(wanted, labels):
                 keep(item)
         return ""
 
     def elsewhere(self, query: Query) -> str:
         """Where the named object of a query is, which is not where it was looked for; or ""."""
-        try:
-            keys = [object_key(item) for item in self._objects()
-                    if item["kind"] == query.resource.kind]
-        except LoaderError:
-            return ""
-        same = sorted(key for key in keys if key[1] == query.name)
-        names = [f"{namespace}/{name}" for namespace, name in same or sorted(keys)]
-        if not names:
-            return ""
+        kind, keys = query.resource.kind, []
+        with contextlib.suppress(LoaderError):
+            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
+        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
 
     def _objects(self) -> Sequence[dict[str, Json]]:
-        """All objects of the file, each with its metadata and its namespace."""
-        text, hint = self._read(), "give the output of `kubectl get ... -o json`"
+        """All objects of the file, each with a namespace if its kind has one."""
         try:
-            objects = [item for item in documents(text) if isinstance(item.get("metadata"), dict)]
+            objects = objects_of(self._read())
+        except OSError as error:
+            raise LoaderError(f"--from-file {why(error)}") from None
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error)[:200].split())
+            hint = "give the output of `kubectl get ... -o json`"
             raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
         for item in objects:
-            if item["kind"] != NODES.kind:
-                metadata = item["metadata"]
-                metadata["namespace"] = metadata.get("namespace") or self._namespace
+            if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
+                item["metadata"]["namespace"] = self._namespace
         return objects
 
     def _read(self) -> bytes:
-        standard_input = self._path == "-"
-        try:
-            with self._lock:
-                if not (standard_input and self._text):
-                    path = 0 if standard_input else self._path
-                    with open(path, "rb", closefd=not standard_input) as stream:
-                        self._text = stream.read(LIST_BYTES + 1)
-                return self._text
-        except OSError as error:
-            raise LoaderError(f"--from-file {why(error)}") from None
+        stdin = self._path == "-"
+        with self._lock:
+            if not (stdin and self._text):
+                with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
+                    self._text = stream.read(LIST_BYTES + 1)
+            return self._text
 
 
-def documents(text: bytes) -> Iterator[dict[str, Json]]:
+def objects_of(text: bytes) -> list[dict[str, Json]]:
     """The objects of a file: single ones or lists (of lists), one after another; ValueError for
     anything else."""
-    decoder, solid, position = json.JSONDecoder(), re.compile(r"\S"), 0
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole = text.decode("utf-8-sig")
-    while found := solid.search(whole, position):
-        value, position = decoder.raw_decode(whole, found.start())
-        yield from flattened(value)
+    whole, position, objects = text.decode("utf-8-sig"), 0, []
+    decoder, solid = json.JSONDecoder(), re.compile(r"\S")
+    while start := solid.search(whole, position):
+        value, position = decoder.raw_decode(whole, start.start())
+        objects += single_objects(json_object(value))
     if not position:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
+    return objects
 
 
-def flattened(value: Json) -> Iterator[dict[str, Json]]:
-    """The objects in a value: itself, or the items of a List kind."""
-    kind = json_object(value).get("kind")
-    if not isinstance(kind, str):
+def single_objects(value: dict[str, Json]) -> list[dict[str, Json]]:
+    kind, items = text_at(value, "kind"), value.get("items") or []
+    if not kind or (kind.endswith("List") and not isinstance(items, list)):
         raise ValueError("holds something that is not a Kubernetes object")
     if not kind.endswith("List"):
-        yield value
-        return
-    items = value.get("items") or []
-    if not isinstance(items, list):
-        raise ValueError(f"the items of a {kind} are not a list")
-    for item in items:
-        json_object(item).setdefault("kind", kind.removesuffix("List"))
-        yield from flattened(item)
+        return [value] if isinstance(value.get("metadata"), dict) else []
+    one = {"kind": kind.removesuffix("List")}
+    return [each for item in items for each in single_objects({**one, **json_object(item)})]
 
 
 # -- label selectors --------------------------------------------------------------------------
@@ -1034,9 +947,8 @@ class ServicePort(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A Service. `external_name` is None unless its type is ExternalName.
-
-    `family` is its first one. Of annotations that cannot be ours only the names are kept.
+    """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
+    one. Of annotations that cannot be ours only the names are kept.
     """
 
     namespace: str
@@ -1048,9 +960,6 @@ class Service(NamedTuple):
     family: str
     labels: dict[str, str]
     annotations: dict[str, str]
-
-    def __str__(self) -> str:
-        return f"service {self.namespace}/{self.name}"
 
 
 class Endpoint(NamedTuple):
@@ -1105,7 +1014,7 @@ def member(parent: Json, key: str, kind: type) -> Json:
         return value
     if re.search(SURROGATES, value):
         raise ValueError(f"{key}: not a Unicode text: {value[:60]!a}")
-    return sys.intern(value)
+    return sys.intern(value) if len(value) <= CACHED_LENGTH else value
 
 
 def text_map(parent: Json, key: str) -> dict[str, str]:
@@ -1118,7 +1027,7 @@ def port_number(parent: Json, key: str) -> int:
     """A port, 0 where there is none."""
     number: int = member(parent, key, int)
     if not 0 <= number <= 65535:
-        raise ValueError(f"{key}: a port is between 1 and 65535, not {number:.6g}")
+        raise ValueError(f"{key}: a port is between 1 and 65535")
     return number
 
 
@@ -1133,21 +1042,19 @@ def dns_label(parent: Json, key: str) -> str:
 def service_from(obj: Json) -> Service:
     """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
-    families = member(spec, "ipFamilies", list)
     annotations = text_map(metadata, "annotations")
     for name in annotations:
         if name.rpartition("/")[2] not in ROUTE_ANNOTATIONS:
             annotations[name] = ""
+    external = member(spec, "type", str) == "ExternalName"
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
-        created=member(metadata, "creationTimestamp", str) or "~",  # to come: the youngest
+        created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(service_port_from(port) for port in member(spec, "ports", list)),
         headless=member(spec, "clusterIP", str) == "None",
-        external_name=member(spec, "externalName", str)
-        if member(spec, "type", str) == "ExternalName"
-        else None,
-        family=IPV6 if families[:1] == ["IPv6"] else IPV4,
+        external_name=member(spec, "externalName", str) if external else None,
+        family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
         labels=text_map(metadata, "labels"),
         annotations=annotations,
     )
@@ -1157,39 +1064,30 @@ def service_port_from(port: Json) -> ServicePort:
     number = port_number(port, "port")
     if not number:
         raise ValueError("port: a Service port needs a number")
-    by_name = type(port.get("targetPort")) is str
-    return ServicePort(
-        dns_label(port, "name") if port.get("name") else "",
-        number,
-        member(port, "protocol", str) or "TCP",
-        member(port, "appProtocol", str),
-        (member(port, "targetPort", str) if by_name else port_number(port, "targetPort")) or number,
-    )
+    name = dns_label(port, "name") if port.get("name") else ""
+    target = port.get("targetPort")
+    if type(target) is not str:
+        target = port_number(port, "targetPort")
+    protocol = member(port, "protocol", str) or "TCP"
+    return ServicePort(name, number, protocol, member(port, "appProtocol", str), target or number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
-    metadata = member(obj, "metadata", dict)
-    family = member(obj, "addressType", str).lower()
+    metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in (IPV4, IPV6, FQDN):
         raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
+    ports = [(member(each, "name", str), port_number(each, "port"))
+             for each in member(obj, "ports", list)]
     return EndpointSlice(
         namespace=member(metadata, "namespace", str),
         name=member(metadata, "name", str),
         service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
-        ports=slice_ports_from(obj),
-        endpoints=tuple(
-            endpoint
-            for item in member(obj, "endpoints", list)
-            for endpoint in endpoint_from(item, family)
-        ),
+        ports=tuple(ports),
+        endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
+                        for endpoint in endpoint_from(item, family)),
     )
-
-
-def slice_ports_from(obj: Json) -> tuple[tuple[str, int], ...]:
-    ports = member(obj, "ports", list)
-    return tuple((member(port, "name", str), port_number(port, "port")) for port in ports)
 
 
 def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
@@ -1204,41 +1102,30 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     zones = tuple(member(zone, "name", str) for zone in hints)
     zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
-        yield Endpoint(checked_address(address, family), state, zone, node, zones)
-
-
-def checked_address(address: Json, family: str) -> str:
-    """The address itself, if Envoy can parse it: one that it cannot costs it the whole file."""
-    try:
-        if family != FQDN:
-            socket.inet_pton(SOCKET_FAMILIES[family], address)
-        return str(address)
-    except (OSError, TypeError, ValueError):
-        text = str(address)[:60]
-        raise ValueError(f"addresses: not an {family} address: {text!a}") from None
+        try:  # one that Envoy cannot parse would cost it the whole file
+            if family != FQDN:
+                socket.inet_pton(SOCKET_FAMILIES[family], address)
+        except (OSError, TypeError, ValueError):
+            text = str(address)[:60]
+            raise ValueError(f"addresses: not an {family} address: {text!a}") from None
+        yield Endpoint(str(address), state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
-    """A legacy v1 Endpoints object as slices: one for each subset and family in it."""
+    """A legacy v1 Endpoints object as slices: for each subset one of each family."""
     metadata = member(obj, "metadata", dict)
-    namespace, name = member(metadata, "namespace", str), member(metadata, "name", str)
+    own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
     slices = []
-    for subset in member(obj, "subsets", list):
-        found: dict[str, list[Endpoint]] = {IPV4: [], IPV6: []}
-        for key, state in (("addresses", HEALTHY), ("notReadyAddresses", UNHEALTHY)):
-            for item in member(subset, key, list):
-                address = member(item, "ip", str)
-                family = IPV6 if ":" in address else IPV4
-                checked_address(address, family)
-                node = member(item, "nodeName", str)
-                found[family].append(Endpoint(address, state, "", node, ()))
-        ports = slice_ports_from(subset)
-        slices += [
-            EndpointSlice(namespace, name, name, family, ports, tuple(endpoints))
-            for family, endpoints in found.items()
-            if endpoints
-        ]
-    return tuple(slices) or (EndpointSlice(namespace, name, name, IPV4, (), ()),)
+    for subset in member(obj, "subsets", list) or [{}]:
+        items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
+                  "conditions": {"ready": ready}}
+                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                 for item in member(subset, key, list)]
+        for family, colon in (("IPv4", False), ("IPv6", True)):
+            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
+            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
+            slices.append(endpointslice_from({**raw, "addressType": family}))
+    return tuple(slices)
 
 
 def node_from(obj: Json) -> Node:
@@ -1253,21 +1140,20 @@ def node_from(obj: Json) -> Node:
 
 # The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
 # misspelled; a test compares them with the protobuf descriptor.
-CLUSTER_FIELDS = frozenset(
-    """alt_stat_name circuit_breakers cleanup_interval close_connections_on_host_health_failure
-    common_http_protocol_options common_lb_config connect_timeout
-    connection_pool_per_downstream_connection dns_failure_refresh_rate dns_jitter dns_lookup_family
-    dns_refresh_rate dns_resolution_config dns_resolvers filters health_checks
-    http2_protocol_options http_protocol_options ignore_health_on_host_removal lb_policy lb_subset_config
+CLUSTER_FIELDS = frozenset("""
+    alt_stat_name circuit_breakers cleanup_interval close_connections_on_host_health_failure
+    common_http_protocol_options common_lb_config connect_timeout dns_failure_refresh_rate
+    connection_pool_per_downstream_connection dns_jitter dns_lookup_family dns_refresh_rate
+    dns_resolution_config dns_resolvers filters health_checks http2_protocol_options
+    http_protocol_options ignore_health_on_host_removal lb_policy lb_subset_config
     least_request_lb_config load_balancing_policy lrs_report_endpoint_metrics lrs_server
     maglev_lb_config max_requests_per_connection metadata original_dst_lb_config outlier_detection
     per_connection_buffer_limit_bytes preconnect_policy protocol_selection respect_dns_ttl
     ring_hash_lb_config round_robin_lb_config track_cluster_stats track_timeout_budgets
-    transport_socket transport_socket_matcher transport_socket_matches
-    typed_dns_resolver_config typed_extension_protocol_options upstream_bind_config upstream_config
+    transport_socket transport_socket_matcher transport_socket_matches typed_dns_resolver_config
+    typed_extension_protocol_options upstream_bind_config upstream_config
     upstream_connection_options upstream_http_protocol_options use_tcp_for_dns_lookups
-    wait_for_warm_on_init""".split()
-)
+    wait_for_warm_on_init""".split())
 # The loader's own fields, and what to use instead.
 OWN_FIELDS = {
     "name": "use cluster.name, a template",
@@ -1276,8 +1162,9 @@ OWN_FIELDS = {
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
-DNS_NAME = r"(?ia)(?!.*(?:\.\.|[.-]\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
-CONFIG_DEPTH = 64  # of a value in `base` or `merge`; protobuf's JSON ends at 100
+DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
+CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
 class Config(NamedTuple):
@@ -1308,81 +1195,64 @@ def is_dns_name(value: Json) -> bool:
     return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
 
 
-def is_template(value: Json) -> bool:
-    """A name for clusters, made of at least one of {namespace}, {service} and {port}."""
-    rest, found = re.subn(r"\{(namespace|service|port)\}", "", value if is_text(value) else "")
-    return found > 0 and "{" not in rest and "}" not in rest
+def depth_of(value: Json) -> int:
+    items = value.values() if type(value) is dict else value if type(value) is list else ()
+    return 1 + max(map(depth_of, items), default=0)
 
 
-# What a value must be, as data: an object with these keys ("*": any other; "": a rule for the
-# whole), a list of such items, (either an object, or a list), a rule (test, what is expected), and
-# () for any JSON.
-TEXT = (is_text, "a string expected")
-HOST = (is_dns_name, "a DNS name expected")
-FLAG = (lambda value: type(value) is bool, "true or false expected")
-TRUE = (lambda value: value is True, "true expected; leave it out instead")
-FIELDS: dict[str, Json] = {
-    **dict.fromkeys(CLUSTER_FIELDS, ()),
-    **{name: (lambda _: False, f"the loader's own: {use}") for name, use in OWN_FIELDS.items()},
+def is_json(value: Json) -> bool:
+    """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return depth_of(value) <= CONFIG_DEPTH
+    except (ValueError, RecursionError):
+        return False
+
+
+ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
+# What is expected where, and how to tell.
+RULES: dict[str, Callable[[Json], object]] = {
+    "a string": is_text,
+    "a DNS name": is_dns_name,
+    "a string with {namespace}, {service} or {port}": lambda value: (
+        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
+    "an absolute path": lambda value: is_text(value) and value.startswith("/"),
+    "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
+    "true or false": lambda value: type(value) is bool,
+    "true": lambda value: value is True,
+    "a zone, true or false": lambda value: type(value) is bool or is_text(value),
+    '"strict_dns" or "logical_dns"': lambda value: value in ("strict_dns", "logical_dns"),
+    'a list of "ipv4", "ipv6" or both': lambda value: value in (
+        [IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
+    ENVOY_JSON: is_json,
+    "one of label, literal and node_name": lambda value: len(value) == 1,
+    "something to match (what is for every cluster belongs into base)": lambda value: (
+        value and value.get("labels") != {}),
+    "match, and one of merge and suppress": lambda value: (
+        value.get("match") and ("merge" in value) != ("suppress" in value)),
 }
-PART = {
-    "": (lambda value: len(value) == 1, "one of label, literal and node_name expected"),
-    "label": TEXT,
-    "literal": TEXT,
-    "node_name": TRUE,
-}
-MATCH = {
-    "": (
-        lambda value: value and value.get("labels") != {},
-        "what should match? What is for every cluster belongs into base",
-    ),
-    "cluster_name": TEXT,
-    "labels": {"*": TEXT},
-    "namespace": TEXT,
-    "port_name": TEXT,
-}
-OVERRIDE = {
-    "": (
-        lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
-        "match, and one of merge and suppress expected",
-    ),
-    "match": (MATCH, [MATCH]),
-    "merge": FIELDS,
-    "suppress": TRUE,
-}
+# The schema: a rule, a list of items, (either this object, or that list), or an object with these
+# keys ("*": any other; "": a rule for the whole).
+PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
+PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
+        "node_name": "true"}
+MATCH = {"": "something to match (what is for every cluster belongs into base)",
+         "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
+         "port_name": "a string"}
+OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
+            "merge": PATCH_FIELDS, "suppress": "true"}
 SCHEMA = {
-    "cluster": {
-        "base": FIELDS,
-        "name": (is_template, "a string with {namespace}, {service} or {port} expected"),
-        "overrides": [OVERRIDE],
-        "trusted_ca": (
-            lambda value: is_text(value) and value.startswith("/"),
-            "an absolute path expected",
-        ),
-    },
-    "cluster_domain": HOST,
-    "endpoint": {
-        "eds_budget": (
-            lambda value: type(value) is int and value >= 0,
-            "a whole number of EDS files expected",
-        ),
-        "external_name": (
-            lambda value: value in ("strict_dns", "logical_dns"),
-            '"strict_dns" or "logical_dns" expected',
-        ),
-        "families": (
-            lambda value: value in ([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-            'a list of "ipv4", "ipv6" or both expected',
-        ),
-        "include_not_ready": FLAG,
-        "locality": {"region": PART, "sub_zone": PART, "zone": PART},
-        "prefer_zone": (
-            lambda value: type(value) is bool or is_text(value),
-            "a zone, true or false expected",
-        ),
-    },
-    "route": {"annotation_prefix": HOST, "name": TEXT, "suffix": HOST},
-}
+    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
+                "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
+    "cluster_domain": "a DNS name",
+    "endpoint": {"eds_budget": "a whole number of EDS files",
+                 "external_name": '"strict_dns" or "logical_dns"',
+                 "families": 'a list of "ipv4", "ipv6" or both',
+                 "include_not_ready": "true or false",
+                 "locality": {"region": PART, "sub_zone": PART, "zone": PART},
+                 "prefer_zone": "a zone, true or false"},
+    "route": {"annotation_prefix": "a DNS name", "name": "a string", "suffix": "a DNS name"},
+}  # fmt: skip
 
 
 def config_error(path: str, what: str) -> UsageError:
@@ -1391,50 +1261,36 @@ def config_error(path: str, what: str) -> UsageError:
 
 def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
+    if type(schema) is tuple:
+        schema = schema[type(value) is list]
+    expected = schema
     if type(schema) is dict:
         if type(value) is not dict:
             raise config_error(path, "an object expected")
         for key, item in value.items():
-            rule = schema.get(key, schema.get("*")) if key else None
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
+            rule = schema.get(key, schema.get("*")) if key else None
             if rule is None:
-                raise config_error(where, unknown_key(key, schema))
+                raise config_error(where, wrong_key(key, schema))
             config_check(item, rule, where)
-        if "" in schema and not schema[""][0](value):
-            raise config_error(path, schema[""][1])
+        expected = schema.get("", "")
     elif type(schema) is list:
         if type(value) is not list:
             raise config_error(path, "a list expected")
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
-    elif not schema:
-        config_json(value, path, CONFIG_DEPTH)
-    elif type(schema[0]) is dict:
-        config_check(value, schema[type(value) is list], path)
-    elif not schema[0](value):
-        raise config_error(path, schema[1])
+        return
+    if expected and not RULES[expected](value):
+        raise config_error(path, f"{expected} expected")
 
 
-def unknown_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not FIELDS:
+def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
+    if schema is not PATCH_FIELDS:
         return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
+    if key in OWN_FIELDS:
+        return f"the loader's own: {OWN_FIELDS[key]}"
     snake = re.sub("([A-Z])", lambda match: "_" + match[1].lower(), key)
-    hint = f": write {snake}" if snake in schema else ""
-    return f"not a field of Envoy's Cluster{hint}"
-
-
-def config_json(value: Json, path: str, depth: int) -> None:
-    """What Envoy reads must be JSON: no NaN, no lone surrogates, and not too deep."""
-    if not depth:
-        raise config_error(path[:80], f"nested more than {CONFIG_DEPTH} deep")
-    if type(value) in (dict, list):
-        for key, item in value.items() if type(value) is dict else enumerate(value):
-            config_json(key, path, depth)
-            config_json(item, f"{path}[{key}]" if type(key) is int else f"{path}.{key}", depth - 1)
-    elif type(value) is float and not math.isfinite(value):
-        raise config_error(path, "a finite number expected")
-    elif type(value) is str and re.search(SURROGATES, value):
-        raise config_error(path, f"not a Unicode text: {value[:60]!a}")
+    return "not a field of Envoy's Cluster" + (f": write {snake}" if snake in schema else "")
 
 
 def config_from(document: Json) -> Config:
@@ -1458,13 +1314,13 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
+def by_node_label(config: Config) -> bool:
+    return any("label" in source for source in config.locality.values())
+
+
 def needs_nodes(config: Config) -> bool:
     """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
     return config.prefer_zone is True or by_node_label(config)
-
-
-def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.locality.values())
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1475,13 +1331,13 @@ def merge(into: Json, more: Json) -> Json:
         return into + more
     if type(more) is not dict:
         return more
-    if type(into) is not dict or into.get("@type") != more.get("@type", into.get("@type")):
+    if type(into) is not dict:
         into = {}
-    merged = dict(into)
+    if "@type" in into and into["@type"] != more.get("@type", into["@type"]):
+        into = {}
+    merged = {key: value for key, value in into.items() if more.get(key, "") is not None}
     for key, value in more.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
+        if value is not None:
             merged[key] = merge(merged.get(key), value)
     return merged
 
@@ -1503,75 +1359,41 @@ EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 # a file that Envoy reads on its main thread.
 PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
-PREFIX_LENGTH = 255
-ANNOTATION_LENGTH = 10_000
+PREFIX_LENGTH, ANNOTATION_LENGTH = 255, 10_000
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
-PROBLEMS_MOST = 5  # in the one line of a Service
+NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
 # What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
-# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f.1, 2130706433).
-LOCAL_NAME = (
-    r"(.*\.)?(localhost|localhost\.localdomain|ip6-localhost|ip6-loopback|[0-9]+|0x[0-9a-f]*)"
-)
-
-HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
+# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
+LOCAL_NAME = r"(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
 # What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
+HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
 ROUTE_HOST = rf"\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*"
 ROUTE_PREFIX = r"/(?:(?![?#])[!-~])*"
 GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
-
-class Protocol(NamedTuple):
-    """How Envoy speaks upstream. `http`: a port that routes may go to without being named."""
-
-    http2: bool = False
-    tls: bool = False
-    http: bool = True
-
-
-HTTP1, HTTP2 = Protocol(), Protocol(http2=True)
-HTTPS, HTTP2_TLS = Protocol(tls=True), Protocol(http2=True, tls=True)
-PLAIN_TCP = Protocol(http=False)
-APP_PROTOCOLS = {
-    "http": HTTP1,
-    "http2": HTTP2,
-    "h2c": HTTP2,
-    "https": HTTPS,
-    "grpc": HTTP2,
-    "grpcs": HTTP2_TLS,
-    "kubernetes.io/h2c": HTTP2,
-    "kubernetes.io/ws": HTTP1,
-    "kubernetes.io/wss": HTTPS,
-}
-PORT_NAMES = {
-    "http": HTTP1,
-    "http2": HTTP2,
-    "h2c": HTTP2,
-    "grpc": HTTP2,
-    "https": HTTPS,
-    "tls": Protocol(tls=True, http=False),
-    "httptls": HTTPS,
-    "grpctls": HTTP2_TLS,
-    "grpcs": HTTP2_TLS,
-}
+# How Envoy speaks upstream to a port of an appProtocol, or of a name (up to its first dash).
+HTTP2_PORTS = frozenset(("http2", "h2c", "grpc", "grpcs", "grpctls", "kubernetes.io/h2c"))
+TLS_PORTS = frozenset(("https", "tls", "httptls", "grpcs", "grpctls", "kubernetes.io/wss"))
+HTTP_PORTS = (HTTP2_PORTS | TLS_PORTS | {"http", "kubernetes.io/ws"}) - {"tls"}
+ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name alone
 
 
 class Cluster(NamedTuple):
     """One cluster to be: everything that does not depend on endpoints.
 
-    `stem` names its EDS file. With `mode` DNS, `host` is what DNS is asked for, and `number` the
-    port there; 0 is a target port that only the slices know.
+    `stem` names its EDS file. `host` is what DNS is asked for, and `number` the port there (0: a
+    target port that only the slices know); empty where the endpoints come from slices.
     """
 
     name: str
     stem: str
     port: ServicePort
     families: Sequence[str]
+    host: str
+    number: int
     options: Mapping[str, Json]
-    mode: str = ""
-    host: str = ""
-    number: int = 0
 
 
 class Route(NamedTuple):
@@ -1580,7 +1402,7 @@ class Route(NamedTuple):
     namespace: str
     name: str
     created: str
-    hosts: Sequence[str] = ()
+    hosts: Sequence[str]
     prefixes: Sequence[str] = ()
     weight: int | None = None
     cluster: str = ""
@@ -1594,38 +1416,41 @@ class ServicePlan(NamedTuple):
     problems: tuple[str, ...]
 
 
-def warning_line(subject: object, problems: Sequence[str]) -> str:
-    """One line for one object, whatever is wrong with it."""
-    more = len(problems) - PROBLEMS_MOST
-    shown = "; ".join(problems[:PROBLEMS_MOST])
-    return f"{subject}: {shown}" + (f"; and {more} more" if more > 0 else "")
+def warning_line(key: Key, problems: Sequence[str]) -> str:
+    """One line for one Service, whatever is wrong with it."""
+    line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
+    return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
 
 
-# -- clusters ----------------------------------------------------------------------------------
+def first_of(items: Sequence[str]) -> str:
+    """The first of some texts that somebody else wrote, and how many there are."""
+    return f"{items[0][:60]!a}" + (f" and {len(items) - 1} more" if items[1:] else "")
+
+
+def present(**members: Json) -> dict[str, Json]:
+    """The members that are not empty."""
+    return {name: value for name, value in members.items() if value}
 
 
 def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
     """Plan one Service; what cannot be rendered is left out and named."""
+    problems: list[str] = []
     clusters: list[Cluster] = []
-    problems = []
-    ports = service.ports
-    if not ports:
+    if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif wrong := external_problem(service, config):
-        problems, ports = [wrong], ()
-    if len(ports) > PORTS_MOST:
-        problems.append(f"has {len(ports)} ports, and only the first {PORTS_MOST} become clusters")
-    for port in ports[:PORTS_MOST]:
-        if port.protocol not in ("TCP", "UDP"):
-            speaks = f"Envoy does not support {port.protocol[:20]!a}"
-            problems.append(f"port {port.label} is left out: {speaks}")
-        elif cluster := plan_cluster(service, port, config, endpoints):
-            clusters.append(cluster)
-    if any(one.host and service.external_name is None for one in clusters) and not service.headless:
-        problems.append(
-            "has one clusterIP, so with --endpoints dns kube-proxy balances, not Envoy: make it "
-            "headless (clusterIP: None)"
-        )
+    elif problem := external_problem(service, config):
+        problems.append(f"is left out: {problem}")
+    else:
+        known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
+        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
+            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
+        if len(known) > PORTS_MOST:
+            problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
+        found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
+        clusters = [cluster for cluster in found if cluster]
+        if endpoints == DNS and clusters and not service.headless and service.external_name is None:
+            problems.append("kube-proxy balances behind its one clusterIP, where --endpoints dns "
+                            "needs a headless Service (clusterIP: None)")
     route = route_of(service, clusters, config, problems)
     return ServicePlan(tuple(clusters), route, tuple(problems))
 
@@ -1634,60 +1459,48 @@ def external_problem(service: Service, config: Config) -> str:
     """Why an ExternalName is not rendered; "" if it is, or if the Service has none."""
     if service.external_name is None:
         return ""
-    if not config.external_name:
-        return "is left out: ExternalName needs endpoint.external_name in --config"
     name = service.external_name.removesuffix(".")
-    if not is_dns_name(name):
-        return f"is left out: externalName is not a DNS name: {name[:60]!a}"
-    if re.fullmatch(LOCAL_NAME, name.lower()):
-        return f"is left out: externalName is an IP address or localhost: {name}"
+    if not config.external_name:
+        return "ExternalName needs endpoint.external_name in --config"
+    if not is_dns_name(name) or re.fullmatch(LOCAL_NAME, name.lower()):
+        return f"externalName is not a DNS name, or local: {name[:60]!a}"
     return ""
 
 
-def plan_cluster(
-    service: Service, port: ServicePort, config: Config, endpoints: str
-) -> Cluster | None:
+def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
+                 ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    name = cluster_name(config.cluster_name, service, port)
-    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
-    merges, by_name = [], False
+    facts = {"cluster_name": cluster_name(config.cluster_name, service, port),
+             "namespace": service.namespace, "port_name": port.label}
+    overrides, by_name = [], False
     for override in config.cluster_overrides:
-        given = override["match"]
-        matches = [
-            match
-            for match in (given if type(given) is list else [given])
-            if match.get("labels", {}).items() <= service.labels.items()
-            and all(match.get(key, fact) == fact for key, fact in facts.items())
-        ]
-        by_name = by_name or any("cluster_name" in match for match in matches)
-        if matches:
-            merges.append(override)
-    if any("suppress" in override for override in merges):
-        return None
-    if (service.namespace, service.name) == API_SERVER and not by_name:
+        match = override["match"]
+        matches = [one for one in (match if type(match) is list else [match])
+                   if one.get("labels", {}).items() <= service.labels.items()
+                   and all(one.get(key, fact) == fact for key, fact in facts.items())]
+        by_name = by_name or any("cluster_name" in one for one in matches)
+        overrides += [override] if matches else []
+    api_server = (service.namespace, service.name) == API_SERVER
+    if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
     families = config.families or (service.family,)
-    found = Cluster(name, f"{service.namespace}_{service.name}_{port.label}", port, families, {})
-    options: Json = {}
-    host = service_dns_name(service, config.cluster_domain)
+    host, number, kind = service_dns_name(service, config.cluster_domain), port.number, ""
     if service.external_name is not None:
-        host = service.external_name.removesuffix(".")
-        options["type"] = config.external_name.upper()
-        found = found._replace(mode=DNS, host=host, number=port.number)
+        host, kind = service.external_name.removesuffix("."), config.external_name.upper()
     elif endpoints == DNS:
-        target = port.target if type(port.target) is int else 0
-        options["type"] = "STRICT_DNS"
-        found = found._replace(
-            mode=DNS, host=host, number=target if service.headless else port.number
-        )
-    if found.mode == DNS:
-        only = {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
-        options["dns_lookup_family"] = only[families[0]] if len(families) == 1 else "ALL"
-    options = merge(options, config.cluster_base)
-    options = merge(options, protocol_options(protocol_of(port), host, config.trusted_ca))
-    for override in merges:
-        options = merge(options, override["merge"])
-    return found._replace(options=options)
+        kind = "STRICT_DNS"
+        if service.headless:
+            number = port.target if isinstance(port.target, int) else 0
+    both, only = len(families) > 1, {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
+    options: Json = {}
+    if kind:
+        options = {"type": kind, "dns_lookup_family": "ALL" if both else only[families[0]]}
+    patches = [protocol_options(port, host, config.trusted_ca)]
+    for patch in [config.cluster_base, *patches, *(override["merge"] for override in overrides)]:
+        options = merge(options, patch)
+    stem = f"{service.namespace}_{service.name}_{port.label}"
+    return Cluster(
+        facts["cluster_name"], stem, port, families, host if kind else "", number, options)
 
 
 def cluster_name(template: str, service: Service, port: ServicePort) -> str:
@@ -1700,64 +1513,52 @@ def service_dns_name(service: Service, domain: str) -> str:
     return f"{service.name}.{service.namespace}.svc.{domain}"
 
 
-def protocol_of(port: ServicePort) -> Protocol:
-    """appProtocol decides where there is one, else the port's name up to the first dash."""
+def protocol_of(port: ServicePort) -> str:
+    """The name of a port's protocol: its appProtocol, else its name up to the first dash."""
     if port.protocol != "TCP":
-        return PLAIN_TCP
-    if port.app_protocol:
-        return APP_PROTOCOLS.get(port.app_protocol.lower(), HTTP1)
-    return PORT_NAMES.get(port.name.partition("-")[0], PLAIN_TCP)
+        return ""
+    found = port.app_protocol.lower() or port.name.partition("-")[0]
+    unknown = found in ONLY_NAMES or found not in HTTP_PORTS
+    return "http" if port.app_protocol and unknown else found
 
 
-def protocol_options(protocol: Protocol, host: str, trusted_ca: str) -> dict[str, Json]:
+def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str, Json]:
     """HTTP/2 and TLS upstream, as a patch: what `base` says beside them stays."""
-    patch: dict[str, Json] = {}
-    if protocol.http2:
-        http = {"http_protocol_options": None, "http3_protocol_options": None}
-        patch["typed_extension_protocol_options"] = {
-            HTTP_OPTIONS: {
-                "@type": TYPE_PREFIX + HTTP_OPTIONS,
-                "auto_config": None,
-                "use_downstream_protocol_config": None,
-                "explicit_http_config": {**http, "http2_protocol_options": {}},
-            }
-        }
-    if protocol.tls:
-        context: dict[str, Json] = {"alpn_protocols": ["h2"]} if protocol.http2 else {}
-        context["validation_context"] = {
-            "trusted_ca": {"filename": trusted_ca},
-            "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": host}}],
-        }
+    protocol, patch = protocol_of(port), dict[str, Json]()
+    if protocol in HTTP2_PORTS:
+        patch["typed_extension_protocol_options"] = {HTTP_OPTIONS: {
+            "@type": TYPE_PREFIX + HTTP_OPTIONS,
+            "auto_config": None, "use_downstream_protocol_config": None,
+            "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
+                                     "http2_protocol_options": {}},
+        }}
+    if protocol in TLS_PORTS:
+        names = [{"san_type": "DNS", "matcher": {"exact": host}}]
+        validation = {"trusted_ca": {"filename": trusted_ca},
+                      "match_typed_subject_alt_names": names}
+        alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
-            "typed_config": {
-                "@type": UPSTREAM_TLS_TYPE,
-                "sni": host,
-                "common_tls_context": context,
-            },
+            "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
+                             "common_tls_context": {**alpn, "validation_context": validation}},
         }
     return patch
 
 
-def unique_clusters(
-    plans: Mapping[Key, ServicePlan], problems: Mapping[Key, list[str]]
-) -> dict[Key, tuple[Cluster, ...]]:
+def unique_clusters(plans: Mapping[Key, ServicePlan], problems: Mapping[Key, list[str]]
+                    ) -> dict[Key, list[Cluster]]:
     """Of two clusters of one name the first exists; Envoy would use the last, in silence."""
     owners: dict[str, Key] = {}
-    kept = {}
+    kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
     for key, plan in plans.items():
-        clusters = []
         for cluster in plan.clusters:
             if cluster.name in owners:
-                owner = "/".join(owners[cluster.name])
-                problems[key].append(
-                    f"port {cluster.port.label} is left out: "
-                    f"the cluster name {cluster.name} is that of service {owner}"
-                )
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owners[cluster.name])} has a cluster of the same "
+                                     f"name, {cluster.name}")
             else:
                 owners[cluster.name] = key
-                clusters.append(cluster)
-        kept[key] = tuple(clusters)
+                kept[key].append(cluster)
     return kept
 
 
@@ -1766,100 +1567,71 @@ def unique_clusters(
 Place = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
 
 
+class View(NamedTuple):
+    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
+
+    config: Config
+    zone: str | None
+    nodes: Mapping[str, Node]
+
+    def place(self, endpoint: Endpoint, hinted: bool) -> Place:
+        """Priority and locality. `hinted`: the topology hints of its Service count."""
+        node, sources = self.nodes.get(endpoint.node), self.config.locality
+        region = locality_part(sources.get("region"), "", endpoint.node, node)
+        zone = locality_part(sources.get("zone"), endpoint.zone, endpoint.node, node)
+        sub_zone = locality_part(sources.get("sub_zone"), "", endpoint.node, node)
+        near = self.zone in endpoint.hints if hinted and endpoint.hints else self.zone == zone
+        return 0 if near or self.zone is None else 1, (region, zone, sub_zone)
+
+
 def own_zone(config: Config, node_name: str, nodes: Mapping[str, Node]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
         return config.prefer_zone or None
     node = nodes.get(node_name)
     default = node.labels.get(TOPOLOGY_ZONE, "") if node else ""
-    return locality_part(config.locality.get("zone", {}), default, node_name, node) or None
+    return locality_part(config.locality.get("zone"), default, node_name, node) or None
 
 
-def locality_part(
-    source: Mapping[str, Json], default: str, node_name: str, node: Node | None
-) -> str:
+def locality_part(source: Json, default: str, node_name: str, node: Node | None) -> str:
+    if not source:
+        return default
     if "label" in source:
         return node.labels.get(source["label"], "") if node else ""
-    return node_name if "node_name" in source else str(source.get("literal", default))
+    return node_name if "node_name" in source else str(source["literal"])
 
 
-def nodes_of(
-    slices: Iterable[EndpointSlice], nodes: Mapping[str, Node]
-) -> dict[str, Node]:
-    """The Nodes of some endpoints."""
-    names = {endpoint.node for found in slices for endpoint in found.endpoints}
-    return {name: nodes[name] for name in names if name in nodes}
-
-
-class Placement:
-    """Where the endpoints of one Service are seen from here: localities and priorities.
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
+    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
 
     Hints count only if all ready endpoints have them: Kubernetes gives none to one that
     terminates, which must not take them from the others at every rolling update.
     """
-
-    def __init__(
-        self,
-        config: Config,
-        zone: str | None,
-        nodes: Mapping[str, Node],
-        slices: Sequence[EndpointSlice],
-        families: Sequence[str],
-    ) -> None:
-        ready = [
-            endpoint
-            for found in slices
-            if found.family in families
-            for endpoint in found.endpoints
-            if endpoint.state == HEALTHY
-        ]
-        self._config, self._zone, self._nodes = config, zone, nodes
-        self._hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
-        self._known: dict[tuple[str, str, tuple[str, ...]], Place] = {}
-
-    def of(self, endpoint: Endpoint) -> Place:
-        """The place of an endpoint, remembered: there are few."""
-        key = (endpoint.zone, endpoint.node, endpoint.hints)
-        if key not in self._known:
-            node = self._nodes.get(endpoint.node)
-            sources = self._config.locality
-            region, zone, sub_zone = (
-                locality_part(sources.get(part, {}), default, endpoint.node, node)
-                for part, default in (("region", ""), ("zone", endpoint.zone), ("sub_zone", ""))
-            )
-            hinted = self._hinted and endpoint.hints
-            near = self._zone in endpoint.hints if hinted else self._zone == zone
-            far = 0 if near or self._zone is None else 1
-            self._known[key] = (far, (region, zone, sub_zone))
-        return self._known[key]
-
-
-def assignment_of(
-    cluster: Cluster, slices: Iterable[EndpointSlice], placement: Placement, worst: int
-) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name."""
+    used = [found for found in slices if found.family in cluster.families]
+    ready = [each for found in used for each in found.endpoints if each.state == HEALTHY]
+    hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
+    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
     best: dict[tuple[int, bytes, int], tuple[int, Place, str]] = {}
-    for found in slices:
-        if found.family not in cluster.families:
-            continue
+    for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
-        for name, number in found.ports:
-            if name != cluster.port.name or not number:
-                continue
-            for endpoint in found.endpoints:
-                if endpoint.state <= worst:
-                    key = (rank, socket.inet_pton(family, endpoint.address), number)
-                    seen = (endpoint.state, placement.of(endpoint), endpoint.address)
+        numbers = {number for name, number in found.ports if number and name == cluster.port.name}
+        for endpoint in found.endpoints if numbers else ():
+            if endpoint.state <= worst:
+                packed = socket.inet_pton(family, endpoint.address)
+                seen = (endpoint.state, view.place(endpoint, hinted), endpoint.address)
+                for key in [(rank, packed, number) for number in numbers]:
                     best[key] = min(best.get(key, seen), seen)
     nearest = min((place[0] for _, place, _ in best.values()), default=0)
-    localities: dict[Place, list[Json]] = {}
-    for key in sorted(best):
-        state, (priority, locality), address = best[key]
-        localities.setdefault((priority - nearest, locality), []).append(
-            lb_endpoint(address, key[2], cluster.port.protocol, state)
-        )
-    endpoints = [locality_endpoints(place, localities[place]) for place in sorted(localities)]
-    return {"cluster_name": cluster.name, **({"endpoints": endpoints} if endpoints else {})}
+    groups: dict[Place, list[Json]] = {}
+    for (_, _, number), (state, place, address) in sorted(best.items()):
+        groups.setdefault(place, []).append(
+            lb_endpoint(address, number, cluster.port.protocol, state))
+    localities = []
+    for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
+        locality = present(region=region, zone=zone, sub_zone=sub_zone)
+        where = present(locality=locality, priority=priority - nearest)
+        localities.append({**where, "lb_endpoints": endpoints})
+    return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
@@ -1868,40 +1640,25 @@ def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[st
     numbers = {number for found in slices for key, number in found.ports if key == name and number}
     number = cluster.number or (numbers.pop() if len(numbers) == 1 else 0)
     endpoint = lb_endpoint(cluster.host, number, cluster.port.protocol, HEALTHY)
-    found = {"endpoints": [{"lb_endpoints": [endpoint]}]} if number else {}
-    return {"cluster_name": cluster.name, **found}
-
-
-def locality_endpoints(place: Place, endpoints: list[Json]) -> dict[str, Json]:
-    priority, parts = place
-    named = zip(("region", "zone", "sub_zone"), parts, strict=True)
-    locality = {name: value for name, value in named if value}
-    return {
-        **({"locality": locality} if locality else {}),
-        **({"priority": priority} if priority else {}),
-        "lb_endpoints": endpoints,
-    }
+    localities = [{"lb_endpoints": [endpoint]}] if number else []
+    return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def lb_endpoint(address: str, port: int, protocol: str, state: int) -> dict[str, Json]:
-    where: dict[str, Json] = {"address": address, "port_value": port}
-    if protocol == "UDP":
-        where = {"protocol": "UDP", **where}
-    endpoint: dict[str, Json] = {"endpoint": {"address": {"socket_address": where}}}
-    if state != HEALTHY:
-        endpoint["health_status"] = "DRAINING" if state == DRAINING else "UNHEALTHY"
-    return endpoint
+    where = {**present(protocol="UDP" if protocol == "UDP" else ""),
+             "address": address, "port_value": port}
+    health = {HEALTHY: "", DRAINING: "DRAINING", UNHEALTHY: "UNHEALTHY"}[state]
+    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=health)}
 
 
-def endpoint_problems(
-    clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
-) -> Iterator[str]:
+def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
+                      ) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
     if not slices:
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name[:253]!s} are left out"
+        where = f"endpoints of slice {found.name} are left out"
         if found.family == FQDN:
             yield f"{where}: host names, where Envoy needs addresses"
         elif not found.ports:
@@ -1910,76 +1667,60 @@ def endpoint_problems(
         for cluster in clusters:
             if cluster.port.name in numberless:
                 yield f"{where}: its port {cluster.port.label} has no number"
-    found_families = {found.family for found in used if found.family in SOCKET_FAMILIES}
-    if found_families and not found_families & set(clusters[0].families):
-        yield f"has only {min(found_families)} endpoints, which endpoint.families leaves out"
+    families = {found.family for found in used} - {FQDN}
+    if families and not families & set(clusters[0].families):
+        yield f"has only {min(families)} endpoints, which endpoint.families leaves out"
 
 
 # -- routes ------------------------------------------------------------------------------------
 
 
-def route_of(
-    service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-) -> Route | None:
+def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
+             ) -> Route | None:
     """What the annotations of a Service ask for; None if nothing. What is wrong is named.
 
     A Service that is not routed for another error still claims its hosts: a typing error must not
     hand a host over to the Service of another namespace.
     """
-    prefix = f"{config.annotation_prefix}/"
-    given = {
-        name.removeprefix(prefix): value.strip()
-        for name, value in service.annotations.items()
-        if name.startswith(prefix)
-    }
+    ours = f"{config.annotation_prefix}/"
+    given = {name.removeprefix(ours): value.strip()
+             for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
         known = ", ".join(ROUTE_ANNOTATIONS)
-        count = f" and {len(unknown) - 1} more" if unknown[1:] else ""
-        problems.append(
-            f"unknown annotation {prefix + unknown[0][:63]!a}{count} (known: {known})"
-        )
-    asked = {name: given[name] for name in ROUTE_ANNOTATIONS if name in given}
-    if not asked or asked.get("route") == "false":
+        named = first_of([ours + name for name in unknown])
+        problems.append(f"unknown annotation {named} (known: {known})")
+        given = {name: value for name, value in given.items() if name not in unknown}
+    if not given or given.get("route") == "false":
         return None
-    route = Route(service.namespace, service.name, service.created)
+    route = Route(service.namespace, service.name, service.created, ())
     try:
-        if long := [name for name in asked if len(asked[name]) > ANNOTATION_LENGTH]:
-            raise ValueError(f"{prefix}{long[0]} is longer than {ANNOTATION_LENGTH:,} characters")
+        if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
+            raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
         default = service_dns_name(service, config.route_suffix)
-        hosts = comma_separated((asked.get("hosts") or default).lower())
-        wrong = [(host, host_problem(host, service, config.route_suffix)) for host in hosts]
-        fine = [host for host, problem in wrong if not problem]
-        route = route._replace(hosts=fine[:HOSTS_MOST])
-        if bad := [pair for pair in wrong if pair[1]]:
-            count = f" and {len(bad) - 1} more" if bad[1:] else ""
-            problems.append(f"{prefix}hosts: left out: {bad[0][0][:60]!a}{count}: {bad[0][1]}")
-        if asked.get("route", "true") != "true":
-            raise ValueError(f'{prefix}route: "true" or "false" expected: {asked["route"][:60]!a}')
-        if not 0 < len(fine) <= HOSTS_MOST:
-            raise ValueError(f"{prefix}hosts: 1 to {HOSTS_MOST} names expected, not {len(fine)}")
-        prefixes = route_prefixes(asked, prefix)
-        chosen = route_port(service, asked.get("port", ""), f"{prefix}port")
-        names = {cluster.port: cluster.name for cluster in clusters}
-        if chosen not in names:
-            raise ValueError(f"its port {chosen.label} has no cluster")
+        hosts = comma_separated((given.get("hosts") or default).lower())
+        wrong = {host: host_problem(host, service, config.route_suffix) for host in hosts}
+        if bad := [host for host in hosts if wrong[host]]:
+            problems.append(f"{ours}hosts: left out: {first_of(bad)}: {wrong[bad[0]]}")
+        hosts = [host for host in hosts if not wrong[host]]
+        route = route._replace(hosts=hosts[:HOSTS_MOST])
+        if given.get("route", "true") != "true":
+            raise ValueError(f'{ours}route: "true" or "false" expected')
+        if not 0 < len(hosts) <= HOSTS_MOST:
+            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} hosts expected, not {len(hosts)}")
+        prefixes = route_prefixes(given, ours)
+        port = route_port(service, given.get("port", ""), f"{ours}port")
+        names = [cluster.name for cluster in clusters if cluster.port == port]
+        if not names:
+            raise ValueError(f"its port {port.label} has no cluster")
     except ValueError as error:
         problems.append(f"is not routed: {error}")
         return route
-    weight = asked.get("weight")
-    if weight is not None and not is_weight(weight):
-        problems.append(
-            f"{prefix}weight counts as none: 0 to {WEIGHT_MOST:,} expected: {weight[:60]!a}"
-        )
-        weight = None
-    return route._replace(
-        prefixes=prefixes,
-        weight=None if weight is None else int(weight),
-        cluster=names[chosen],
-    )
-
-
-def is_weight(text: str) -> bool:
-    return bool(re.fullmatch(r"[0-9]{1,7}", text)) and int(text) <= WEIGHT_MOST
+    weight, number = given.get("weight"), None
+    if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
+        number = int(weight)
+    elif weight is not None:
+        problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
+    return route._replace(prefixes=prefixes, weight=number, cluster=names[0])
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1988,32 +1729,31 @@ def comma_separated(text: str) -> list[str]:
 
 
 def host_problem(host: str, service: Service, suffix: str) -> str:
-    """Why a Service cannot have a host; "" if it can."""
+    """Why a Service cannot have a host; "" if it can. Names of Services are their namespace's."""
     if len(host) > 253 or not re.fullmatch(ROUTE_HOST, host):
         return "not a valid host name (no port; * alone, or as in *.x, *-x, x.*, x-*)"
-    ending = f".svc.{suffix}".lower()
-    name = host.removesuffix("*")
+    ending, name = f".svc.{suffix}".lower(), host.removesuffix("*")
     head, _, tail = name.rpartition(".svc.")
     if host.endswith(ending):
         head = host.removesuffix(ending)
     elif name == host or not head or not ending.startswith(f".svc.{tail}"):
         return ""
     owner = head.rpartition(".")[2]
-    return "" if owner == service.namespace else f"is a name of namespace {owner[:63]}"
+    return "" if owner == service.namespace else f"a name of namespace {owner[:63]}"
 
 
-def route_prefixes(asked: Mapping[str, str], prefix: str) -> list[str]:
+def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
-    services = comma_separated(asked.get("grpc", ""))
+    services = comma_separated(given.get("grpc", ""))
     for service in services:
         if len(service) > PREFIX_LENGTH or not re.fullmatch(GRPC_SERVICE, service):
-            raise ValueError(f"{prefix}grpc: not the name of a gRPC service: {service[:60]!a}")
-    path = asked.get("prefix", "") or ("" if services else "/")
+            raise ValueError(f"{ours}grpc: not the name of a gRPC service: {service[:60]!a}")
+    path = given.get("prefix", "") or ("" if services else "/")
     if path and (len(path) > PREFIX_LENGTH or not re.fullmatch(ROUTE_PREFIX, path)):
-        raise ValueError(f"{prefix}prefix: not the beginning of a path: {path[:60]!a}")
+        raise ValueError(f"{ours}prefix: not the beginning of a path: {path[:60]!a}")
     found = sorted({f"/{service}/" for service in services} | ({path} if path else set()))
     if len(found) > PREFIXES_MOST:
-        raise ValueError(f"{prefix}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
+        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
     return found
 
 
@@ -2021,36 +1761,33 @@ def route_port(service: Service, wanted: str, where: str) -> ServicePort:
     """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
     if wanted:
-        for port in ports:
-            if wanted in (port.name, str(port.number)):
-                return port
+        chosen = [port for port in ports if wanted in (port.name, str(port.number))]
+    else:
+        chosen = ports if len(ports) == 1 else [
+            port for port in ports if protocol_of(port) in HTTP_PORTS]
+    if not chosen and wanted:
         raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}")
-    chosen = ports if len(ports) == 1 else [port for port in ports if protocol_of(port).http]
     if not chosen:
         raise ValueError(f"which of its ports is HTTP? Set appProtocol or {where}")
     return chosen[0]
 
 
-def routes_by_host(
-    routes: Iterable[Route], problems: Mapping[Key, list[str]]
-) -> dict[str, list[Route]]:
+def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
+                   ) -> dict[str, list[Route]]:
     """The routes of each host, in the order of names.
 
     A host belongs to the namespace of the oldest Service that claims it; others are named.
     """
     owners: dict[str, str] = {}
-    claims = sorted(routes, key=lambda route: (route.created, route.namespace, route.name))
-    for route in claims:
+    for route in sorted(routes, key=lambda route: (route.created, *route[:2])):
         for host in route.hosts:
             owners.setdefault(host, route.namespace)
     found: dict[str, list[Route]] = {}
-    for route in sorted(claims):
+    for route in routes:
         for host in route.hosts:
             if owners[host] != route.namespace:
                 problems[route[:2]].append(
-                    f"is not routed at {host}: it belongs to an older Service of namespace "
-                    f"{owners[host]}"
-                )
+                    f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
             elif route.cluster:
                 found.setdefault(host, []).append(route)
     return found
@@ -2070,39 +1807,29 @@ def shares(weights: Sequence[int | None]) -> list[int]:
 
 def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. The problems are those of the first Service concerned.
+    prefix split it. What is wrong is named for the first Service concerned.
     """
-    prefixes: dict[str, list[Route]] = {}
+    rendered, problems, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
-    rendered: list[Json] = []
-    problems = []
     for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
-        if len(prefixes[prefix]) > SPLIT_MOST:
-            problems.append((prefixes[prefix][SPLIT_MOST][:2], f"too many share {host}{prefix}"))
         members = prefixes[prefix][:SPLIT_MOST]
         weights = shares([route.weight for route in members])
-        first = members[0][:2]
+        split = [{"name": route.cluster, "weight": weight}
+                 for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((first, f"{host}{prefix} has no route: all weights are 0"))
+            problems.append((members[0][:2], f"{host}{prefix} has no route: all weights are 0"))
             continue
-        split = [
-            {"name": route.cluster, "weight": weight}
-            for route, weight in zip(members, weights, strict=True)
-        ]
-        action: Json = {"weighted_clusters": {"clusters": split}}
-        if len(split) == 1:
-            action = {"cluster": members[0].cluster}
-        elif 0 < sum(route.weight is None for route in members) < len(members):
-            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:PROBLEMS_MOST])
-            more = f" and {len(split) - PROBLEMS_MOST} more" if split[PROBLEMS_MOST:] else ""
-            note = f"only some Services have a weight, so the split is {text}{more}"
-            problems.append((first, f"{host}{prefix}: {note}"))
+        if 0 < [route.weight for route in members].count(None) < len(members):
+            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
+            note = f"{host}{prefix} is split by weight and remainder: {text}"
+            problems.append((members[0][:2], note))
+        action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
+            "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    found: Json = {"name": host, "domains": domains}
-    return found | ({"routes": rendered} if rendered else {}), problems
+    return {"name": host, "domains": domains, **present(routes=rendered)}, problems
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2119,7 +1846,7 @@ PLAIN_SCALAR = (
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 CACHED_LENGTH = 128  # of a text: 4,096 of them are small, whatever a Service holds
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-# A file that response() wrote, in YAML: its head, and the resources.
+# A file that response() wrote in YAML: its head, and the resources.
 OUR_YAML = (
     rb'((?:# .*\n)++version_info: "[0-9a-f]{16}"\ntype_url: \S++\n)'
     rb"resources:(?: \[\]\n|\n((?:(?:- |  ).*\n)++))"
@@ -2151,10 +1878,8 @@ def yaml_scalar(value: Json) -> str:
     """A scalar or an empty collection."""
     if type(value) is str:
         return yaml_text(value)
-    if type(value) is float:  # 1e+16 is a string to YAML 1.1
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    return json.dumps(value)
+    text = str(value) if type(value) is int else json.dumps(value)
+    return text.replace("e", ".0e") if type(value) is float and "." not in text else text
 
 
 def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
@@ -2187,23 +1912,11 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def with_elements(fmt: str, resource: bytes, key: str, elements: Sequence[bytes]) -> bytes:
-    """A resource whose last field is a list, of elements that were written before."""
-    if not elements:
-        return resource
-    if fmt == "json":
-        return b'%s,"%s":[\n%s\n]}' % (resource[:-1], key.encode(), b",\n".join(elements))
-    return b"%s  %s:\n%s" % (resource, key.encode(), b"".join(elements))
-
-
 def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
     if fmt == "json":
         return b'{"version_info":"%s","type_url":"%s","resources":[\n%s\n]}\n' % (
-            hash_of(resources),
-            type_url.encode(),
-            b",\n".join(resources),
-        )
+            hash_of(resources), type_url.encode(), b",\n".join(resources))
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     return join_rendered(f'{head}version_info: ""\ntype_url: {type_url}\n'.encode(), resources)
 
@@ -2220,9 +1933,7 @@ def hash_of(resources: Sequence[bytes]) -> bytes:
 def split_rendered(content: bytes) -> tuple[bytes, list[bytes]] | None:
     """Head and resources of a YAML file that response() wrote; None if somebody else did."""
     found = re.fullmatch(OUR_YAML, content)
-    if not found:
-        return None
-    return found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]
+    return (found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]) if found else None
 
 
 def join_rendered(head: bytes, resources: Sequence[bytes]) -> bytes:
@@ -2244,19 +1955,19 @@ def inline_clusters(files: Files) -> set[str]:
 
 def rendered_clusters(files: Files, kind: str) -> set[str]:
     """The names of the clusters of a type in our own CDS, whatever a ConfigMap has in its place."""
-    found: list[tuple[Json, Json]] = []
+    found: list[Json] = []
     try:
-        if "cds.yaml" in files:
-            _, resources = split_rendered(files["cds.yaml"].content) or (b"", [])
-            for resource in resources:
-                lines = [line.partition(b": ")[2].decode() for line in resource.split(b"\n", 3)[:3]]
-                found.append((json.loads(lines[1]) if lines[1][:1] == '"' else lines[1], lines[2]))
-        elif "cds.json" in files:
+        if "cds.json" in files:
             document = parse_json(files["cds.json"].content)
-            found += [(one["name"], one["type"]) for one in document["resources"]]
+            found = [(one["type"], one["name"]) for one in document["resources"]]
+        elif "cds.yaml" in files:
+            for resource in (split_rendered(files["cds.yaml"].content) or (b"", []))[1]:
+                name, type_ = [row.partition(b": ")[2] for row in resource.split(b"\n")[1:3]]
+                text = json.loads(name) if name[:1] == b'"' else name.decode()
+                found.append((type_.decode(), text))
+        return {name for type_, name in found if type_ == kind}
     except (ValueError, LookupError, TypeError):
         return set()
-    return {name for name, type_ in found if type_ == kind and type(name) is str}
 
 
 def inotify_budget() -> int:
@@ -2294,14 +2005,6 @@ class Memo:
         self._old, self._new = self._new, {}
 
 
-class Rendered(NamedTuple):
-    """One Service: its clusters as they are in CDS, its EDS files, and what is wrong."""
-
-    resources: tuple[bytes, ...]
-    files: dict[str, File]
-    problems: tuple[str, ...]
-
-
 class Rendering(NamedTuple):
     """What all objects give. `inlined`: clusters in CDS because the EDS budget is spent."""
 
@@ -2320,30 +2023,21 @@ class Renderer:
     """
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        endpoints: str,
-        fmt: str,
-        current_dir: str,
-        node_name: str,
-        budget: int,
-        on_eds: Iterable[str] = (),
-        on_inline: Iterable[str] = (),
+        self, config: Config, *, endpoints: str, fmt: str, current_dir: str, node_name: str,
+        budget: int, on_eds: Iterable[str] = (), on_inline: Iterable[str] = (),
     ) -> None:
         if config.prefer_zone is True and not node_name:
             raise config_error(
-                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME"
-            )
+                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME")
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
         self._directory, self._node_name = current_dir.rstrip("/"), node_name
         self._budget = budget if config.eds_budget is None else config.eds_budget
         kept = dict.fromkeys(sorted(on_eds)[: self._budget], EDS)
         # Without one EDS file what is on disk was no decision of `auto`.
         self._modes = dict.fromkeys(on_inline, INLINE) | kept if kept else {}
-        self._services: dict[Key, Service] | None = None
-        self._clusters: dict[Key, tuple[Cluster, ...]] = {}
-        self._routes: list[bytes] = []
+        self._services: Mapping[Key, Service] | None = None
+        self._clusters: dict[Key, list[Cluster]] = {}
+        self._routes = b""
         self._plan_warnings: list[str] = []
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
@@ -2353,145 +2047,124 @@ class Renderer:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         if objects.services != self._services:
             self._plan(dict(sorted(objects.services.items())), other_files)
-        zone = own_zone(self._config, self._node_name, objects.nodes)
-        warnings = list(self._plan_warnings)
-        if zone is None and self._config.prefer_zone:
-            warnings.append(
-                f"node {self._node_name}: is not known or has no zone: "
-                f"endpoint.prefer_zone prefers none"
-            )
+        config, warnings = self._config, list(self._plan_warnings)
+        zone = own_zone(config, self._node_name, objects.nodes)
+        if zone is None and config.prefer_zone:
+            warnings.append(f"node {self._node_name}: is not known or has no zone: "
+                            f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
             slices.setdefault((found.namespace, found.service), []).append(found)
         files: dict[str, File] = {}
         resources: list[bytes] = []
+        labels, counts = by_node_label(config), Counter[str]()
         for key, clusters in self._clusters.items():
-            own = tuple(slices.get(key, ()))
-            nodes = nodes_of(own, objects.nodes) if by_node_label(self._config) else {}
-            rendered = self._rendered.get(key, key, clusters, own, nodes, zone)
-            files |= rendered.files
-            resources += rendered.resources
-            if rendered.problems:
-                warnings.append(warning_line(f"service {'/'.join(key)}", rendered.problems))
+            own, nodes = slices.get(key, []), dict[str, Node | None]()
+            if labels:
+                names = {endpoint.node for found in own for endpoint in found.endpoints}
+                nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
+            modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
+            counts.update(modes)
+            texts, eds, problems = self._rendered.get(key, key, clusters, modes, own, zone, nodes)
+            resources += texts
+            files |= eds
+            if problems:
+                warnings.append(warning_line(key, problems))
         self._rendered.forget()
-        comment = RDS_COMMENT.format(prefix=self._config.annotation_prefix)
-        files[f"cds.{self._fmt}"] = self._files.get("cds", CDS_COMMENT, CLUSTER_TYPE, resources)
-        files[f"rds.{self._fmt}"] = self._files.get("rds", comment, ROUTE_TYPE, self._routes)
-        modes = [cluster.mode for clusters in self._clusters.values() for cluster in clusters]
+        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
+                             ("rds", comment, ROUTE_TYPE, [self._routes])):
+            files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        return Rendering(
-            files,
-            tuple(sorted(set(warnings))),
-            {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)},
-            tuple(inlined) if self._endpoints == AUTO else (),
-        )
+        return Rendering(files, tuple(sorted(warnings)),
+                         {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
+                         tuple(inlined) if self._endpoints == AUTO else ())
 
     def _plan(self, services: dict[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
-        plans: dict[Key, ServicePlan] = {
-            key: self._plans.get(key, service) for key, service in services.items()
-        }
+        plans = {key: self._plans.get(key, service) for key, service in services.items()}
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         kept = unique_clusters(plans, problems)
-        self._decide([one for clusters in kept.values() for one in clusters], other_files)
-        self._clusters = {
-            key: tuple(one._replace(mode=self._modes.get(one.name, DNS)) for one in clusters)
-            for key, clusters in kept.items()
-        }
+        names = [one.name for clusters in kept.values() for one in clusters if not one.host]
+        self._modes, self._clusters = self._decided(names, other_files), kept
         routes = []
         for key, plan in plans.items():
-            route = plan.route
-            if route and route.cluster not in ("", *(cluster.name for cluster in kept[key])):
+            if not plan.route:
+                continue
+            there = plan.route.cluster in [cluster.name for cluster in kept[key]]
+            routes.append(plan.route if there else plan.route._replace(cluster=""))
+            if plan.route.cluster and not there:
                 problems[key].append("is not routed: it has no cluster of its own")
-                route = route._replace(cluster="")
-            if route:
-                routes.append(route)
-        self._routes = [self._route_configuration(routes_by_host(routes, problems), problems)]
-        self._plan_warnings = [
-            warning_line(f"service {'/'.join(key)}", found)
-            for key, found in problems.items()
-            if found
-        ]
+        hosts, elements = routes_by_host(routes, problems), []
+        for host in sorted(hosts):
+            text, found = self._hosts.get(host, host, hosts[host])
+            elements.append(text)
+            for key, problem in found:
+                problems[key].append(problem)
+        self._routes = self._route_configuration(elements)
+        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
-            self._plan_warnings.append("--services: no Service matches the selector")
+            self._plan_warnings = ["--services: no Service matches the selector"]
         self._plans.forget()
+        self._hosts.forget()
         self._services = services
 
-    def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
+    def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
         """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
 
         A cluster that flips would be a new one to Envoy, with new connections and health.
         """
-        names = [cluster.name for cluster in clusters if cluster.mode != DNS]
         if self._endpoints != AUTO:
-            self._modes = dict.fromkeys(names, self._endpoints)
-            return
+            return dict.fromkeys(names, self._endpoints)
         decided = {name: self._modes[name] for name in names if name in self._modes}
         free = self._budget - sum(mode == EDS for mode in decided.values())
-        if self._config.eds_budget is None:
-            free -= other_files
+        free -= other_files if self._config.eds_budget is None else 0
         new = [name for name in names if name not in decided]
         decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
-        self._modes = {name: decided[name] for name in names}
-
-    def _route_configuration(
-        self, hosts: dict[str, list[Route]], problems: Mapping[Key, list[str]]
-    ) -> bytes:
-        elements = []
-        for host in sorted(hosts):
-            text, wrong = self._hosts.get(host, host, hosts[host])
-            elements.append(text)
-            for key, problem in wrong:
-                problems[key].append(problem)
-        self._hosts.forget()
-        resource = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
-        return with_elements(self._fmt, resource, "virtual_hosts", elements)
+        return {name: decided[name] for name in names}
 
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, str]]]:
         found, problems = virtual_host(host, routes)
         return element(self._fmt, found, "  "), problems
 
+    def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
+        """The RouteConfiguration, of virtual hosts that were written before."""
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
+        if not virtual_hosts:
+            return head
+        if self._fmt == "json":
+            return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
+        return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
+
     def _service(
-        self,
-        key: Key,
-        clusters: Sequence[Cluster],
-        slices: Sequence[EndpointSlice],
-        nodes: Mapping[str, Node],
-        zone: str | None,
-    ) -> Rendered:
-        """One Service as rendered; this takes the time, so it is asked for through a Memo."""
-        by_slices = [cluster for cluster in clusters if cluster.mode != DNS]
+        self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
+        slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Node],
+    ) -> tuple[list[bytes], dict[str, File], list[str]]:
+        """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
+        by_slices = [cluster for cluster in clusters if not cluster.host]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
-        worst = UNHEALTHY if self._config.include_not_ready else DRAINING
         resources, files = [], {}
-        for cluster in clusters:
+        for cluster, mode in zip(clusters, modes, strict=True):
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if cluster.mode == DNS:
+            if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    problems.append(
-                        f"the number of its target port {cluster.port.target} is not known, "
-                        f"so there is no endpoint"
-                    )
+                    problems.append(f"the number of its target port {cluster.port.target} is not "
+                                    f"known, so there is no endpoint")
             else:
-                placement = Placement(self._config, zone, nodes, slices, cluster.families)
-                assignment = assignment_of(cluster, slices, placement, worst)
-            if cluster.mode == EDS:
+                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
+            if mode == EDS:
                 path = f"eds/{cluster.stem}.{self._fmt}"
-                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}."
+                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
-                content = response(self._fmt, f"{comment}\n{MADE_BY}", ASSIGNMENT_TYPE, [text])
-                files[path] = file_of(content, SERVICES_SOURCE)
-                resource["eds_cluster_config"] = {
-                    "eds_config": {
-                        "resource_api_version": "V3",
-                        "path_config_source": {"path": f"{self._directory}/{path}"},
-                    }
-                }
+                files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
+                resource["eds_cluster_config"] = {"eds_config": {
+                    "resource_api_version": "V3",
+                    "path_config_source": {"path": f"{self._directory}/{path}"}}}
             else:
                 resource |= {"type": "STATIC", "load_assignment": assignment}
             resources.append(element(self._fmt, {**resource, **cluster.options}))
-        return Rendered(tuple(resources), files, tuple(problems))
+        return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
         return file_of(response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
@@ -2501,13 +2174,9 @@ class Renderer:
 # Secrets
 # ---------------------------------------------------------------------------------------------
 #
-# A TLS Secret becomes SDS files. Envoy accepts one Secret resource a file (it rejects a second
-# one), so the pair and the trusted CA are two files. The PEM is inline, not by file name:
-# certificate and key are then replaced by the one rename(2) of the snapshot, and Envoy never reads
-# one without the other.
-#
-# No text made here (error, problem, repr, redaction) has a byte of a key in it: messages are
-# literals plus names, and OpenSSL's reason codes, which are constants.
+# A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
+# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
+# here (error, problem, repr, redaction) has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
@@ -2515,6 +2184,7 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 # OpenSSL's reasons for a key of another certificate: of the same type; of another one.
 KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
+SECRET_KEYS = ("tls.crt", "tls.key", "ca.crt")
 
 
 class Secret(NamedTuple):
@@ -2526,26 +2196,20 @@ class Secret(NamedTuple):
     key: bytes  # tls.key
     ca: bytes  # ca.crt
 
-    def __repr__(self) -> str:
-        """The name alone: a value that gets into a message or a traceback shows nothing."""
+    def __repr__(self) -> str:  # without the bytes, for messages and tracebacks
         return f"Secret({self.namespace}/{self.name})"
 
 
 def secret_from(obj: Json) -> Secret:
-    """Reduce an API object to what is used of it.
-
-    The raw object must not be kept: its annotation `last-applied-configuration` often holds the
-    key a second time. Raises ValueError, without content, for what is not a valid Secret.
-    """
+    """Reduce an API object to what is used of it; ValueError, without content, for what is not a
+    valid Secret. The raw object must not be kept: an annotation often holds the key again."""
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
-    cert, key, ca = (
-        decode_key(held.get(entry), f"secret {namespace}/{name}: {entry}")
-        for entry in ("tls.crt", "tls.key", "ca.crt")
-    )
-    return Secret(namespace, name, cert, key, ca)
+    label = f"secret {namespace}/{name}"
+    entries = (decode_key(held.get(entry), f"{label}: {entry}") for entry in SECRET_KEYS)
+    return Secret(namespace, name, *entries)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2559,15 +2223,8 @@ def decode_key(text: Json, what: str) -> bytes:
 def secret_files(
     secret: Secret, form: str = "yaml", mode: int = 0o600
 ) -> tuple[dict[str, File], tuple[str, ...]]:
-    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it.
-
-    It is all or nothing: with a problem there are no files, and the caller keeps the last ones. A
-    new CA beside an old certificate would be a mixture that nobody wrote. Both files have `mode`:
-    it is widened where Envoy runs as another user, and Envoy needs both.
-
-    `version_info` is a hash over the key too, so every rotation shows in Envoy's `version_text`.
-    It gives nothing away: SHA-256 of a key that nobody can guess is not invertible.
-    """
+    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
+    none, and the caller keeps the last ones, all of them."""
     label = f"{secret.namespace}/{secret.name}"
     stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
     problems = secret_problems(secret)
@@ -2578,10 +2235,10 @@ def secret_files(
     resources: dict[str, dict[str, Json]] = {}
     if secret.cert:
         pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"{stem}.{form}"] = {"name": label, "tls_certificate": pair}
+        resources[f"{stem}.{form}"] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
     if secret.ca:
-        context = {"trusted_ca": pem_source(secret.ca)}
-        resources[f"{stem}_ca.{form}"] = {"name": f"{label}/ca", "validation_context": context}
+        trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
+        resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
     source = f"secret {label}"
     return {
         path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
@@ -2596,12 +2253,9 @@ def pem_source(pem: bytes) -> dict[str, str]:
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-# What is checked before a Secret is published: whatever Envoy would reject, as far as the standard
-# library can tell, and nothing that Envoy would accept.
-
-
 def secret_problems(secret: Secret) -> list[str]:
-    """Why this Secret must not be published; empty when it may."""
+    """Why this Secret must not be published: whatever Envoy would reject, as far as the standard
+    library can tell, and nothing that Envoy would accept."""
     cert, key, ca = secret.cert, secret.key, secret.ca
     if not (cert or key or ca):
         return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
@@ -2618,10 +2272,8 @@ def secret_problems(secret: Secret) -> list[str]:
 
 
 def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or with a bundle of CAs, "" if nothing.
-
-    Every block is an X.509 certificate to OpenSSL; text around the blocks is a comment.
-    """
+    """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
+    a comment."""
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
     parts = pem.split(b"-----BEGIN CERTIFICATE-----")[1:]
@@ -2633,9 +2285,7 @@ def certificates_problem(pem: bytes) -> str:
                 return "is not readable (a PEM block has no end)"
             der = base64.b64decode(b"".join(body.split()), validate=True)
             context.load_verify_locations(cadata=der)
-    except binascii.Error:
-        return "is not readable (a PEM block is not base64)"
-    except (ssl.SSLError, ValueError):  # ValueError: an empty block
+    except (ssl.SSLError, ValueError):  # ValueError: an empty block, or one that is not base64
         return "is not readable (a PEM block is not an X.509 certificate)"
     return "" if parts else "holds no PEM certificate"
 
@@ -2644,11 +2294,8 @@ def pair_problem(cert: bytes, key: bytes) -> str:
     """What is wrong with the key of a certificate, "" if nothing.
 
     OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which rejects
-    a bad one itself and keeps the last.
+    no disk. Where there is none (macOS) Envoy judges the pair itself.
     """
-    if not hasattr(os, "memfd_create"):
-        return ""
     descriptors: list[int] = []
     try:
         for pem in (cert, key):
@@ -2656,28 +2303,20 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             with open(descriptors[-1], "wb", closefd=False) as file:
                 file.write(pem)
         names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        tls_context().load_cert_chain(names[0], names[1], no_passphrase)
-    except EncryptedKey:
-        return "is encrypted, and Envoy is given no passphrase"
+        # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+        tls_context().load_cert_chain(names[0], names[1], password="")
     except ssl.SSLError as error:
         if error.reason in KEY_MISMATCHES:
             return "is not the key of the first certificate in tls.crt"
+        if b"ENCRYPTED" in key:
+            return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
-    except OSError:  # after SSLError, which is one
+    except (OSError, AttributeError):  # after SSLError, which is an OSError
         return ""
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     return ""
-
-
-class EncryptedKey(Exception):
-    """OpenSSL asked for a passphrase."""
-
-
-def no_passphrase() -> str:
-    """Without a callback OpenSSL would prompt on the terminal and block the loader."""
-    raise EncryptedKey
 
 
 def tls_context() -> ssl.SSLContext:
@@ -2687,24 +2326,16 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-# What --dry-run and --diff print, and how a crash writes nothing.
-
-
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource from whatever source, or a private key.
-
-    PEM in base64 (`inline_bytes`) counts as well; that this hides some certificates does no harm.
-    """
+    """Whether a file must not be shown: an SDS resource from whatever source, a private key, or PEM
+    in base64."""
     marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
     return any(mark in content for mark in marks)
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print: itself, or a line in its place.
-
-    The line has no hash, which would let a reader test guesses at a password in an SDS file. With
-    `published`, the bytes on disk, it tells whether they differ, so that a diff shows it.
-    """
+    """The content to print: itself, or a line in its place, without a hash, by which guesses could
+    be tested. With `published`, the bytes on disk, it tells whether they differ."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -2712,11 +2343,7 @@ def redacted(content: bytes, published: bytes | None = None) -> bytes:
 
 
 def no_core_dumps() -> None:
-    """Keep keys out of core files. To be called when --secret is given.
-
-    The limit is 1 and not 0: core(5) says that 0 does not hold where core_pattern is a pipe; the
-    kernel takes 1 for "not even then".
-    """
+    """Keep keys out of core files. (Not 0, which does not hold where core_pattern is a pipe.)"""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
@@ -2729,6 +2356,7 @@ def no_core_dumps() -> None:
 # ---------------------------------------------------------------------------------------------
 
 KEY_NAME = re.compile(r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}")
+ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
 
 
 def key_problem(name: str) -> str:
@@ -2742,32 +2370,32 @@ def key_problem(name: str) -> str:
     return "begins with '..'" if name.startswith("..") else ""
 
 
-class ConfigMap(NamedTuple):
-    """A ConfigMap as files by key, and what in it cannot be a file."""
+class Keys(NamedTuple):
+    """What a ConfigMap or a Secret is to us: files by key, and what in it cannot be one."""
 
-    files: tuple[tuple[str, File], ...]
+    files: Mapping[str, File]
     problems: tuple[str, ...]
 
 
-def configmap_from(item: dict[str, Any]) -> ConfigMap:
+def configmap_from(item: dict[str, Any]) -> Keys:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
     text, binary = item.get("data") or {}, item.get("binaryData") or {}
     if not isinstance(text, dict) or not isinstance(binary, dict):
         raise ValueError(f"{source}: data is not a map")
-    files, problems = [], []
-    for key, value in sorted([*text.items(), *binary.items()]):
+    files, problems = {}, []
+    for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
         try:
-            content = value.encode() if key in text else decode_key(value, key)
+            content = text[key].encode() if key in text else decode_key(binary[key], key)
         except (AttributeError, ValueError):
             problem = "is not text" if key in text else "is not base64"
         if problem:
             problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
-            files.append((key, file_of(content, source)))
-    return ConfigMap(tuple(files), tuple(problems))
+            files[key] = file_of(content, source)
+    return Keys(files, tuple(problems))
 
 
 class Named(NamedTuple):
@@ -2819,7 +2447,8 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         for path, file in layer.items():
             lost = files.get(path)
             if lost is not None and lost.source != file.source:
-                warnings.append(f"{path} of {lost.source} is hidden by that of {file.source}")
+                warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
+                                f"{file.source}")
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
     for path in sorted(directories & files.keys()):
@@ -2828,14 +2457,21 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     return files, warnings
 
 
+def counted(file: File) -> str:
+    """How many clusters or routes a file has, in words, where it shows."""
+    if file.kind == "cds" and (clusters := clusters_of(file)):
+        return f" ({len(clusters.texts)} clusters)"
+    return f" ({len(ROUTE_MATCH.findall(file.content))} routes)" if file.kind == "rds" else ""
+
+
 def with_kind(path: str, file: File, before: File | None) -> File:
     """A file without a type URL is what was published there before, else what its name says.
 
     That is CDS with no cluster left, or a file that Envoy will not be able to parse.
     """
     stem = path.rpartition("/")[2].partition(".")[0]
-    kind = before.kind if before else stem if stem in KINDS.values() else ""
-    return file._replace(kind=kind) if kind else file
+    kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
+    return file if file.kind == kind else file._replace(kind=kind)
 
 
 class Sources:
@@ -2845,9 +2481,8 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
+        self._selected: Query | None = None
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
-        self._secrets: dict[Named, tuple[Secret, dict[str, File], tuple[str, ...]]] = {}
-        self._published: Files = {}
         self._renderer: Renderer | None = None
         self.rendering: Rendering | None = None
         own = config.eds_budget
@@ -2855,15 +2490,15 @@ class Sources:
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
-        options, self._published = self._options, published
+        options = self._options
         for named in (*options.configmap, *options.secret):
             owned = {path: file for path, file in published.items() if named.owns(path, file)}
             if owned:
                 self._kept[named] = owned
-            parse = secret_from if named.kind == "secret" else configmap_from
-            self._reflect(named.query, parse)
+            self._reflect(named.query, self._secret if named.kind == "secret" else configmap_from)
         if options.configmap_selector is not None:
-            self._reflect(self._selector, configmap_from)
+            self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
+            self._reflect(self._selected, configmap_from)
         if options.services is None:
             return
         self._renderer = Renderer(
@@ -2876,39 +2511,32 @@ class Sources:
             on_inline=inline_clusters(published),
             budget=self.budget,
         )
-        for namespace in self._namespaces:
+        namespaces = options.services_namespace or (options.namespace,)
+        for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
-            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from, optional=True)
+            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from)
         if needs_nodes(self._config):
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
             self._reflect(Query(NODES, name=own), node_from)
 
-    @property
-    def _selector(self) -> Query:
-        selector = self._options.configmap_selector or ""
-        return Query(CONFIGMAPS, self._options.namespace, labels=selector)
+    def _secret(self, item: dict[str, Any]) -> Keys:
+        form, mode = self._options.format, self._options.secret_mode
+        return Keys(*secret_files(secret_from(item), form, mode))
 
-    @property
-    def _namespaces(self) -> tuple[str, ...]:
-        chosen = self._options.services_namespace or (self._options.namespace,)
-        return ("",) if "*" in chosen else chosen
-
-    def _reflect(
-        self, query: Query, parse: Callable[[Json], Any], *, optional: bool = False
-    ) -> None:
+    def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
         if query in self._reflectors:
             return
         options = self._options
         mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
         if mode == "once" and options.timeout:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
-        elif options.from_file:
+        elif self._file:
             patience = min(patience, interval)  # nobody is hammered
-        client = self._file or Api(options.access, count_request)
         self._reflectors[query] = reflector = Reflector(
-            query, parse, client, self._wake,
-            mode=mode, interval=interval, optional=optional, patience=patience,
+            query, parse, self._file or Api(options.access, count_request), self._wake,
+            mode=mode, interval=interval, optional=query.resource is ENDPOINTSLICES,
+            patience=patience,
         )
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
@@ -2922,13 +2550,12 @@ class Sources:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
-    # -- composing ----------------------------------------------------------------------------
-
     def compose(self, published: Files) -> Wanted:
         """The files of all sources. Precedence, last wins: rendered files, Secrets, ConfigMaps by
         selector in order of name, ConfigMaps in the order in which they were named."""
-        self._published = published
-        self._seek_endpoints()
+        for query, reflector in list(self._reflectors.items()):
+            if reflector.absent:  # the API server has no EndpointSlices
+                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
         reflectors = self._reflectors.values()
         failed = tuple(r.trouble for r in reflectors if r.failed)
         unknown = tuple(str(r.query) for r in reflectors if not r.synced)
@@ -2938,24 +2565,18 @@ class Sources:
         missing: list[str] = []
         stale: list[str] = []
         layers = [self._named(named, notes, missing, stale) for named in self._options.secret]
-        if self._options.configmap_selector is not None:
-            found = self._reflectors[self._selector].objects()
+        if self._selected is not None:
+            found = self._reflectors[self._selected].objects()
             if not found:
-                notes.append(f"{self._selector}: none exist")
+                notes.append(f"{self._selected}: none exist")
             for _, configmap in sorted(found.items()):
                 notes += configmap.problems
-                layers.append(dict(configmap.files))
+                layers.append(configmap.files)
         layers += [self._named(named, notes, missing, stale) for named in self._options.configmap]
-        files, warnings = overlaid(layers)
         if self._renderer is not None:
-            rendering = self.rendering = self._render(self._renderer, files)
-            notes += [*rendering.warnings, *hidden(rendering, files)]
-            rendered = {p: file for p, file in rendering.files.items() if p not in files}
-            files, warnings = overlaid([rendered, *layers])
-        files = {
-            path: file if file.kind else with_kind(path, file, published.get(path))
-            for path, file in files.items()
-        }
+            layers.insert(0, self._render(self._renderer, layers, notes))
+        files, warnings = overlaid(layers)
+        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
         return Wanted(files, (*notes, *warnings), tuple(missing), tuple(stale))
 
     def _named(
@@ -2963,81 +2584,43 @@ class Sources:
     ) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         found = self._reflectors[named.query].objects().get((named.namespace, named.name))
-        files: Files = {}
-        if isinstance(found, Secret):
-            files, problems = self._secret_files(named, found)
-            notes += problems
-        elif found is not None:
-            prefix = f"{named.directory}/" if named.directory else ""
-            files = {prefix + key: file for key, file in found.files}
-            notes += found.problems
+        prefix = f"{named.directory}/" if named.directory else ""
+        files = {prefix + key: file for key, file in found.files.items()} if found else {}
+        notes += found.problems if found else ()
         kept = self._kept.get(named)  # None: it never was there
-        if files or (found is not None and not kept and named.kind == "configmap"):
+        if files or (found and not kept and named.kind == "configmap"):
             self._kept[named] = files
         elif kept is None:
             missing.append(named.source)
             if self._file and (hint := self._file.elsewhere(named.query)):
                 notes.append(hint)
         else:
-            state = "has no usable files" if found is not None else "does not exist any more"
+            state = "has no usable files" if found else "does not exist any more"
             notes.append(f"{named.source} {state}: its last files stay published")
             stale.append(named.source)
         return self._kept.get(named, {})
 
-    def _secret_files(self, named: Named, secret: Secret) -> tuple[Files, tuple[str, ...]]:
-        """The SDS files of a Secret, made and checked once for each change of it."""
-        known = self._secrets.get(named)
-        if known is None or known[0] is not secret:
-            made = secret_files(secret, self._options.format, self._options.secret_mode)
-            self._secrets[named] = known = (secret, *made)
-        return known[1], known[2]
+    def _render(self, renderer: Renderer, others: Sequence[Files], notes: list[str]) -> Files:
+        """The files of Services, as many of them with EDS as the other files leave budget for."""
 
-    # -- Services -----------------------------------------------------------------------------
+        def gathered(resource: Resource) -> dict[Key, Any]:
+            return {key: value for query, reflector in self._reflectors.items()
+                    if query.resource is resource for key, value in reflector.objects().items()}
 
-    def _seek_endpoints(self) -> None:
-        """Where the API server has no EndpointSlices, legacy Endpoints take their place."""
-        for query, reflector in list(self._reflectors.items()):
-            if query.resource is ENDPOINTSLICES and reflector.absent:
-                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
-
-    def _gathered(self, resource: Resource) -> dict[Key, Any]:
-        """The objects of one resource, of all namespaces that are looked at."""
-        found: dict[Key, Any] = {}
-        for query, reflector in self._reflectors.items():
-            if query.resource is resource:
-                found.update(reflector.objects())
-        return found
-
-    def _render(self, renderer: Renderer, others: Files) -> Rendering:
-        legacy = itertools.chain.from_iterable(self._gathered(ENDPOINTS).values())
+        legacy = itertools.chain.from_iterable(gathered(ENDPOINTS).values())
         objects = Objects(
-            services=self._gathered(SERVICES),
-            slices=[*self._gathered(ENDPOINTSLICES).values(), *legacy],
-            nodes={name: node for (_, name), node in self._gathered(NODES).items()},
+            services=gathered(SERVICES),
+            slices=[*gathered(ENDPOINTSLICES).values(), *legacy],
+            nodes={name: node for (_, name), node in gathered(NODES).items()},
         )
-        subscriptions = sum(file.kind in ("eds", "rds", "sds") for file in others.values())
-        rendering = renderer.render(objects, other_files=subscriptions)
-        if not rendering.inlined:
-            return rendering
-        note = f"beyond the EDS budget of {self.budget}, endpoints are in CDS"
-        note = f"{note}: {shortened(rendering.inlined)}"
-        return rendering._replace(warnings=(*rendering.warnings, note))
-
-
-ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
-
-
-def hidden(rendering: Rendering, others: Files) -> list[str]:
-    """A warning for each rendered file that a ConfigMap key of the same name hides."""
-    notes = []
-    for path in sorted(rendering.files.keys() & others.keys()):
-        file = rendering.files[path]
-        what = {
-            "cds": f"{sum(rendering.clusters.values())} rendered clusters",
-            "rds": f"{len(ROUTE_MATCH.findall(file.content))} rendered routes",
-        }.get(file.kind, "rendered endpoints")
-        notes.append(f"{path} of {others[path].source} hides {what}")
-    return notes
+        kinds = {path: file.kind for layer in others for path, file in layer.items()}
+        subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
+        self.rendering = renderer.render(objects, other_files=subscriptions)
+        notes += self.rendering.warnings
+        if self.rendering.inlined:
+            notes.append(f"beyond the EDS budget of {self.budget}, endpoints are in CDS: "
+                         f"{shortened(self.rendering.inlined)}")
+        return self.rendering.files
 
 
 def count_request(verb: str, code: str) -> None:
@@ -3187,6 +2770,7 @@ NAME_VALUE = re.compile(
     rb"""["']?\b(?:cluster_)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)"""
 )
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
+PLACE = re.compile(rb"[-\w.]*/[-\w./]+", re.ASCII)
 
 
 def names_in(content: bytes) -> frozenset[str]:
@@ -3217,10 +2801,16 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def names_path(content: bytes, path: str) -> bool:
-    """Whether a text names the file at `path`, under whatever directory Envoy mounts ours."""
-    text = content.replace(b"\\/", b"/") if b"\\/" in content else content
-    return re.search(rb"/" + re.escape(path.encode()) + rb"(?![\w./-])", text) is not None
+def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
+    """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
+    found: set[str] = set()
+    for content in contents if paths else ():
+        for raw in PLACE.findall(content.replace(b"\\/", b"/")):
+            place = raw.decode()
+            while place := place.partition("/")[2]:
+                if place in paths:
+                    found.add(place)
+    return found
 
 
 # -- what may be published after a NACK ----------------------------------------------------------
@@ -3243,15 +2833,13 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     file that is read and that no published file names is named by the bootstrap.
     """
     result = dict(desired)
-    gone = [path for path in published if path not in desired]
-    named = {path for path in gone if any(
-        names_path(file.content, path) for other, file in published.items() if other != path)}
-    for path in gone:
-        if path not in named and is_read(path):
-            result[path] = published[path]
-    while more := [path for path in gone if path not in result and any(
-            names_path(file.content, path) for file in result.values())]:
+    gone = published.keys() - desired.keys()
+    named = paths_in((file.content for file in published.values()), gone)
+    more = {path for path in gone - named if is_read(path)}
+    more |= paths_in((file.content for file in desired.values()), gone)
+    while more:
         result |= {path: published[path] for path in more}
+        more = paths_in((published[path].content for path in more), gone - result.keys())
     return result
 
 
@@ -3285,7 +2873,7 @@ def allowed(
             and file is desired.get(path)
             and not same_file(before.get(path), file)
             and (mentioned(file.content, lacking)
-                 or any(names_path(file.content, each) for each in missing))
+                 or paths_in([file.content], missing))
         ]
         for path in waiting:
             notes.append(f"{path}: waits for what Envoy NACKed")
@@ -3301,7 +2889,7 @@ def idle_clusters(desired: Files, paths: Collection[str]) -> frozenset[str]:
     known = [clusters_of(file) for file in desired.values() if file.kind == "cds"] if paths else []
     return frozenset(
         name for clusters in known if clusters for name, text in clusters.texts.items()
-        if any(names_path(text, path) for path in paths)
+        if paths_in([text], paths)
     )
 
 
@@ -3312,8 +2900,8 @@ def keep_needed(
     """Give back to `result` what bytes that are kept name: files and clusters; whether any."""
     kept = [file for path, file in result.items() if not same_file(desired.get(path), file)]
     before = {**acked, **published}
-    gone = [path for path in before.keys() - result.keys() - desired.keys()
-            if any(names_path(file.content, path) for file in kept)]
+    gone = paths_in((file.content for file in kept),
+                    before.keys() - result.keys() - desired.keys())
     result |= {path: before[path] for path in gone}
     users = [file.content for file in kept if file.kind in REFERENCE_KINDS]
     found = bool(gone)
@@ -3344,9 +2932,9 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     back = {path: acked[path] for path, nack in nacks.items()
             if path in acked and is_nacked(published.get(path), nack)
             and not same_file(acked[path], published[path])}
-    named = {path: file for path, file in acked.items() if path not in published
-             and any(names_path(each.content, path) for each in back.values())}
-    return Step({**published, **named, **back}, ROLLBACK) if back else None
+    named = paths_in((file.content for file in back.values()), acked.keys() - published.keys())
+    files = {**published, **{path: acked[path] for path in named}, **back}
+    return Step(files, ROLLBACK) if back else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3357,23 +2945,27 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
 #      hard link to that of the previous snapshot.
-#   2. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
+#   2. Remember in `..state` which object each file is from.
+#   3. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
 #      everything. symlink(2) and unlink(2) are no event for Envoy.
-#   3. Unlink the links of files that are gone.
-#   4. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
-#   5. Notify: the link of each new or changed file is replaced by rename(2), children first. This
+#   4. Unlink the links of files that are gone.
+#   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
+#   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
 #      MOVE is what wakes just the subscription concerned.
-#   6. Unmark.
-#   7. Prune: all but the last two snapshots go.
+#   7. Unmark.
+#   8. Prune: all but the last two snapshots go.
 #
-# A death before 4 leaves the old snapshot and a left-over; between 4 and 6 the marker, and the
-# next start (or the next try of a loader that lives) notifies again of what differs.
+# A death before 5 leaves the old snapshot and a left-over; between 5 and 7 the marker, and the
+# next start notifies again of what differs. So does a loader that lives: after an OSError it
+# recovers, as at a start, before it publishes anything.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
 SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]{1,9})?")
 DEPTH = 32  # of directories that we look into
 FILE_BYTES = 64 << 20  # a larger file on the volume is not ours
+SNAPSHOT_BYTES = 256 << 20  # of what is read of one directory: sparse files cost nobody a disk
+STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
 
 class Output:
@@ -3385,12 +2977,11 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what was remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""
+        self._remembered = b""  # the same as it is on disk
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
-        self._untold: set[str] = set()  # switched to, and Envoy not notified yet
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -3414,36 +3005,29 @@ class Output:
             os.close(self._lock)
             self._lock = -1
 
-    def is_there(self) -> bool:
-        """Whether the directory that is locked still is the one at this place."""
-        try:
-            return os.path.samestat(os.fstat(self._lock), os.stat(self.root))
-        except OSError as error:
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR)
-
     def recover(self) -> list[str]:
-        """Make good whatever the last process left; returns what was done, in words.
+        """Make good whatever the last process, or the last failure, left; what was done, in words.
 
         Afterwards `published` is what the disk shows, and every link and notification is right.
         """
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
-        done = []
-        self._own_directory(CURRENT)
-        self.state = self._read_state()
-        self.snapshot = self._switched()
-        self.published = self._load(self.snapshot) if self.snapshot else {}
-        if self._repair_links():
-            done.append("links repaired")
+        self.published, self.snapshot = self.peek(), self._switched()
+        done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
-            known = SNAPSHOT.fullmatch(marked) and is_directory(self._path(marked))
-            changed = moved_paths(self._load(marked) if known else {}, self.published)
+            before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
+            changed = moved_paths(before, self.published)
             self._notify(changed)
-            unlink_if_there(self._path(MARKER))
+            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        self._untold.clear()
-        self._remove_leftovers()
+        others = [entry for entry in self._snapshots() if entry != self.snapshot
+                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
+        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
+        self._before = max(others, key=times.__getitem__, default="")
+        self.prune()
+        if os.path.islink(self._path(LINK)):
+            os.unlink(self._path(LINK))
         return done
 
     def peek(self) -> Files:
@@ -3451,11 +3035,16 @@ class Output:
 
         A loader that lives may prune what is being read: then the switch has moved on.
         """
+        self._read_state()
         while True:
-            self.state, name = self._read_state(), self._switched()
+            name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
+
+    def switched_at(self) -> float:
+        """When the snapshot was switched to, Unix time; 0 where there is none."""
+        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -3465,239 +3054,218 @@ class Output:
         A directory there is never removed (Envoy's watch is bound to it), so a file of its name
         cannot come; nor can a file below a foreign file.
         """
-        warnings = {}
-        for path in files.keys() - self.published.keys():
+        blocked = {}
+        for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
-            foreign = [each for each in parents(path) if self._is_foreign(each)]
             if is_directory(place):
-                warnings[path] = f"{place} is a directory"
-            elif foreign:
-                warnings[path] = f"{self._path(CURRENT, foreign[0])} is a file"
-        if not warnings:
-            return files, []
-        lines = [f"{p} of {files[p].source} left out: {warnings[p]}" for p in sorted(warnings)]
-        return {path: file for path, file in files.items() if path not in warnings}, lines
+                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
+            for above in (self._path(CURRENT, each) for each in parents(path)):
+                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
+                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
+        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
 
-    def stage(self, files: Files, renew: Iterable[str] = ()) -> str:
-        """Step 1: the name of a complete directory of these files, made if need be.
-
-        `renew`: files that are written even though they did not change.
-        """
+    def stage(self, files: Files) -> str:
+        """Step 1: the name of a complete directory of these files, made if need be."""
         wanted = f"..{version_of(files)}"
-        for attempt in itertools.count():
-            name = f"{wanted}.{attempt}" if attempt else wanted
-            try:
-                os.mkdir(self._path(name), 0o755)
-            except FileExistsError:
-                if not self._damage(name, files):
-                    return name
-                continue
-            try:
-                self._fill(name, files, set(renew))
-            except OSError:
-                remove_tree(self._path(name))
-                raise
-            return name
-        raise AssertionError("itertools.count ended")
+        name, attempt = wanted, 0
+        while os.path.lexists(self._path(name)):
+            if not self._damage(name, files):
+                return name
+            attempt += 1
+            name = f"{wanted}.{attempt}"
+        os.mkdir(self._path(name), 0o755)
+        made = {""}
+        for path, file in files.items():
+            for directory in reversed(list(parents(path))):
+                if directory not in made:
+                    os.mkdir(self._path(name, directory), 0o755)
+                    made.add(directory)
+            old, new = self._path(self.snapshot, path), self._path(name, path)
+            if not (same_file(self.published.get(path), file) and linked(old, new)):
+                write_file(new, file.content, file.mode)
+        return name
 
-    def publish(self, files: Files, renew: Iterable[str] = ()) -> list[str]:
-        """Publish these files; returns the paths that changed or are gone."""
-        self._own_directory(CURRENT)
-        changed = list(dict.fromkeys([*moved_paths(self.published, files), *renew, *self._untold]))
-        changed = [path for path in changed if path in files]
+    def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
+        """Publish these files, some of them `again`; returns the paths that moved or are gone."""
+        changed = [*moved_paths(self.published, files), *again]
         gone = sorted(self._links - files.keys())
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
-        name, before = self.stage(files, renew), self.snapshot  # 1
-        try:
-            os.symlink(before or "none", self._path(MARKER))  # 2
-        except FileExistsError:
-            pass  # a failed publication left it: it names the snapshot that Envoy knows
-        for path in gone:  # 3
-            self._unlink_ours(path)
-        for directory in sorted({parent for path in changed for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        replace_link(name, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))  # 4
+        name, before = self.stage(files), self.snapshot  # 1
+        self.remember(self.state, files)  # 2
+        with contextlib.suppress(FileExistsError):
+            os.symlink(before or "none", self._path(MARKER))  # 3
+        for path in gone:  # 4
+            if self._is_ours(path):
+                os.unlink(self._path(CURRENT, path))
+        self._links.difference_update(gone)
+        self._own_parents(CURRENT, changed)
+        self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
-        self._untold |= set(changed)
-        self._notify(changed)  # 5
-        unlink_if_there(self._path(MARKER))  # 6
-        self._untold.clear()
+        self._notify(changed)  # 6
+        unlink_if_there(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
         """Wake Envoy once more: those who watch the switch, and those who watch the links."""
-        replace_link(self.snapshot, self._path(LINK))
-        os.rename(self._path(LINK), self._path(SWITCH))
+        self._link(SWITCH, self.snapshot)
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 7: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
                 remove_tree(self._path(entry))
 
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
-        self._own_directory(CURRENT)
-        damaged = self._damage(self.snapshot, self.published)
-        if damaged or self._untold or self._switched() != self.snapshot:
-            self.publish(self.published, [path for path in damaged if path in self.published])
+        files, damaged = self.published, self._damage(self.snapshot, self.published)
+        if self._switched() != self.snapshot:
+            damaged.append(SWITCH)
+        if damaged:
+            self.published = {path: file for path, file in files.items() if path not in damaged}
+            self.publish(files)
             self.prune()
         return damaged + self._repair_links()
 
     # -- what a restart cannot see --------------------------------------------------------------
 
-    def remember(self, state: Mapping[str, Json]) -> None:
-        """Replace what is remembered, by rename; `files`, their source and kind, comes along."""
-        state = {"version": __version__, **state,
-                 "files": {path: (file.source, file.kind) for path, file in self.published.items()}}
-        text = json.dumps(state, sort_keys=True).encode()
+    def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
+        """Replace what is remembered, by rename. The source and kind of each file comes along, of
+        those that are about to be published too."""
+        files = {**self.published, **coming}
+        self.state = {**state, "version": __version__,
+                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        text = json.dumps(self.state, sort_keys=True).encode()
         if text == self._remembered:
             return
-        self._own_directory(STATE)
-        write_file(self._path(f"{STATE_FILE}.new"), text, 0o644, replace=True)
-        os.rename(self._path(f"{STATE_FILE}.new"), self._path(STATE_FILE))
+        self._own_parents(STATE)
+        new = self._path(f"{STATE_FILE}.new")
+        unlink_if_there(new)
+        write_file(new, text, 0o644)
+        if is_directory(self._path(STATE_FILE)):
+            remove_tree(self._path(STATE_FILE))
+        os.rename(new, self._path(STATE_FILE))
         self._remembered = text
 
-    def keep_acked(self, acked: Files) -> None:
-        """Keep the ACKed bytes of files that have others published, and no others."""
-        needed = {path.replace("/", "%"): file for path, file in acked.items()
-                  if not same_file(self.published.get(path), file)}
-        there = set(self._kept())
-        if not needed and not there:
-            return
-        self._own_directory(STATE)
-        self._own_directory(ACKED_FILES)
-        for name, file in needed.items():
-            place = self._path(ACKED_FILES, name)
-            if name in there and holds(place, file):
+    def keep_acked(self, acked: Files, files: Files) -> None:
+        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
+        no others."""
+        needed = {path.replace("/", "%"): path for path, file in acked.items()
+                  if not (same_file(self.published.get(path), file)
+                          and same_file(files.get(path), file))}
+        there = self._kept()
+        if needed:
+            self._own_parents(STATE, ["acked/"])
+        for name, path in needed.items():
+            place, file = self._path(ACKED_FILES, name), acked[path]
+            if holds(place, file):
                 continue
             unlink_if_there(place)
-            before = self._path(self._before, name.replace("%", "/"))
-            if not (self._before and holds(before, file) and linked(before, place)):
+            shown = same_file(self.published.get(path), file)
+            if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
         for name in there - needed.keys():
-            unlink_if_there(self._path(ACKED_FILES, name))
+            os.unlink(self._path(ACKED_FILES, name))
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {}
-        kept = {name.replace("%", "/"): self._path(ACKED_FILES, name) for name in self._kept()}
-        before = self._load(self._before) if self._before else {}
-        for path in {*digests, *kept}:
-            candidates = (self.published.get(path), before.get(path),
-                          self._file(path, kept[path]) if path in kept else None)
-            for file in candidates if path in digests else candidates[2:]:
-                if file and file.digest == digests.get(path, file.digest):
-                    found[path] = file
+        found = {path: file for path, file in self.published.items()
+                 if file.digest == digests.get(path)}
+        room = SNAPSHOT_BYTES
+        for name in self._kept():
+            path = name.replace("%", "/")
+            file = self._file(path, self._path(ACKED_FILES, name), room)
+            room -= len(file.content) if file is not None else 0
+            if file is not None and file.digest == digests.get(path, file.digest):
+                found[path] = file
         return found
 
-    def _kept(self) -> list[str]:
-        place = self._path(ACKED_FILES)
-        names = os.listdir(place) if is_directory(place) and is_directory(self._path(STATE)) else []
-        return [name for name in names if not any(map(key_problem, name.split("%")))]
+    def _kept(self) -> set[str]:
+        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
+        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
 
-    def _read_state(self) -> Mapping[str, Json]:
-        """What was remembered; nothing where it cannot be read or another version wrote it."""
+    def _read_state(self) -> None:
+        """What was remembered; nothing where it is not JSON or another version wrote it."""
+        self.state, self._remembered = {}, b""
+        there = is_directory(self._path(STATE))
+        found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
         try:
-            found = read_file(self._path(STATE_FILE)) if is_directory(self._path(STATE)) else None
             state = json_object(parse_json(found[0])) if found else {}
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return {}
-        return state if state.get("version") == __version__ else {}
+            return
+        if found and state.get("version") == __version__:
+            self.state, self._remembered = state, found[0]
 
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _file(self, path: str, place: str) -> File | None:
+    def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
         """The file of a path as it is on disk; None where there is no regular one to be read."""
-        found = read_file(place)
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = row if isinstance(row, list) and len(row) == 2 else ("disk", "")
+        found = read_file(place, min(most, FILE_BYTES))
         if found is None:
             return None
-        file = file_of(found[0], str(source), found[1])
-        return file if file.kind else file._replace(kind=str(kind))
+        row = json_object(self.state.get("files")).get(path)
+        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
+        file = file_of(found[0], source, found[1])
+        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
 
     def _load(self, name: str) -> dict[str, File]:
-        files = ((path, self._file(path, place)) for path, place in walk(self._path(name)))
-        return {path: file for path, file in files
-                if file and not any(map(key_problem, path.split("/")))}
-
-    def _fill(self, name: str, files: Files, renew: set[str]) -> None:
-        """Write what changed, link what did not; the kernel may refuse links, then copy."""
-        made = {""}
-        old, new = self._path(self.snapshot, ""), self._path(name, "")
-        for path, file in files.items():
-            if path.rpartition("/")[0] not in made:
-                for directory in reversed(list(parents(path))):
-                    if directory not in made:
-                        os.mkdir(new + directory, 0o755)
-                        made.add(directory)
-            if path in renew or not same_file(self.published.get(path), file) \
-                    or not linked(old + path, new + path):
-                write_file(new + path, file.content, file.mode)
+        files, room = dict[str, File](), SNAPSHOT_BYTES
+        for path, place in walk(self._path(name)):
+            file = None if any(map(key_problem, path.split("/"))) else self._file(path, place, room)
+            if file is not None:
+                files[path] = file
+                room -= len(file.content)
+        return files
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
-            return list(files)
-        wrong = [p for p, file in files.items() if not holds(self._path(name, p), file)]
+            return [*files, name]
+        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
-        for directory in directories:
-            place = self._path(CURRENT, directory) if directory else self._path(CURRENT)
+        for place in (self._path(CURRENT, each) for each in directories):
             if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
 
+    def _link(self, relative: str, target: str) -> None:
+        """Make or replace a link by rename(2): nobody ever finds none."""
+        try:
+            os.symlink(target, self._path(LINK))
+        except FileExistsError:  # of a process that died: a fixed name must not wedge
+            os.unlink(self._path(LINK))
+            os.symlink(target, self._path(LINK))
+        os.rename(self._path(LINK), self._path(relative))
+
     def _notify(self, paths: Iterable[str]) -> None:
-        """Make or replace links by rename: the MOVE that Envoy sees."""
+        """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
-            replace_link(link_target(path), self._path(LINK))
-            try:
-                os.rename(self._path(LINK), self._path(CURRENT, path))
-            except IsADirectoryError:
-                os.unlink(self._path(LINK))
-                raise
+            self._link(f"{CURRENT}/{path}", link_target(path))
             self._links.add(path)
 
-    def _unlink_ours(self, path: str) -> None:
-        """Remove a link that we made; a foreign file of the same name stays."""
-        if read_link(self._path(CURRENT, path)) == link_target(path):
-            os.unlink(self._path(CURRENT, path))
-        self._links.discard(path)
+    def _is_ours(self, path: str) -> bool:
+        """Whether what is in `current/` is a link that we made."""
+        return read_link(self._path(CURRENT, path)) == link_target(path)
 
-    def _is_foreign(self, path: str) -> bool:
-        """Whether something in `current/` is neither a directory nor a link that we made."""
-        place = self._path(CURRENT, path)
-        if not os.path.lexists(place) or is_directory(place):
-            return False
-        return read_link(place) != link_target(path)
-
-    def _own_directory(self, relative: str) -> None:
-        """A real directory at this place, made if need be, never replaced if it is one."""
-        place = self._path(relative)
-        try:
-            mode = os.lstat(place).st_mode
-        except FileNotFoundError:
+    def _own_parents(self, top: str, paths: Iterable[str] = ()) -> None:
+        """Real directories at `top` and above the paths in it, never replaced if they are."""
+        below = {f"{top}/{parent}" for path in paths for parent in parents(path)}
+        for place in map(self._path, (top, *sorted(below))):
+            if is_directory(place):
+                continue
+            if os.path.islink(place):
+                os.unlink(place)  # Envoy's watch would stay on what is behind it
             os.mkdir(place, 0o755)
-            return
-        if stat.S_ISLNK(mode):
-            # A link cannot hold Envoy's watch: it would stay on the directory behind it.
-            os.unlink(place)
-            os.mkdir(place, 0o755)
-        elif not stat.S_ISDIR(mode):
-            raise NotADirectoryError(errno.ENOTDIR, "is a file where a directory must be", place)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -3706,16 +3274,14 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        for directory in sorted({parent for path in self.published for parent in parents(path)}):
-            self._own_directory(f"{CURRENT}/{directory}")
-        repaired = [path for path in self.published
-                    if read_link(self._path(CURRENT, path)) != link_target(path)]
+        self._own_parents(CURRENT, self.published)
+        repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
         for path, place in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
-            if read_link(place) != link_target(path):
+            if not self._is_ours(path):
                 foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
@@ -3728,26 +3294,6 @@ class Output:
     def _snapshots(self) -> list[str]:
         return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
 
-    def _remove_leftovers(self) -> None:
-        """At a start: half-written directories go, and all but the newest other snapshot."""
-        complete = []
-        for entry in self._snapshots():
-            place = self._path(entry)
-            if entry == self.snapshot:
-                continue
-            if is_directory(place) and version_of(self._load(entry)) == entry[2:18]:
-                complete.append((os.stat(place).st_mtime_ns, entry))
-            else:
-                remove_tree(place)
-        self._before = max(complete)[1] if complete else ""
-        self.prune()
-        if read_link(self._path(LINK)) is not None:
-            os.unlink(self._path(LINK))
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
-
 
 def link_target(path: str) -> str:
     """What `current/<path>` points to: relative, so that the directory may be mounted anywhere."""
@@ -3755,6 +3301,7 @@ def link_target(path: str) -> str:
 
 
 def read_link(place: str) -> str | None:
+    """Where a link points to; None where there is none. An error says nothing about that."""
     try:
         return os.readlink(place)
     except OSError as error:
@@ -3765,40 +3312,31 @@ def read_link(place: str) -> str | None:
 
 def is_directory(place: str) -> bool:
     """A real directory: what a link points to is not ours."""
-    return os.path.isdir(place) and not os.path.islink(place)
-
-
-def replace_link(target: str, place: str) -> None:
-    """symlink(2), over a left-over of a process that died: a fixed name must not wedge."""
     try:
-        os.symlink(target, place)
-    except FileExistsError:
-        os.unlink(place)
-        os.symlink(target, place)
+        return stat.S_ISDIR(os.lstat(place).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def unlink_if_there(place: str) -> None:
-    try:
+    """A directory that somebody else made there goes too."""
+    if is_directory(place):
+        remove_tree(place)
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(place)
-    except FileNotFoundError:
-        pass
 
 
 def linked(old: str, new: str) -> bool:
-    """link(2); False where the kernel or the file system does not let us, or `old` is gone."""
+    """link(2); False where there is none, for whatever reason: then the file is written."""
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOENT):
-            return False
-        raise
+    except OSError:
+        return False
     return True
 
 
-def write_file(place: str, content: bytes, mode: int, *, replace: bool = False) -> None:
+def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file; the mode is exact because the umask is 0 (see `run`)."""
-    if replace:
-        unlink_if_there(place)
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         view = memoryview(content)
@@ -3808,25 +3346,23 @@ def write_file(place: str, content: bytes, mode: int, *, replace: bool = False) 
         os.close(number)
 
 
-def read_file(place: str) -> tuple[bytes, int] | None:
+def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     """Content and mode of a regular file; None where there is none that can be read.
 
     Others may write to the volume: no link is followed, and no FIFO is waited for.
     """
     try:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+            os.close(number)
+            return None
+        with open(number, "rb") as stream:
+            return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None
-    with open(number, "rb") as stream:
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_BYTES:
-            return None
-        try:
-            return stream.read(FILE_BYTES), stat.S_IMODE(status.st_mode)
-        except OSError:
-            return None  # not readable is as good as not there: it is written anew
+        return None  # not readable is as good as not there: it is written anew
 
 
 def holds(place: str, file: File) -> bool:
@@ -3836,29 +3372,27 @@ def holds(place: str, file: File) -> bool:
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
     """Every entry under a directory that is no directory, as (relative path, place)."""
+    if not is_directory(root):
+        return
     try:
-        with os.scandir(f"{root}/{below}" if below else root) as entries:
+        with os.scandir(f"{root}/{below}") as entries:
             found = sorted(entries, key=lambda entry: entry.name)
     except FileNotFoundError:
         return  # pruned by a loader that lives, while a preview reads
     for entry in found:
-        path = f"{below}/{entry.name}" if below else entry.name
+        path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
-            yield from walk(root, path)
+            yield from walk(root, f"{path}/")
         else:
-            yield path, entry.path
+            yield path, f"{root}/{path}"
 
 
 def make_directories(place: str) -> None:
     """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if os.path.isdir(place):
-        return
-    make_directories(os.path.dirname(place))
-    try:
-        os.mkdir(place, 0o755)
-    except FileExistsError:
-        if not os.path.isdir(place):
-            raise LoaderError(f"{place} is not a directory; give another --output-dir") from None
+    if not os.path.isdir(place):
+        make_directories(os.path.dirname(place))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place, 0o755)
 
 
 def remove_tree(place: str) -> None:
@@ -3894,7 +3428,7 @@ ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy tha
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE_FIRST, PROBE_LAST = 0.05, 1.0  # seconds between two tries to reach Envoy, growing
+PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -3903,10 +3437,11 @@ LEAVES = {"update_attempt": 0, "update_success": 1, "update_rejected": 2, "updat
 STATS = "/stats?" + urllib.parse.urlencode({
     "usedonly": "",
     "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
-              r"|dynamic_unknown_fields)$",
+              r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
 
 
+NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 
 
@@ -3961,6 +3496,7 @@ class Outcome(NamedTuple):
     acks: tuple[str, ...] = ()
     nacks: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
+    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
     pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
@@ -3990,39 +3526,54 @@ def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[st
 
 
 FIELD_NAME = re.compile(
-    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""", re.MULTILINE
+    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""",
+    re.MULTILINE,
 )
-RENAMED = re.compile(
+STAT_NAME = re.compile(
     rb"""(?:alt_?[sS]tat_?[nN]ame|(?<!\w)name)["']?[ \t]*:[ \t]*["']?([^\s"',}]+)"""
 )
+PATH = re.compile(rb"""(?<!\w)path["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""")
 
 
 def resource_names(path: str, file: File, files: Files) -> set[str]:
-    """The names under which statistics know the resource of a file, "" where there is but one.
-
-    That of an EDS file is the cluster's, which may differ from the assignment's: then the cluster
-    that names the file tells.
-    """
+    """The names under which statistics know the resource of a file, "" where there is but one."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
     names: set[str] = set()
-    try:
-        resource = parse_json(file.content)["resources"][0] if file.content[:1] == b"{" else {}
-        names = {name for key in ("name", "cluster_name", "clusterName")
-                 if isinstance(name := resource.get(key), str)}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        pass  # then a name is looked for in the text, as in YAML
+    if file.kind == "eds":  # the name of the cluster, which may differ from the assignment's
+        for other in files.values():
+            if other.kind == "cds":
+                for place, found in eds_clusters_of(other).get(path.rpartition("/")[2], ()):
+                    names |= found if place.endswith(f"/{path}") else set()
     if not names:
-        fields = [(len(found[1]), found.start(), found[2]) for found in
-                  FIELD_NAME.finditer(file.content)]
-        first = [min(fields)[2]] if fields else NAME_VALUE.findall(file.content)[:1]
-        names = {name.decode("utf-8", "replace") for name in first}
-    for other in files.values() if file.kind == "eds" else ():
-        if other.kind == "cds" and re.search(rb"(?i)alt_?stat_?name|service_?name", other.content):
-            for block in cluster_blocks(other):
-                if names_path(block, path):
-                    names |= {each.decode() for each in RENAMED.findall(block)}
+        names = names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
+
+
+def names_of_resource(content: bytes) -> set[str]:
+    """The name of the first resource in a file; empty where the text shows none."""
+    if content[:1] == b"{":
+        try:
+            resource = parse_json(content)["resources"][0]
+            return {name for key in ("name", "cluster_name", "clusterName")
+                    if isinstance(name := resource.get(key), str)}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            pass  # then a name is looked for in the text, as in YAML
+    fields = [(len(found[1]), found.start(), found[2]) for found in FIELD_NAME.finditer(content)]
+    first = [min(fields)[2]] if fields else NAME_VALUE.findall(content)[:1]
+    return {name.decode("utf-8", "replace") for name in first}
+
+
+@functools.lru_cache(maxsize=4)
+def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, set[str]]]]:
+    """By the base name of an EDS file: its path as a cluster gives it, and the cluster's names."""
+    found: dict[str, list[tuple[str, set[str]]]] = {}
+    for block in cluster_blocks(cds):
+        names = {name.decode("utf-8", "replace") for name in STAT_NAME.findall(block)}
+        for raw in PATH.findall(block.replace(b"\\/", b"/")):
+            place = raw.decode("utf-8", "replace")
+            found.setdefault(place.rpartition("/")[2], []).append((place, names))
+    return found
 
 
 def cluster_blocks(file: File) -> list[bytes]:
@@ -4036,9 +3587,11 @@ def cluster_blocks(file: File) -> list[bytes]:
 # -- what is known, step by step (pure) ----------------------------------------------------------
 
 
-def after_publication(known: Known, before: Files, after: Files, desired: Files) -> Known:
-    """Files moved: what Envoy makes of them is to be seen."""
-    moved = moved_paths(before, after)
+def after_publication(
+    known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
+) -> Known:
+    """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
+    moved = [*moved_paths(before, after), *again]
     gone = before.keys() - after.keys()
     tried = {path: (desired.get(path, after[path]).digest,
                     same_file(before.get(path), known.acked.get(path)))
@@ -4067,7 +3620,8 @@ def newly_there(before: Files, after: Files) -> frozenset[str]:
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, counts=None, moves={}, late=frozenset(), back_at=now,
+    unread = {path: state for path, state in known.states.items() if state == UNREAD}
+    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now,
                           gone=False)
 
 
@@ -4114,6 +3668,9 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         found[state].append(path)
         if state == PENDING:
             open_scopes |= set(read_by)
+    for path in rejected_unnamed(known, files, look, found[UNREAD]):
+        found[UNREAD].remove(path)
+        found[NACKED].append(path)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
@@ -4121,7 +3678,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
                **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-        late=known.late - {*found[ACKED], *found[NACKED], *found[UNKNOWN]},
+        late=known.late.difference(found[ACKED]),
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -4132,7 +3689,28 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     known = known._replace(came=known.came if found[PENDING] else frozenset())
     pending = tuple(path for path in found[PENDING] if path not in known.late)
     return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
-                                          tuple(found[UNKNOWN]), pending)
+                                          tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
+
+
+def rejected_unnamed(
+    known: Known, files: Files, look: Look, unread: Sequence[str]
+) -> list[str]:
+    """Those of the files that nobody seems to read which explain a subscription that only fails:
+    their text does not show the name for which Envoy asks."""
+    failing = {scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success}
+    kinds = {files[path].kind for path in unread if path not in known.acked} if failing else set()
+    if not kinds:
+        return []
+    for path, file in files.items():
+        if file.kind in kinds and path not in unread:
+            failing.difference_update(
+                scopes_of(file.kind, resource_names(path, file, files), look.counts))
+            if known.states.get(path) == NACKED and path not in known.acked:
+                kinds.discard(file.kind)  # this one explains it
+    kinds = {kind for kind in kinds for scope in failing
+             if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
+    return [path for path in unread if path not in known.acked and files[path].kind in kinds]
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
@@ -4152,7 +3730,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
-    return next(state for state in (NACKED, PENDING, UNKNOWN, ACKED) if state in told)
+    return next(state for state in (NACKED, UNKNOWN, PENDING, ACKED) if state in told)
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
@@ -4193,8 +3771,8 @@ def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
 
 def named_things(file: File, files: Files) -> frozenset[str]:
     """The clusters and files there are, of those that a reference names."""
-    paths = frozenset(path for path in files if names_path(file.content, path))
-    return paths | mentioned(file.content, cluster_names(files.values()))
+    return mentioned(file.content, cluster_names(files.values())) \
+        | paths_in([file.content], files.keys())
 
 
 def settled(known: Known, files: Files) -> Known:
@@ -4227,9 +3805,11 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
 
 
 def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file: not that of a listener that only drains."""
-    return (known.states.get(path) in (ACKED, NACKED) or path in known.nacks) \
-        and path not in known.leaving
+    """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
+    only drains."""
+    state = known.states.get(path)
+    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    return read and path not in known.leaving
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -4239,17 +3819,11 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
             if file.kind in kinds and path not in known.states]
 
 
-def standing(known: Known, files: Files) -> list[str]:
-    """The NACKed files that stand, for want of ACKed bytes, and may be tried once more."""
+def to_retry(known: Known, files: Files) -> list[str]:
+    """References that were NACKed for what is mended now, and that are published as they are:
+    Envoy has to be notified of them again."""
     return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
             and known.states.get(path) == NACKED and path not in known.nacks]
-
-
-def after_repeat(known: Known, paths: Collection[str]) -> Known:
-    """Envoy is notified of published files once more."""
-    return known._replace(
-        states={path: state for path, state in known.states.items() if path not in paths},
-        moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in paths}})
 
 
 def likely_cause(file: File, files: Files) -> str:
@@ -4273,9 +3847,10 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    `wake` gets ("end", None) when nothing listens or a connection ended, ("meet", None) when one is
-    made to another process, ("blind", reason) for one whose counters do not tell, ("look", Look)
-    for each answer to `ask`, and ("silent", reason) where there is none in time.
+    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for
+    a connection that nobody answered, ("meet", None) for one to another process, ("blind", reason)
+    for one whose counters do not tell, ("look", Look) for each answer to `ask`, and ("silent",
+    reason) where there is none in time.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -4293,43 +3868,46 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        pause, ended_at, gone = PROBE_FIRST, -1.0, False
+        ended_at, gone, refused = -1.0, False, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
                 if not gone:
                     self._wake("end", f"{self.url}: {why(error)}")
-                pause = min(pause * 1.5, PROBE_LAST)
+                refused = True
             else:
                 with kept.sock:
-                    self._stay(kept, ended_at)
-                self._wake("end", f"{self.url}: the connection ended")
-                pause, ended_at = PROBE_FIRST, time.monotonic()
+                    met = self._stay(kept, ended_at)
+                # A process that dies still accepts connections for a moment: the end of one that
+                # nobody answered counts only if there was none to be had before it.
+                self._wake("end" if met or refused else "closed",
+                           f"{self.url}: the connection ended")
+                ended_at, refused = time.monotonic(), False
             gone = True
-            time.sleep(pause)
+            time.sleep(PROBE)
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme == "unix":
-            connection = http.client.HTTPConnection("localhost")
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(ANSWER_BOUND)
-            try:
-                connection.sock.connect(parts.path)
-            except OSError:
-                connection.sock.close()
-                raise
-            return connection
         host, port = parts.hostname or "127.0.0.1", parts.port or 80
         connection = http.client.HTTPConnection(host, port, timeout=ANSWER_BOUND)
-        connection.connect()
+        if parts.scheme != "unix":
+            connection.connect()
+            return connection
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(ANSWER_BOUND)
+        try:
+            connection.sock.connect(parts.path)
+        except OSError:
+            connection.sock.close()
+            raise
         return connection
 
-    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> None:
+    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> bool:
         """Meet the process behind a connection, and answer questions until the connection ends.
 
-        A process that was up before the last connection ended is the one that was met then.
+        A process that was up before the last connection ended is the one that was met then. Returns
+        whether it answered.
         """
         self._wake("connected", None)
         met = False
@@ -4342,39 +3920,40 @@ class Admin(threading.Thread):
                         self._live, self._rejected, self._reason = False, 0, ""
                         self._wake("meet", None)
                     self.ask()
-                readable = select.poll()
-                readable.register(kept.sock, select.POLLIN)
-                readable.register(self._read, select.POLLIN)
-                ready = {number for number, _ in readable.poll()}
-                if kept.sock.fileno() in ready:
-                    return
+                if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
+                    return met
                 os.read(self._read, 4096)
                 self._wake("look", self._look())
             except (OSError, http.client.HTTPException, AdminError) as error:
-                if ended(kept.sock):
-                    return
+                if select.select([kept.sock], [], [], 0)[0]:
+                    return met  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(PROBE_LAST)  # it is not Envoy, or stalls
+                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
 
     def _meet(self) -> float:
         """The uptime of this process in seconds; whether its counters can tell is noted."""
         info = self._get("/server_info")
         uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
         if uptime is None:
-            raise AdminError("the answer is not that of Envoy's admin interface")
-        epoch = re.search(r'"restart_epoch": ([0-9]{1,9})', info, re.ASCII)
-        self._hidden, self._deaf = "", bool(epoch and int(epoch[1]))
-        if self._deaf:
-            self._hidden = "it was restarted hot, and counts for its parent too"
-            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
-        elif '"stats_matcher"' in self._get(STATS_MATCHER):
+            raise AdminError(NOT_ENVOY)
+        self._hidden, self._deaf = "", False
+        self._restarted_hot(re.search(r'"restart_epoch": [1-9]', info) is not None)
+        if not self._deaf and '"stats_matcher"' in self._get(STATS_MATCHER):
             self._hidden = "its stats_matcher leaves the counters out"
         return float(uptime[1])
+
+    def _restarted_hot(self, hot: bool) -> None:
+        """Such an Envoy counts the events of its parent too. The connection that is kept may be
+        the parent's, so each look asks."""
+        if hot and not self._deaf:
+            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
+            self._deaf, self._hidden = True, "it was restarted hot, and counts for its parent too"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
+        self._restarted_hot(gauges.get("server.hot_restart_epoch", 0) > 0)
         counts = {} if self._deaf else counts
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
@@ -4389,25 +3968,44 @@ class Admin(threading.Thread):
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
         deadline = time.monotonic() + ANSWER_BOUND
         connection = self._connect()
-        with connection.sock as sock:
+        with connection.sock as sock, Answering(sock, deadline) as answering:
             connection.request("GET", path)
-            response = connection.getresponse()
+            response = http.client.HTTPResponse(answering, method="GET")  # type: ignore[arg-type]
             body = bytearray()
-            while part := response.read1(1 << 16):
-                body += part
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                if time.monotonic() > deadline or len(body) > ANSWER_BYTES:
-                    raise TimeoutError(f"{path.partition('?')[0]}: no end of the answer in time")
+            try:
+                response.begin()
+                while part := response.read1(1 << 16):
+                    body += part
+                    if len(body) > ANSWER_BYTES:
+                        raise TimeoutError
+            except TimeoutError:
+                text = f"{path.partition('?')[0]}: no end of the answer in time"
+                raise TimeoutError(text) from None
+            except http.client.HTTPException:
+                raise AdminError(NOT_ENVOY) from None
         if response.status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{path.partition('?')[0]}: HTTP {response.status}")
         return body.decode("utf-8", "replace")
 
 
-def ended(sock: socket.socket) -> bool:
-    """Whether the other end has closed the connection."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+class Answering(io.RawIOBase):
+    """What comes over a socket until a deadline. (The time limit of a socket is for each read: who
+    sends headers byte by byte is within it for ever.)"""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        if time.monotonic() >= self._deadline:
+            raise TimeoutError
+        return self._sock.recv_into(buffer)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
@@ -4443,20 +4041,18 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-REMINDER = 300.0  # seconds between two lines about the same outage
+# Seconds until an outage is logged again, and lines about it until then: errors that differ each
+# time must not flood either.
+REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 100  # milliseconds for a reader of stderr that is behind, once
+STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
-    """One line a record to stderr, as text for people or as JSON for machines.
-
-    A record is a message, `%`-formatted with `args` only if it is written, and fields:
-    `log.info("published", version=v, files=1)`. A line is written whole, whichever thread it comes
-    from, or not at all: where nobody reads stderr, lines are dropped and counted, and the loader
-    goes on. (Not `logging`: it costs 6 ms of import, and what is needed of it are these lines.)
-    """
+    """One line a record to stderr: a message, `%`-formatted with `args` only if it is written, and
+    fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
+    counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
     def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._fd, self._clock = fd, clock
@@ -4466,53 +4062,33 @@ class Log:
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
-        """What --log-format and --log-level say."""
         self._form, self._level = form, LOG_LEVELS.index(level)
 
-    def debug(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("debug", message, args, fields)
-
-    def info(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("info", message, args, fields)
-
-    def warning(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("warning", message, args, fields)
-
-    def error(self, message: str, /, *args: object, **fields: object) -> None:
-        self._write("error", message, args, fields)
-
     def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: written once, and again every five minutes.
-
-        In between it is there at level debug. A new message on the same topic is written at once,
-        but not a ninth one: errors that differ each time must not flood either.
-        """
+        """A warning about something persistent: once, and again every five minutes; else debug."""
         now = self._clock()
         with self._lock:
             past = self._outages.setdefault(topic, {})
-            known = message if message in past or len(past) < 8 else max(past, key=past.__getitem__)
-            due = now - past.get(known, -REMINDER) >= REMINDER
+            for old in [old for old, at in past.items() if now - at >= REMINDER]:
+                del past[old]
+            due = message not in past and len(past) < OUTAGE_LINES
             if due:
-                past[known] = now
-        self._write("warning" if due else "debug", message, (), fields)
+                past[message] = now
+        self._write("warning" if due else "debug", message, **fields)
 
-    def recovered(self, topic: str, message: str, /, **fields: object) -> None:
+    def recovered(self, topic: str, message: str) -> None:
         """The end of an outage: one line if there was one, else nothing."""
         with self._lock:
-            was_out = self._outages.pop(topic, None)
+            was_out = self._outages.pop(topic, None) is not None
         if was_out:
-            self._write("info", message, (), fields)
+            self._write("info", message)
 
-    def _write(
-        self, level: str, message: str, args: tuple[object, ...], fields: Mapping[str, object]
-    ) -> None:
+    def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
             return
-        values = {name: plain_value(value) for name, value in fields.items()}
-        text, now = message % args if args else message, timestamp(time.time())
-        line = log_line(self._form, now, level, text, values)
+        line = log_line(self._form, level, message % args if args else message, fields)
+        poll = select.poll()
         with self._lock:
-            poll = select.poll()
             poll.register(self._fd, select.POLLOUT)
             self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
             try:
@@ -4523,43 +4099,45 @@ class Log:
         if self._blocked:
             metrics.add("xds_loader_errors_total", ("log",))
 
+    debug = functools.partialmethod(_write, "debug")
+    info = functools.partialmethod(_write, "info")
+    warning = functools.partialmethod(_write, "warning")
+    error = functools.partialmethod(_write, "error")
 
-def log_line(form: str, when: str, level: str, message: str, fields: Mapping[str, Json]) -> bytes:
+
+def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, the longest of its texts are cut.
-    """
-    texts = {"message": message, **fields}
+    the same as a JSON object. Where it is too long, the longest of its texts are cut."""
+    when = timestamp(time.time())
+    texts = {"message": message, **{name: plain_value(value) for name, value in fields.items()}}
     while True:
         if form == "json":
             line = json.dumps({"time": when, "level": level, **texts})
         else:
-            said = texts["message"]
-            words = [when, level.upper(), said if said.isprintable() else json.dumps(said)]
-            words += [f"{name}={text_value(texts[name])}" for name in fields]
-            line = " ".join(words)
+            said = message if message.isprintable() else json.dumps(message)
+            pairs = (f" {name}={text_value(texts[name])}" for name in fields)
+            line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
-        longest = max(texts, key=lambda name: len(str(texts[name])))
         if len(encoded) <= LINE_BYTES:
             return encoded
-        text = str(texts[longest])
-        texts[longest] = f"{text[: len(text) // 2]}..."
+        longest = max(texts, key=lambda name: len(str(texts[name])))
+        texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
+        message = str(texts["message"])
 
 
 def plain_value(value: object) -> Json:
     """A number stays, a sequence is joined by commas, the rest is its str()."""
     if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
         return value  # not NaN nor infinite, which JSON does not have
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return ",".join(map(str, sorted(value) if isinstance(value, (set, frozenset)) else value))
-    return str(value)
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def text_value(value: Json) -> str:
     """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
     text = value if isinstance(value, str) else json.dumps(value)
-    if not text.isprintable():
-        return json.dumps(text)
-    return json.dumps(text, ensure_ascii=False) if not text or re.search(r'[\s"=]', text) else text
+    if text.isprintable() and re.fullmatch(r'[^\s"=]+', text):
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def timestamp(now: float) -> str:
@@ -4574,10 +4152,8 @@ log = Log()
 
 
 class Metric(NamedTuple):
-    """A declared metric: its type is counter, gauge or histogram."""
-
     name: str
-    type: str
+    type: str  # counter, gauge or histogram
     help: str
     labels: tuple[str, ...] = ()
 
@@ -4587,20 +4163,16 @@ METRICS = (
     Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
     Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
     Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-    Metric("xds_loader_publication_duration_seconds", "histogram",
-           "From an event to the file that Envoy reads."),
+    Metric("xds_loader_publication_duration_seconds", "histogram", "From an event to the file."),
     Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
     Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
     Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
-    Metric("xds_loader_unknown_files", "gauge",
-           "1 while it is not known whether Envoy accepts the published bytes.", ("file",)),
+    Metric("xds_loader_unknown_files", "gauge", "1 while no ACK or NACK is known.", ("file",)),
     Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
            "When a source last answered: an event, a bookmark or a list.", ("source",)),
     Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-    Metric("xds_loader_watch_restarts_total", "counter", "Watches begun again by reason.",
-           ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter",
-           "Requests to the API server by status code and verb.", ("code", "verb")),
+    Metric("xds_loader_watch_restarts_total", "counter", "Watches resumed.", ("source", "reason")),
+    Metric("xds_loader_api_requests_total", "counter", "API requests.", ("code", "verb")),
     Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
     Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
     Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
@@ -4610,130 +4182,94 @@ METRICS = (
     Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_start_time_seconds", "gauge", "When the process started."),
-    Metric("process_open_fds", "gauge", "Open file descriptors."),
 )
 # fmt: on
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BUCKET_TEXTS = {bound: f'_bucket{{le="{bound}"}}' for bound in BUCKETS}
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = tuple[str, ...]
 
 
 class Metrics:
-    """The values of METRICS, to be recorded from any thread in about a microsecond.
-
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError, a wrong
-    number of labels a ValueError: mistakes of ours, not of users.
-    """
+    """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
+    order declared. A series is held by what stands between name and value in the output."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._labels = {metric.name: len(metric.labels) for metric in METRICS}
-        self._series: dict[str, dict[Labels, float]] = {metric.name: {} for metric in METRICS}
-        # of a histogram: a count for each bucket, one for what lies beyond, and the sum
-        self._histograms = {metric.name: [0.0] * (len(BUCKETS) + 2)
-                            for metric in METRICS if metric.type == "histogram"}  # fmt: skip
-        for metric in METRICS:
-            if metric.type == "counter" and not metric.labels:
-                self.set(metric.name, 0.0)
+        self._labels = {metric.name: metric.labels for metric in METRICS}
+        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
+        for name, kind, _, labels in METRICS:
+            if kind == "histogram":
+                suffixes = (*BUCKET_TEXTS.values(), '_bucket{le="+Inf"}', "_sum", "_count")
+                self._series[name] = dict.fromkeys(suffixes, 0.0)
+            elif kind == "counter" and not labels:
+                self.add(name, by=0)
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
-            series = self._series[name]
-            value = series.get(labels)
-            series[self._checked(name, labels) if value is None else labels] = (value or 0.0) + by
+            series, suffix = self._series[name], self._suffix(name, labels)
+            series[suffix] = series.get(suffix, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
-        """Set a gauge."""
         with self._lock:
-            self._series[name][self._checked(name, labels)] = value
+            self._series[name][self._suffix(name, labels)] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        fresh = {self._checked(name, labels): value for labels, value in series.items()}
         with self._lock:
-            self._series[name] = fresh
+            self._series[name] = {self._suffix(name, labels): series[labels] for labels in series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
         with self._lock:
-            histogram = self._histograms[name]
-            histogram[bisect_left(BUCKETS, seconds)] += 1
-            histogram[-1] += seconds
+            series = self._series[name]
+            for bound, text in BUCKET_TEXTS.items():
+                series[text] += seconds <= bound
+            series["_sum"] += seconds
+            series["_count"] += 1
+            series['_bucket{le="+Inf"}'] += 1
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        for name, value in process_figures().items():
-            self.set(name, value)
+        times = os.times()
+        self.set("process_cpu_seconds_total", round(times.user + times.system, 2))
+        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+            pages = int(file.read().split()[1])
+            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
-            series = {name: sorted(values.items()) for name, values in self._series.items()}
-            histograms = {name: tuple(values) for name, values in self._histograms.items()}
+            held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for metric in METRICS:
-            name = metric.name
-            lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.type}"]
-            for labels, value in series[name]:
-                lines.append(f"{name}{label_text(metric.labels, labels)} {sample_text(value)}")
-            if name in histograms:
-                counts = [*itertools.accumulate(histograms[name][:-1])]
-                for bound, count in zip((*map(repr, BUCKETS), "+Inf"), counts, strict=True):
-                    lines.append(f'{name}_bucket{{le="{bound}"}} {sample_text(count)}')
-                lines += [f"{name}_sum {sample_text(histograms[name][-1])}",
-                          f"{name}_count {sample_text(counts[-1])}"]  # fmt: skip
+        for name, kind, text, _ in METRICS:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            rows = held[name] if kind == "histogram" else sorted(held[name])
+            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
-    def _checked(self, name: str, labels: Labels) -> Labels:
-        if len(labels) != self._labels[name]:
-            raise ValueError(f"{name} has {self._labels[name]} labels, not {labels}")
-        return labels
+    def _suffix(self, name: str, values: Labels) -> str:
+        """`{code="200",verb="list"}`, "" without labels."""
+        names = self._labels[name]
+        pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
+        return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
 
-
-def label_text(names: Labels, values: Labels) -> str:
-    """`{code="200",verb="list"}`, "" without labels."""
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = (f'{n}="{v.translate(escapes)}"' for n, v in zip(names, values, strict=True))
-    return "{" + ",".join(pairs) + "}" if names else ""
-
-
-def sample_text(value: float) -> str:
-    """Whole numbers without `.0` or exponent, others so that they read back exactly."""
-    return str(int(value)) if value == int(value) else repr(value)
-
-
-def process_figures() -> dict[str, float]:
-    """What this process uses now, under the names that every Prometheus client gives it."""
-    times = os.times()
-    figures = {"process_cpu_seconds_total": round(times.user + times.system, 2)}
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            pages = int(file.read().split()[1])
-        figures["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        figures["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # less this listing
-    except OSError:  # not Linux, or out of descriptors
-        pass
-    return figures
-
-
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
 # Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
-# the size of a request, what rendering may cost. It shows one immutable Status, so it never waits
-# for the loop nor the loop for it; and only names and figures: never the content of a file, nor
-# Envoy's reasons, which quote it.
+# the size of a request, what rendering may cost. It shows names and figures: never the content of
+# a file, nor Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 32  # each has a thread
+CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-# The same while all threads are busy: a probe waits for 1 s, and with a full backlog of silent
-# clients before it (128) it is answered after 128 / 32 * 0.05 s.
-CROWDED_TIME = 0.05
-HEAD_MAX = 8192  # bytes of a request
+TICK = 0.2  # seconds between two looks for connections past their time
+HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used for so many times as long as it took to make, so
 # that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
 REUSED = 20
@@ -4754,8 +4290,8 @@ class Status(NamedTuple):
 
     def paths(self, state: str) -> list[str]:
         """The files in this state; one that has none is unknown."""
-        known = dict.fromkeys(self.files, "unknown") if state == "unknown" else {}
-        return sorted(path for path, its in {**known, **self.states}.items() if its == state)
+        states = {**dict.fromkeys(self.files, "unknown"), **self.states}
+        return sorted(path for path, its in states.items() if its == state)
 
 
 Answer = tuple[int, str, bytes]
@@ -4767,39 +4303,30 @@ def text_answer(code: int, *lines: str) -> Answer:
     return code, "text/plain; charset=utf-8", body
 
 
-def health_answer(status: Status, now: float) -> Answer:
-    """/healthz: 200 while the loop turns. `now` is monotonic."""
-    age, bound = now - status.last_turn, status.turn_bound
+def health_answer(status: Status) -> Answer:
+    """200 while the loop turns."""
+    age, bound = time.monotonic() - status.last_turn, status.turn_bound
     if age <= bound:
         return text_answer(200, "ok")
     return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
 
 
-def ready_answer(status: Status, *, started: bool) -> Answer:
-    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it.
-
-    The body names what is not as it should be. A NACKed file or an API server that is down takes
-    no running Envoy out of its Service.
-    """
-    well = bool(status.version) and (status.started or not started)
-    state = "no snapshot yet" if not status.version else "not ACKed by Envoy yet"
-    lines = [f"{'started' if started else 'ready'}, version {status.version}" if well else state]
-    for term, names in (("missing", status.missing), ("stale", status.stale),
-                        ("nacked", status.paths("nacked"))):  # fmt: skip
-        lines += [f"{term}: {name}" for name in names]
-    return text_answer(200 if well else 503, *lines)
+def ready_answer(status: Status, *, started: bool = True) -> Answer:
+    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it. The body
+    names what is not as it should be, which takes no running Envoy out of its Service."""
+    ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
+    lines = [ready if status.version else "no snapshot yet"]
+    named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
+    lines += [f"{what}: {name}" for what, names in named.items() for name in names]
+    return text_answer(200 if status.version and started else 503, *lines)
 
 
 def snapshot_answer(status: Status) -> Answer:
-    """/snapshot: the published files, their size, digest and source, and what Envoy made of them.
-
-    A file that holds a secret has no size and no digest: with a digest one tests guesses at a
-    password, and the port asks nobody for credentials.
-    """
+    """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
+    size and no digest: with a digest one tests guesses at a password."""
     rows = []
-    for path in sorted(status.files):
-        file = status.files[path]
-        row: dict[str, object] = {"path": path, "source": file.source}
+    for path, file in sorted(status.files.items()):
+        row: dict[str, Json] = {"path": path, "source": file.source}
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
         rows.append({**row, "state": status.states.get(path, "unknown")})
@@ -4807,9 +4334,9 @@ def snapshot_answer(status: Status) -> Answer:
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
         "files": rows,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
         "missing": status.missing,
         "stale": status.stale,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
     }
     return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
 
@@ -4822,167 +4349,117 @@ def listen_address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
+class Client(NamedTuple):
+    """A connection: when it is closed at the latest, and what is left to do."""
+
+    socket: socket.socket
+    end: float
+    talk: Iterator[int]
+
+
 class Listener:
-    """The server of --listen. The loop replaces `status`; all else belongs to its threads."""
+    """The server of --listen, in one thread that waits for no client. The loop sets `status`."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
-        """Bind and serve. Raises LoaderError: an address in use ends the loader at its start."""
         self.status = Status({}, last_turn=time.monotonic())
-        self._recorded = recorded
-        self._rendering = threading.Lock()
-        self._kept: dict[str, tuple[float, object, Answer]] = {}  # path -> good until, of, answer
-        self._server = probe_server(listening_socket(host, port), self.answer)
-        self.port: int = self._server.socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._server.serve, name="listener", daemon=True)
+        self.clients: dict[int, Client] = {}  # by descriptor, oldest first
+        self._recorded, self._stopped = recorded, False
+        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
+        self._socket, self._poll = listening_socket(host, port), select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Close everything; back within 100 ms even if a thread is not."""
-        self._server.stopped = True
-        with contextlib.suppress(OSError):
-            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._thread.join(0.1)
-        self._server.socket.close()
-        self._server.drop(0.0)
+        self._stopped = True
+        with contextlib.suppress(OSError):  # stopped before
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._thread.join()
 
-    def answer(self, path: str) -> Answer | None:
-        """What is served there, None where there is nothing."""
+    def _serve(self) -> None:
+        while not self._stopped:
+            for number, _ in self._poll.poll(TICK * 1000):
+                if number not in self.clients:
+                    self._accept()
+                    continue
+                try:
+                    self._poll.modify(number, next(self.clients[number].talk))
+                except (StopIteration, OSError):
+                    self._close(number)
+            now, crowd = time.monotonic(), len(self.clients) - CONNECTIONS_MAX
+            for place, (number, client) in enumerate([*self.clients.items()]):
+                if place < crowd or client.end < now:
+                    self._close(number)
+        for number in [*self.clients]:
+            self._close(number)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._socket.accept()
+        except OSError:  # no descriptor is left: not to spin
+            time.sleep(0.01)
+            return
+        client.setblocking(False)
+        talk = self._talk(client)
+        self._poll.register(client, next(talk))
+        self.clients[client.fileno()] = Client(client, time.monotonic() + CONNECTION_TIME, talk)
+
+    def _close(self, number: int) -> None:
+        self._poll.unregister(number)
+        self.clients.pop(number).socket.close()
+
+    def _talk(self, client: socket.socket) -> Iterator[int]:
+        """One request and its answer; it yields what it waits for."""
+        head, block = b"", b"-"
+        while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
+            yield select.POLLIN
+            block = client.recv(HEAD_MAX - len(head))
+            head += block
+        words = head.partition(b"\n")[0].decode("latin-1").split()
+        if len(words) == 3 and words[0] == "GET" and words[2].startswith("HTTP/1."):
+            code, form, body = self.answer(words[1].partition("?")[0])
+        else:
+            code, form, body = text_answer(400, "not a GET of HTTP/1.1")
+        fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+        line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
+        left = memoryview((line + fields).encode() + body)
+        while left:
+            yield select.POLLOUT
+            left = left[client.send(left) :]
+
+    def answer(self, path: str) -> Answer:
+        """What is served there."""
+        status, began = self.status, time.monotonic()
         if path == "/healthz":
-            return health_answer(self.status, time.monotonic())
+            return health_answer(status)
         if path in ("/readyz", "/startz"):
-            return ready_answer(self.status, started=path == "/startz")
+            return ready_answer(status, started=path == "/readyz" or status.started)
         if path not in ("/metrics", "/snapshot"):
-            return None
-        with self._rendering:
-            until, of, kept = self._kept.get(path, (0.0, None, text_answer(200)))
-            began, status = time.monotonic(), self.status
-            if began > until and (path == "/metrics" or of is not status):
-                if path == "/snapshot":
-                    kept = snapshot_answer(status)
-                else:
-                    rendered = self._recorded.render()
-                    kept = 200, "text/plain; version=0.0.4; charset=utf-8", rendered
-                now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), status, kept
+            return text_answer(404, "not found")
+        until, kept = self._kept.get(path, (0.0, None))
+        if kept and began < until:
             return kept
+        if path == "/snapshot":
+            kept = snapshot_answer(status)
+        else:
+            kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+        now = time.monotonic()
+        self._kept[path] = now + REUSED * (now - began), kept
+        return kept
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens; "" is every address, of IPv6 too if there is any."""
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=128,
-                                        dualstack_ipv6=True)  # fmt: skip
-        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = why(error).partition(" (while")[0]
         where = f"{host or '*'} port {port}"
         raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
-
-
-def probe_server(bound: socket.socket, answer: Callable[[str], Answer | None]) -> Any:
-    """A server of these answers, with a thread for each connection.
-
-    Made in a function, because http.server takes 15 ms to import and only --listen needs it.
-    """
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
-        server_version, sys_version = "xds-loader", ""
-        error_content_type, error_message_format = "text/plain", "%(code)d %(explain)s\n"
-
-        def setup(self) -> None:
-            """Read a request of HEAD_MAX bytes at most; http.server itself would read 6 MB."""
-            super().setup()
-            self.rfile.close()
-            head = b""
-            while not (ended := b"\r\n\r\n" in head or b"\n\n" in head) and len(head) < HEAD_MAX:
-                block = self.request.recv(HEAD_MAX - len(head))
-                if not block:
-                    break
-                head += block
-            self.cut = not ended and len(head) >= HEAD_MAX
-            self.rfile = io.BytesIO(head)
-
-        def parse_request(self) -> bool:
-            if not super().parse_request():
-                return False
-            if self.cut:
-                self.send_error(431)
-            return not self.cut
-
-        def do_GET(self) -> None:
-            found = answer(self.path.partition("?")[0])
-            if found is None:
-                self.send_error(404)
-                return
-            code, content_type, body = found
-            self.send_response(code)
-            for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))),
-                                ("Cache-Control", "no-store")):  # fmt: skip
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Not a line a request."""
-
-    class Server(ThreadingHTTPServer):
-        stopped = False
-
-        def __init__(self) -> None:
-            super().__init__(("", 0), Handler, bind_and_activate=False)
-            self.socket.close()
-            self.socket = bound
-            self.room = threading.Semaphore(CONNECTIONS_MAX)
-            self.since: dict[object, float] = {}  # open connections, the oldest first
-
-        def serve(self) -> None:
-            """Accept one after the other, and close what is past its time."""
-            while not self.stopped:
-                self.drop(CONNECTION_TIME)
-                oldest = next(iter([*self.since.values()]), None)
-                left = None if oldest is None else oldest + CONNECTION_TIME - time.monotonic()
-                self.timeout = None if left is None else max(0.0, left) + 0.01
-                self.handle_request()
-
-        def drop(self, age: float) -> None:
-            """Shut connections of this age or more: their threads, which read or write, end."""
-            now = time.monotonic()
-            for request, since in list(self.since.items()):
-                if now - since >= age:
-                    with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
-
-        def get_request(self) -> Any:
-            try:
-                return super().get_request()
-            except OSError:  # no descriptor is left: not to spin
-                time.sleep(0.01)
-                raise
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            """A crowd makes room by those that dawdle."""
-            while not self.room.acquire(timeout=CROWDED_TIME):
-                self.drop(CROWDED_TIME)
-            self.since[request] = time.monotonic()
-            super().process_request(request, client_address)
-
-        def shutdown_request(self, request: Any) -> None:
-            """The end of every connection."""
-            super().shutdown_request(request)
-            if self.since.pop(request, None) is not None:
-                self.room.release()
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that went away."""
-            log.debug("a probe failed: %s", why(sys.exception() or Exception()))
-
-    return Server()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5081,8 +4558,9 @@ class Loop:
         self._look_at, self._look_pause = 0.0, LOOK_FIRST
         self._silent_since = 0.0
         self._look = Look()
-        self._started = False
+        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self._unsaved = False  # something that a restart is to know
+        self._started = False
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
 
@@ -5157,24 +4635,19 @@ class Loop:
         times = [self._look_at, self._asked.until if self._asked else self._step_at]
         times.append(self._retry_at or until)
         self._newest = 0.0
-        wake = self._next(min(each for each in times if each) - time.monotonic())
+        self._take_all(min(each for each in times if each) - time.monotonic())
+        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
+            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
+            while time.monotonic() < end and self._take_all(DEBOUNCE_QUIET):
+                pass
+
+    def _take_all(self, seconds: float) -> bool:
+        """Take in whatever happens within so many seconds, and all else that is there by then."""
+        first = wake = self.wakes.get(0.0 if self.stopping else seconds)
         while wake is not None:
             self._take(wake)
-            wake = self._next(0.0)
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
-            self._gather()
-
-    def _next(self, seconds: float) -> Wake | None:
-        return self.wakes.get(0.0 if self.stopping else seconds)
-
-    def _gather(self) -> None:
-        """Take in what belongs to a burst."""
-        end = time.monotonic() + DEBOUNCE_GATHER
-        while not self.stopping and (left := end - time.monotonic()) > 0:
-            wake = self._next(min(left, DEBOUNCE_QUIET))
-            if wake is None:
-                return
-            self._take(wake)
+            wake = self.wakes.get(0.0)
+        return first is not None
 
     def _take(self, wake: Wake) -> None:
         """Take in what happened; nothing is published here."""
@@ -5199,7 +4672,7 @@ class Loop:
                 self._take_look(wake.news)
             case "warning":
                 log.warning("%s", wake.news)
-            case "connected" | "meet" | "end" | "silent" | "blind":
+            case "connected" | "meet" | "end" | "closed" | "silent" | "blind":
                 self._take_link(wake.what, str(wake.news or ""))
 
     # -- turning ------------------------------------------------------------------------------
@@ -5217,15 +4690,18 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            if self._unsaved:
-                self._remember()
             if not self._once and now >= self._check_at:
                 self._check_disk()
+            if self._mixed:
+                self.output.notify_again(self._mixed)
+                self._mixed = ()
+            if self._unsaved:
+                self._remember()
             while self._asked is None and not self.stopping and self._advance():
                 pass
             self._failures = 0
         except OSError as error:
-            if self._once or not self.output.is_there():
+            if self._once:
                 raise
             delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
             self._failures += 1
@@ -5251,14 +4727,14 @@ class Loop:
         if step is not None:
             self._publish(step, step.files)
             return True
-        desired = self._desired(published)
-        if desired is None:
+        found = self._desired(published)
+        if found is None:
             return False
-        again = standing(self.known, published) if self._link == "meet" else []
-        if again:
-            self._notify_again(again)
-            return False
+        checked, desired = found
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        again = to_retry(self.known, published) if step is None else []
+        if again:
+            step = Step(published, REFERENCES)
         if step is None:
             self._waits_since = 0.0
             return False
@@ -5269,11 +4745,11 @@ class Loop:
             if self._step_at > now:
                 return False
             self._waits_since = 0.0
-        self._publish(step, desired)
+        self._publish(step, checked, again)
         return True
 
-    def _desired(self, published: Files) -> Files | None:
-        """Where to go from what is published; None where that is not known."""
+    def _desired(self, published: Files) -> tuple[Files, Files] | None:
+        """What is desired, and what of it is allowed after NACKs; None where it is not known."""
         if self._wanted is None:
             self._wanted = self.sources.compose(published)
         if not self._wanted.complete:
@@ -5281,15 +4757,16 @@ class Loop:
         files, unfit = self.output.fitting(self._wanted.files)
         self._note("unfit", unfit)
         files = with_needed(files, published, functools.partial(is_read, self.known))
-        self._note("gone", [f"{path}: its source is gone, and Envoy reads it: its last bytes stay "
-                            "published" for path in files if path not in self._wanted.files])
+        self._note("gone", [f"{path}: its source is gone; its last bytes stay, for Envoy or "
+                            "another file needs it" for path in files
+                            if path not in self._wanted.files])
         checked = self._checked(files, published)
         if checked is None:
             return None
         self.known = retried(self.known, checked, published)
         desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
         self._note("nacked", notes)
-        return desired
+        return checked, desired
 
     def _opens_at(self, step: Step, now: float) -> float:
         """When references or removals may be published (monotonic).
@@ -5307,20 +4784,21 @@ class Loop:
         if not unjudged(self.known, self.output.published, step.name):
             return pause if self.options.step_delay is not None else now
         if self._silent_since:
-            return self._silent_since + SILENT_BOUND
+            return max(pause, self._silent_since + SILENT_BOUND)
         return pause
 
-    def _publish(self, step: Step, desired: Files) -> None:
+    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, ask Envoy about it, then tidy up."""
         before, files = self.output.published, step.files
-        moved = moved_paths(before, files)
+        moved = [*moved_paths(before, files), *again]
         awaited = {files[path].kind for path in moved
                    if self.known.states.get(path) != UNREAD and path not in self.known.late}
         try:
-            paths = self.output.publish(files)
+            self.output.keep_acked(self.known.acked, files)
+            paths = self.output.publish(files, again)
         finally:
-            if self.output.published is not before:
-                self.known = after_publication(self.known, before, files, desired)
+            if self.output.published is not before or again:
+                self.known = after_publication(self.known, before, files, desired, again)
         now, self._switched_at = time.monotonic(), time.time()
         took, self._published_at = now - self._event_at, now
         if awaited & CHILD_KINDS:
@@ -5336,8 +4814,9 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         }
-        if self._link in ("meet", "silent"):
-            patience = ASK_BOUND[self._link == "meet" and not self._silent_since]
+        silent = bool(self._silent_since)
+        if self._link == "meet" or (silent and now < self._silent_since + SILENT_BOUND):
+            patience = ASK_BOUND[not silent]
             self._asked = Asked(tuple(moved), fields, now, now + patience)
             self._ask()
         else:
@@ -5346,17 +4825,10 @@ class Loop:
         self._remember()
         self.output.prune()
 
-    def _notify_again(self, paths: Sequence[str]) -> None:
-        """What they name came since they were NACKed: Envoy does not try again by itself."""
-        self.output.notify_again(paths)
-        self.known = after_repeat(self.known, paths)
-        now = time.monotonic()
-        self._asked = Asked(tuple(paths), {}, now, now + ASK_BOUND[1])
-        self._ask()
-
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self.output.keep_acked(self.known.acked)
+        self._unsaved = True
+        self.output.keep_acked(self.known.acked, self.output.published)
         self.output.remember(state_of(self.known))
         self._unsaved = False
 
@@ -5415,19 +4887,16 @@ class Loop:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome.nacks)
-        if outcome.mixed:
-            self.output.notify_again(outcome.mixed)
-        if look.hidden:
-            self._note("hidden", [f"what Envoy makes of {path} stays unknown: {look.hidden}"
-                                  for path, file in files.items()
-                                  if file.kind and path not in self.known.states])
-        if look.live and not self._started:
-            self._started = bool(look.hidden) or all(
-                self.known.states.get(path) in (ACKED, UNREAD) for path, file in files.items()
-                if file.kind in ("cds", "lds", "rds"))
+        self._mixed += outcome.mixed
+        self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
+                              f"unknown: {look.hidden}"] if outcome.hidden else [])
+        if look.live and files and not self._started:
+            self._started = all(
+                self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+                for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self._asked is not None and not waiting:
-            self._end_asking("")
+        if self._asked is not None and (outcome.nacks or not waiting):
+            self._end_asking("")  # a rollback does not wait for the other files
         self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
         self._plan_look(now, waiting)
 
@@ -5468,7 +4937,9 @@ class Loop:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
         ack = "no" if NACKED in states else ack
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1))
+        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
+        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+                 **({"unread": shortened(unread)} if unread else {}))
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""
@@ -5502,8 +4973,10 @@ class Loop:
             place = f"{self.output.root}/{self.output.staged}"
             threading.Thread(target=self._run_check, args=(command, place, version),
                              name="check", daemon=True).start()
-        elif checked == version and refusal and self._once:
-            raise LoaderError(refusal)
+        elif checked == version and refusal:
+            self.output.prune()  # what was staged for the check
+            if self._once:
+                raise LoaderError(refusal)
         return {**base, **fresh} if base else None
 
     def _run_check(self, command: Sequence[str], place: str, version: str) -> None:
@@ -5655,8 +5128,8 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
     """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
 
-    It has a session, and so a process group, of its own, which is killed as a whole at the end: a
-    process that the command left behind must not read the next snapshot's files, nor hold this one.
+    It has a process group of its own, which is killed at the end: a process that the command left
+    behind must not read the next snapshot's files, nor hold this one.
     """
     import subprocess
 
@@ -5671,16 +5144,15 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
     assert output is not None
     os.set_blocking(output.fileno(), False)
+    ended = None
     try:
-        ended = False
         while not ended and time.monotonic() < until and not stop.wait(0.01):
             # Not reaped yet, so that the group cannot be another's when it is killed.
-            states = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ended = os.waitid(os.P_PID, process.pid, states) is not None
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             printed += output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
             secret = secret or holds_secret(printed)
             printed = printed[-CHECK_OUTPUT:]
-    finally:
+    finally:  # SIGTERM raises in a preview
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
@@ -5703,33 +5175,25 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    version = version_of(files)
+    paths = sorted({*files, *published})
     if options.diff:
-        before = version_of(published) if published else "none"
-        title = f"snapshot {before} -> {version}\n".encode()
-        paths = sorted({*files, *published})
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
-        print_out([title, *texts] if any(texts) else [])
     else:
-        title = f"snapshot {version}\n\n".encode()
-        print_out([title, *(preview_text(path, files[path]) for path in sorted(files))])
-    problem = check_copy(options.check_cmd, files) if options.check_cmd else ""
-    if problem:
-        raise LoaderError(problem)
+        texts = [b"\n" + preview_text(path, files[path]) for path in paths]
+    if any(texts) or not options.diff:
+        print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
+    if options.check_cmd:
+        import tempfile
+
+        # a copy that nobody else can read (0700), and that goes again
+        with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
+            for path, file in files.items():
+                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
+                with open(f"{directory}/{path}", "wb") as stream:
+                    stream.write(file.content)
+            if problem := run_check(options.check_cmd, directory, threading.Event()):
+                raise LoaderError(problem)
     return 0
-
-
-def check_copy(command: Sequence[str], files: Files) -> str:
-    """Run --check-cmd on a copy of the files, which nobody else can read and which goes again."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:  # 0700
-        for path, file in files.items():
-            os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-            with open(f"{directory}/{path}", "wb") as stream:
-                os.fchmod(stream.fileno(), file.mode)
-                stream.write(file.content)
-        return run_check(command, directory, threading.Event())
 
 
 def json_warnings(files: Files) -> Iterator[str]:
@@ -5751,23 +5215,20 @@ def preview_text(path: str, file: File) -> bytes:
         content = b"[binary]\n"
     end = b"" if content.endswith(b"\n") or not content else b"\n"
     header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode() + content + end + b"\n"
+    return header.encode("utf-8", "backslashreplace") + content + end
 
 
 def difference(path: str, old: File | None, new: File | None) -> bytes:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
 
-    if old and new and old.digest == new.digest:
-        return b""
-    sides = (
-        redacted(old.content) if old else b"",
-        redacted(new.content, old.content if old else None) if new else b"",
+    before = redacted(old.content) if old else b""
+    after = redacted(new.content, old.content if old else None) if new else b""
+    a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
+    rows = difflib.unified_diff(
+        a, b, f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     )
-    texts = [side.decode("utf-8", "backslashreplace").splitlines(keepends=True) for side in sides]
-    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     missing = "\n\\ No newline at end of file\n"
-    rows = difflib.unified_diff(texts[0], texts[1], names[0], names[1])
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
@@ -5798,69 +5259,68 @@ def read_config(path: str) -> Config:
 # The command line
 # ---------------------------------------------------------------------------------------------
 
-# -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
+
+def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"is not {what}")
+        return value(text)
+
+    return parse
+
+
+def one_of(words: str) -> Callable[[str], Any]:
+    return matching(words, f"one of {words.replace('|', ', ')}")
+
+
+NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
+NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
+namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
+any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
+go_bool = matching(
+    "1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false", lambda text: text[0] in "1tT"
+)
+file_mode = matching(
+    "(0o)?0?[4-7][0-7]{2}", "a file mode that lets the owner read, such as 0600 or 0640",
+    lambda text: int(text.removeprefix("0o"), 8),
+)  # fmt: skip
+gone = matching(
+    "false", "supported any more; split traffic with weights in an RDS file, or by the annotation "
+    "xds-loader/weight with --services",
+)  # fmt: skip
 
 
 def go_duration(text: str) -> float:
     """Seconds of a duration as Go writes it: `1m0s`, `250ms`, `1.5h`, `0`."""
     units = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
     part = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)"
-    if not re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
-        raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
-    seconds = float(sum(float(number) * units[unit] for number, unit in re.findall(part, text)))
-    if seconds > 9e9:
-        raise ValueError("is longer than Go's longest, 2562047h")
-    return seconds
+    if re.fullmatch(rf"\+?(?:0|(?:{part})+)", text):
+        seconds = sum(float(number) * units[unit] for number, unit in re.findall(part, text))
+        if seconds < 9e9:  # Go's longest
+            return float(seconds)
+    raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def go_interval(text: str) -> float:
-    seconds = go_duration(text)
-    if seconds < 0.001:
-        raise ValueError("must be at least 1ms")
-    return seconds
-
-
-def go_bool(text: str) -> bool:
-    if text not in "1 t T true TRUE True 0 f F false FALSE False".split():
-        raise ValueError("is neither true nor false")
-    return text[0] in "1tT"
-
-
-def object_name(text: str) -> str:
-    if not re.fullmatch(OBJECT_NAME, text):
-        raise ValueError("is not a valid Kubernetes name (lower case letters, digits, '-')")
-    return text
-
-
-def namespace_name(text: str) -> str:
-    if "." in text or len(text) > 63:
-        raise ValueError("is not a valid namespace (at most 63 lower case letters, digits, '-')")
-    return object_name(text)
-
-
-def any_namespace(text: str) -> str:
-    return text if text == "*" else namespace_name(text)
+def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
+    """`[NS/]NAME`; the namespace is filled in later where it is empty."""
+    namespace, slash, name = text.rpartition("/")
+    return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
 
 
 def named_configmap(text: str) -> Named:
-    """`[NS/]NAME[:DIR]`; the namespace is filled in later where it is empty."""
+    """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named_secret(name)._replace(kind="configmap", directory=directory)
-
-
-def named_secret(text: str) -> Named:
-    namespace, slash, name = text.rpartition("/")
-    return Named("secret", namespace_name(namespace) if slash else "", object_name(name), "")
+    return named_secret(name, "configmap", directory)
 
 
 def label_selector(text: str) -> str:
-    try:
-        requirements(text)
-    except UsageError:
-        raise ValueError("is not a valid label selector, such as app=web,!legacy") from None
+    requirements(text)
     return text
 
 
@@ -5868,10 +5328,10 @@ def services_selector(text: str) -> str:
     return "" if text.strip() == "*" else label_selector(text)
 
 
-def http_url(text: str, *schemes: str) -> str:
+def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
-        host = re.fullmatch(r"(?:[^.]{1,63}\.)*[^.]{1,63}\.?", url.hostname or "")
+        host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
         usable = host and url.scheme in schemes and url.port != 0
     except ValueError:
         usable = False
@@ -5882,62 +5342,21 @@ def http_url(text: str, *schemes: str) -> str:
     return text
 
 
-def api_url(text: str) -> str:
-    return http_url(text, "https", "http")
-
-
 def admin_url(text: str) -> str:
     """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    path = text.removeprefix("unix:")
-    if path == text:
-        return http_url(text, "http")
-    if not path.startswith("/") or not path.isprintable() or len(path.encode()) > 107:
+    if not text.startswith("unix:"):
+        return http_url(text, ["http"])
+    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
         raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
     return text
-
-
-def file_mode(text: str) -> int:
-    if not re.fullmatch(r"(?:0o)?0?[0-7]{3}", text):
-        raise ValueError("is not a valid file mode, such as 0600 or 0640")
-    mode = int(text.removeprefix("0o"), 8)
-    if not mode & 0o400:
-        raise ValueError("must let the owner read")
-    return mode
 
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
 
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise ValueError(f"cannot be split into words ({error})") from None
-    if not words:
-        raise ValueError("is empty")
-    return words
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"is not one of {', '.join(words)}")
-        return text
-
-    return parse
-
-
-def some_text(text: str) -> str:
-    if not text:
-        raise ValueError("is empty")
-    return text
-
-
-def gone(text: str) -> str:
-    """An option of the predecessor, `-smi=false` excepted."""
-    if text == "false":
-        return text
-    raise ValueError("is not supported any more; split traffic with weights in an RDS file, or by "
-                     "the annotation xds-loader/weight with --services")  # fmt: skip
+    if words := tuple(shlex.split(text)):
+        return words
+    raise ValueError("is empty")
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -5949,8 +5368,8 @@ class Option(NamedTuple):
     name: str
     parse: Callable[[str], Any]
     metavar: str  # "" of a switch
-    default: str
     help: str
+    default: str = ""
     repeats: bool = False
 
     @property
@@ -5958,80 +5377,70 @@ class Option(NamedTuple):
         return "XDS_LOADER_" + self.name.upper().replace("-", "_")
 
 
+WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 # fmt: off
 SECTIONS = {
     "What to load": (
-        Option("configmap", named_configmap, "[NS/]NAME[:DIR]", "",
-               "a ConfigMap: each key is a file (in DIR), its value the content", True),
-        Option("configmap-selector", label_selector, "SEL", "",
+        Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
+               "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
+        Option("configmap-selector", label_selector, "SEL",
                "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "",
-               "render clusters, endpoints and routes of the Services that match a label selector "
-               "('*' or '': all of them)"),
-        Option("services-namespace", any_namespace, "NS", "--namespace",
-               "where these Services are; '*' for all namespaces", True),
-        Option("secret", named_secret, "[NS/]NAME", "", "a TLS Secret as SDS files", True),
-        Option("namespace", namespace_name, "NS",
-               "$NS, $POD_NAMESPACE, the service account's, 'default'",
-               "the namespace of what is named without one"),
+        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
+               "the Services that match a label selector ('*' or '': all of them)"),
+        Option("services-namespace", any_namespace, "NS",
+               "where these Services are; '*' for all namespaces", "--namespace", True),
+        Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
+        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
+               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
     ),
     "From where": (
-        Option("apiserver", api_url, "URL", "the pod's own, else https://kubernetes",
-               "the Kubernetes API server"),
-        Option("token-file", str, "FILE", f"{SERVICE_ACCOUNT}/token",
-               "bearer token, read again for each request"),
-        Option("ca-file", str, "FILE", f"{SERVICE_ACCOUNT}/ca.crt",
-               "CA of the API server, read again for each connection"),
-        Option("client-cert", str, "FILE", "", "client certificate for the API server"),
-        Option("client-key", str, "FILE", "", "its private key"),
-        Option("insecure", go_bool, "", "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "",
-               "objects from `kubectl get ... -o json` instead of an API server; read again every "
-               "interval ('-': standard input, only with --onetime)"),
+        Option("apiserver", http_url, "URL", "the Kubernetes API server",
+               "the pod's own, else https://kubernetes"),
+        Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
+        Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
+        Option("client-cert", str, "FILE", "client certificate for the API server"),
+        Option("client-key", str, "FILE", "its private key"),
+        Option("insecure", go_bool, "", "do not verify the API server's certificate"),
+        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
+               "server; read again every interval ('-': standard input, with --onetime)"),
     ),
     "How Services are rendered": (
-        Option("config", str, "PATH", "", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto", "eds", "inline", "dns"), "auto|eds|inline|dns", "auto",
-               "where endpoints live"),
-        Option("format", one_of("yaml", "json"), "yaml|json", "yaml", "of rendered files"),
+        Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
+        Option("endpoints", one_of(WHERE), WHERE, "where endpoints live", "auto"),
+        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
-        Option("output-dir", some_text, "DIR", "/srv/runtime", "where the files are published"),
-        Option("onetime", go_bool, "", "",
-               "publish one complete snapshot and exit (init container)"),
-        Option("watch", go_bool, "", "", "watch for changes instead of polling"),
-        Option("sync-interval", go_interval, "D", "1m0s",
-               "between two polls; in watch mode between two checks of the files on disk"),
-        Option("timeout", go_duration, "D", "0s",
-               "how long --onetime waits for the sources to exist and the API server to answer"),
-        Option("dry-run", go_bool, "", "", "print the files and touch nothing; implies --onetime"),
-        Option("diff", go_bool, "", "", "with --dry-run: a unified diff against what is published"),
-        Option("secret-mode", file_mode, "MODE", "0600", "of files that hold private keys"),
+        Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
+        Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
+        Option("watch", go_bool, "", "watch for changes instead of polling"),
+        Option("sync-interval", go_duration, "D",
+               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
+               "the API server to answer", "0s"),
+        Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
+        Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
+        Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "",
-               "Envoy's admin interface, http://127.0.0.1:9901 or unix:/path/admin.sock: ask it "
-               "what became of every publication"),
-        Option("step-delay", go_duration, "D", "100ms",
-               "pause between ordered steps when Envoy is not asked; beside --envoy-admin only if "
-               "it is given"),
-        Option("check-cmd", shell_words, "CMD", "",
-               "run on each staged snapshot ('{dir}'), 30 s at most; non-zero: not published, only "
-               "endpoints and secrets go on"),
+        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
+               "Envoy's admin interface what became of every publication"),
+        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
+               "--envoy-admin only where it is given", "100ms"),
+        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
+               "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT", "",
+        Option("listen", listen_address, "[ADDR]:PORT",
                "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
-        Option("log-format", one_of("text", "json"), "text|json", "text",
-               "of the log on standard error"),
-        Option("log-level", one_of(*LOG_LEVELS), "LEVEL", "info", "debug, info, warning or error"),
-        Option("version", go_bool, "", "", "print the version and exit"),
-        Option("help", go_bool, "", "", "print this and exit (also -h)"),
+        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
+        Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
+        Option("version", go_bool, "", "print the version and exit"),
+        Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
     "Of the predecessor": (
-        Option("trafficsplit-api-version", str, "V", "", "accepted and ignored, with a warning"),
-        Option("smi", gone, "", "", "not supported any more: use weights by annotation"),
-        Option("trafficsplit", gone, "NAME", "", "not supported any more, too"),
+        Option("trafficsplit-api-version", str, "V", "accepted and ignored, with a warning"),
+        Option("smi", gone, "", "not supported any more: use weights by annotation"),
+        Option("trafficsplit", gone, "NAME", "not supported any more, too"),
     ),
 }
 # fmt: on
@@ -6072,10 +5481,8 @@ class Options(NamedTuple):
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them.
-
-    One dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`.
-    """
+    """The values on the command line by option, read as Go's flag package reads them: one dash or
+    two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
     known = {option.name: option for option in OPTIONS}
     found: dict[str, list[str]] = {}
     rest = iter(argv)
@@ -6085,8 +5492,7 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
         name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
         option = known.get("help" if name == "h" else name)
         if option is None:
-            hint = close_to(name, known)
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}{hint}; see --help")
+            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
         if not equals:
             following = next(rest, None) if option.metavar else "true"
             if following is None:
@@ -6096,29 +5502,23 @@ def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def close_to(name: str, known: Iterable[str]) -> str:
-    import difflib
+def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, UsageError) as error:
+        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+        raise UsageError(f"{where} {shown!r}: {error}") from None
 
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean --{near[0]}?)" if near else ""
 
-
-def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
+def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
-    words = command_line_words(argv)
     values: dict[str, Any] = {}
     for option in OPTIONS:
         where, texts = f"--{option.name}", words.get(option.name, [])
         if not texts and option.name not in ("help", "version"):
             where, text = option.variable, environ.get(option.variable, "")
             texts = text.split() if option.repeats else [text] if text else []
-        found = []
-        for text in texts:
-            try:
-                found.append(option.parse(text))
-            except ValueError as error:
-                shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-                raise UsageError(f"{where} {shown!r} {error}") from None
+        found = [value_of(where, option.parse, text) for text in texts]
         if found:
             attribute = option.name.replace("-", "_")
             values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
@@ -6127,7 +5527,8 @@ def parsed(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(argv, environ)
+    values = parsed(command_line_words(argv), environ)
+    check_combination(values)
     warnings = []
     if "trafficsplit_api_version" in values:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
@@ -6136,41 +5537,40 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
                and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
     if unknown:
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
-    check_combination(values)
     namespace = values.get("namespace") or default_namespace(environ)
     for kind in ("configmap", "secret"):
-        values[kind] = tuple(named._replace(namespace=named.namespace or namespace)
-                             for named in values.get(kind, ()))  # fmt: skip
-    watch = values.get("watch") and not values.get("from_file")
-    once = values.get("onetime") or values.get("dry_run")
+        named = values.get(kind, ())
+        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
+    from_file = bool(values.get("from_file"))
     access = Access(
-        values.get("apiserver") or ("" if values.get("from_file") else default_apiserver(environ)),
+        values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
         values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
         values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
-        values.get("client_cert", ""),
-        values.get("client_key", ""),
-        values.get("insecure", False),
+        **{name: values[name] for name in Access._fields[3:] if name in values},
     )
+    once = values.get("onetime") or values.get("dry_run")
+    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
     given = {name: value for name, value in values.items() if name in Options._fields}
-    given |= {"namespace": namespace, "access": access, "warnings": tuple(warnings)}
-    mode = "once" if once else "watch" if watch else "poll"
-    return Options(**given, mode=mode, node_name=environ.get("NODE_NAME", ""))
+    given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
+    return Options(**given, node_name=environ.get("NODE_NAME", ""))
 
 
 def check_combination(values: Mapping[str, Any]) -> None:
     """Combinations that make no sense, before any request."""
-    named = values.get("configmap") or values.get("secret") or "configmap_selector" in values
-    services, from_file = "services" in values, values.get("from_file")
     once = values.get("onetime") or values.get("dry_run")
+    services, from_file = "services" in values, values.get("from_file")
+    sources = ("configmap", "configmap_selector", "services", "secret")
     pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
     for holds, text in (
-        (named or services,
+        (any(source in values for source in sources),
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
         (once or from_file != "-", "--from-file - needs --onetime"),
         (pair or from_file, "--client-cert and --client-key belong together"),
-        (services or not values.get("services_namespace"), "--services-namespace needs --services"),
+        (services or "services_namespace" not in values, "--services-namespace needs --services"),
         (services or not values.get("config"), "--config needs --services"),
+        (values.get("output_dir", "x"), "--output-dir is empty"),
+        (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
     ):  # fmt: skip
         if not holds:
             raise UsageError(text)
@@ -6179,13 +5579,10 @@ def check_combination(values: Mapping[str, Any]) -> None:
 def default_namespace(environ: Mapping[str, str]) -> str:
     for variable in ("NS", "POD_NAMESPACE"):
         if environ.get(variable):
-            try:
-                return namespace_name(environ[variable])
-            except ValueError as error:
-                raise UsageError(f"${variable} {environ[variable][:100]!r} {error}") from None
+            return str(value_of(f"${variable}", namespace_name, environ[variable]))
     try:
         with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return namespace_name(stream.read(1000).decode().strip())
+            return str(namespace_name(stream.read(1000).decode().strip()))
     except (OSError, ValueError):
         return "default"
 
@@ -6196,27 +5593,20 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     if not host:
         return "https://kubernetes"
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    try:
-        return http_url(url, "https")
-    except ValueError as error:
-        raise UsageError(f"$KUBERNETES_SERVICE_HOST and ..._PORT: {url!r} {error}") from None
+    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
 HELP = """\
-envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes ConfigMaps, Services and
-Secrets.
-
-Usage: envoy-xds-configmap-loader [options]
+envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.
 
 Examples:
-  An init container: publish the files of a ConfigMap, and wait for it up to a minute.
+  An init container: publish the files of a ConfigMap; wait for it up to a minute.
     envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
   A sidecar: publish every change at once, and roll back what Envoy rejects.
     envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
   A preview: print what would be made of the Services of a namespace.
     envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
-"""
-HELP_END = """
+
 Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
 environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
 More: docs/options.md in the repository.
@@ -6227,16 +5617,15 @@ def help_text() -> str:
     """--help, from the table of options."""
     import textwrap
 
-    lines = []
+    parts = [HELP]
     for title, options in SECTIONS.items():
-        lines += ["", f"{title}:"]
+        parts.append(f"\n{title}:\n")
         for option in options:
-            more = " (repeatable)" * option.repeats
-            more += f" (default {option.default})" if option.default else ""
-            lines.append(f"  --{option.name} {option.metavar}".rstrip())
-            lines += textwrap.wrap(option.help + more, 98, initial_indent=" " * 8,
-                                   subsequent_indent=" " * 8)  # fmt: skip
-    return HELP + "\n".join(lines) + "\n" + HELP_END
+            text = option.help + "; repeatable" * option.repeats
+            text += f" (default {option.default})" if option.default else ""
+            parts.append(f"  --{option.name} {option.metavar}".rstrip() + "\n")
+            parts.append(textwrap.indent(textwrap.fill(text, 90), " " * 8) + "\n")
+    return "".join(parts)
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -6251,38 +5640,23 @@ def run(options: Options) -> int:
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if options.services is not None and config.prefer_zone is True and not options.node_name:
-        raise UsageError(f"--config {options.config}: $.endpoint.prefer_zone: true needs the own "
-                         "Node's name in $NODE_NAME")  # fmt: skip
+        raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
     os.umask(0)  # modes are as stated, whatever the umask was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
-def own_standard_streams() -> None:
-    """Where a standard stream is closed, none of our files may take its number."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
-    own_standard_streams()
     try:
         words = command_line_words(arguments)
-        if words.get("help", ["false"])[-1] != "false":
-            print_out([help_text().encode()])
-            return 0
-        if words.get("version", ["false"])[-1] != "false":
-            print_out([f"envoy-xds-configmap-loader {__version__}\n".encode()])
-            return 0
+        for name in ("help", "version"):
+            if words.get(name, ["false"])[-1] != "false":
+                version = f"envoy-xds-configmap-loader {__version__}\n"
+                print_out([(version if name == "version" else help_text()).encode()])
+                return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)

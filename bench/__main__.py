@@ -1,7 +1,8 @@
 """`python -m bench`: every figure, in one table and one run; QUICK=1 in the environment: shorter.
 
-`python -m bench latency cold` measures only these; `--list` names them. Nothing here passes or
-fails: figures of one run can be compared with each other, and only with the noise in mind.
+`python -m bench latency cold` measures only these; `--list` names them. OTHER='COMMAND ...' in the
+environment puts another program beside them (see bench/stage.py). Nothing here passes or fails:
+figures of one run can be compared with each other, and only with the noise in mind.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import changes, fanout, machine, services
-from bench.stage import CLIENT, FLOOR, KUBECTL, LOADER, Row, Stage, contenders, tmpfs
+from bench.stage import CLIENT, FLOOR, KUBECTL, LOADER, OTHER, Row, Stage, contenders, tmpfs
 
 Part = Callable[[Stage, list[str], bool], list[Row]]
 PARTS: dict[str, Part] = {
     "latency": changes.measure,
     "disk": changes.on_disk,
     "cold": changes.cold,
+    "memory": lambda stage, kinds, quick: changes.memory(stage),
     "selector": changes.selector,
+    "note": lambda stage, kinds, quick: changes.note(stage, quick),
+    "asked": lambda stage, kinds, quick: changes.asked(stage, quick),
     "files": lambda stage, kinds, quick: changes.files(stage, quick),
     "services": lambda stage, kinds, quick: services.measure(stage, quick),
     "fanout": lambda stage, kinds, quick: fanout.measure(stage, quick),
@@ -66,8 +70,8 @@ def report(
     seconds: float,
 ) -> str:
     """The table (Markdown), under what the machine was like."""
-    columns = (LOADER, FLOOR, CLIENT, KUBECTL)
-    absent = [kind for kind in columns if kind not in found]
+    columns = [kind for kind in (LOADER, FLOOR, CLIENT, KUBECTL, OTHER) if kind in found]
+    absent = [kind for kind in (CLIENT, KUBECTL) if kind not in found]
     lines = [
         f"{machine.describe()}; Python {sys.version.split()[0]}; {seconds:.0f} s",
         f"noise before: {before}",
@@ -75,8 +79,8 @@ def report(
         *(f"not installed here: {kind}" for kind in absent),
         "",
     ]
-    table = [["", *columns], *([row.measure, *cells(row, columns)] for row in rows)]
-    widths = [max(len(line[index]) for line in table) for index in range(len(columns) + 1)]
+    table = [["", *columns, "aim"], *([row.measure, *cells(row, columns), row.aim] for row in rows)]
+    widths = [max(len(line[index]) for line in table) for index in range(len(columns) + 2)]
     for index, line in enumerate(table):
         joined = " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
         lines.append(f"| {joined} |")

@@ -148,16 +148,22 @@ def run(command: Sequence[str], directory: Path) -> Ran:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         began = time.monotonic()
         with subprocess.Popen(
-            command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         ) as process:
             moved = 0.0
             while process.poll() is None and not moved:
                 if inotify.moved(0.001):
                     moved = time.monotonic() - began
+            assert process.stderr is not None
+            log = process.stderr.read().decode(errors="replace")
             code = process.wait()
         seconds = time.monotonic() - began
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if code:
-        raise RuntimeError(f"exit {code}: {' '.join(command)}")
+        raise RuntimeError(f"exit {code}: {' '.join(command)}\n{log}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Ran(moved or seconds, seconds, cpu)

@@ -7,17 +7,18 @@ import importlib.util
 import itertools
 import os
 import py_compile
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from bench import machine
 from tests.support.apiserver import ApiServer, Request
+from tests.support.closing import Closing
 from tests.support.disk import IN_MOVED_TO, Inotify
 from tests.support.loader import environment
 from tests.support.tls import Authority
@@ -30,6 +31,9 @@ KEY = "rds.yaml"
 PAGE = "0123456789abcde\n"  # 16 bytes of padding
 
 LOADER, FLOOR, CLIENT, KUBECTL = "loader", "floor", "Python client", "kubectl"
+# Any other program, such as the loader of another commit: its command line in the environment, with
+# {url}, {ca_file}, {token_file}, {namespace}, {configmap} and {dir} in it. It writes {dir}/current.
+OTHER, OTHER_COMMAND = "other", os.environ.get("OTHER", "")
 ROUTES = """\
 version_info: "{number}"
 resources:
@@ -66,11 +70,18 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def ratios(values: Mapping[str, float]) -> dict[str, str]:
+    """Each figure as a multiple of the floor's."""
+    floor = values[FLOOR]
+    return {kind: f"{value / floor:.2f} x" for kind, value in values.items() if floor}
+
+
 class Row(NamedTuple):
-    """One line of the table: what was measured, and each contender's figure."""
+    """One line of the table: what was measured, each contender's figure, what is aimed at."""
 
     measure: str
     values: Mapping[str, str]
+    aim: str = ""
 
 
 def content(number: int, size: int = 4096) -> str:
@@ -80,7 +91,7 @@ def content(number: int, size: int = 4096) -> str:
     return text + f"# {PAGE}" * lines
 
 
-class Stage:
+class Stage(Closing):
     """An API server over TLS, a byte-compiled loader, a directory for everybody's files."""
 
     def __init__(self, root: Path) -> None:
@@ -99,15 +110,7 @@ class Stage:
         )
         self._numbers = itertools.count(1)
 
-    def __enter__(self) -> Stage:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self.api.close()
 
     def directory(self, kind: str) -> Path:
@@ -149,6 +152,16 @@ class Stage:
                 chosen = ["--configmap-selector", value]
             mode = "--onetime" if once else "--watch"
             return self.loader_command(mode, "--output-dir", str(place), *chosen)
+        if kind == OTHER:
+            places = {
+                "url": self.api.url,
+                "ca_file": self.authority.ca_file,
+                "token_file": self.token_file,
+                "namespace": NAMESPACE,
+                "configmap": selector.rpartition("%3D")[2],
+                "dir": place,
+            }
+            return [word.format(**places) for word in shlex.split(OTHER_COMMAND)]
         program = {FLOOR: "floor.py", CLIENT: "client.py", KUBECTL: "kubectl.py"}[kind]
         # Nobody but the client needs more than the standard library.
         alone = [] if kind == CLIENT else ["-I", "-S"]
@@ -186,12 +199,7 @@ class Running:
     def __enter__(self) -> Running:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         children = machine.family(self.process.pid)[1:]
         self.process.terminate()
         for child in children:
@@ -279,6 +287,8 @@ def contenders() -> list[str]:
         found.append(CLIENT)
     if shutil.which("kubectl"):
         found.append(KUBECTL)
+    if OTHER_COMMAND:
+        found.append(OTHER)
     return found
 
 

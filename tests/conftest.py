@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.apiserver import ApiServer
-from tests.support.envoy import Config, Envoy
+from tests.support.busy import REASON
+from tests.support.envoy import OLDEST, Config, Envoy, envoy_path, oldest_envoy
 from tests.support.loader import Loader, run
+from tests.support.ports import released
 from tests.support.tls import Authority
 
 NAMESPACE = "demo"
 TOKEN = "token-1"
+NO_OLDEST = f"Envoy {OLDEST} is not installed"
 
 StartLoader = Callable[..., Loader]
 RunLoader = Callable[..., subprocess.CompletedProcess[str]]
@@ -27,6 +30,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "start_envoy" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.envoy)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say aloud how much was not tested, and why: a skip is easily overlooked."""
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for reason, advice in (
+        (REASON, "run them on a quiet machine"),
+        (NO_OLDEST, "`make oldest-envoy` gets it"),
+    ):
+        if count := sum(reason in one for one in skipped):
+            terminalreporter.write_line(f"{count} skipped because {reason}: {advice}", yellow=True)
+
+
+@pytest.fixture(params=["", OLDEST], ids=["envoy", f"envoy-{OLDEST}"])
+def envoy_binary(request: pytest.FixtureRequest) -> str:
+    """Envoy as everywhere, and the oldest that is tested."""
+    if request.param != OLDEST:
+        return envoy_path()
+    return oldest_envoy() or pytest.skip(NO_OLDEST)
+
+
+@pytest.fixture(autouse=True)
+def _ports() -> Iterator[None]:
+    """The ports that a test holds are given back when it ends."""
+    with released():
+        yield
 
 
 @pytest.fixture

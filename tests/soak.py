@@ -29,12 +29,12 @@ from tests.support.envoy import (
     Envoy,
     bootstrap,
     file_source,
-    free_port,
     http_listener,
     rds_routes,
     response,
 )
 from tests.support.loader import Loader, snapshot, wait_until
+from tests.support.ports import held_port
 
 MAPS, SERVICES, ENDPOINTS = 40, 60, 10
 PORT = [{"name": "http", "port": 8080, "protocol": "TCP"}]
@@ -64,6 +64,7 @@ class Soak:
         self.maps: dict[str, str] = {}
         self.endpoints: dict[int, list[str]] = {}
         self.counts: Counter[str] = Counter()
+        self.listens = {name: held_port() for name in ("steady", "mortal")}
         self.changes = 0
         self.began = time.monotonic()
         for number in range(MAPS):
@@ -77,7 +78,7 @@ class Soak:
         self.mortal = self.loader("mortal", "--sync-interval", "1s")
         path = self.out("steady") / "current/routes.json"
         wait_until(path.exists, 20)
-        self.port = free_port()
+        self.port = held_port()
         source = rds_routes(file_source(path))
         self.envoy = Envoy(
             bootstrap(listeners=[http_listener(self.port, source)]), scratch / "envoy"
@@ -92,7 +93,7 @@ class Soak:
              "--output-dir", str(self.out(name)), "--token-file", os.devnull,
              "--configmap", "envoy-xds", "--configmap-selector", "app=soak",
              "--services", "*", "--endpoints", "eds", "--step-delay", "5ms",
-             "--log-level", "warning", "--listen", f"127.0.0.1:{free_port()}", *more],
+             "--log-level", "warning", "--listen", f"127.0.0.1:{self.listens[name]}", *more],
         )  # fmt: skip
 
     # -- churn

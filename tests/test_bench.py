@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import shutil
@@ -14,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import loader
-from bench.stage import FLOOR, KEY, LOADER, NAMESPACE, Running, Stage, is_about, named
+from bench import machine
+from bench.services import populate as populate_services
+from bench.stage import FLOOR, KEY, LOADER, NAMESPACE, Running, Stage, is_about, named, spread
+from tests.support.busy import skip_if_busy
 from tests.support.disk import IN_CREATE, IN_MOVED_TO, Inotify
 from tests.support.loader import ROOT
 
@@ -94,7 +98,7 @@ def test_a_burst_is_few_publications_and_ends_with_the_last_state(stage: Stage) 
             last = stage.change("one", 512)
         run.eye.wait(last)
         time.sleep(0.3)
-        assert run.log().count("published") < 200
+        assert run.log().count("published") < 100
         assert run.eye.number() == last
 
 
@@ -133,64 +137,74 @@ def system_calls(stage: Stage, files: int, count: int = 10) -> Counter[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Ratios
+# Ratios: what is aimed at with a margin, for `make bench` measures and this only notices
 
 
-def test_cpu_and_memory_are_within_a_few_times_the_floor(stage: Stage) -> None:
-    spent, resident = {}, {}
-    for kind in (FLOOR, LOADER):
-        first = stage.change("one")
-        with stage.running(kind, named("one")) as run:
+def test_a_change_costs_a_few_times_the_floor(stage: Stage) -> None:
+    """Time, CPU and memory; the fastest tenth of the changes, taken in turns."""
+    for attempt in range(3):
+        took, spent, resident = in_turns(stage, f"one-{attempt}")
+        if took[LOADER] < 2.5 * took[FLOOR] and spent[LOADER] < 5 * spent[FLOOR]:
+            break
+    else:
+        skip_if_busy(f"{took} ms, CPU {spent} ms")
+        pytest.fail(f"{took} ms, CPU {spent} ms")
+    assert resident[LOADER] < 1.3 * resident[FLOOR]
+
+
+def in_turns(
+    stage: Stage, name: str
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    first = stage.change(name)
+    taken: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(stage.running(kind, named(name))) for kind in (FLOOR, LOADER)]
+        for run in runs:
             run.eye.wait(first)
-            time.sleep(0.3)
-            before = run.cpu()
-            for _ in range(50):
-                change(stage, run)
-            spent[kind], resident[kind] = run.cpu() - before, run.memory()
-    assert spent[LOADER] < 8 * spent[FLOOR]
-    assert resident[LOADER] < 1.6 * resident[FLOOR]
+        time.sleep(0.3)
+        before = {run.kind: run.cpu() for run in runs}
+        for _ in range(60):
+            wanted = stage.change(name)
+            changed = time.monotonic()
+            for run in runs:
+                taken.setdefault(run.kind, []).append((run.eye.wait(wanted) - changed) * 1e3)
+            time.sleep(0.01)
+        spent = {run.kind: run.cpu() - before[run.kind] for run in runs}
+        resident = {run.kind: run.memory() for run in runs}
+    return {kind: spread(values).p10 for kind, values in taken.items()}, spent, resident
 
 
-def test_ordering_is_linear_in_the_files() -> None:
-    def cost(count: int) -> float:
-        old, new = (assignments(count, number) for number in (1, 2))
-        taken = []
-        for _ in range(3):
-            began = time.thread_time()
-            step = loader.next_step(old, new)
-            taken.append(time.thread_time() - began)
-            assert step is not None
-            assert len(step.changed) == count
-        return min(taken)
-
-    assert cost(2000) < 10 * cost(500)  # linear: 4 times, quadratic: 16
-
-
-def assignments(count: int, number: int) -> dict[str, loader.File]:
-    text = (
-        'resources:\n- "@type": type.googleapis.com/envoy.config.endpoint.v3.'
-        "ClusterLoadAssignment\n  cluster_name: c{0}\n  endpoints: []  # {1}\n"
-    )
-    return {
-        f"eds/c{index}.yaml": loader.file_of(text.format(index, number).encode(), "services")
-        for index in range(count)
+def test_a_one_time_run_costs_twice_the_floor(stage: Stage) -> None:
+    """CPU to the exit, from byte code; from source it is more. The best of several, in turns."""
+    stage.change("one")
+    options = ("--onetime", "--configmap", "one", "--output-dir")
+    commands: dict[str, Callable[[Path], list[str]]] = {
+        "floor": lambda place: stage.command(FLOOR, named("one"), place, once=True),
+        "byte code": lambda place: stage.command(LOADER, named("one"), place, once=True),
+        "source": lambda place: stage.loader_command(*options, str(place), source=True),
     }
+    cost = dict.fromkeys(commands, math.inf)
+    for _ in range(12):
+        for name, command in commands.items():
+            place = stage.directory("cost")
+            cost[name] = min(cost[name], machine.run(command(place), place / "current").cpu)
+        if cost["byte code"] < min(2.2 * cost["floor"], 0.8 * cost["source"]):
+            return
+    skip_if_busy(f"CPU {cost} s")
+    pytest.fail(f"CPU {cost} s")
 
 
-def test_byte_code_starts_with_less_cpu_than_source(stage: Stage) -> None:
-    def cost(command: list[str]) -> float:
-        def once() -> float:
-            before = os.times()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            after = os.times()
-            return after.children_user + after.children_system - (
-                before.children_user + before.children_system
-            )
+def test_services_cost_in_proportion_to_their_number(tmp_path: Path, stage: Stage) -> None:
+    def cost(count: int) -> float:
+        namespace = f"services-{count}"
+        populate_services(stage, namespace, count)
+        options = ("--onetime", "--services", "*", "--services-namespace", namespace)
+        place = stage.directory(namespace)
+        command = stage.loader_command(*options, "--output-dir", str(place))
+        return min(machine.run(command, place / "current").cpu for _ in range(2))
 
-        return min(once() for _ in range(3))
-
-    compiled = cost(stage.loader_command("--version"))
-    assert compiled < 0.8 * cost(stage.loader_command("--version", source=True))
+    start, few, many = cost(1), cost(400), cost(1600)
+    assert many - start < 9 * (few - start)  # linear: 4 times, quadratic: 16
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,6 +235,7 @@ def test_the_table_has_a_row_for_each_measure(
     rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
     table = [row[1:-1] for row in rows if len(row) > 3]
     assert table[0][:3] == ["", LOADER, FLOOR]
+    assert table[0][-1] == "aim"
     measures = [row[0] for row in table[2:]]
     assert any("change -> file" in measure for measure in measures)
     assert all(row[1] and row[2] for row in table[2:])

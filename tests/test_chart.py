@@ -14,9 +14,11 @@ import helm_python as helm
 import pytest
 import yaml
 
+from loader import __version__
 from tests.support import chart_docs
 from tests.support.chart_docs import CHART
 from tests.support.manifests import (
+    IMAGE,
     VERSIONS,
     Object,
     Release,
@@ -29,6 +31,7 @@ from tests.support.manifests import (
 
 CI = sorted(path.name for path in (CHART / "ci").glob("*-values.yaml"))
 NAME = "edge-envoy-xds-configmap-loader"
+ADMIN = "/var/run/envoy-admin"
 
 
 def named(pod: Object, name: str) -> Object:
@@ -98,10 +101,31 @@ def test_least_privilege_in_the_pod(name: str) -> None:
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
             assert "runAsUser" not in container["securityContext"]
             mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
-            is_loader = container["name"] in ("loader", "loader-init", "preview")
-            assert ("token" in mounts) == is_loader
+            assert ("token" in mounts) == (container["name"] == "loader")
     (mount,) = (m for m in named(release.pod, "envoy")["volumeMounts"] if m["name"] == "xds")
     assert mount == {"name": "xds", "mountPath": "/srv/runtime", "readOnly": True}
+    for volume in release.pod["volumes"]:  # keys and tokens never touch a disk
+        if volume["name"] != "more":
+            assert volume.get("emptyDir", {"medium": "Memory"})["medium"] == "Memory"
+
+
+@pytest.mark.parametrize("name", CI)
+def test_the_admin_interface_is_a_socket_that_envoy_and_loader_alone_mount(name: str) -> None:
+    release = render(load_values(name))
+    config = bootstrap(release)
+    pipe = {"path": f"{ADMIN}/admin.sock", "mode": 0o600}
+    assert config["admin"]["address"] == {"pipe": pipe}
+    assert "9901" not in json.dumps(release.objects)
+    mounts = {
+        container["name"]: mount
+        for container in containers(release.pod)
+        for mount in container.get("volumeMounts", [])
+        if mount["name"] == "admin"
+    }
+    assert mounts == {
+        "envoy": {"name": "admin", "mountPath": ADMIN},
+        "loader": {"name": "admin", "mountPath": ADMIN, "readOnly": True},
+    }
 
 
 @pytest.mark.parametrize("name", CI)
@@ -118,6 +142,9 @@ def test_what_is_mounted_exists_and_what_exists_is_selected(name: str) -> None:
     selectors = [release.workload["spec"]["selector"]["matchLabels"]]
     selectors += [service["spec"]["selector"] for service in release.all("Service")]
     selectors += [b["spec"]["selector"]["matchLabels"] for b in release.all("PodDisruptionBudget")]
+    selectors += [p["spec"]["podSelector"]["matchLabels"] for p in release.all("NetworkPolicy")]
+    spread = release.pod.get("topologySpreadConstraints", [])
+    selectors += [constraint["labelSelector"]["matchLabels"] for constraint in spread]
     selectors += [m["spec"]["selector"]["matchLabels"] for m in release.all("PodMonitor")]
     for selector in selectors:
         assert selector.items() <= labels.items()
@@ -155,6 +182,12 @@ def test_notes_name_what_is_there(name: str) -> None:
     assert "/snapshot" in release.notes
     assert "config_dump" in release.notes
     assert ("older than 1.30" in release.notes) == (name == "old-kubernetes-values.yaml")
+    assert ("tag may change" in release.notes) == (name != "single-values.yaml")
+    # one of the two ways to set weights, never both
+    assert "annotate service" not in release.notes or "--set upstreams" not in release.notes
+    assert ("takes the place of the routes" in release.notes) == (
+        name == "services-weights-values.yaml"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,31 +208,32 @@ TOKEN_ARGS = [
 ]
 
 
-def test_init_container_and_sidecar() -> None:
+def test_the_loader_is_a_native_sidecar() -> None:
     release = render()
-    assert [c["name"] for c in release.pod["initContainers"]] == ["loader-init"]
-    assert [c["name"] for c in release.pod["containers"]] == ["envoy", "loader"]
-    shared = [f"--configmap={NAME}-xds", *TOKEN_ARGS]
-    assert arguments(release, "loader-init") == [*shared, "--onetime", "--timeout=5m0s"]
-    sidecar = [
+    (loader,) = release.pod["initContainers"]
+    assert [c["name"] for c in release.pod["containers"]] == ["envoy"]
+    assert (loader["name"], loader["restartPolicy"]) == ("loader", "Always")
+    assert arguments(release, "loader") == [
+        f"--configmap={NAME}-xds",
+        *TOKEN_ARGS,
         "--watch",
         "--sync-interval=1m0s",
         "--listen=:9902",
-        "--envoy-admin=http://127.0.0.1:9901",
+        f"--envoy-admin=unix:{ADMIN}/admin.sock",
     ]
-    assert arguments(release, "loader") == [*shared, *sidecar]
-    assert "startupProbe" not in named(release.pod, "loader")
 
 
-def test_native_sidecar() -> None:
-    release = render(load_values("native-sidecar-values.yaml"))
-    (loader,) = release.pod["initContainers"]
-    assert loader["name"] == "loader"
-    assert loader["restartPolicy"] == "Always"
+def test_probes() -> None:
+    """A new pod is ready once its Envoy ACKed the files; a dead loader takes no Envoy away."""
+    pod = render().pod
+    loader, envoy = named(pod, "loader"), named(pod, "envoy")
     assert loader["startupProbe"]["httpGet"] == {"path": "/readyz", "port": "loader"}
-    assert [c["name"] for c in release.pod["containers"]] == ["envoy"]
-    assert "--watch" in loader["args"]
-    assert "--onetime" not in loader["args"]
+    assert loader["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "loader"}
+    assert "readinessProbe" not in loader
+    assert envoy["startupProbe"]["httpGet"] == {"path": "/startz", "port": 9902}
+    assert envoy["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "ready"}
+    pod = render({"loader": {"confirm": False}}).pod
+    assert named(pod, "envoy")["startupProbe"]["httpGet"] == {"path": "/ready", "port": 9903}
 
 
 def test_daemonset() -> None:
@@ -237,7 +271,7 @@ def test_services_of_other_namespaces_and_json() -> None:
         "--endpoints=inline",
         "--format=json",
     ]
-    assert "--secret=payments/web-tls" in arguments(release, "loader-init")
+    assert "--secret=payments/web-tls" in arguments(release, "loader")
     cds = bootstrap(release)["dynamic_resources"]["cds_config"]["path_config_source"]["path"]
     assert cds == "/srv/runtime/current/cds.json"
     assert list(xds(release)) == ["lds.yaml"]
@@ -256,13 +290,12 @@ def test_more_of_everything() -> None:
     release = render(load_values("extras-values.yaml"))
     assert "replicas" not in release.workload["spec"]
     names = [c["name"] for c in containers(release.pod)]
-    assert names == ["first", "loader-init", "envoy", "loader", "beside"]
+    assert names == ["first", "loader", "envoy", "beside"]
     loader = named(release.pod, "loader")
     assert loader["image"].startswith("registry.example/loader@sha256:0123")
     assert {"name": "XDS_LOADER_STEP_DELAY", "value": "200ms"} in loader["env"]
     assert "--step-delay=50ms" in loader["args"]
-    assert "--step-delay=50ms" in named(release.pod, "loader-init")["args"]
-    assert named(release.pod, "envoy")["image"] == "envoyproxy/envoy:v1.40.0"
+    assert named(release.pod, "envoy")["image"] == "docker.io/envoyproxy/envoy:v1.40.0"
     assert release.pod["hostAliases"] == [{"ip": "10.0.0.1", "hostnames": ["legacy"]}]
     service = release.one("Service", "edge-http")["spec"]
     assert [port["name"] for port in service["ports"]] == ["https", "web"]
@@ -283,16 +316,12 @@ def test_drain_lets_envoy_serve_on_while_the_loader_asks_it_to_drain() -> None:
     assert named(release.pod, "envoy")["lifecycle"] == {"preStop": {"sleep": {"seconds": 7}}}
     hook = named(release.pod, "loader")["lifecycle"]["preStop"]["exec"]["command"]
     assert hook[:4] == ["python3", "-I", "-S", "-c"]
-    assert hook[5:] == ["9901", "7"], "a plain sidecar keeps the endpoints fresh meanwhile"
+    assert hook[5:] == [f"{ADMIN}/admin.sock"]
     compile(hook[4], "preStop", "exec")
+    assert "sleep" not in hook[4], "Kubernetes ends a native sidecar after Envoy"
     assert release.pod["terminationGracePeriodSeconds"] > 7
     # the kubelet kills a container whose liveness probe fails; /ready fails while it drains
     assert named(release.pod, "envoy")["livenessProbe"]["tcpSocket"] == {"port": "ready"}
-
-
-def test_a_native_sidecar_does_not_wait_in_its_hook() -> None:
-    hook = named(render({"nativeSidecar": True}).pod, "loader")["lifecycle"]["preStop"]["exec"]
-    assert hook["command"][-1] == "0"
 
 
 def test_kubernetes_before_preStop_sleep() -> None:
@@ -306,7 +335,7 @@ def test_without_drain_there_are_no_hooks() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rights: exactly these
+# Permissions: exactly these
 
 
 def rule(resource: str, *names: str, watch: bool = True, group: str = "") -> Object:
@@ -321,10 +350,10 @@ def rule(resource: str, *names: str, watch: bool = True, group: str = "") -> Obj
 OWN = rule("configmaps", f"{NAME}-xds")
 DISCOVERY = [rule("services"), rule("endpointslices", group="discovery.k8s.io")]
 
-RIGHTS: dict[str, tuple[dict[str, list[Object]], list[Object]]] = {
+PERMISSIONS: dict[str, tuple[dict[str, list[Object]], list[Object]]] = {
     # values: (rules by namespace, rules for the whole Kubernetes cluster)
     "default-values.yaml": ({"web": [OWN]}, []),
-    "native-sidecar-values.yaml": ({"web": [OWN]}, []),
+    "single-values.yaml": ({"web": [OWN]}, []),
     "weights-values.yaml": ({"web": [OWN]}, []),
     "selector-values.yaml": ({"web": [rule("configmaps")]}, []),
     "tls-values.yaml": ({"web": [OWN, rule("secrets", "web-tls")]}, []),
@@ -346,9 +375,9 @@ RIGHTS: dict[str, tuple[dict[str, list[Object]], list[Object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RIGHTS)
-def test_rights(name: str) -> None:
-    by_namespace, everywhere = RIGHTS[name]
+@pytest.mark.parametrize("name", PERMISSIONS)
+def test_permissions(name: str) -> None:
+    by_namespace, everywhere = PERMISSIONS[name]
     release = render(load_values(name), namespace="web")
     roles = {role["metadata"]["namespace"]: role for role in release.all("Role")}
     assert {namespace: role["rules"] for namespace, role in roles.items()} == by_namespace
@@ -382,12 +411,13 @@ def test_rights(name: str) -> None:
 def test_nodes_are_read_only_when_the_configuration_needs_them(
     endpoint: Object, nodes: bool
 ) -> None:
-    release = render({"services": {"enabled": True}, "config": {"endpoint": endpoint}})
+    services = {"enabled": True, "selector": "*"}
+    release = render({"services": services, "config": {"endpoint": endpoint}})
     expected = [[rule("nodes")]] if nodes else []
     assert [role["rules"] for role in release.all("ClusterRole")] == expected
 
 
-def test_no_rights_are_made_when_somebody_else_makes_them() -> None:
+def test_no_permissions_are_made_when_somebody_else_makes_them() -> None:
     release = render({"rbac": {"create": False}})
     kinds = {obj["kind"] for obj in release.objects}
     assert not kinds & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"}
@@ -437,6 +467,161 @@ def test_set_weight_is_a_canary_release_that_restarts_nothing() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "shares"),
+    [
+        # as annotations of Services: who has no weight takes what the others leave of 100
+        ({"a": None, "b": 5}, {"a": 95, "b": 5}),
+        ({"a": None, "b": 50}, {"a": 50, "b": 50}),
+        ({"a": None, "b": 0}, {"a": 100, "b": 0}),
+        ({"a": None, "b": 100}, {"a": 0, "b": 100}),
+        ({"a": None, "b": 120}, {"a": 0, "b": 120}),
+        ({"a": None, "b": None}, {"a": 1, "b": 1}),
+        ({"a": None, "b": None, "c": 5}, {"a": 95, "b": 95, "c": 10}),
+        ({"a": 3, "b": 1}, {"a": 3, "b": 1}),
+        ({"a": None}, {"a": 1}),
+    ],
+)
+def test_a_backend_without_a_weight_takes_the_rest(given: Object, shares: Object) -> None:
+    backends = {
+        name: {"port": 80} | ({} if weight is None else {"weight": weight})
+        for name, weight in given.items()
+    }
+    (routes,) = xds(render({"upstreams": {"web": {"backends": backends}}}))["rds.yaml"]["resources"]
+    (route,) = routes["virtual_hosts"][0]["routes"]
+    split = route["route"]["weighted_clusters"]["clusters"]
+    assert {entry["name"]: entry["weight"] for entry in split} == shares
+
+
+@pytest.mark.parametrize("weights", [{"stable": 95, "canary": 5}, {"canary": 5}, {}])
+def test_the_notes_show_a_command_that_gives_half(weights: Object) -> None:
+    backends = {
+        name: {"port": 80} | ({"weight": weights[name]} if name in weights else {})
+        for name in ("stable", "canary")
+    }
+    values = {"upstreams": {"web": {"backends": backends}}}
+    after = render(set_values(values, *re.findall(r"--set (\S+)", render(values).notes)))
+    (routes,) = xds(after)["rds.yaml"]["resources"]
+    split = routes["virtual_hosts"][0]["routes"][0]["route"]["weighted_clusters"]["clusters"]
+    assert {entry["weight"] for entry in split} == {50}
+
+
+def test_requests_match_whatever_port_their_host_header_has() -> None:
+    (routes,) = xds(render(load_values("weights-values.yaml")))["rds.yaml"]["resources"]
+    assert routes["ignore_port_in_host_matching"] is True
+    assert [host["domains"] for host in routes["virtual_hosts"]] == [["*"], ["podinfo.example"]]
+
+
+def test_what_envoy_advises_at_the_edge() -> None:
+    release = render()
+    (listener,) = xds(release)["lds.yaml"]["resources"]
+    assert listener["per_connection_buffer_limit_bytes"] == 32768
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    expected = {
+        "use_remote_address": True,
+        "normalize_path": True,
+        "merge_slashes": True,
+        "path_with_escaped_slashes_action": "REJECT_REQUEST",
+        "request_headers_timeout": "10s",
+        "stream_idle_timeout": "300s",
+    }
+    assert expected.items() <= manager.items()
+    config = bootstrap(release)
+    monitors = config["overload_manager"]["resource_monitors"]
+    assert [m["typed_config"].get("max_heap_size_bytes") for m in monitors] == [1 << 30, None]
+    (ready,) = config["static_resources"]["listeners"]
+    assert ready["ignore_global_conn_limit"] is ready["bypass_overload_manager"] is True
+    assert config["deferred_stat_options"] == {"enable_deferred_creation_stats": True}
+    assert "--disable-hot-restart" in named(release.pod, "envoy")["args"]
+    single = render(load_values("single-values.yaml"))
+    assert "overload_manager" not in bootstrap(single), "both limits are switched off"
+
+
+# ---------------------------------------------------------------------------------------------
+# What a platform team expects
+
+
+def test_names_as_the_table_describes_them() -> None:
+    release = render()
+    assert release.one("Service")["metadata"]["name"] == "edge"
+    assert release.pod["serviceAccountName"] == "edge"
+    assert render({"fullnameOverride": "front"}).pod["serviceAccountName"] == "front"
+
+
+@pytest.mark.parametrize(
+    ("values", "several"),
+    [
+        ({}, True),
+        ({"replicaCount": 1}, False),
+        ({"replicaCount": None}, True),
+        ({"kind": "DaemonSet"}, False),
+    ],
+)
+def test_two_pods_are_spread_and_not_evicted_together(values: Object, several: bool) -> None:
+    release = render(values)
+    assert len(release.all("PodDisruptionBudget")) == several
+    spread = release.pod.get("topologySpreadConstraints", [])
+    keys = ["kubernetes.io/hostname", "topology.kubernetes.io/zone"] if several else []
+    assert [constraint["topologyKey"] for constraint in spread] == keys
+    off = {**values, "topologySpreadConstraints": None, "podDisruptionBudget": {"enabled": False}}
+    without = render(off)
+    assert "topologySpreadConstraints" not in without.pod
+    assert without.all("PodDisruptionBudget") == []
+
+
+def test_images_by_digest() -> None:
+    pod = render(load_values("single-values.yaml")).pod
+    assert all(re.search(r"@sha256:\w{64}$", c["image"]) for c in containers(pod))
+    assert named(render().pod, "loader")["image"] == f"{IMAGE}:{__version__}"
+
+
+def test_the_inotify_budget_is_a_value() -> None:
+    services = {"enabled": True, "selector": "*", "edsBudget": 16}
+    release = render({"services": services, "config": {"cluster_domain": "k8s.local"}})
+    written = release.one("ConfigMap", "-loader")["data"]["loader.json"]
+    assert json.loads(written) == {"cluster_domain": "k8s.local", "endpoint": {"eds_budget": 16}}
+    assert "--config=/etc/xds-loader/loader.json" in arguments(release, "loader")
+
+
+def test_a_network_policy_may_be_switched_on() -> None:
+    assert render().all("NetworkPolicy") == []
+    http = {"port": 10000, "protocol": "TCP"}
+    (policy,) = render(load_values("single-values.yaml")).all("NetworkPolicy")
+    assert policy["spec"]["ingress"] == [{"ports": [http]}]
+    release = render(load_values("monitoring-values.yaml"))
+    traffic, metrics = release.one("NetworkPolicy")["spec"]["ingress"]
+    assert traffic["ports"] == [http]
+    *given, test = traffic["from"]
+    assert len(given) == 2
+    (hook,) = release.all("Pod")
+    assert test["podSelector"]["matchLabels"].items() <= hook["metadata"]["labels"].items()
+    assert [port["port"] for port in metrics["ports"]] == [9902, 9903]
+    assert len(metrics["from"]) == 1
+
+
+def test_a_service_may_select_the_pods_of_two_releases() -> None:
+    release = render(load_values("extras-values.yaml"))
+    assert release.one("Service", "edge-http")["spec"]["selector"] == {"tier": "front"}
+
+
+def test_helm_test_asks_the_port_that_leads_to_the_listener() -> None:
+    for values, port in ((load_values("extras-values.yaml"), "80"), ({}, "10000")):
+        (hook,) = render(values).all("Pod")
+        assert hook["spec"]["containers"][1]["command"][6] == port
+
+
+def test_resources_may_be_left_to_the_cluster() -> None:
+    pod = render({"loader": {"resources": {}}, "envoy": {"resources": {"limits": None}}}).pod
+    assert "limits" not in named(pod, "envoy")["resources"]
+
+
+def test_helm_test_prints_no_configuration() -> None:
+    (hook,) = render(load_values("tls-values.yaml")).all("Pod")
+    loader = hook["spec"]["containers"][0]
+    assert "--onetime" in loader["args"]
+    assert not {"--dry-run", "--diff"} & set(loader["args"])
+
+
 def test_upstreams_of_one_host_share_it_and_the_longer_prefix_goes_first() -> None:
     files = xds(render(load_values("weights-values.yaml")))
     (routes,) = files["rds.yaml"]["resources"]
@@ -451,7 +636,12 @@ def test_upstreams_of_one_host_share_it_and_the_longer_prefix_goes_first() -> No
 def test_weights_of_discovered_clusters() -> None:
     release = render(load_values("services-weights-values.yaml"))
     assert sorted(xds(release)) == ["lds.yaml", "rds.yaml"]
-    assert "hides the routes" in release.notes
+    ((host,),) = [r["virtual_hosts"] for r in xds(release)["rds.yaml"]["resources"]]
+    split = host["routes"][0]["route"]["weighted_clusters"]["clusters"]
+    assert {entry["name"]: entry["weight"] for entry in split} == {
+        "shop/web/http": 90,
+        "shop/web-canary/http": 10,
+    }
 
 
 def test_files_as_users_know_them() -> None:
@@ -469,7 +659,6 @@ def test_files_as_users_know_them() -> None:
     assert config["layered_runtime"]["layers"][0]["name"] == "admin"
     address = config["static_resources"]["listeners"][0]["address"]["socket_address"]
     assert address == {"address": "::", "ipv4_compat": True, "port_value": 9903}
-    assert config["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
 
 
 def test_restart_only_for_what_is_read_once() -> None:
@@ -478,18 +667,21 @@ def test_restart_only_for_what_is_read_once() -> None:
         return found
 
     plain = annotations({})
-    assert annotations({"listener": {"port": 8080}}) == plain
+    assert annotations({"listener": {"codecType": "HTTP2"}}) == plain
     assert annotations({"upstreams": load_values("weights-values.yaml")["upstreams"]}) == plain
     assert annotations({"envoy": {"bootstrap": {"stats_flush_interval": "1s"}}}) != plain
     assert annotations({"config": {"cluster_domain": "k8s.local"}}) != plain
+    services: Object = {"enabled": True, "selector": "*"}
+    budget = {"services": {**services, "edsBudget": 4}}
+    assert annotations(budget) != annotations({"services": services})
 
 
 # ---------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"replicas": 3}, "replicas"),
         ({"loader": {"imagePullPolicy": "Always"}}, "imagePullPolicy"),
@@ -497,7 +689,11 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"loader": {"syncInterval": "30"}}, "syncInterval"),
         ({"loader": {"image": {"digest": "sha256:1"}}}, "digest"),
         ({"kind": "StatefulSet"}, "kind"),
-        ({"envoy": {"adminPort": 0}}, "adminPort"),
+        ({"envoy": {"adminPort": 9901}}, "adminPort"),
+        ({"nativeSidecar": True}, "nativeSidecar"),
+        ({"services": {"edsBudget": "8"}}, "edsBudget"),
+        ({"envoy": {"overload": {"maxHeap": "1 GB"}}}, "maxHeap"),
+        ({"networkPolicy": {"from": ["monitoring"]}}, "from"),
         ({"envoy": {"cds": "../cds.yaml"}}, "cds"),
         ({"envoy": {"ports": {"ready": {"containerPort": 1}}}}, "ready"),
         ({"configMaps": ["envoy-xds"]}, "configMaps"),
@@ -514,11 +710,33 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"xds": {"rds.yaml": {"name": "x"}}}, "rds.yaml"),
         ({"xds": {"rds.yaml": [{"name": "x"}]}}, "rds.yaml"),
         ({"upstreams": {"a": {"backends": {}}}}, "backends"),
-        ({"upstreams": {"a": {"backends": {"b": {"port": 1}}}}}, "weight"),
+        ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": 1000001}}}}}, "weight"),
+        ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": "50%"}}}}}, "weight"),
         ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": -1}}}}}, "weight"),
         ({"upstreams": {"a": {"prefix": "x", "backends": {"b": {"weight": 1}}}}}, "prefix"),
         ({"tests": {"statuses": ["200"]}}, "statuses"),
-        # what a schema cannot say
+        # what a schema cannot express
+        ({"loader": {"image": {"repository": ""}}}, 'loader.image.repository: "" has no registry'),
+        ({"loader": {"image": {"repository": "team/loader"}}}, '"team/loader" has no registry'),
+        ({"envoy": {"image": {"repository": "envoy"}}}, "envoy.image.repository"),
+        ({"loader": {"image": {"repository": f"{IMAGE}:1"}}}, "has a tag or digest"),
+        ({"services": {"enabled": True}}, "services.selector: give the label selector"),
+        ({"runtimeVolume": {"sizeLimit": "256Mi"}}, "loader.resources.limits.memory: must be 64Mi"),
+        ({"loader": {"resources": {"limits": {"memory": "100M"}}}}, "runtimeVolume.sizeLimit"),
+        ({"envoy": {"overload": {"maxHeap": "2Gi"}}}, "must be below envoy.resources.limits"),
+        (
+            {"envoy": {"bootstrap": {"admin": {"address": {"socket_address": {}}}}}},
+            "envoy.bootstrap.admin.address: the admin interface is a Unix socket",
+        ),
+        ({"listener": {"port": 8080}}, "listener.port: 8080 is in no entry of envoy.ports"),
+        (
+            {"listener": {"port": 8080}, "envoy": {"ports": {"web": {"containerPort": 8080}}}},
+            "listener.port: no entry of service.ports has it as targetPort (8080 or web)",
+        ),
+        (
+            {"upstreams": {"a": {"domains": ["x:80"], "backends": {"b": {"port": 1}}}}},
+            "domain x:80: give it without a port",
+        ),
         ({"upstreams": {"a": {"backends": {"b": {"weight": 1}}}}}, "b: port is required"),
         ({"upstreams": {"a": {"backends": {"b": {"weight": 0, "port": 1}}}}}, "sum to 0"),
         ({"listener": {"enabled": False}}, "nothing for Envoy to read"),
@@ -531,7 +749,7 @@ def test_restart_only_for_what_is_read_once() -> None:
         ),
         (
             {
-                "services": {"enabled": True},
+                "services": {"enabled": True, "selector": "*"},
                 "upstreams": {"a": {"backends": {"b": {"weight": 1, "port": 1}}}},
             },
             "discovered",
@@ -541,9 +759,12 @@ def test_restart_only_for_what_is_read_once() -> None:
                 "xds": {"rds.yaml": "resources: []"},
                 "upstreams": {"a": {"backends": {"b": {"weight": 1, "port": 1}}}},
             },
-            "rds.yaml would take the place",
+            "rds.yaml would replace the file",
         ),
-        ({"services": {"enabled": True, "namespaces": ["*", "a"]}}, "name no other"),
+        (
+            {"services": {"enabled": True, "selector": "*", "namespaces": ["*", "a"]}},
+            "name no other",
+        ),
         ({"terminationGracePeriodSeconds": 20}, "drain.seconds"),
         (
             {
@@ -574,8 +795,8 @@ def test_restart_only_for_what_is_read_once() -> None:
         ),
     ],
 )
-def test_refused(values: Object, said: str) -> None:
-    with pytest.raises(helm.HelmError, match=re.escape(said)):
+def test_values_that_are_an_error(values: Object, message: str) -> None:
+    with pytest.raises(helm.HelmError, match=re.escape(message)):
         render(values)
 
 
@@ -619,7 +840,7 @@ def test_the_schema_knows_exactly_the_values() -> None:
 
 def test_the_readmes_values_render() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         for obj in render(yaml.safe_load(block)).objects:
             validate(obj, VERSIONS[-1])
@@ -638,5 +859,7 @@ def test_as_a_subchart(tmp_path: Path) -> None:
     (parent / "templates").mkdir(parents=True)
     shutil.copytree(CHART, parent / "charts" / CHART.name)
     (parent / "Chart.yaml").write_text("apiVersion: v2\nname: parent\nversion: 1.0.0\n")
-    release = render({"global": {"x": 1}, CHART.name: {"replicaCount": 1}}, chart=parent)
+    image = {"repository": IMAGE}
+    values = {"replicaCount": 1, "loader": {"image": image}}
+    release = render({"global": {"x": 1}, CHART.name: values}, chart=parent)
     assert release.workload["spec"]["replicas"] == 1

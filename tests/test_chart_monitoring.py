@@ -13,7 +13,7 @@ import pytest
 from tests.support.backend import Backends
 from tests.support.chart_docs import CHART
 from tests.support.manifests import Release, load_values, render
-from tests.support.pod import Pod, get
+from tests.support.pod import Pod
 from tests.support.tls import Authority
 from tests.test_chart_envoy import names_of, weights
 
@@ -64,9 +64,10 @@ LOADER_LABELS = {
     "xds_loader_publications_total": {"step"},
     "xds_loader_published_files_total": set(),
     "xds_loader_publication_duration_seconds_bucket": {"le"},
-    "xds_loader_confirmation_duration_seconds_bucket": {"le"},
-    "xds_loader_rejections_total": {"type"},
-    "xds_loader_refused_files": {"file"},
+    "xds_loader_ack_duration_seconds_bucket": {"le"},
+    "xds_loader_nacks_total": {"type"},
+    "xds_loader_nacked_files": {"file"},
+    "xds_loader_unknown_files": {"file"},
     "xds_loader_source_last_event_timestamp_seconds": {"source"},
     "xds_loader_source_synced": {"source"},
     "xds_loader_watch_restarts_total": {"source", "reason"},
@@ -77,7 +78,6 @@ LOADER_LABELS = {
     "xds_loader_inotify_instances_used": set(),
     "xds_loader_snapshot_info": {"version"},
     "xds_loader_snapshot_timestamp_seconds": set(),
-    "xds_loader_certificate_expiry_timestamp_seconds": {"secret"},
     "xds_loader_info": {"version"},
     "process_resident_memory_bytes": set(),
     "process_cpu_seconds_total": set(),
@@ -102,11 +102,11 @@ def test_every_expression_meets_what_is_served(tmp_path: Path, authority: Author
     values = load_values("monitoring-values.yaml")
     values["metrics"]["prometheusRule"].update(disabled=[], additionalRules=[])
     with Backends("stable", "canary") as backends:
-        values.update(weights(backends, 1, 1))
+        values.update(weights(backends))
         with Pod(render(values), tmp_path, authority) as pod:
             names_of(pod, 5, "web.example")
-            loader = served(get(pod.ports[9902], "/metrics").body)
-            envoy = served(get(pod.ports[9903], "/stats/prometheus").body)
+            loader = served(pod.ask(9902, "/metrics").body)
+            envoy = served(pod.ask(9903, "/stats/prometheus").body)
             everything = list(expressions(render(values)))
             assert len(everything) > 40
             for where, expression in everything:
@@ -120,6 +120,37 @@ def test_every_expression_meets_what_is_served(tmp_path: Path, authority: Author
                         assert labels <= envoy[name], f"{where}: {name} has {envoy[name]}"
     used = {name for _, expression in everything for name, _ in selectors(expression)}
     assert set(LOADER_LABELS) <= used, "the dashboard leaves out a metric of the loader"
+
+
+def alerts(values: dict[str, Any]) -> dict[str, Any]:
+    metrics = {"prometheusRule": {"enabled": True}}
+    (group,) = render({**values, "metrics": metrics}).one("PrometheusRule")["spec"]["groups"]
+    return {rule["alert"]: rule for rule in group["rules"]}
+
+
+def test_pods_that_prefer_their_zone_differ_by_design() -> None:
+    services = {"enabled": True, "selector": "*"}
+    for zone, fires in ((True, False), (False, True), ("eu-1a", True)):
+        config = {"endpoint": {"prefer_zone": zone}}
+        found = alerts({"services": services, "config": config})
+        assert ("XdsSnapshotsDiffer" in found) == fires
+
+
+def test_the_alert_on_a_nack_names_where_the_reason_is() -> None:
+    annotations = alerts({})["XdsFileNacked"]["annotations"]
+    assert (
+        "kubectl -n shop logs -l app.kubernetes.io/instance=edge -c loader"
+        in (annotations["description"])
+    )
+    assert "/readyz" in annotations["description"]
+
+
+def test_alerts_count_the_pods_of_their_own_release() -> None:
+    (pods,) = set(re.findall(r'pod=~"([^"]+)"', json.dumps(alerts({})).replace('\\"', '"')))
+    own = "edge-envoy-xds-configmap-loader"
+    assert re.fullmatch(pods, f"{own}-5d4f6b7c9d-x2x4z")
+    assert re.fullmatch(pods, f"{own}-x2x4z"), "of a DaemonSet"
+    assert not re.fullmatch(pods, f"{own}-first-5d4f6b7c9d-x2x4z")
 
 
 def test_the_dashboards_panels() -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support.apiserver import ApiServer
 from tests.support.loader import COMMAND, ROOT, run, snapshot, wait_files
 
 OPTIONS = (
-    "configmap configmap-selector namespace apiserver token-file ca-file client-cert client-key "
-    "insecure from-file output-dir onetime dry-run watch sync-interval diff timeout check-cmd "
-    "log-format log-level version"
+    "configmap configmap-selector services services-namespace secret namespace apiserver "
+    "token-file ca-file client-cert client-key insecure from-file config endpoints format "
+    "output-dir onetime dry-run watch sync-interval diff secret-mode timeout envoy-admin "
+    "step-delay check-cmd listen log-format log-level trafficsplit-api-version version help"
 ).split()
 
 
@@ -47,21 +52,37 @@ def test_nothing_but_the_standard_library_is_imported() -> None:
 
 
 @pytest.mark.parametrize("option", ["-h", "--help", "-help"])
-def test_help_names_every_option(option: str) -> None:
+def test_help_names_every_option_in_sections_with_examples(option: str) -> None:
     done = run([option])
-    assert done.returncode == 0
-    for name in OPTIONS:
-        assert f"--{name}" in done.stdout
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    named = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert set(named) >= {f"--{name}" for name in OPTIONS}
+    assert len(named) == len(set(named))
+    sections = [line for line in lines if re.fullmatch(r"[A-Z].*:", line)]
+    assert len(sections) > 5
+    examples = [line for line in lines if line.startswith("    envoy-xds-configmap-loader -")]
+    assert len(examples) == 3
+    for example in examples:
+        loader.options_from(shlex.split(example)[1:], {})
+    assert "docs/options.md" in done.stdout
 
 
 @pytest.mark.parametrize("option", ["--version", "-version"])
 def test_version(option: str) -> None:
     done = run([option])
-    declared = re.search(r'^__version__ = "(.+)"', (ROOT / "loader.py").read_text(), re.M)
-    assert declared is not None
     assert done.returncode == 0
-    assert declared.group(1) in done.stdout.split()
+    assert loader.__version__ in done.stdout.split()
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_help_and_version_win_over_bad_values(option: str) -> None:
+    env = {"XDS_LOADER_TIMEOUT": "30", "XDS_LOADER_VERSION": "false"}
+    for words in ([option], ["--timeout", "30", option], [option, "--secret-mode=999"]):
+        done = run(words, env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("envoy-xds-configmap-loader ")
 
 
 @pytest.mark.parametrize("words", ["--help", "--version", "--dry-run --from-file objects.json"])
@@ -95,7 +116,7 @@ def test_who_reads_no_further_is_no_error(words: str, tmp_path: Path) -> None:
         ["-configmap", "demo/x", "-onetime=true"],
         ["-configmap", "x", "-onetime=1", "-watch=false"],
         ["-configmap", "x", "-onetime", "-watch"],
-        ["-configmap", "x", "-onetime", "-sync-interval=30s"],
+        ["-configmap", "x", "-onetime", "-sync-interval=1m30.5s"],
         ["-onetime", "-insecure=false", "-dry-run=false", "-configmap", "x"],
     ],
     ids=" ".join,
@@ -109,14 +130,6 @@ def test_spellings(run_loader: RunLoader, out: Path, args: list[str]) -> None:
 def test_a_repeated_option_repeats(run_loader: RunLoader, out: Path) -> None:
     assert run_loader("-onetime", "-configmap", "x", "-configmap", "y").returncode == 0
     assert snapshot(out) == {"rds.yaml": b"x: 1\n", "cds.yaml": b"y: 1\n"}
-
-
-@pytest.mark.parametrize(
-    "duration", ["1m0s", "250ms", "90s", "1h", "1.5s", "2h45m", "100000us", "100000µs", "1m30.5s"]
-)
-def test_durations_as_go_writes_them(run_loader: RunLoader, duration: str) -> None:
-    done = run_loader("--onetime", "--configmap", "x", "-sync-interval", duration)
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_predecessors_command_line_runs_unchanged(
@@ -328,6 +341,119 @@ def test_json_logs(start_loader: StartLoader, api: ApiServer, out: Path) -> None
 def test_quiet_logs(run_loader: RunLoader) -> None:
     done = run_loader("--onetime", "--configmap", "x", "--log-level", "error")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -- values
+
+
+PASSED = {
+    "--envoy-admin": ["http://127.0.0.1:9901", "http://[::1]:9901", "unix:/run/envoy/admin.sock"],
+    "--apiserver": ["https://10.0.0.1:6443", "http://127.0.0.1:8001/", "https://[fd00::1]:443",
+                    "https://kubernetes.default.svc."],
+    "--secret-mode": ["0600", "640", "0o640", "400"],
+    "--services": ["*", "", "app=web,tier in (a, b),!legacy"],
+    "--services-namespace": ["*", "shop"],
+    "--check-cmd": ["check.sh '{dir}'"],
+    "--step-delay": ["0", "0s", "+1.5s", "1h1m1s1ms1us1ns", ".5s", "1.s"],
+}  # fmt: skip
+REJECTED = {
+    "--envoy-admin": ["https://127.0.0.1:9901", "unix:admin.sock", "unix:", "unix:/" + "x" * 107,
+                      "unix:/a\nb", "9901", "http://h:0", "http://h?x", "http://h#x", "http://a..b",
+                      "http://" + "x" * 64, "http://h h"],
+    "--secret-mode": ["0300", "0000", "1777", "666666", "rw", "0x1ff", "7"],
+    "--services-namespace": ["shop.x", "-", "x" * 64],
+    "--secret": ["a/b/c", "x:dir", "x" * 254, "a..b", ".a", "a\n"],
+    "--configmap": ["x:", "x:a//b", "x:a\nb", "x:..data"],
+    "--step-delay": ["1", "s", "1.2.3s", "1e3s", "-1s", "9" * 400 + "h", "1m 0s", "1d"],
+    "--endpoints": ["EDS", ""],
+    "--check-cmd": ["", " "],
+    "--listen": ["9902", ":99999"],
+}  # fmt: skip
+BASE = ["--configmap", "base", "--services", "a=b"]
+
+
+@pytest.mark.parametrize("option, value", [(o, v) for o, vs in PASSED.items() for v in vs])
+def test_values_that_are_accepted(option: str, value: str) -> None:
+    loader.options_from([*BASE, option, value], {})
+
+
+@pytest.mark.parametrize("option, value", [(o, v) for o, vs in REJECTED.items() for v in vs])
+def test_values_that_are_rejected(option: str, value: str) -> None:
+    with pytest.raises(loader.UsageError) as caught:
+        loader.options_from([*BASE, option, value], {})
+    assert str(caught.value).startswith(f"{option} ")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 350
+
+
+def test_what_the_options_become() -> None:
+    def options(*words: str, **variables: str) -> loader.Options:
+        return loader.options_from([*BASE, *words], variables)
+
+    assert options().step_delay is None
+    assert options("--step-delay", "0s").step_delay == 0.0
+    assert options("--step-delay", "1m0.5s").step_delay == 60.5
+    assert options().mode == "poll"
+    assert options("--watch").mode == "watch"
+    assert options("--watch", "--onetime").mode == "once"
+    assert options("--watch", "--dry-run").mode == "once"
+    assert options("--watch", "--from-file", "x.json").mode == "poll"
+    assert options("--services", "*").services == ""
+    found = options("--secret", "x", "--secret", "shop/x", "--secret=x", NS="demo").secret
+    assert [named.namespace for named in found] == ["demo", "shop"]
+    assert options(NODE_NAME="node-1").node_name == "node-1"
+    assert options("--from-file", "x", "--client-cert", "c").from_file == "x"
+    assert options(KUBERNETES_SERVICE_HOST="fd00::1").access.url == "https://[fd00::1]:443"
+
+
+def test_a_password_in_a_url_is_not_shown() -> None:
+    with pytest.raises(loader.UsageError) as caught:
+        loader.options_from([*BASE, "--apiserver", "https://me:geheim@10.0.0.1/"], {})
+    assert "geheim" not in str(caught.value)
+    assert "must not hold a user" in str(caught.value)
+
+
+def test_an_unknown_variable_is_one_warning(run_loader: RunLoader) -> None:
+    """But those that Kubernetes makes of a Service named xds-loader."""
+    env = {
+        "XDS_LOADER_SYNC_INTERVALL": "30s",
+        "XDS_LOADER_FOO": "x",
+        "XDS_LOADER_VERSION": "1.2",
+        "XDS_LOADER_SERVICE_HOST": "10.0.0.1",
+        "XDS_LOADER_SERVICE_PORT_HTTP": "80",
+        "XDS_LOADER_PORT": "tcp://10.0.0.1:80",
+        "XDS_LOADER_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    done = run_loader("--onetime", "--configmap", "x", env=env)
+    assert done.returncode == 0
+    (line,) = [line for line in done.stderr.splitlines() if " WARNING " in line]
+    assert line.endswith("variable XDS_LOADER_FOO, XDS_LOADER_SYNC_INTERVALL")
+
+
+def test_a_config_that_is_nested_too_deeply(tmp_path: Path, run_loader: RunLoader) -> None:
+    for text in ("[" * 200_000, '{"a":' * 200_000, "", "nonsense", '"text"'):
+        (tmp_path / "config.json").write_text(text)
+        words = ("--onetime", "--services", "*", "--config", str(tmp_path / "config.json"))
+        done = run_loader(*words)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "config" in done.stderr
+
+
+WORST = ["1" * 200_000, "1m" * 100_000 + "!", "a" * 200_000 + "!", "a-" * 100_000, "a." * 100_000,
+         ":" * 200_000, "[" + "0" * 200_000, "//" * 100_000, "http://" + "a." * 100_000 + ":x",
+         "http://" + "x@" * 100_000, "0" * 200_000, "-" * 200_000, " " * 200_000, "'" * 200_001,
+         "a=b," * 50_000 + "!", "a in (" * 40_000, "(" * 200_000, "_" * 200_000]  # fmt: skip
+
+
+def test_every_value_is_parsed_in_linear_time() -> None:
+    """200 KB of the worst: what is quadratic takes minutes."""
+    for option in loader.OPTIONS:
+        for text in WORST:
+            began = time.process_time()
+            with contextlib.suppress(loader.UsageError):
+                loader.options_from([f"--{option.name}={text}"], {f"XDS_LOADER_{text}": "x"})
+            assert time.process_time() - began < 0.5, (option.name, text[:20])
 
 
 def test_it_tried_and_could_not(run_loader: RunLoader, api: ApiServer) -> None:

@@ -2,21 +2,23 @@
 
 Each case starts from the same disk, counts the calls, and lets one go wrong. Then the promises
 of that instant are checked, a new loader starts, and then those of convergence: the files are
-there, Envoy was told of each change after the switch, and what was left over goes.
+there, Envoy was notified of each change after the switch, and what was left over goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -49,43 +51,38 @@ class Ended(NamedTuple):
     calls: tuple[Call, ...]
     log: str
 
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
 
-def objects(contents: Contents) -> tuple[dict[str, Any], list[str]]:
+
+def objects(contents: Contents) -> tuple[str, list[str]]:
     """A list as `kubectl get -o json` prints it, and the options that publish it as `contents`."""
-    by_directory: dict[str, dict[str, str]] = {}
+    maps: dict[str, dict[str, str]] = {}
     for path, text in contents.items():
         directory, _, name = path.rpartition("/")
-        by_directory.setdefault(directory, {})[name] = text
-    items, args = [], []
-    for directory, keys in by_directory.items():
-        name = f"map-{directory or 'top'}"
-        metadata = {"name": name, "namespace": "demo"}
-        items.append(
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": keys}
-        )
-        args += ["--configmap", f"{name}:{directory}" if directory else name]
-    return {"apiVersion": "v1", "kind": "List", "items": items}, args
+        maps.setdefault(directory, {})[name] = text
+    items = [{"kind": "ConfigMap", "metadata": {"name": f"map{directory}", "namespace": "demo"},
+              "data": data} for directory, data in maps.items()]  # fmt: skip
+    names = [f"map{directory}:{directory}".rstrip(":") for directory in maps]
+    args = [word for name in names for word in ("--configmap", name)]
+    return json.dumps({"kind": "List", "items": items}), args
 
 
 class Forks:
-    """Runs of `loader.main`, each in a fork."""
+    """Runs of `loader.main`, each in a fork, on a directory that can be put back as it was."""
 
     def __init__(self, out: Path, scratch: Path) -> None:
         self.out = out
         self._scratch = scratch
-        self._log = scratch / "log"
-        self._calls = scratch / "calls"
-        self._objects = scratch / "objects.json"
+        self._log, self._calls = scratch / "log", scratch / "calls"
 
-    def arguments(self, contents: Contents, *more: str) -> list[str]:
-        document, args = objects(contents)
-        temporary = self._scratch / "objects.new"
-        temporary.write_text(json.dumps(document))
-        temporary.rename(self._objects)
-        base = ["--namespace", "demo", "--output-dir", str(self.out)]
-        return [*base, "--from-file", str(self._objects), *args, *more]
-
-    def start(self, args: list[str], plan: Plan) -> int:
+    def start(self, contents: Contents, plan: Plan, *more: str) -> int:
+        text, args = objects(contents)
+        path = self._scratch / "objects.json"
+        path.write_text(text)
+        args += ["--namespace", "demo", "--output-dir", str(self.out), "--from-file", str(path),
+                 "--step-delay", "1ms", *more]  # fmt: skip
         pid = os.fork()
         if pid:
             return pid
@@ -97,16 +94,15 @@ class Forks:
             loader.log = loader.Log()
             trace = os.open(self._calls, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             write = os.write
-            arm(
-                str(self.out),
-                plan,
-                lambda call: void(write(trace, f"{call.name}\t{call.path}\n".encode())),
-            )
-            status = loader.main(args)
+
+            def seen(call: Call) -> None:
+                write(trace, f"{call.name}\t{call.path}\n".encode())
+
+            arm(str(self.out), plan, seen)
+            os._exit(loader.main(args))
         except BaseException as error:
             os.write(2, f"Traceback of the fork: {error!r}\n".encode())
             os._exit(99)
-        os._exit(status)
 
     def ended(self, pid: int, timeout: float = 20.0) -> Ended:
         watch = os.pidfd_open(pid)
@@ -115,123 +111,103 @@ class Forks:
         if late:
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        assert not late, f"the fork still ran after {timeout} s:\n{self._log.read_text()}"
+        log = self._log.read_text()
+        assert not late, f"the fork still ran after {timeout} s:\n{log}"
+        assert "Traceback" not in log, log
         rows = [line.split("\t") for line in self._calls.read_text().splitlines()]
         calls = tuple(Call(name, path) for name, path in rows)
-        log = self._log.read_text()
-        assert "Traceback" not in log, log
         return Ended(os.waitstatus_to_exitcode(status), calls, log)
 
     def once(self, contents: Contents, plan: Plan = Plan()) -> Ended:  # noqa: B008
-        return self.ended(self.start(self.arguments(contents, "--onetime"), plan))
+        return self.ended(self.start(contents, plan, "--onetime"))
 
+    def publish(self, contents: Contents) -> tuple[Call, ...]:
+        """A run in which nothing goes wrong."""
+        done = self.once(contents)
+        assert done.status == 0, done.log
+        return done.calls
 
-def void(_: object) -> None:
-    return None
+    def save(self) -> None:
+        shutil.copytree(self.out, self._scratch / "saved", symlinks=True)
+
+    def restore(self) -> None:
+        shutil.rmtree(self.out)
+        shutil.copytree(self._scratch / "saved", self.out, symlinks=True)
 
 
 @pytest.fixture
 def forks(tmp_path: Path) -> Forks:
+    (tmp_path / "runtime").mkdir()
     return Forks(tmp_path / "runtime", tmp_path)
 
 
-@pytest.fixture
-def on_tmpfs(tmp_path: Path) -> Iterator[Forks]:
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("no /dev/shm")
-    import shutil
-    import tempfile
-
-    place = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    yield Forks(place / "runtime", tmp_path)
-    shutil.rmtree(place)
-
-
 # -- what must hold
-
-
-class Before(NamedTuple):
-    """The disk before something goes wrong, watched as Envoy watches it."""
-
-    files: dict[str, bytes]
-    directories: dict[str, int]
-    seen: Inotify
 
 
 def encoded(contents: Contents) -> dict[str, bytes]:
     return {path: text.encode() for path, text in contents.items()}
 
 
-def inodes(out: Path) -> dict[str, int]:
-    current = out / "current"
-    found = {"current": current.stat().st_ino} if current.is_dir() else {}
-    for place, names, _ in os.walk(current):
-        for name in names:
-            path = Path(place, name)
-            found[str(path.relative_to(out))] = path.stat().st_ino
-    return found
+def directories(out: Path) -> dict[str, int]:
+    """`current/` and those below it, with their inodes."""
+    places = [Path(place) for place, _, _ in os.walk(out / "current")]
+    return {str(place.relative_to(out)): place.stat().st_ino for place in places}
 
 
 def watched(out: Path) -> Inotify:
-    return Inotify(out, *(out / name for name in inodes(out)))
+    return Inotify(out, *(out / name for name in directories(out)))
 
 
-def check_instant(out: Path, old: Contents, new: Contents, directories: dict[str, int]) -> None:
+def check_instant(out: Path, *generations: Contents) -> None:
     """Every path that old and new have resolves, and all show one snapshot."""
-    shown = snapshot(out)
-    # What goes may go one snapshot later than what comes: the third has both.
-    candidates = (encoded(old), encoded(new), encoded({**old, **new}))
-    if not old and not shown:
-        return
-    fits = [
-        all(files.get(path) == content for path, content in shown.items()) for files in candidates
-    ]
-    assert any(fits), f"mixed: {shown}"
-    missing = (old.keys() & new.keys()) - shown.keys()
+    shown, (old, *others) = snapshot(out), generations
+    # What goes goes one snapshot later than what comes: then there are both.
+    candidates = [encoded(each) for each in (*generations, *({**old, **new} for new in others))]
+    if old or shown:
+        assert any(shown.items() <= each.items() for each in candidates), f"mixed: {shown}"
+    missing = set(old).intersection(*others) - shown.keys()
     assert not missing, f"{missing} does not resolve"
-    now = inodes(out)
-    assert {name: now.get(name) for name in directories} == directories, "a directory was replaced"
     if (out / "..data").is_symlink():
         disk.inspect(out, converged=False)
 
 
-def check_told(
+def check_notified(
     events: list[tuple[int, Path]], out: Path, old: Contents, new: Contents, excused: str = ""
 ) -> None:
-    """Envoy saw a move of each changed file after the switch, and no other file moved.
+    """Envoy saw a move of each changed file after the first switch, and of no other file.
 
     `excused` is a place whose file could not be read: it counts as damaged and is written anew.
     """
     moves = [str(path.relative_to(out)) for mask, path in events if mask & IN_MOVED_TO]
-    switches = [index for index, name in enumerate(moves) if name == "..data"]
-    assert switches, f"no switch was seen: {moves}"
-    after = {name.removeprefix("current/") for name in moves[switches[-1] :]}
-    watched_directories = {path.rpartition("/")[0] for path in old} | {""}
-    told = {
-        path
-        for path, text in new.items()
-        if old.get(path) != text and path.rpartition("/")[0] in watched_directories
-    }
-    assert told <= after, f"Envoy was not told of {told - after}: {moves}"
+    assert "..data" in moves, f"no switch was seen: {moves}"
+    after = {name.removeprefix("current/") for name in moves[moves.index("..data") :]}
+    changed = {path for path, text in new.items() if old.get(path) != text
+               and any(path.rpartition("/")[0] == other.rpartition("/")[0] for other in old)}
+    assert changed <= after, f"Envoy was not notified of {changed - after}: {moves}"
     kept = {path for path, text in new.items() if old.get(path) == text}
     needless = kept & {name.removeprefix("current/") for name in moves}
     needless -= {excused.partition("/")[2]}
-    assert not needless, f"Envoy was told of {needless}, which did not change"
+    assert not needless, f"Envoy was notified of {needless}, which did not change"
 
 
 def check_converged(forks: Forks, new: Contents, newer: Contents) -> None:
     """What `new` says stands, one more start touches nothing, one more publication tidies up."""
-    out = forks.out
-    assert disk.inspect(out, converged=False).files == encoded(new)
-    before = disk.fingerprint(out)
-    with watched(out) as seen:
-        again = forks.once(new)
-        assert again.status == 0, again.log
-        assert seen.events() == []
-    assert disk.fingerprint(out) == before
-    done = forks.once(newer)
-    assert done.status == 0, done.log
-    assert disk.inspect(out, snapshots=2).files == encoded(newer)
+    assert disk.inspect(forks.out, converged=False).files == encoded(new)
+    before = disk.fingerprint(forks.out)
+    forks.publish(new)
+    assert disk.fingerprint(forks.out) == before
+    forks.publish(newer)
+    assert disk.inspect(forks.out).files == encoded(newer)
+
+
+@contextlib.contextmanager
+def blamed(how: object, call: Call) -> Iterator[None]:
+    """Says at which call a case failed."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"at: {how} {call.name} {call.path}")
+        raise
 
 
 def cases(calls: tuple[Call, ...]) -> list[tuple[int, str]]:
@@ -240,213 +216,134 @@ def cases(calls: tuple[Call, ...]) -> list[tuple[int, str]]:
     What is on disk before a call is what is there after the last one that changed something.
     """
     changing = [number for number, call in enumerate(calls) if call.changes]
-    found = [(changing[0], "before")]
-    for number in changing:
-        found.append((number, "after"))
-        if calls[number].name == "write":
-            found.append((number, "halfway"))
-    return found
-
-
-def wipe(out: Path) -> None:
-    import shutil
-
-    shutil.rmtree(out, ignore_errors=True)
-
-
-Prepare = Callable[[Forks], None]
-
-
-def nothing(forks: Forks) -> None:
-    wipe(forks.out)
-
-
-def published(forks: Forks) -> None:
-    """Two snapshots stand, so that the next publication prunes one."""
-    wipe(forks.out)
-    for contents in (OLDER, OLD):
-        assert forks.once(contents).status == 0
-
-
-def half_notified(forks: Forks) -> None:
-    """The process before died right after the switch: everything is left to be recovered."""
-    at = count(forks, published, NEW).index(Call("rename", "..data"))
-    published(forks)
-    assert forks.once(NEW, Plan(at, "after")).status == -signal.SIGKILL
-
-
-def littered(forks: Forks) -> None:
-    """Half-written snapshots, a link's temporary name, damaged files and links."""
-    published(forks)
-    out = forks.out
-    home = out / os.readlink(out / "..data")
-    (out / "..0123456789abcdef/eds").mkdir(parents=True)
-    (out / "..0123456789abcdef/eds/x").write_text("half")
-    (out / "..link").symlink_to("nowhere")
-    (out / "current/change").unlink()
-    (home / "gone").write_text("damaged")
-    (out / "current/eds/keep").unlink()
-    (out / "current/eds/keep").write_text("k")
-
-
-def predecessor(forks: Forks) -> None:
-    """Real files in `current/`, as the predecessor leaves them."""
-    wipe(forks.out)
-    for path, text in OLD.items():
-        place = forks.out / "current" / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(text)
-    (forks.out / "new").mkdir()
-
-
-def count(forks: Forks, prepare: Prepare, contents: Contents) -> tuple[Call, ...]:
-    prepare(forks)
-    done = forks.once(contents)
-    assert done.status == 0, done.log
-    return done.calls
+    writes = [number for number in changing if calls[number].name == "write"]
+    return [(changing[0], "before"), *((number, "after") for number in changing),
+            *((number, "halfway") for number in writes)]  # fmt: skip
 
 
 # -- deaths
 
 
-def test_the_calls_of_a_publication_are_few_and_counted(forks: Forks) -> None:
-    """The matrix is only as good as its counting: each kind of call must be in it."""
-    calls = count(forks, published, NEW)
-    assert {call.name for call in calls} >= {
-        "mkdir", "open", "write", "link", "symlink", "rename", "unlink", "rmdir", "readlink",
-        "scandir", "lstat", "open (read)",
-    }  # fmt: skip
-    assert calls.count(Call("rename", "..data")) == 1
-    changing = [call for call in calls if call.changes]
-    assert len(changing) < 70, changing
+def nothing(_: Forks) -> Contents:
+    return {}
 
 
-def test_death_at_each_call_of_the_first_publication(forks: Forks) -> None:
-    deaths(forks, nothing, {})
+def published(forks: Forks) -> Contents:
+    """Two snapshots stand, so that the next publication prunes one."""
+    forks.publish(OLDER)
+    forks.publish(OLD)
+    return OLD
 
 
-def test_death_at_each_call_of_a_publication(forks: Forks) -> None:
-    """Files change, come and go, in a subdirectory too, one of which is new; one is pruned."""
-    deaths(forks, published, OLD)
+def littered(forks: Forks) -> Contents:
+    """Half-written snapshots, a link's temporary name, damaged files and links."""
+    published(forks)
+    out = forks.out
+    (out / "..0123456789abcdef/eds").mkdir(parents=True)
+    (out / "..0123456789abcdef/eds/x").write_text("half")
+    (out / "..link").symlink_to("nowhere")
+    (out / "current/gone").write_text("damaged")
+    (out / "current/eds/keep").unlink()
+    (out / "current/eds/keep").write_text("k")
+    return {**OLD, "gone": "damaged"}
 
 
-def test_death_at_each_call_of_a_publication_on_tmpfs(on_tmpfs: Forks) -> None:
-    deaths(on_tmpfs, published, OLD, thorough=False)
+@pytest.mark.parametrize("prepare", [nothing, published, littered])
+def test_death_at_each_call(forks: Forks, prepare: Callable[[Forks], Contents]) -> None:
+    """Of the first publication; of one in which files change, come and go, in a subdirectory too
+    (it is two snapshots: what is gone goes with the second); of one that also repairs."""
+    old = prepare(forks)
+    forks.save()
+    calls = forks.publish(NEW)
+    if old:
+        kinds = {call.name for call in calls}
+        assert kinds >= {"mkdir", "open", "write", "link", "symlink", "rename", "unlink", "rmdir",
+                         "readlink", "scandir", "lstat", "open (read)"}  # fmt: skip
+        assert calls.count(Call("rename", "..data")) == 2
+        assert len([call for call in calls if call.changes]) < 100
+    for index, (number, how) in enumerate(cases(calls)):
+        forks.restore()
+        before = directories(forks.out)
+        with watched(forks.out) as seen, blamed(how, calls[number]):
+            assert forks.once(NEW, Plan(number, how)).killed
+            if prepare is not littered:
+                check_instant(forks.out, old, NEW)
+            forks.publish(NEW)
+            assert before.items() <= directories(forks.out).items(), "a directory was replaced"
+            if old is OLD:
+                check_notified(seen.events(), forks.out, old, NEW)
+            if index % 3 == 0:
+                forks.publish(NEW)  # a snapshot before that was damaged goes
+                check_converged(forks, NEW, NEWER)
 
 
 def test_death_at_each_call_of_a_recovery(forks: Forks) -> None:
     """The start after a death between switch and moves dies as well."""
-    calls = count(forks, half_notified, NEW)
-    switch = count(forks, published, NEW).index(Call("rename", "..data"))
-    for number, how in cases(calls):
-        published(forks)
-        directories = inodes(forks.out)
-        with watched(forks.out) as seen:
-            assert forks.once(NEW, Plan(switch, "after")).status == -signal.SIGKILL
-            died = forks.once(NEW, Plan(number, how))
-            assert died.status == -signal.SIGKILL
-            with blamed(how, calls[number]):
-                check_instant(forks.out, OLD, NEW, directories)
-                assert forks.once(NEW).status == 0
-                check_told(seen.events(), forks.out, OLD, NEW)
-        with blamed(how, calls[number]):
-            check_converged(forks, NEW, NEWER)
-
-
-def test_death_at_each_call_of_a_repair(forks: Forks) -> None:
-    """A start that finds litter and damage, and dies while it puts them right."""
-    calls = count(forks, littered, NEW)
-    for number, how in cases(calls):
-        littered(forks)
-        assert forks.once(NEW, Plan(number, how)).status == -signal.SIGKILL
-        with blamed(how, calls[number]):
-            assert forks.once(NEW).status == 0
-            # The snapshot before has a damaged file: the next start may remove it.
-            assert forks.once(NEW).status == 0
-            check_converged(forks, NEW, NEWER)
-
-
-def test_death_while_a_predecessors_directory_is_taken_over(forks: Forks) -> None:
-    """Real files in `current/`: each path always shows its old or its new bytes, in full."""
-    same = {"keep": "k", "change": "2", "gone": "g", "eds/keep": "k", "eds/change": "2",
-            "eds/gone": "g"}  # fmt: skip
-    calls = count(forks, predecessor, same)
-    for number, how in cases(calls):
-        predecessor(forks)
-        directories = inodes(forks.out)
-        assert forks.once(same, Plan(number, how)).status == -signal.SIGKILL
-        with blamed(how, calls[number]):
-            shown = snapshot(forks.out)
-            assert shown.keys() == same.keys()
-            assert all(shown[path].decode() in (OLD[path], same[path]) for path in same)
-            assert inodes(forks.out) == directories
-            assert forks.once(same).status == 0
-            (forks.out / "new").rmdir()
-            check_converged(forks, same, {**same, "change": "3"})
-
-
-def deaths(forks: Forks, prepare: Prepare, old: Contents, *, thorough: bool = True) -> None:
-    calls = count(forks, prepare, NEW)
-    for number, how in cases(calls):
-        prepare(forks)
-        forks.out.mkdir(exist_ok=True)
-        directories = inodes(forks.out)
+    published(forks)
+    forks.save()
+    switch = forks.publish(NEW).index(Call("rename", "..data"))
+    forks.restore()
+    assert forks.once(NEW, Plan(switch, "after")).killed
+    calls = forks.publish(NEW)
+    for number, how in cases(calls)[::2]:
+        forks.restore()
         with watched(forks.out) as seen, blamed(how, calls[number]):
-            died = forks.once(NEW, Plan(number, how))
-            assert died.status == -signal.SIGKILL
-            check_instant(forks.out, old, NEW, directories)
-            assert forks.once(NEW).status == 0
-            if old:
-                check_told(seen.events(), forks.out, old, NEW)
-        if thorough:
-            with blamed(how, calls[number]):
-                check_converged(forks, NEW, NEWER)
+            assert forks.once(NEW, Plan(switch, "after")).killed
+            assert forks.once(NEW, Plan(number, how)).killed
+            check_instant(forks.out, OLD, NEW)
+            forks.publish(NEW)
+            check_notified(seen.events(), forks.out, OLD, NEW)
 
 
-class blamed:
-    """Says at which call a case failed."""
-
-    def __init__(self, how: object, call: Call) -> None:
-        self._note = f"{how} {call.name} {call.path}"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            error.add_note(f"at: {self._note}")
+def test_after_a_death_at_each_call_the_source_of_each_file_is_known(forks: Forks) -> None:
+    """The object is deleted meanwhile: its files stay, whichever they are by now."""
+    published(forks)
+    forks.save()
+    calls = forks.publish(NEW)
+    for number in [number for number, call in enumerate(calls) if call.changes][::3]:
+        forks.restore()
+        with blamed("after", calls[number]):
+            assert forks.once(NEW, Plan(number, "after")).killed
+            home = (forks.out / "..data").resolve()
+            shown = {str(path.relative_to(home)): path.read_bytes()
+                     for path in home.rglob("*") if path.is_file()}  # fmt: skip
+            named = objects(dict.fromkeys(shown, ""))[1]
+            done = forks.ended(forks.start({}, Plan(), "--onetime", *named))
+            assert (done.status, snapshot(forks.out)) == (0, shown), done.log
 
 
 # -- a call that fails, in a run that ends
 
 
-ERRNOS = list(ERRORS)
-
-
-@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-def test_each_call_of_a_one_time_run_fails(forks: Forks, number: int) -> None:
-    """Exit 1 and one line, or 0 and the new files; the next run converges."""
-    calls = count(forks, published, NEW)
+def failures(calls: tuple[Call, ...]) -> Iterator[tuple[int, Call, int]]:
+    """For each call that changes something, and some that read, an error that it can fail with."""
     for at, call in enumerate(calls):
-        if not call.can_fail_with(number):
-            continue
-        published(forks)
-        directories = inodes(forks.out)
+        numbers = [number for number in ERRORS if call.can_fail_with(number)]
+        if numbers and (call.changes or at % 3 == 0):
+            yield at, call, numbers[at % len(numbers)]
+
+
+def test_each_call_of_a_one_time_run_fails(forks: Forks) -> None:
+    """Exit 1 and one line, or 0 and the new files; the next run converges."""
+    published(forks)
+    forks.save()
+    for at, call, number in failures(forks.publish(NEW)):
+        forks.restore()
+        before = directories(forks.out)
         with watched(forks.out) as seen, blamed(errno.errorcode[number], call):
             done = forks.once(NEW, Plan(at, "fail", number))
-            check_instant(forks.out, OLD, NEW, directories)
+            check_instant(forks.out, OLD, NEW)
             assert done.status in (0, 1)
             if done.status == 0:
                 assert snapshot(forks.out) == encoded(NEW)
             else:
-                errors = [line for line in done.log.splitlines() if " ERROR " in line]
-                assert len(errors) == 1, done.log
-                assert str(forks.out) in errors[0]
-            assert forks.once(NEW).status == 0
+                (line,) = [line for line in done.log.splitlines() if " ERROR " in line]
+                assert str(forks.out) in line
+            forks.publish(NEW)
+            assert before.items() <= directories(forks.out).items(), "a directory was replaced"
             excused = call.path if call.name == "open (read)" else ""
-            check_told(seen.events(), forks.out, OLD, NEW, excused)
-        if at % 4 == 0:  # half of the time of a case, and deaths leave more than errors do
-            with blamed(errno.errorcode[number], call):
+            check_notified(seen.events(), forks.out, OLD, NEW, excused)
+            if at % 6 == 0:  # deaths leave more than errors do
                 check_converged(forks, NEW, NEWER)
 
 
@@ -490,20 +387,17 @@ class Sidecar:
         rows = Path(f"{self.plan_file}.calls").read_text().splitlines()[start:]
         return tuple(Call(*row.split("\t")) for row in rows)
 
+    def is_converged(self, snapshots: int = 2) -> bool:
+        assert self.loader.process.poll() is None, "the sidecar has died"
+        assert "Traceback" not in self.loader.log
+        try:
+            disk.inspect(self.out, snapshots=snapshots)
+        except (AssertionError, OSError):
+            return False
+        return snapshot(self.out) == encoded(self.contents)
+
     def wait_converged(self, snapshots: int = 2) -> None:
-        """Until everything is as promised, or say what is not."""
-        deadline = time.monotonic() + 5
-        while True:
-            try:
-                assert snapshot(self.out) == encoded(self.contents)
-                disk.inspect(self.out, snapshots=snapshots)
-                return
-            except (AssertionError, OSError) as error:
-                if time.monotonic() > deadline:
-                    error.add_note(f"the loader's log:\n{self.loader.log[-3000:]}")
-                    raise
-                assert self.loader.process.poll() is None, "the sidecar has died"
-                time.sleep(0.002)
+        wait_until(lambda: self.is_converged(snapshots))
 
     def publication(self) -> tuple[Call, ...]:
         """The calls of one publication when nothing fails (each one is like the others)."""
@@ -525,66 +419,40 @@ def sidecar(api: ApiServer, common: list[str], out: Path, tmp_path: Path) -> Ite
         yield found
 
 
-@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-def test_each_call_of_a_living_sidecar_fails_once(sidecar: Sidecar, number: int) -> None:
+def test_each_call_of_a_living_sidecar_fails_once(sidecar: Sidecar) -> None:
     """It stays alive, the last snapshot serves, it converges when the fault is over."""
-    for at, call in enumerate(sidecar.publication()):
-        if not call.can_fail_with(number):
-            continue
+    for at, call, number in failures(sidecar.publication()):
         old = sidecar.contents
         with watched(sidecar.out) as seen, blamed(errno.errorcode[number], call):
             sidecar.plan(Plan(at, "fail", number))
             new = sidecar.change()
             sidecar.wait_converged(3)  # a left-over that cannot go stays until the next time
-            check_told_since(seen.events(), sidecar.out, old, new)
-        assert "Traceback" not in sidecar.loader.log
+            excused = call.path if call.name == "open (read)" else ""
+            check_notified(seen.events(), sidecar.out, old, new, excused)
     sidecar.plan(Plan())
     sidecar.change()
     sidecar.wait_converged()
 
 
-@pytest.mark.parametrize(
-    "number", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get
-)
-def test_from_each_call_on_everything_fails_for_a_while(sidecar: Sidecar, number: int) -> None:
+def test_from_each_call_on_everything_fails_for_a_while(sidecar: Sidecar) -> None:
     """Recovery fails too, another change comes meanwhile: nothing of it is forgotten."""
     changing = [call for call in sidecar.publication() if call.changes]
     for at, call in enumerate(changing):
-        old, directories = sidecar.contents, inodes(sidecar.out)
-        said = len(sidecar.loader.lines)
+        old, said = sidecar.contents, len(sidecar.loader.lines)
+        number = (errno.ENOSPC, errno.EIO, errno.EROFS)[at % 3]
         with watched(sidecar.out) as seen, blamed(errno.errorcode[number], call):
             sidecar.plan(Plan(at, "fail", number, 1 << 30, changing=True))
             new = sidecar.change()
             sidecar.loader.wait_log("cannot publish|left-over stays|published", since=said)
-            check_instant(sidecar.out, old, new, directories)
+            check_instant(sidecar.out, old, new)
             time.sleep(0.03)  # a few attempts more
             if at % 2:
-                new = sidecar.change(" again")
+                newer = sidecar.change(" again")
                 time.sleep(0.02)
-            check_instant_any(sidecar.out)
+                check_instant(sidecar.out, old, new, newer)
             sidecar.plan(Plan())
             sidecar.wait_converged(3)
-            check_told_since(seen.events(), sidecar.out, old, new)
-        assert "Traceback" not in sidecar.loader.log
-    sidecar.change()
-    sidecar.wait_converged()
-
-
-def check_instant_any(out: Path) -> None:
-    """What is shown is complete and of one generation, whichever."""
-    shown = snapshot(out)
-    assert shown["keep"] == shown["eds/keep"] == b"k"
-    assert shown["change"] == shown["eds/change"]
-
-
-def check_told_since(
-    events: list[tuple[int, Path]], out: Path, old: Contents, new: Contents
-) -> None:
-    """Each file that differs was moved after the first switch (there may have been several)."""
-    moves = [str(path.relative_to(out)) for mask, path in events if mask & IN_MOVED_TO]
-    after = {name.removeprefix("current/") for name in moves[moves.index("..data") :]}
-    told = {path for path, text in new.items() if old.get(path) != text}
-    assert told <= after, f"Envoy was not told of {told - after}: {moves}"
+            check_notified(seen.events(), sidecar.out, old, sidecar.contents)
 
 
 def test_a_short_write_is_completed(sidecar: Sidecar) -> None:
@@ -604,89 +472,60 @@ def test_a_short_write_is_completed(sidecar: Sidecar) -> None:
 TYPE = "type.googleapis.com/envoy.config."
 
 
-def cds(*names: str) -> str:
-    rows = [{"@type": f"{TYPE}cluster.v3.Cluster", "name": name} for name in names]
-    return json.dumps({"resources": rows})
+def resource(kind: str, **fields: object) -> str:
+    return json.dumps({"resources": [{"@type": f"{TYPE}{kind}", **fields}]})
 
 
-def rds(name: str) -> str:
-    route = {"match": {"prefix": "/"}, "route": {"cluster": name}}
+def steps(color: str) -> Contents:
+    """CDS, RDS and EDS of one cluster."""
+    route = {"match": {"prefix": "/"}, "route": {"cluster": color}}
     hosts = [{"name": "all", "domains": ["*"], "routes": [route]}]
-    row = {"@type": f"{TYPE}route.v3.RouteConfiguration", "name": "r", "virtual_hosts": hosts}
-    return json.dumps({"resources": [row]})
-
-
-STEPS_OLD = {"cds.json": cds("blue"), "rds.json": rds("blue"), "eds/blue": "b", "flag": "1"}
-STEPS_NEW = {"cds.json": cds("green"), "rds.json": rds("green"), "eds/green": "g", "flag": "2"}
+    return {
+        "cds.json": resource("cluster.v3.Cluster", name=color),
+        "rds.json": resource("route.v3.RouteConfiguration", name="r", virtual_hosts=hosts),
+        f"eds/{color}": color,
+        "flag": color,
+    }
 
 
 def references_hold(out: Path) -> tuple[frozenset[str], str]:
     """What one resolution of `..data` shows: its clusters, and the one that is routed to."""
     while True:
-        target = os.readlink(out / "..data")
-        home = out / target
+        home = out / os.readlink(out / "..data")
         try:
-            clusters = frozenset(
-                row["name"] for row in json.loads((home / "cds.json").read_text())["resources"]
-            )
+            cds = json.loads((home / "cds.json").read_text())
+            clusters = frozenset(row["name"] for row in cds["resources"])
             (route,) = json.loads((home / "rds.json").read_text())["resources"]
             name = route["virtual_hosts"][0]["routes"][0]["route"]["cluster"]
             assert name in clusters, f"routed to {name}, which is not among {sorted(clusters)}"
             assert (home / f"eds/{name}").exists(), f"the endpoints of {name} are gone"
         except (AssertionError, FileNotFoundError):
-            if home.exists() and os.readlink(out / "..data") == target:
+            if home.exists() and out / os.readlink(out / "..data") == home:
                 raise
             continue  # two publications passed meanwhile: what was looked at is pruned
         return clusters, name
 
 
-def stepping(forks: Forks, plan: Plan, *, restart: bool = False) -> Ended | None:
-    """A sidecar on the way from old to new; None when it has arrived (it is stopped then)."""
-    args = forks.arguments(STEPS_NEW, "--sync-interval", "1h", "--step-delay", "1ms")
-    pid = forks.start(args, plan)
-    deadline = time.monotonic() + 10
-    states = set()
-    while True:
-        done = peek(pid)
-        states.add(references_hold(forks.out))
-        if done:
-            return forks.ended(pid)
-        arrived = snapshot(forks.out) == encoded(STEPS_NEW)
-        if arrived and len([name for name in os.listdir(forks.out) if name != "..notify"]) <= 5:
-            os.kill(pid, signal.SIGTERM)
-            ended = forks.ended(pid)
-            # One that has nothing to do may not have come to its handlers yet.
-            if ended.status == 0 or (restart and ended.status == -signal.SIGTERM):
-                assert restart or len(states) >= 2, states
-                return None
-            return ended
-        assert time.monotonic() < deadline, forks.ended(pid, 0.0)
-        time.sleep(0.001)
-
-
-def peek(pid: int) -> bool:
-    """Whether it has ended, without reaping it."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
 def test_death_at_each_call_of_an_ordered_publication(forks: Forks) -> None:
     """Between the steps too: the next loader goes on where it was, and no reference breaks."""
-    number = 0
-    while True:
-        wipe(forks.out)
-        assert forks.once(STEPS_OLD).status == 0
-        directories = inodes(forks.out)
-        with watched(forks.out) as seen:
-            died = stepping(forks, Plan(number, "after", changing=True))
-            if died is None:
-                break
-            call = [call for call in died.calls if call.changes][-1]
-            with blamed(f"after ({number})", call):
-                assert died.status == -signal.SIGKILL, died
-                references_hold(forks.out)
-                assert stepping(forks, Plan(), restart=True) is None
-                assert inodes(forks.out).items() >= directories.items()
-                check_told_since(seen.events(), forks.out, STEPS_OLD, STEPS_NEW)
-                disk.inspect(forks.out)
-        number += 1
-    assert number > 40, "three snapshots or four have more calls than that"
+    old, new = steps("blue"), steps("green")
+    forks.publish(old)
+    forks.save()
+    calls = forks.publish(new)
+    assert calls.count(Call("rename", "..data")) >= 3
+    for number, call in enumerate(calls):
+        if not call.changes:
+            continue
+        forks.restore()
+        states = set()
+        with watched(forks.out) as seen, blamed("after", call):
+            for plan in (Plan(number, "after"), Plan()):
+                pid = forks.start(new, plan, "--onetime")
+                while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    states.add(references_hold(forks.out))
+                    time.sleep(0.0005)
+                assert forks.ended(pid).status == (0 if plan.at < 0 else -signal.SIGKILL)
+                states.add(references_hold(forks.out))
+            assert states >= {(frozenset(["green"]), "green")}
+            check_notified(seen.events(), forks.out, old, new)
+            assert disk.inspect(forks.out).files == encoded(new)

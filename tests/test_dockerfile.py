@@ -1,4 +1,8 @@
-"""The image, without a container engine: linted, and its steps done in a scratch root."""
+"""The image, without a container engine: linted, and its steps done in a scratch root.
+
+The steps run with the Python that runs the tests, and with the base image's version where the
+machine has one.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ from tests.support.apiserver import ApiServer
 from tests.support.loader import ROOT, environment
 
 DOCKERFILE = ROOT / "Dockerfile"
+BASE = "gcr.io/distroless/python3-debian13:nonroot"
+VERSION = "3.13"  # of Python in the base image
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::([-+])([^}]*))?\})")
 
 
@@ -72,9 +78,23 @@ def expand(text: str, values: Mapping[str, str]) -> str:
     return VARIABLE.sub(replace, text)
 
 
+def base_python() -> str:
+    """An interpreter of the base image's version on this machine, or ""."""
+    name = f"python{VERSION}"
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which(name) or "", *map(str, sorted(pyenv.glob(f"{VERSION}.*/bin/{name}")))]
+    for python in filter(None, found):
+        # pyenv also puts the versions on PATH that are switched off, and they only print an error
+        done = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.startswith(f"Python {VERSION}."):
+            return python
+    return ""
+
+
 class Stage(NamedTuple):
     """A root directory with what RUN and ENTRYPOINT need to know."""
 
+    python: str
     root: Path
     base: str
     entrypoint: list[str]
@@ -82,7 +102,12 @@ class Stage(NamedTuple):
     labels: dict[str, str]
 
 
-def build(context: Path, scratch: Path, arguments: Mapping[str, str] | None = None) -> Stage:
+def build(
+    context: Path,
+    scratch: Path,
+    arguments: Mapping[str, str] | None = None,
+    python: str = sys.executable,
+) -> Stage:
     """Every stage of the Dockerfile in a directory of its own; the last one."""
     given = dict(arguments or {})
     roots: dict[str, Path] = {}
@@ -107,11 +132,9 @@ def build(context: Path, scratch: Path, arguments: Mapping[str, str] | None = No
         elif step.name == "COPY":
             copy(step, roots.get(step.flags.get("from", ""), context), root, cwd)
         elif step.name == "RUN":
-            # the same interpreter as the tests', with nothing of theirs in the environment
+            # with nothing of the tests in the environment
             assert step.words[0] == "python3", "no shell in the image"
-            subprocess.run(
-                [sys.executable, *step.words[1:]], cwd=cwd, env=environment(), check=True
-            )
+            subprocess.run([python, *step.words[1:]], cwd=cwd, env=environment(), check=True)
         elif step.name == "LABEL":
             pairs = re.findall(r'([\w.]+)="((?:[^"\\]|\\.)*)"', step.rest)
             labels = {key: expand(value, values) for key, value in pairs}
@@ -121,7 +144,7 @@ def build(context: Path, scratch: Path, arguments: Mapping[str, str] | None = No
             entrypoint = step.words
         else:
             raise AssertionError(f"unknown instruction {step.name}")
-    return Stage(root, base, entrypoint, user, labels)
+    return Stage(python, root, base, entrypoint, user, labels)
 
 
 def copy(step: Step, source_root: Path, root: Path, cwd: Path) -> None:
@@ -154,18 +177,25 @@ def context(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture
-def image(context: Path, tmp_path: Path) -> Stage:
+@pytest.fixture(params=["this Python", VERSION])
+def image(request: pytest.FixtureRequest, context: Path, tmp_path: Path) -> Stage:
+    python = sys.executable
+    if request.param == VERSION:
+        if sys.version_info[:2] == tuple(map(int, VERSION.split("."))):
+            pytest.skip(f"the tests run on Python {VERSION} already")
+        python = base_python()
+        if not python:
+            pytest.skip(f"no Python {VERSION}, the base image's, on this machine")
     scratch = tmp_path / "image"
     scratch.mkdir()
-    return build(context, scratch)
+    return build(context, scratch, python=python)
 
 
 def entrypoint(image: Stage) -> list[str]:
     """As the container runs it, with the image's paths put under its scratch root."""
     python, *words = image.entrypoint
     assert python == "python3"
-    return [sys.executable, *(str(image.root) + w if w.startswith("/") else w for w in words)]
+    return [image.python, *(str(image.root) + w if w.startswith("/") else w for w in words)]
 
 
 def run(image: Stage, *args: str) -> subprocess.CompletedProcess[str]:
@@ -193,7 +223,7 @@ def test_it_starts_with_nothing_else_installed(image: Stage) -> None:
     done = run(image, "--version")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("envoy-xds-configmap-loader ")
-    assert "usage" in run(image, "--help").stdout.lower()
+    assert "--configmap" in run(image, "--help").stdout
 
 
 def test_it_publishes(image: Stage, tmp_path: Path) -> None:
@@ -226,9 +256,14 @@ def test_manifests_that_name_a_command_need_no_change(image: Stage, name: str) -
     shebang, code = path.read_text().split("\n", 1)
     assert shebang == "#!/usr/bin/python3 -IS"
     here = code.replace("/app/", f"{image.root}/app/")
-    command = [sys.executable, "-IS", "-c", here, "--version"]
+    assert "marshal" not in code
+    command = [image.python, "-IS", "-c", here, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == run(image, "--version").stdout
+    other = (image.root / "app" / "loader.pyc").read_bytes()
+    (image.root / "app" / "loader.pyc").write_bytes(b"\0\0\0\0" + other[4:])
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "bad magic number" in wrong.stderr, "byte code of another Python is named, not run"
 
 
 def test_byte_code_is_reproducible_and_never_looks_for_its_source(
@@ -239,7 +274,8 @@ def test_byte_code_is_reproducible_and_never_looks_for_its_source(
     os.utime(context / "loader.py", (1, 1))
     again = tmp_path / "again"
     again.mkdir()
-    assert (build(context, again).root / "app" / "loader.pyc").read_bytes() == code
+    rebuilt = build(context, again, python=image.python)
+    assert (rebuilt.root / "app" / "loader.pyc").read_bytes() == code
     # started without compiling: the source is not even read
     (image.root / "app" / "loader.py").unlink()
     assert run(image, "--version").returncode == 0
@@ -250,8 +286,8 @@ def test_the_base_is_one_image_and_can_be_pinned(context: Path, tmp_path: Path) 
     digest = "sha256:" + "0" * 64
     for number, (arguments, base) in enumerate(
         [
-            ({}, "gcr.io/distroless/python3-debian12:nonroot"),
-            ({"PYTHON_DIGEST": digest}, f"gcr.io/distroless/python3-debian12:nonroot@{digest}"),
+            ({}, BASE),
+            ({"PYTHON_DIGEST": digest}, f"{BASE}@{digest}"),
         ]
     ):
         scratch = tmp_path / str(number)

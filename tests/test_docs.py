@@ -72,6 +72,15 @@ def test_every_test_that_is_named_exists(page: str) -> None:
     assert [target for target in named if not names_a_test(target)] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_letter_leads_to_exists(page: str) -> None:
+    """Where a page says: `L` stands for `tests/test_x.py`."""
+    text = (ROOT / page).read_text()
+    files = dict(re.findall(r"`([A-Z])`\s(?:stands\s)?for\s`(tests/\w+\.py)`", text))
+    named = re.findall(r"\b([A-Z])\s`(test_\w+)", text) if files else []
+    assert [name for name in named if not names_a_test(f"{files.get(name[0])}::{name[1]}")] == []
+
+
 def prose(page: str) -> str:
     """A page without its code."""
     text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
@@ -111,7 +120,9 @@ def test_the_readme_leads_to_every_page_and_example() -> None:
 
 def test_pages_name_options_that_exist() -> None:
     known = {option.name for option in loader.OPTIONS}
-    others = {"keep", "minutes", "mode", "reuse-values", "service-cluster", "service-node", "set"}
+    others = {"keep", "minutes", "mode", "overwrite", "reuse-values", "set"}
+    others |= {"service-cluster", "service-node"}
+    others |= {"disable-hot-restart", "unix-socket"}
     mistaken = {"sync-intervall"}
     for page in (page for page in DOCS if page not in WHOLE):
         for name in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", (ROOT / page).read_text()):
@@ -124,8 +135,7 @@ def test_pages_name_options_that_exist() -> None:
 
 def test_the_page_of_options_is_that_of_the_parser() -> None:
     """docs/options.md: written by `python -m tests.support.reference`."""
-    grouped = [name for names in reference.GROUPS.values() for name in names]
-    assert sorted(grouped) == sorted(option.name for option in loader.OPTIONS)
+    assert reference.NOTES.keys() == loader.SECTIONS.keys()
     assert reference.OPTIONS_PAGE.read_text() == reference.options_page()
 
 
@@ -183,8 +193,8 @@ def test_the_command_lines_of_the_readme_are_taken() -> None:
     test_command_lines_are_taken("README.md", "test_the_command_lines_of_the_readme_are_taken")
 
 
-def test_what_is_refused() -> None:
-    lines = block_for("docs/options.md", "test_what_is_refused").splitlines()
+def test_what_is_rejected() -> None:
+    lines = block_for("docs/options.md", "test_what_is_rejected").splitlines()
     asked, said = lines[::2], lines[1::2]
     for line, expected in zip(asked, said, strict=True):
         (arguments,) = commands(line)
@@ -194,8 +204,8 @@ def test_what_is_refused() -> None:
 
 def test_the_times_of_the_pages_are_those_of_the_loader() -> None:
     how = (ROOT / "docs" / "how-it-works.md").read_text()
-    assert f"nothing came for {loader.HOLDOFF_QUIET * 1000:.0f} ms" in how
-    assert f"({loader.HOLDOFF_GATHER * 1000:.0f} ms at most)" in how
+    assert f"nothing came for {loader.DEBOUNCE_QUIET * 1000:.0f} ms" in how
+    assert f"({loader.DEBOUNCE_GATHER * 1000:.0f} ms at most)" in how
     watch = (ROOT / "docs" / "kubernetes-watch.md").read_text()
     assert f"pages of {loader.PAGE}" in watch
     assert f"{loader.WATCH_SILENCE:.0f} s without a byte" in watch
@@ -212,11 +222,12 @@ def test_the_times_of_the_pages_are_those_of_the_loader() -> None:
 def test_the_drawing_names_what_there_is() -> None:
     test = "test_the_drawing_names_what_there_is"
     inside = block_for("docs/how-it-works.md", test)
-    for name in (*loader.LISTENER_PATHS, loader.SWITCH, loader.CURRENT, "loader.py"):
+    paths = ("/healthz", "/readyz", "/startz", "/metrics", "/snapshot")
+    for name in (*paths, loader.SWITCH, loader.CURRENT, "loader.py"):
         assert name in inside
     for thread, word in (
         (loader.Reflector, "reflector"),
-        (loader.Confirmer, "confirm"),
+        (loader.Admin, "admin"),
         (loader.Listener, "listener"),
     ):
         assert thread.__doc__
@@ -226,12 +237,11 @@ def test_the_drawing_names_what_there_is() -> None:
 
 
 def test_the_chapters_are_those_of_the_module() -> None:
-    source = (ROOT / "loader.py").read_text()
-    chapters = re.findall(r"^# -{60,}\n# ([^\n:(,]+).*\n(?:#.*\n)*", source, re.M)
+    chapters = re.findall(r"^# -{80,}\n# (.+)\n# -{80,}$", (ROOT / "loader.py").read_text(), re.M)
     page = (ROOT / "docs" / "how-it-works.md").read_text()
     table = page.partition("## The chapters")[2].partition("\n## ")[0]
     shown = re.findall(r"^\| `?([^|`]+?)`? \| [^-]", table, re.M)[1:]
-    assert [name.partition(",")[0] for name in shown] == [name.strip() for name in chapters]
+    assert shown == chapters
 
 
 def story(text: str) -> list[str]:

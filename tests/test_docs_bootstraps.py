@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import http.client
 import re
+import shutil
 import ssl
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,13 +23,15 @@ from tests.conftest import NAMESPACE, RunLoader, StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer
 from tests.support.backend import Backend
 from tests.support.docs import Block, blocks_of
-from tests.support.envoy import Envoy, free_port
+from tests.support.envoy import Envoy
 from tests.support.loader import wait_until
+from tests.support.ports import held_port
 from tests.support.tls import Authority
 
 PAGE = "docs/bootstraps.md"
 LISTENER = 10000
 HERE = "127.0.0.1"
+ADMIN = "/var/run/envoy-admin"
 
 
 class Recipe(NamedTuple):
@@ -66,10 +72,11 @@ class Machine(NamedTuple):
     one: Backend
     two: Backend
     watched: str  # the directory, empty for none
+    admin: str  # of the socket
 
     def mapped(self, text: str) -> str:
         """A text of the page, for this machine."""
-        text = re.sub(r"admin: .*9901.*\n", "", text)
+        text = text.replace(ADMIN, self.admin)
         text = re.sub(r"\b(?:(?:one|two)\.demo\.svc\.cluster\.local|10\.0\.0\.[12])\b", HERE, text)
         text = text.replace("0.0.0.0", HERE).replace(str(LISTENER), str(self.port))
         text = text.replace("8081", str(self.one.port)).replace("8082", str(self.two.port))
@@ -93,8 +100,10 @@ RUNS = [
 
 @pytest.fixture(params=FORMS)
 def machine(request: pytest.FixtureRequest, out: Any) -> Iterator[Machine]:
-    with Backend("one") as one, Backend("two") as two:
-        yield Machine(str(out), free_port(), one, two, {**FORMS, **INSIDE}[request.param])
+    # a socket's path may have 107 characters
+    with Backend("one") as one, Backend("two") as two, tempfile.TemporaryDirectory() as admin:
+        form = {**FORMS, **INSIDE}[request.param]
+        yield Machine(str(out), held_port(), one, two, form, admin)
 
 
 def answer(port: int, headers: Mapping[str, str]) -> str:
@@ -130,6 +139,27 @@ def replaced(data: Mapping[str, str], change: Mapping[str, str]) -> dict[str, st
     return {key: pattern.sub(lambda m: change[m[0]], value) for key, value in data.items()}
 
 
+def asked(machine: Machine) -> list[str]:
+    """The page's `--envoy-admin`."""
+    line = next(b.text for b in blocks_of(PAGE) if b.text.startswith("envoy-xds-configmap-loader"))
+    assert line.split()[:4] == ["envoy-xds-configmap-loader", "--watch", "--configmap", "envoy-xds"]
+    return [machine.mapped(word) for word in line.split()[4:]]
+
+
+@pytest.mark.parametrize("machine", ["path"], indirect=True)
+def test_the_admin_interface_can_be_asked(machine: Machine, start_envoy: StartEnvoy) -> None:
+    (line,) = (b.text for b in blocks_of(PAGE) if b.text.startswith("curl"))
+    (bootstrap,) = (b.text for b in yaml_of("rds")[:1])
+    (Path(machine.out) / "current").mkdir(parents=True)
+    (Path(machine.out) / "current/rds.yaml").write_text("resources: []\n")
+    start_envoy(machine.mapped(bootstrap))
+    assert Path(machine.admin, "admin.sock").stat().st_mode & 0o777 == 0o600
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    done = subprocess.run(machine.mapped(line).split(), capture_output=True, text=True, check=True)
+    assert "BootstrapConfigDump" in done.stdout
+
+
 @pytest.mark.parametrize(
     "name,machine", [run for run in RUNS if run[0] != "sds"], indirect=["machine"]
 )
@@ -153,11 +183,13 @@ def test_a_recipe_works(
     put(data)
     assert run_loader("--onetime", recipe.source).returncode == 0
     envoy: Envoy = start_envoy(machine.mapped(bootstrap))
-    start_loader("--watch", recipe.source)
+    loader = start_loader("--watch", recipe.source, *asked(machine))
     api.wait_watches(1)
     wait_until(lambda: answer(machine.port, recipe.headers) == "one", message="one")
     put(replaced(data, recipe.change))
     wait_until(lambda: answer(machine.port, recipe.headers) == "two", message="two")
+    if name != "disk":  # no xDS
+        loader.wait_log("ack=yes")
     assert not [key for key, value in envoy.stats("update_(rejected|failure)$").items() if value]
     assert not re.search(r"\[(error|critical)\]", envoy.log())
 
@@ -185,7 +217,7 @@ def test_the_recipe_of_sds_works(
     put(one)
     assert run_loader("--onetime", source).returncode == 0
     start_envoy(machine.mapped(bootstrap))
-    start_loader("--watch", source)
+    start_loader("--watch", source, *asked(machine))
     api.wait_watches(1)
     assert certificate(machine.port) == der(one)
     put(two)

@@ -15,8 +15,8 @@ import pytest
 from tests.conftest import NAMESPACE, RunLoader, StartLoader
 from tests.support.apiserver import ApiServer
 from tests.support.docs import block_for
-from tests.support.envoy import free_port
 from tests.support.loader import wait_until
+from tests.support.ports import held_port
 
 METRICS, DISK = "docs/metrics.md", "docs/on-disk.md"
 SOURCES = ["--configmap=envoy-xds", "--configmap=flags:runtime"]
@@ -42,7 +42,7 @@ def test_the_pages_of_listen(api: ApiServer, start_loader: StartLoader) -> None:
     def sample(name: str) -> str:
         return block_for(METRICS, "test_the_pages_of_listen", name)
 
-    port = free_port()
+    port = held_port()
     api.configmap(NAMESPACE, "envoy-xds", FILES)
     start_loader("--watch", *SOURCES, f"--listen=127.0.0.1:{port}")
     api.wait_watches(2)

@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,6 @@ from tests.support.envoy import (
     dynamic_resources,
     eds_cluster,
     file_source,
-    free_port,
     http_listener,
     inotify_instances,
     rds_routes,
@@ -39,6 +39,7 @@ from tests.support.envoy import (
     runtime_layers,
 )
 from tests.support.loader import ROOT, Loader, wait_files, wait_until
+from tests.support.ports import held_port
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
 
@@ -68,7 +69,7 @@ class Served:
     """An Envoy with one listener a style; all read the same file."""
 
     def __init__(self, out: Path, styles: tuple[str, ...] = STYLES, *parts: Config) -> None:
-        self.ports = {style: free_port() for style in styles}
+        self.ports = {style: held_port() for style in styles}
         listeners = [
             http_listener(port, rds_routes(source(style, out)), name=style)
             for style, port in self.ports.items()
@@ -102,9 +103,7 @@ def put(api: ApiServer, text: str) -> None:
 
 
 @pytest.fixture
-def served(
-    api: ApiServer, start_loader: StartLoader, start_envoy: StartEnvoy, out: Path
-) -> Served:
+def served(api: ApiServer, start_loader: StartLoader, start_envoy: StartEnvoy, out: Path) -> Served:
     """Running: the API server, a watching loader, an Envoy on what it published."""
     put(api, "first")
     found = Served(out)
@@ -231,13 +230,17 @@ def test_endpoints_in_a_subdirectory_and_a_new_cluster_are_seen(
 def test_a_directory_that_was_empty_is_still_watched(
     api: ApiServer, start_loader: StartLoader, start_envoy: StartEnvoy, out: Path
 ) -> None:
-    """Envoy's watch is bound to the directory: had it been removed, nothing would ever come."""
+    """Envoy's watch is bound to the directory: had it been removed, nothing would ever come.
+
+    A bootstrap alone names the file: where a file of ours names it, it stays.
+    """
     eds = {"a.json": response("assignment", assignment("a", 1001))}
-    api.configmap("demo", "envoy-xds", {"cds.json": cds(out, "a")})
+    api.configmap("demo", "envoy-xds", {"note.txt": "hello"})
     api.configmap("demo", "eds", eds, labels={"app": "x"})
     start_loader("--watch", "--configmap", "envoy-xds", "--configmap", "eds:eds")
     wait_until(lambda: (out / "current/eds/a.json").exists())
-    envoy = start_envoy(bootstrap(dynamic_resources(cds=source("source", out, "cds.json"))))
+    static = eds_cluster("a", source("source", out, "eds/a.json"))
+    envoy = start_envoy(bootstrap(clusters=[static]))
     wait_until(lambda: hosts(envoy, "a") == [1001])
     api.configmap("demo", "eds", {"other.json": "{}"})
     wait_until(lambda: not (out / "current/eds/a.json").is_symlink())
@@ -371,7 +374,7 @@ def started(
 ) -> tuple[Envoy, Callable[[str], str]]:
     """An Envoy with one listener a source, and how to ask each."""
     served = Served(Path("/nowhere"), ())
-    served.ports = {name: free_port() for name in sources}
+    served.ports = {name: held_port() for name in sources}
     listeners = [
         http_listener(served.ports[name], rds_routes(one), name=name)
         for name, one in sources.items()
@@ -554,3 +557,80 @@ def test_each_file_costs_an_inotify_instance(start_envoy: StartEnvoy, out: Path)
     (out / "current/cds.json").write_text(cds(out, *names))
     envoy = start_envoy(bootstrap(dynamic_resources(cds=source("source", out, "cds.json"))))
     assert inotify_instances(envoy.pid) >= len(names) + 1
+
+
+# ---------------------------------------------------------------------------------------------
+# What the admin interface tells
+
+
+def reading(out: Path, stats: Config | None = None) -> Config:
+    """A bootstrap that reads cds.json and lds.json, which are there and empty."""
+    (out / "current").mkdir(parents=True)
+    for name, kind in (("cds.json", "cluster"), ("lds.json", "listener")):
+        (out / "current" / name).write_text(response(kind))
+    sources = (source("source", out, "cds.json"), source("source", out, "lds.json"))
+    return bootstrap(dynamic_resources(*sources), {"stats_config": stats} if stats else {})
+
+
+@pytest.mark.parametrize("admin", ["tcp", "unix"])
+def test_the_server_info_tells_one_process_from_another(
+    admin: str, start_envoy: StartEnvoy, out: Path
+) -> None:
+    """Without any statistics: the seconds that it is up, and how often it was restarted hot."""
+    envoy = start_envoy(reading(out), admin=admin)
+    info = json.loads(envoy.admin("/server_info"))
+    assert re.fullmatch(r"[0-9]+s", info["uptime_current_epoch"])
+    assert info["command_line_options"]["restart_epoch"] == 0
+
+
+def test_the_counters_that_were_used_tell_of_each_event(start_envoy: StartEnvoy, out: Path) -> None:
+    """One attempt, and with it one success, rejection or failure."""
+    envoy = start_envoy(reading(out))
+    path = out / "current/cds.json"
+    seen: list[dict[str, str]] = []
+    twice = {**cluster("a", 1), "eds_cluster_config": {}}
+    for text in (cds(out), response("cluster", cluster("a", 1)), "{", response("cluster", twice)):
+        replace(path, text)
+        attempt = len(seen) + 2
+        envoy.wait_stat("cluster_manager.cds.update_attempt", attempt)
+        lines = envoy.admin("/stats?usedonly&filter=cds%5C.update_").splitlines()
+        counts = dict(line.split(": ") for line in lines if "histogram" not in line)
+        seen.append({name.rpartition("_")[2]: value for name, value in counts.items()})
+    first = {"attempt": "2", "success": "2"}
+    for counts, wanted in zip(
+        seen,
+        (
+            first,
+            {"attempt": "3", "success": "3"},
+            {"attempt": "4", "success": "3", "failure": "1"},
+            {"attempt": "5", "success": "3", "failure": "1", "rejected": "1"},
+        ),
+        strict=True,
+    ):
+        assert {key: counts[key] for key in counts.keys() - {"time", "duration"}} == wanted
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_config_dump_shows_a_stats_matcher(
+    hidden: bool, start_envoy: StartEnvoy, out: Path
+) -> None:
+    """Nothing else tells a counter that is hidden from one that is not there."""
+    patterns = {"exclusion_list": {"patterns": [{"prefix": "cluster_manager."}]}}
+    envoy = start_envoy(reading(out, {"stats_matcher": patterns} if hidden else None))
+    found = envoy.admin("/config_dump?mask=bootstrap.stats_config.stats_matcher")
+    assert ('"stats_matcher"' in found) is hidden
+    assert (envoy.stat("cluster_manager.cds.update_attempt") is None) is hidden
+
+
+def test_the_config_dump_says_why_a_listener_was_rejected(
+    start_envoy: StartEnvoy, out: Path
+) -> None:
+    envoy = start_envoy(reading(out))
+    route = {"match": {"prefix": "/"}, "route": {"cluster": "nowhere"}}
+    host = {"name": "all", "domains": ["*"], "routes": [route]}
+    config = {"route_config": {"name": "r", "virtual_hosts": [host]}}
+    replace(out / "current/lds.json", response("listener", http_listener(held_port(), config)))
+    envoy.wait_stat("listener_manager.lds.update_rejected", 1)
+    mask = "resource=dynamic_listeners&mask=name,error_state.details"
+    found = json.loads(envoy.admin(f"/config_dump?{mask}"))
+    assert "unknown cluster 'nowhere'" in found["configs"][0]["error_state"]["details"]

@@ -1,4 +1,4 @@
-"""The manifests for a sidecar without Helm: what they grant, and that Kubernetes takes them."""
+"""The manifests for a sidecar without Helm: what they grant, and that Kubernetes accepts them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def release(request: pytest.FixtureRequest) -> Release:
     return kustomize() if request.param == "kustomize" else plain()
 
 
-def test_kubernetes_takes_it(release: Release) -> None:
+def test_kubernetes_accepts_it(release: Release) -> None:
     for obj in release.objects:
         assert obj["metadata"]["namespace"] == "web"
         for version in VERSIONS:
@@ -68,7 +68,9 @@ def test_least_privilege(release: Release) -> None:
     for container in containers(release.pod):
         mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
         assert ("xds-token" in mounts) == container["name"].startswith("envoy-xds")
-        if container["name"].startswith("envoy"):
+        loader_or_envoy = container["name"].startswith("envoy")
+        assert ("envoy-admin" in mounts) <= loader_or_envoy
+        if loader_or_envoy:
             pod = release.pod.get("securityContext", {})
             assert {**pod, **container["securityContext"]}["runAsUser"] == 65532
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
@@ -81,6 +83,11 @@ def test_order_of_start(release: Release) -> None:
         assert first["startupProbe"]["httpGet"]["path"] == "/readyz"
     else:
         assert "--onetime" in first["args"]
+    envoy = next(c for c in containers(release.pod) if c["name"] == "envoy")
+    assert envoy["startupProbe"]["httpGet"] == {"path": "/startz", "port": 9902}
+    for container in containers(release.pod):
+        if container["name"].startswith("envoy-xds"):
+            assert "readinessProbe" not in container
 
 
 def test_plain_and_component_have_the_same_files() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
+import loader
 from example.support.cluster import kustomized
-from tests.support.loader import ROOT
-from tests.support.manifests import Object, restricted, validate
+from tests.support.loader import ROOT, wait_until
+from tests.support.manifests import Object, containers, restricted, validate
 
 EXAMPLES = sorted((ROOT / "example").glob("*/verify"), key=lambda path: path.parent.name)
+THE_GO_TOOLS = ("before.yaml", "after.yaml")  # its manifests, the second with another image
 NAMES = [path.parent.name for path in EXAMPLES]
 KUSTOMIZATIONS = [
     found for path in EXAMPLES for found in sorted(path.parent.glob("**/kustomization.yaml"))
@@ -51,6 +54,38 @@ def test_the_steps_of_the_readme_do_what_it_says(verify: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.envoy
+@pytest.mark.xdist_group("inotify")
+def test_an_example_that_is_kept_shows_what_to_type_next() -> None:
+    """In both halves of the canary, the loaders' logs included; what it shows works."""
+    env = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "example/canary/verify"), "--keep", "--pace", "0.1"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            shown: list[str] = []
+            for line in process.stdout:
+                shown.append(line)
+                if "Ctrl-C" in line:
+                    break
+            text = "".join(shown)
+            for log in re.findall(r"tail -f (\S+)", text):
+                wait_until(lambda log=log: "published" in Path(log).read_text())  # type: ignore[misc]
+            assert len(re.findall(r"tail -f", text)) == 2
+            if shutil.which("curl"):
+                for half in ("configmaps/envoy-xds", "services/eerie-octopus"):
+                    found = re.search(rf"curl -s -X PATCH .*\n.*{half}.*", text)
+                    assert found
+                    done = subprocess.run(
+                        ["sh", "-c", found[0].replace("-s -X", "-sf -X")], capture_output=True
+                    )
+                    assert done.returncode == 0
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("folder", [path.parent for path in EXAMPLES], ids=NAMES)
 def test_the_manifests_are_valid(folder: Path) -> None:
     found = manifests(folder)
@@ -69,6 +104,46 @@ def test_the_pods_with_envoy_are_restricted(folder: Path) -> None:
     for path, obj in manifests(folder):
         if obj["kind"] == "Deployment" and "envoyproxy/envoy" in json.dumps(obj):
             assert not list(restricted(obj["spec"]["template"]["spec"])), path
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in EXAMPLES], ids=NAMES)
+def test_what_a_pod_with_envoy_and_loader_has(folder: Path) -> None:
+    """The token in the loader alone, nothing on a disk, the admin interface on a socket."""
+    for path, obj in manifests(folder):
+        if obj["kind"] != "Deployment" or "xds-configmap-loader" not in json.dumps(obj):
+            continue
+        if path.name in THE_GO_TOOLS:
+            continue
+        pod = obj["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False, path
+        for volume in pod["volumes"]:
+            assert volume.get("emptyDir", {"medium": "Memory"}).get("medium") == "Memory", path
+        for container in containers(pod):
+            mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
+            own = "xds-configmap-loader" in container["image"]
+            envoy = "envoyproxy/envoy" in container["image"]
+            assert ("token" in mounts) == own, f"{path}: {container['name']}"
+            assert ("admin" in mounts) == (own or envoy), f"{path}: {container['name']}"
+            assert not (own and "readinessProbe" in container), path
+            if envoy:
+                assert container["startupProbe"]["httpGet"]["path"] == "/startz", path
+                assert "--disable-hot-restart" in container["args"], path
+            if own and "--watch" in container["args"]:
+                assert "--envoy-admin=unix:/var/run/envoy-admin/admin.sock" in container["args"]
+
+
+def test_images_have_the_version_of_the_loader() -> None:
+    for path in [*(ROOT / "example").rglob("*.yaml"), *(ROOT / "charts").rglob("*.md")]:
+        for tag in re.findall(r"envoy-xds-configmap-loader:([\w.]+)", path.read_text()):
+            assert tag == loader.__version__, path
+
+
+def test_no_bootstrap_has_an_admin_interface_on_tcp() -> None:
+    for path in sorted((ROOT / "example").rglob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text()):
+            if isinstance(document, dict) and "admin" in document and path.parent.name != "migrate":
+                pipe = document["admin"]["address"]["pipe"]
+                assert pipe == {"path": "/var/run/envoy-admin/admin.sock", "mode": 0o600}, path
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on PATH")

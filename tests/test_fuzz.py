@@ -177,14 +177,18 @@ def main(args: list[str]) -> Ended:
     """One run; whatever it raises is a traceback that a user would see."""
     output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     errors = io.StringIO()
-    loader.log = loader.Log()
+    written = os.memfd_create("log")
+    loader.log = loader.Log(written)
     redirected = contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors)
     with signals(), descriptors(), redirected[0], redirected[1]:
         status = loader.main(args)
     output.flush()
     buffer = output.buffer
     assert isinstance(buffer, io.BytesIO)
-    ended = Ended(status, buffer.getvalue(), errors.getvalue())
+    logged = os.pread(written, 1 << 24, 0).decode()
+    os.close(written)
+    loader.log = loader.Log()
+    ended = Ended(status, buffer.getvalue(), errors.getvalue() + logged)
     assert ended.status in (0, 1, 2)
     assert "Traceback" not in ended.log
     return ended
@@ -361,7 +365,8 @@ values = st.one_of(
                      "a/b/c", "x:..", "x:/etc", "x:a/../b", "x:", ":x", "http://h:1", "https://[::1]",
                      "http://", "ftp://x", ":8080", "1.2.3.4:99999", "0600", "9999", "eds", "auto",
                      "a=b,c in (d)", "a in (", "!x", "'", "debug", "--", "-", "é", "\0", "\ud800",
-                     "http://user:secret@h/", "http://h:99999", "1e9s", "1d", "inf", "nan"]),
+                     "http://user:secret@h/", "http://h:99999", "1e9s", "1d", "inf", "nan",
+                     "unix:/x", "unix:x", "unix:/" + "x" * 200, "0o640", "app in (" * 50]),
 )  # fmt: skip
 option_names = st.sampled_from([option.name for option in loader.OPTIONS] + ["no-such", "", "h"])
 

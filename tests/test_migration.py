@@ -46,7 +46,7 @@ def test_the_go_charts_arguments_work_as_they_are(server: ApiServer, tmp_path: P
         server.configmap("demo", "edge-xds", {**FILES, "rds.yaml": "resources: [] # new\n"})
         wait_until(lambda: snapshot(tmp_path)["rds.yaml"] == b"resources: [] # new\n")
         server.configmap("demo", "edge-xds", {"rds.yaml": "resources: []\n"})
-        wait_until(lambda: list(snapshot(tmp_path)) == ["rds.yaml"])  # a deleted key goes
+        wait_until(lambda: list(snapshot(tmp_path)) == ["rds.yaml"])  # a deleted key
         loader.stop()
 
 
@@ -58,7 +58,7 @@ def test_one_dash_and_separate_values(server: ApiServer, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("option", ["-smi", "--trafficsplit=podinfo"])
-def test_smi_is_refused_with_the_way_out(option: str, server: ApiServer, tmp_path: Path) -> None:
+def test_smi_is_rejected_with_the_way_out(option: str, server: ApiServer, tmp_path: Path) -> None:
     done = run([*shared(server, tmp_path), "--configmap=edge-xds", option])
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -66,7 +66,7 @@ def test_smi_is_refused_with_the_way_out(option: str, server: ApiServer, tmp_pat
     assert list(server.requests) == []
 
 
-def test_a_role_without_list_is_said(server: ApiServer, tmp_path: Path) -> None:
+def test_a_role_without_list_is_named(server: ApiServer, tmp_path: Path) -> None:
     server.rules = [Rule(["get", "watch"], ["configmaps"], "demo", ["edge-xds"])]
     args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
     done = run([*args, "--onetime"])
@@ -74,7 +74,7 @@ def test_a_role_without_list_is_said(server: ApiServer, tmp_path: Path) -> None:
     assert re.search(r"list.*configmaps", done.stderr), done.stderr
 
 
-def test_files_of_the_go_tool_are_taken_over_and_strangers_named(
+def test_files_of_the_go_tool_are_taken_over_and_foreign_ones_named(
     server: ApiServer, tmp_path: Path
 ) -> None:
     current = tmp_path / "current"
@@ -98,6 +98,33 @@ def test_dry_run_writes_nothing(server: ApiServer, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_what_the_page_sets_to_null() -> None:
+    """Each of its remedies against a default."""
+    (words,) = re.findall(r"what you do not want: (.*?)\.\n\n", PAGE, re.DOTALL)
+    texts = [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", words)]
+    values: dict[str, object] = {}
+    for text in texts:
+        path, _, value = text.partition(": ")
+        *outer, last = path.split(".")
+        where = values
+        for key in outer:
+            where = where.setdefault(key, {})  # type: ignore[assignment]
+        where[last] = yaml.safe_load(value)
+    release = render(values)
+    envoy = next(c for c in release.pod["containers"] if c["name"] == "envoy")
+    assert "limits" not in envoy["resources"]
+    assert "fixed_heap" not in release.one("ConfigMap", "-bootstrap")["data"]["envoy.yaml"]
+    assert "topologySpreadConstraints" not in release.pod
+    assert release.all("PodDisruptionBudget") == []
+
+
+def test_names_are_those_of_the_table() -> None:
+    assert "Service and service account have the release's name" in PAGE
+    release = render(name="front")
+    assert release.one("Service")["metadata"]["name"] == "front"
+    assert release.one("ServiceAccount")["metadata"]["name"] == "front"
+
+
 def test_every_option_that_the_page_names_exists() -> None:
     shown = set(re.findall(r"--[a-z][\w-]+", run(["--help"]).stdout))
     gone = {"--smi", "--trafficsplit", "--trafficsplit-api-version", "--set", "--overwrite"}
@@ -111,9 +138,12 @@ def test_the_pages_yaml_is_valid() -> None:
     role, values = (yaml.safe_load(textwrap.dedent(block)) for block in blocks)
     for version in VERSIONS:
         validate(role, version)
-    (routes,) = yaml.safe_load(render(values).one("ConfigMap", "-xds")["data"]["rds.yaml"])[
-        "resources"
-    ]
+    release = render(values)
+    service = release.one("Service", "envoy")
+    assert [port["name"] for port in service["spec"]["ports"]] == ["n0"], "the default is removed"
+    envoy = next(c for c in release.pod["containers"] if c["name"] == "envoy")
+    assert [port["name"] for port in envoy["ports"]] == ["n0", "ready"]
+    (routes,) = yaml.safe_load(release.one("ConfigMap", "-xds")["data"]["rds.yaml"])["resources"]
     (host,) = routes["virtual_hosts"]
     clusters = host["routes"][0]["route"]["weighted_clusters"]["clusters"]
     assert {cluster["name"]: cluster["weight"] for cluster in clusters} == {

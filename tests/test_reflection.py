@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -10,11 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
+import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Request, Rule
-from tests.support.loader import Loader, wait_files
+from tests.support.loader import Loader, wait_files, wait_until
 from tests.support.tls import Authority
 
 MAPS = "/api/v1/namespaces/demo/configmaps"
@@ -114,7 +122,7 @@ def test_pages_that_expire_are_listed_again(
 
 
 @pytest.mark.parametrize(
-    "fault", [k8s.Gzip(), k8s.Slow(64, 0.001), k8s.Stall(0.5)], ids=lambda f: type(f).__name__
+    "fault", [k8s.Slow(64, 0.001), k8s.Stall(0.5)], ids=lambda f: type(f).__name__
 )
 def test_odd_but_right_answers(
     run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
@@ -576,6 +584,20 @@ def test_the_name_in_the_certificate_is_verified(
         assert not api.requests
 
 
+def test_an_encrypted_key_is_an_error_and_no_question(
+    run_loader: RunLoader, authority: Authority, api_tls: ApiServer, tmp_path: Path
+) -> None:
+    pair = Authority(tmp_path / "clients").pair("loader")
+    key = load_pem_private_key(pair.key.read_bytes(), None)
+    hidden = BestAvailableEncryption(b"secret")
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, hidden))
+    given = ("--client-cert", str(pair.cert), "--client-key", str(locked))
+    done = run_loader("--onetime", "--configmap", "envoy-xds", *given, server=api_tls)
+    assert done.returncode == 1
+    assert f"{locked}: not a usable certificate" in done.stderr
+
+
 def test_a_ca_file_that_is_missing_is_named(
     run_loader: RunLoader, api_tls: ApiServer, tmp_path: Path
 ) -> None:
@@ -692,6 +714,54 @@ def test_watches_that_end_at_once_are_backed_off_from(watching: Loader, api: Api
     assert len(api.requests) - before <= 20
 
 
+def test_watches_that_end_after_an_event_are_backed_off_from(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    """However many events they bring; and each event counts as soon as it comes."""
+    lines = [
+        b'{"type":"MODIFIED","object":{"metadata":{"name":"envoy-xds","namespace":"demo",'
+        b'"resourceVersion":"%d"},"data":{"rds.yaml":"%d"}}}\n' % (number, number)
+        for number in range(2, 40)
+    ]
+    for line in lines:
+        api.fail_next("watch=", k8s.Stream([line], "clean"))
+    start_loader(*WATCH)
+    first = api.requests.wait_for(is_watch)
+    wait_text(out, "2", first.time + 0.25 - time.monotonic())  # less than any pause
+    last = api.requests.wait_for(is_watch, count=7, timeout=8)
+    assert 2 < last.time - first.time < 7, "half a second to a second apart"
+
+
+@pytest.mark.parametrize("server", ["api", "api_tls"])
+def test_sighup_asks_the_api_server(
+    start_loader: StartLoader, request: pytest.FixtureRequest, out: Path, server: str
+) -> None:
+    """In watch mode too: whatever the open watch has missed. It is no failure."""
+    api: ApiServer = request.getfixturevalue(server)
+    put(api, "1")
+    api.fail_next("watch=", k8s.Stream([], "silent"))
+    watching = start_loader(*WATCH, server=api)
+    wait_text(out, "1")
+    api.requests.wait_for(is_watch)
+    put(api, "2")
+    watching.process.send_signal(signal.SIGHUP)
+    wait_text(out, "2")
+    api.wait_watches(1)
+    put(api, "3")
+    wait_text(out, "3")
+    assert len(api.requests.matching(is_list)) == 2
+    assert "WARN" not in watching.log
+
+
+def test_sighup_ends_a_pause(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
+    refusal = k8s.failure(429, "TooManyRequests", "", {"Retry-After": "60"})
+    api.fail_next("GET", refusal)
+    loader = start_loader(*WATCH)
+    loader.wait_log("429")
+    loader.process.send_signal(signal.SIGHUP)
+    wait_text(out, "1")
+
+
 def test_a_failing_source_does_not_spam_the_log(start_loader: StartLoader, api: ApiServer) -> None:
     api.fail_next("GET", k8s.failure(500, "InternalError"), times=1000)
     loader = start_loader(*WATCH)
@@ -747,6 +817,89 @@ def test_set_based_selectors(run_loader: RunLoader, api: ApiServer, out: Path) -
     done = run_loader("--onetime", "--configmap-selector", "app in (a, b)")
     assert done.returncode == 0, done.stderr
     wait_files(out, {"a": "1", "b": "1"})
+
+
+# -- what there need not be
+
+SERVICES = ["--services", "*"]
+
+
+def service(api: ApiServer) -> None:
+    ports = [{"name": "http", "port": 80, "protocol": "TCP"}]
+    metadata = {"namespace": "demo", "name": "web"}
+    spec = {"ports": ports, "clusterIP": "10.0.0.1"}
+    api.put({"kind": "Service", "metadata": metadata, "spec": spec})
+    subsets = [{"addresses": [{"ip": "10.1.1.1"}], "ports": [{"name": "http", "port": 8080}]}]
+    api.put({"kind": "Endpoints", "metadata": metadata, "subsets": subsets})
+
+
+def test_endpointslices_that_are_not_there_are_asked_for_once(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    """A 404 at the start decides."""
+    service(api)
+    api.missing_groups.add("discovery.k8s.io")
+    loader = start_loader("--watch", *SERVICES, "--endpoints", "inline")
+    path = out / "current/cds.yaml"
+    wait_until(lambda: path.exists() and "10.1.1.1" in path.read_text())
+    asked = [request for request in api.requests if "endpointslices" in request.path]
+    loader.process.send_signal(signal.SIGHUP)
+    api.requests.wait_for(lambda request: request.is_list and "/services" in request.path, count=2)
+    assert asked == [request for request in api.requests if "endpointslices" in request.path]
+    assert len(asked) == 1
+
+
+def test_endpointslices_that_are_not_granted_are_an_error(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    service(api)
+    api.rules = [Rule(["list", "watch"], ["services", "endpoints"], "demo")]
+    loader = start_loader("--watch", *SERVICES)
+    loader.wait_log("403.*endpointslices")
+    time.sleep(2)  # longer than a few denials took that once meant absence
+    assert not (out / "..data").exists()
+    api.rules = None
+    wait_until((out / "..data").exists, 10)
+
+
+def test_a_file_of_endpoints_without_slices(
+    run_loader: RunLoader, tmp_path: Path, api: ApiServer, out: Path
+) -> None:
+    """The same as for an API server that has no slices."""
+    service(api)
+    path = tmp_path / "objects.json"
+    path.write_text("".join(json.dumps(api.get(kind, "demo", "web"))
+                            for kind in ("Service", "Endpoints")))  # fmt: skip
+    args = ("--onetime", *SERVICES, "--endpoints", "inline", "--from-file", str(path))
+    done = run_loader(*args, server=None)
+    assert done.returncode == 0, done.stderr
+    assert "10.1.1.1" in (out / "current/cds.yaml").read_text()
+    slices = loader.Query(loader.ENDPOINTSLICES, "demo")
+    with pytest.raises(loader.ApiError, match="no EndpointSlice") as failed:
+        loader.FileSource(str(path), "demo").list(slices, 0, print)
+    assert failed.value.status == 404
+
+
+def test_a_file_says_where_else_an_object_is(tmp_path: Path) -> None:
+    path = tmp_path / "objects.json"
+    source = loader.FileSource(str(path), "demo")
+    named = loader.Query(loader.CONFIGMAPS, "demo", "envoy-xds")
+
+    def holding(*names: str) -> str:
+        keys = [name.split("/") for name in names]
+        path.write_text(json.dumps({"kind": "ConfigMapList", "items": [
+            {"metadata": {"namespace": namespace, "name": name}} for namespace, name in keys
+        ]}))  # fmt: skip
+        return source.elsewhere(named)
+
+    web = f"`{path}` holds configmap web/envoy-xds"
+    assert holding("web/envoy-xds", "web/other") == f"{web}; give --namespace web"
+    assert holding("web/envoy-xds", "a/envoy-xds") == f"`{path}` holds configmap a/envoy-xds, " \
+        "web/envoy-xds"  # fmt: skip
+    assert holding("demo/routes") == f"`{path}` holds configmap demo/routes"
+    assert holding() == ""
+    path.write_text("no JSON")
+    assert source.elsewhere(named) == ""
 
 
 # -- the end

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import StartEnvoy, StartLoader
-from tests.support.apiserver import ApiServer, Client, Object, Rule
+from tests.support.apiserver import ApiServer, Client, Object
 from tests.support.disk import wait_converged
+from tests.support.dns import Resolver
+from tests.support.docs import block_for
 from tests.support.envoy import Config, Envoy, inotify_instances
 from tests.support.load import Poller, have_wrk
 from tests.support.loader import Loader, snapshot, wait_until
-from tests.support.steady import Front, Load, Upstreams, front, own_port
+from tests.support.ports import held_port
+from tests.support.steady import Front, Load, Upstreams, front
 from tests.support.worlds import CHECKS, MERGE
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
@@ -187,7 +192,7 @@ def test_rolling_100_endpoints_under_load_loses_no_request(mode: str, shop: Shop
     """
     old = [f"127.0.1.{i}" for i in range(1, 101)]
     new = [f"127.0.2.{i}" for i in range(1, 101)]
-    with contextlib.closing(Pods(own_port())) as pods:
+    with contextlib.closing(Pods(held_port())) as pods:
         pods.start(*old)
         shop.endpoints("web", pods.port, *old)
         shop.service("web", hosts=HOST)
@@ -248,23 +253,44 @@ def test_zones_fail_over_and_back(shop: Shop) -> None:
 # Routes by annotation
 
 
-def test_a_canary_by_kubectl_annotate(shop: Shop) -> None:
-    """0, 10, 50, 90 % by one annotation; then the old Service goes. No request is lost."""
-    shop.up("web", 0, hosts=HOST, weight="100")
-    shop.up("web-next", 1)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def canary_commands() -> list[tuple[str, dict[str, str]]]:
+    """The commands of README.md and docs/rendering.md: (name, annotations) of each line."""
+    test = test_a_canary_by_the_commands_of_the_page.__name__
+    page = (ROOT / "docs" / "rendering.md").read_text()
+    blocks = re.findall(r"```sh canary\n(.*?)```", page, re.DOTALL)
+    found = []
+    for line in "".join([block_for("README.md", test), *blocks]).splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[:3] == ["kubectl", "annotate", "service"]
+        given = dict(word.split("=") for word in words[4:] if word != "--overwrite")
+        found.append((words[3], {key.removeprefix("xds-loader/"): given[key] for key in given}))
+    return found
+
+
+def test_a_canary_by_the_commands_of_the_page(shop: Shop) -> None:
+    """Each command gives the canary the share that it says; then the old Service is deleted.
+
+    No request is lost.
+    """
+    shop.up("web", 0, hosts=HOST)
+    shop.up("web-canary", 1)
     shop.start()
     with shop.poller() as poller:
         poller.wait_body("v0")
-        shop.annotate("web-next", hosts=HOST, weight="0")
-        for weight, low, high in ((11, 1, 30), (101, 35, 65), (900, 78, 98)):
-            began = time.monotonic()
-            shop.annotate("web-next", weight=str(weight))
-            poller.wait_body("v1", after=began)
+        for name, annotations in canary_commands():
+            shop.annotate(name, **annotations)
+            weight = int(annotations["weight"])
+            wanted = f'"name":"demo/{name}/http","weight":{weight}}}'.encode()
+            wait_until(lambda w=wanted: w in snapshot(shop.out)["rds.json"], 5)  # type: ignore[misc]
             time.sleep(0.2)
             mark = len(poller.answers)
-            wait_until(lambda n=mark: len(poller.answers) > n + 150, 20, "150 answers")  # type: ignore[misc]
-            share = 100 * poller.counts(150)["v1"] / 150
-            assert low <= share <= high, f"weight {weight}: {share:.0f} %"
+            wait_until(lambda n=mark: len(poller.answers) > n + 300, 20, "300 answers")  # type: ignore[misc]
+            share = 100 * poller.counts(300).get("v1", 0) / 300
+            assert abs(share - weight) <= (12 if 0 < weight < 100 else 0), (weight, share)
+        shop.annotate("web-canary", weight="100")
         shop.annotate("web", weight="0")
         shop.api.delete("Service", "demo", "web")
         wait_until(lambda: b"demo/web/http" not in snapshot(shop.out)["cds.json"], 5)
@@ -311,13 +337,9 @@ def test_a_service_that_comes_is_served_at_once(shop: Shop) -> None:
 # Where endpoints come from
 
 
-@pytest.mark.parametrize("why", ["absent", "forbidden"])
-def test_legacy_endpoints_serve_where_there_are_no_slices(why: str, shop: Shop) -> None:
-    """An API without EndpointSlices, or a Role that does not give them."""
-    if why == "absent":
-        shop.api.missing_groups = {"discovery.k8s.io"}
-    else:
-        shop.api.rules = [Rule(["list", "watch", "patch"], ["services", "endpoints"], "demo")]
+def test_legacy_endpoints_serve_where_there_are_no_slices(shop: Shop) -> None:
+    """An API without EndpointSlices."""
+    shop.api.missing_groups = {"discovery.k8s.io"}
 
     def endpoints(upstream: int) -> None:
         subset = {
@@ -339,19 +361,30 @@ def test_legacy_endpoints_serve_where_there_are_no_slices(why: str, shop: Shop) 
 
 
 def test_an_external_name_is_asked_of_dns(shop: Shop) -> None:
+    """A name where it is allowed; `localhost` reaches nothing beside Envoy."""
     ports = [{"name": "http", "port": shop.upstreams.ports[0], "protocol": "TCP"}]
     shop.api.service(
-        *("demo", "far", ports),
-        annotations={"xds-loader/hosts": HOST},
+        *("demo", "near", ports),
+        annotations={"xds-loader/hosts": "near.example"},
         type="ExternalName",
         externalName="localhost",
         clusterIP="",
     )
-    envoy = shop.start()
-    with shop.poller() as poller:
-        poller.wait_body("v0")
-    [host] = envoy.clusters()["demo/far/http"]
-    assert host["hostname"] == "localhost"
+    shop.api.service(
+        *("demo", "far", ports),
+        annotations={"xds-loader/hosts": HOST},
+        type="ExternalName",
+        externalName="pods.example",
+        clusterIP="",
+    )
+    with Resolver() as resolver:
+        on = {"external_name": "strict_dns"}
+        envoy = shop.start(config={"endpoint": on, "cluster": {"base": resolver.fields}})
+        with shop.poller() as poller, shop.poller(host="near.example") as near:
+            poller.wait_body("v0")
+            wait_until(lambda: len(near.answers) > 20, 5)
+    assert set(envoy.clusters()) == {"demo/far/http"}
+    assert {answer.status for answer in near.answers} == {404}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -401,7 +434,7 @@ def test_many_services_keep_envoy_up_also_when_all_of_them_warm(shop: Shop) -> N
             shop.start_loader(
                 config={**config, "cluster": {"base": {**base, "connect_timeout": timeout}}}
             )
-            shop.loader.wait_log("published .*confirmed=yes", 20)
+            shop.loader.wait_log("published .*ack=yes", 20)
             assert set(connect_timeouts(shop.out)) == {timeout}
             most = highest.end()
             print(f"{many} Services, {budget} on EDS: {before} instances, {most} while all warm")

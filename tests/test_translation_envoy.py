@@ -22,24 +22,25 @@ import trustme
 
 import loader
 from tests.support.backend import Backend
+from tests.support.dns import Resolver
 from tests.support.envoy import (
     Config,
     Envoy,
     bootstrap,
     dynamic_resources,
     file_source,
-    free_port,
     http_listener,
     rds_routes,
 )
+from tests.support.ports import held_port
 from tests.support.rendering import (
     Object,
     endpoint,
     endpoint_slice,
     objects_of,
     port,
+    renderer,
     service,
-    translator,
 )
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
@@ -65,12 +66,12 @@ def _answer(backend: Backend) -> asyncio.Protocol:
 
 
 class Proxy:
-    """An Envoy that reads what a translator renders, with one listener for its routes."""
+    """An Envoy that reads what a renderer renders, with one listener for its routes."""
 
     def __init__(self, root: Path, stack: contextlib.ExitStack, **options: Any) -> None:
         self.current = root / "current"
-        self.port = free_port()
-        self.translator = translator(current_dir=str(self.current), **options)
+        self.port = held_port()
+        self.renderer = renderer(current_dir=str(self.current), **options)
         self.fmt = options.get("fmt", "yaml")
         self.published: dict[str, loader.File] = {}
         self._root, self._stack = root, stack
@@ -78,7 +79,7 @@ class Proxy:
 
     def publish(self, *raw: Object) -> loader.Rendering:
         """Render and move what changed into place, children first; then Envoy has it."""
-        found = self.translator.render(objects_of(*raw))
+        found = self.renderer.render(objects_of(*raw))
         changed = {path for path in found.files if found.files[path] != self.published.get(path)}
         for path in sorted(changed, key=lambda path: ("eds/" not in path, path)):
             place = self.current / path
@@ -100,13 +101,13 @@ class Proxy:
         self.envoy.wait_stat(f"{scope}.version_text", found["version_info"], timeout=20)
         assert self.envoy.count(f"{scope}.update_rejected") == 0, self.envoy.log_tail()
 
-    def start(self, *listeners: Config) -> Envoy:
+    def start(self, *listeners: Config, admin: str = "") -> Envoy:
         routes = rds_routes(file_source(self.current / f"rds.{self.fmt}"), "services")
         config = bootstrap(
             dynamic_resources(cds=file_source(self.current / f"cds.{self.fmt}")),
             listeners=[http_listener(self.port, routes), *listeners],
         )
-        self.envoy = self._stack.enter_context(Envoy(config, self._root / "envoy"))
+        self.envoy = self._stack.enter_context(Envoy(config, self._root / "envoy", admin=admin))
         self.await_version("cds", "cluster_manager.cds")
         self.await_version("rds", "http.ingress.rds.services")
         return self.envoy
@@ -177,7 +178,7 @@ def until(condition: Callable[[], bool], timeout: float = 10) -> None:
 def test_envoy_has_each_endpoint_and_requests_reach_the_ports_of_pods(
     proxy: Proxies, stack: contextlib.ExitStack, mode: str, fmt: str
 ) -> None:
-    one, two = free_port(), free_port()
+    one, two = held_port(), held_port()
     for name, host, number in (
         *(("a", "127.0.0.2", one), ("b", "127.0.0.3", two)),
         *(("drains", "127.0.0.4", one), ("admin", "127.0.0.2", two)),
@@ -216,7 +217,8 @@ def test_envoy_has_each_endpoint_and_requests_reach_the_ports_of_pods(
     assert running.hosts("demo/empty/http") == []
     assert running.share() == {"a", "b"}
     assert running.get("web.demo.svc.cluster.local:1234") in ((200, "a"), (200, "b"))
-    assert running.get("web.demo.svc.cluster.local:9000") == (200, "admin")
+    # An annotation exposes one port: no Host header reaches another.
+    assert running.get("web.demo.svc.cluster.local:9000") in ((200, "a"), (200, "b"))
     # A pod goes, another comes.
     gone = endpoint_slice("demo/web", endpoint("127.0.0.3", zone="z2"), ports={"http": two})
     running.publish(web, gone)
@@ -225,7 +227,7 @@ def test_envoy_has_each_endpoint_and_requests_reach_the_ports_of_pods(
 
 
 def test_a_zone_that_is_lost_fails_over(proxy: Proxies, stack: contextlib.ExitStack) -> None:
-    number = free_port()
+    number = held_port()
     near = stack.enter_context(Pod("near", "127.0.0.2", number))
     stack.enter_context(Pod("far", "127.0.0.3", number))
     web = service(annotations={"route": "true"})
@@ -273,7 +275,7 @@ def test_a_zone_that_is_lost_fails_over(proxy: Proxies, stack: contextlib.ExitSt
 def test_upstream_tls_verifies_the_ca_and_the_name(
     proxy: Proxies, stack: contextlib.ExitStack, tmp_path: Path
 ) -> None:
-    number = free_port()
+    number = held_port()
     trusted, stranger = trustme.CA(), trustme.CA()
     trusted.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
 
@@ -285,7 +287,8 @@ def test_upstream_tls_verifies_the_ca_and_the_name(
     pod("good", "127.0.0.2", trusted, "good.demo.svc.cluster.local")
     pod("stranger", "127.0.0.3", stranger, "stranger.demo.svc.cluster.local")
     pod("liar", "127.0.0.4", trusted, "good.demo.svc.cluster.local")
-    pod("outside", "127.0.0.1", trusted, "localhost")
+    pod("outside", "127.0.0.5", trusted, "pods.example")
+    resolver = stack.enter_context(Resolver("127.0.0.5"))
     raw = []
     for name, host in (("good", "2"), ("stranger", "3"), ("liar", "4")):
         raw.append(service(f"demo/{name}", port("https", 443), annotations={"route": "true"}))
@@ -295,12 +298,17 @@ def test_upstream_tls_verifies_the_ca_and_the_name(
         "demo/outside",
         port("https", number),
         type="ExternalName",
-        externalName="localhost",
+        externalName="pods.example",
         annotations={"route": "true"},
     )
-    running = proxy(config={"cluster": {"trusted_ca": str(tmp_path / "ca.pem")}})
+    config = {
+        "cluster": {"trusted_ca": str(tmp_path / "ca.pem"), "base": resolver.fields},
+        "endpoint": {"external_name": "strict_dns"},
+    }
+    running = proxy(config=config)
     running.publish(*raw, outside)
     envoy = running.start()
+    until(lambda: bool(running.hosts("demo/outside/https")))
     statuses = {
         name: running.get(f"{name}.demo.svc.cluster.local")[0]
         for name in ("good", "stranger", "liar", "outside")
@@ -310,9 +318,42 @@ def test_upstream_tls_verifies_the_ca_and_the_name(
     assert envoy.count("cluster.demo/liar/https.ssl.fail_verify_san")
 
 
+def test_no_external_name_reaches_what_listens_beside_envoy(
+    proxy: Proxies, stack: contextlib.ExitStack
+) -> None:
+    """Envoy's own admin interface, in each spelling that it would resolve; with the name allowed,
+    Envoy really goes where DNS says, which is why it is off by default.
+    """
+    resolver = stack.enter_context(Resolver("127.0.0.2"))
+    number = held_port()
+    stack.enter_context(Pod("elsewhere", "127.0.0.2", number))
+    names = ("localhost", "LOCALHOST.", "x.localhost", "127.0.0.1", "127.1", "2130706433", "0x7f.1")
+
+    def raw(admin: int) -> list[Object]:
+        found = [
+            service(f"evil/s{index}", port("http", admin), type="ExternalName", externalName=name,
+                    annotations={"hosts": f"h{index}"})
+            for index, name in enumerate(names)
+        ]  # fmt: skip
+        allowed = service("evil/ok", port("http", number), type="ExternalName",
+                          externalName="pods.example", annotations={"hosts": "ok"})  # fmt: skip
+        return [*found, allowed]
+
+    on = {"external_name": "strict_dns"}
+    running = proxy(config={"endpoint": on, "cluster": {"base": resolver.fields}})
+    running.publish(*raw(1))
+    envoy = running.start(admin="tcp")
+    running.publish(*raw(int(envoy.admin_url.rpartition(":")[2])))
+    until(lambda: bool(running.hosts("evil/ok/http")))
+    assert running.get("ok") == (200, "elsewhere")
+    assert {running.get(f"h{index}", "/config_dump")[0] for index in range(len(names))} == {404}
+    assert set(envoy.clusters()) == {"evil/ok/http"}
+    assert set(resolver.asked) == {"pods.example"}
+
+
 def test_http2_where_the_port_says_so(proxy: Proxies, stack: contextlib.ExitStack) -> None:
     """The pod is a listener of Envoy itself, which answers with the protocol it was asked in."""
-    number = free_port()
+    number = held_port()
     answer = {
         "name": "all",
         "virtual_hosts": [
@@ -349,7 +390,7 @@ def test_http2_where_the_port_says_so(proxy: Proxies, stack: contextlib.ExitStac
 
 
 def test_annotations_route_and_split(proxy: Proxies, stack: contextlib.ExitStack) -> None:
-    number = free_port()
+    number = held_port()
     for index, name in enumerate(("stable", "canary", "api", "rest")):
         stack.enter_context(Pod(name, f"127.0.0.{index + 2}", number))
 
@@ -358,7 +399,7 @@ def test_annotations_route_and_split(proxy: Proxies, stack: contextlib.ExitStack
             "stable": {"hosts": "shop.example"},
             "canary": {"hosts": "shop.example", "weight": weight},
             "api": {"hosts": "shop.example", "prefix": "/api"},
-            "rest": {"hosts": "*.example, *", "weight": "4294967295"},
+            "rest": {"hosts": "*.example, *", "weight": "1000000"},
         }
         found = []
         for index, name in enumerate(asked):
@@ -371,8 +412,10 @@ def test_annotations_route_and_split(proxy: Proxies, stack: contextlib.ExitStack
     running.publish(*raw("0"))
     running.start()
     assert running.share(host="shop.example") == {"stable"}
-    running.publish(*raw("3"))
+    running.publish(*raw("40"))
     assert running.share(60, host="SHOP.example:8080") == {"stable", "canary"}
+    running.publish(*raw("100"))
+    assert running.share(host="shop.example") == {"canary"}
     assert running.get("shop.example", "/api/x") == (200, "api")
     assert running.get("other.example") == (200, "rest")
     assert running.get("elsewhere") == (200, "rest")
@@ -383,7 +426,7 @@ def test_annotations_route_and_split(proxy: Proxies, stack: contextlib.ExitStack
 def test_a_thousand_services_keep_envoy_up_also_when_all_warm_at_once(
     proxy: Proxies, stack: contextlib.ExitStack, fmt: str
 ) -> None:
-    number = free_port()
+    number = held_port()
     stack.enter_context(Pod("pod", "127.0.0.2", number))
     raw = []
     for index in range(1000):
@@ -407,7 +450,7 @@ def test_a_thousand_services_keep_envoy_up_also_when_all_warm_at_once(
         "healthy_threshold": 1,
         "tcp_health_check": {},
     }
-    running.translator = translator(
+    running.renderer = renderer(
         {"cluster": {"base": {"connect_timeout": "5s", "health_checks": [check]}}},
         endpoints="auto",
         fmt=fmt,

@@ -78,10 +78,8 @@ def by_annotation(story: Story) -> tuple[Proxy, Poller]:
     settle(story, poller, only("bold-olm"))
     took = []
     for wanted in (even, only("eerie-octopus")):
-        # Two objects, two changes: in between the shares are 50 to 0, then 100 to 50.
-        shift(story, proxy, poller, "services", "kubectl annotate --overwrite service bold-olm")
-        last = "kubectl annotate --overwrite service eerie-octopus"
-        took.append(shift(story, proxy, poller, "services", last))
+        command = "kubectl annotate --overwrite service eerie-octopus"  # the other takes the rest
+        took.append(shift(story, proxy, poller, "services", command))
         settle(story, poller, wanted)
     verdict(story, proxy, poller, took, "annotation")
     return proxy, poller
@@ -100,15 +98,27 @@ def patches(story: Story) -> list[Path]:
 def tell(story: Story) -> None:
     started = time.monotonic()
     proxy, _ = by_configmap(story)
-    by_annotation(story)
+    other, _ = by_annotation(story)
     story.fact("the whole story", f"{time.monotonic() - started:.1f} s")
     api = f"{story.cluster.api.url}/api/v1/namespaces/demo/configmaps/envoy-xds"
     auth = f"-H 'Authorization: Bearer {TOKEN}'"
     files = patches(story)
+    service = f"{story.cluster.api.url}/api/v1/namespaces/demo/services/eerie-octopus"
+    weight = json.dumps({"metadata": {"annotations": {"xds-loader/weight": "50"}}})
+    patch = f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\"
+    look = "   # Envoy's admin interface"
     story.play([
+        "# Weights in a ConfigMap",
         f"curl -s {proxy.url(10000)}                 # the answer of one backend",
-        f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\",
+        patch,
         f"  {api} --data-binary @{files[0]}   # or {', '.join(f.name for f in files[1:])}",
-        f"curl -s {proxy.envoy.admin_url}/stats?filter=rds   # Envoy's admin interface",
+        f"{proxy.admin_command('/stats?filter=rds')}{look}",
         f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
+        "# Weights by annotation",
+        f"curl -s -H 'Host: podinfo.example' {other.url(10000)}",
+        patch,
+        f"  {service} -d '{weight}'   # any weight",
+        f"{other.admin_command('/stats?filter=rds')}{look}",
+        f"ls -l {other.output_dir}/current/",
+        "# The logs of the loaders",
     ])  # fmt: skip

@@ -149,7 +149,7 @@ def refused(story: Story, edge: Proxy) -> None:
         if "token" in options:
             headers["authorization"] = f"Bearer {options['token']}"
         found = fetch(edge.url(8443, scheme="https"), headers=headers, tls=options["tls"])
-        said = str(found.status) if found.status else "refused in the handshake"
+        said = str(found.status) if found.status else "rejected in the handshake"
         story.claim(f"{service}, {what}", found.status in wanted, said)
         story.say(f"  {service}, {what}: {said}")
 
@@ -186,5 +186,5 @@ def tell(story: Story) -> None:
     host, door = "-H 'Host: reports.demo.svc.b.example'", proxies["edge-b"]
     story.play([
         f"curl -s {host} {winch.url(15001)}",
-        f"curl -k {host} {door.url(8443, scheme='https')}    # refused: no certificate",
+        f"curl -k {host} {door.url(8443, scheme='https')}    # rejected: no certificate",
     ])  # fmt: skip

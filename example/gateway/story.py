@@ -123,7 +123,8 @@ def breakers(story: Story, proxy: Proxy) -> None:
     change(story, proxy, "kubectl apply -f 3-everything/clusters-breakers", CLUSTERS, "breakers")
     answers = many(proxy.url(8000, "/search"), 12, 12)
     quick = [a.seconds for a in answers if a.headers.get("x-envoy-overloaded") == "true"]
-    story.say(f"  {statuses(answers)}; the refused knew it after {milliseconds(max(quick or [9]))}")
+    slowest = milliseconds(max(quick or [9]))
+    story.say(f"  {statuses(answers)}; those without room were answered after {slowest}")
     story.claim("circuit breaker: requests in the search at once", quick and search.most <= 2,
                 f"{before}; then {search.most}")  # fmt: skip
 
@@ -138,15 +139,15 @@ def limit(story: Story, proxy: Proxy) -> None:
 
 
 def nonsense(story: Story, proxy: Proxy) -> None:
-    story.title("And a mistake: the same domain twice, which Envoy refuses")
+    story.title("And a mistake: the same domain twice, which Envoy rejects")
     loader = proxy.loaders[0]
     before = len(loader.lines)
     story.kubectl("kubectl apply -f 3-everything/routes-broken")
-    found = loader.wait_log("(?i)rejected|refuse", 8, since=before)
+    found = loader.wait_log("(?i)nack|rejected", 8, since=before)
     story.say(f"  the loader: {found.string[:160]}")
     standing = proxy.output_dir / "current/rds.yaml"
     story.until(lambda: "limited" in standing.read_text(), "the last good routes")
-    story.claim("a mistake in the routes", True, "refused, named, and the last good ones put back")
+    story.claim("a mistake in the routes", True, "rejected, named, and rolled back")
 
 
 def most_tries(proxy: Proxy) -> int:
@@ -186,7 +187,7 @@ def tell(story: Story) -> None:
     story.play([
         f"curl -s {proxy.url(8000, '/cart')}",
         f"tail -f {proxy.root}/stdout    # the access log",
-        f"curl -s {proxy.envoy.admin_url}/config_dump",
+        proxy.admin_command("/config_dump"),
     ])  # fmt: skip
 
 

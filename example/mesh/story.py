@@ -203,6 +203,6 @@ def tell(story: Story) -> None:
     story.verdict([poller], proxies)
     story.play([
         f"curl -s -H 'Host: shop.example' {url}",
-        f"curl -s {proxies[2].envoy.admin_url}/clusters    # of the order service",
+        f"{proxies[2].admin_command('/clusters')}    # of the order service",
         f"{prometheus.url if prometheus else ''}    # Prometheus",
     ])  # fmt: skip

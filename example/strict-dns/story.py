@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
 import time
 
 import dnslib
@@ -143,17 +142,11 @@ def spoken(seconds: float) -> str:
     return milliseconds(seconds) if seconds < 1 else f"{seconds:.2f} s"
 
 
-def free_udp_port(ip: str) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind((ip, 0))
-        return int(probe.getsockname()[1])
-
-
 def tell(story: Story) -> None:
     cluster, names = story.cluster, Names()
     ip = cluster.ip("dns")
-    port = free_udp_port(ip)
-    server = DNSServer(names, address=ip, port=port, logger=DNSLogger("error"))
+    server = DNSServer(names, address=ip, port=0, logger=DNSLogger("error"))
+    port = int(server.server.server_address[1])
     server.start_thread()
     story.at_end(server.server.server_close)
     story.at_end(server.stop)
@@ -177,5 +170,5 @@ def tell(story: Story) -> None:
     story.claim("restarts of Envoy", proxy.never_restarted(), proxy.restarts())
     story.play([
         f"curl -s {proxy.url(10000, '/dns')}    # or /eds",
-        f"curl -s {proxy.envoy.admin_url}/clusters",
+        proxy.admin_command("/clusters"),
     ])  # fmt: skip

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shlex
+import socket
 import ssl
 import time
 from collections import Counter
@@ -23,9 +24,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from example.support.pods import Handler, Server, Servers, named
+from example.support.pods import Handler, Server, Servers, fetch, named
 from tests.support.apiserver import BY_KIND, ApiServer, Client, Rule
-from tests.support.envoy import Envoy
+from tests.support.envoy import Envoy, admin_url_of
 from tests.support.loader import Loader, run, wait_until
 from tests.support.manifests import command
 
@@ -37,12 +38,24 @@ CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "Namespace")
 NODES = {"a": "node-a", "b": "node-b"}
 
 
+def own_network() -> tuple[str, socket.socket]:
+    """A network of loopback that no other example has, and the socket whose name keeps it so."""
+    while True:
+        net = f"127.{random.randint(10, 250)}.{random.randint(0, 255)}"
+        held = socket.socket(socket.AF_UNIX)
+        try:
+            held.bind(f"\0envoy-xds-example-{net}")
+        except OSError:
+            held.close()
+        else:
+            return net, held
+
+
 class PodEnvoy(Envoy):
     """Envoy in a pod: on its address, with the bootstrap as the user wrote it."""
 
-    def take(self, ip: str, text: str) -> None:
+    def take(self, text: str) -> None:
         """Envoy's own parser reads the YAML, not Python's."""
-        self.admin_host = ip
         place = self.config_file.with_suffix(".yaml")
         place.write_text(text)
         self.command[self.command.index("-c") + 1] = str(place)
@@ -84,6 +97,13 @@ class Proxy:
     def url(self, port: int, path: str = "/", scheme: str = "http") -> str:
         return f"{scheme}://{self.ip}:{port}{path}"
 
+    def admin_command(self, path: str) -> str:
+        """What to type for Envoy's admin interface."""
+        url = self.envoy.admin_url
+        if url.startswith("unix:"):
+            return f"curl -s --unix-socket {url.removeprefix('unix:')} 'http://envoy{path}'"
+        return f"curl -s '{url}{path}'"
+
     def uptime(self) -> float:
         """Seconds, by Envoy's own clock, which shows whole ones."""
         info = json.loads(self.envoy.admin("/server_info"))
@@ -112,11 +132,10 @@ class Cluster:
         root: Path,
         servers: Servers,
         namespace: str = "demo",
-        net: str = "",
     ) -> None:
         self.folder, self.root, self.servers = folder, root, servers
         self.namespace = namespace
-        self.net = net or f"127.{random.randint(10, 250)}.{random.randint(0, 255)}"
+        self.net, self._held = own_network()
         self._hosts = iter(range(2, 250))
         self.ips: dict[str, str] = {}
         everything = [resource.plural for resource in BY_KIND.values()]
@@ -300,6 +319,7 @@ class Cluster:
         self.run_init(proxy)
         self.start_envoy(proxy)
         self.start_loaders(proxy)
+        self.await_startup(proxy)
         return proxy
 
     def schedule(self, deployment: str) -> Proxy:
@@ -365,18 +385,29 @@ class Cluster:
                 words, env = self._resolved(proxy, container)
                 path = words[words.index("-c") + 1]
                 more = [w for w in words if w not in ("-c", path, "--disable-hot-restart")]
+                more = [self.localize(word, proxy.name, proxy.mounts) for word in more]
                 place = proxy.root / path.lstrip("/")
                 text = self.localize(place.read_text(), proxy.name, proxy.mounts)
                 envoy = PodEnvoy(
                     text, proxy.root / "envoy", args=more, log_level="warning", start=False
                 )
-                envoy.take(proxy.ip, text)
+                envoy.take(text)
+                if "--config-yaml" in more:  # laid over the file
+                    over = yaml.safe_load(more[more.index("--config-yaml") + 1])
+                    envoy.admin_url = admin_url_of(over["admin"]["address"])
                 proxy.take(envoy)
                 before = dict(os.environ)
                 os.environ.update(env)
                 envoy.start()
                 for name in env.keys() - before.keys():
                     del os.environ[name]
+
+    def await_startup(self, proxy: Proxy) -> None:
+        """Envoy's startup probe: the pod gets no requests before it has passed."""
+        for container in proxy.spec["containers"]:
+            if probe := container.get("startupProbe", {}).get("httpGet"):
+                url = proxy.url(probe["port"], probe["path"])
+                wait_until(lambda url=url: fetch(url).status == 200, 20, url)  # type: ignore[misc]
 
     def start_loaders(self, proxy: Proxy) -> None:
         """Also waits until they watch."""
@@ -477,6 +508,7 @@ class Cluster:
             proxy.close()
         self.client.close()
         self.api.close()
+        self._held.close()
 
 
 def kustomized(folder: Path, namespace: str) -> list[Object]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from types import TracebackType
 from example.support.cluster import Cluster, Proxy
 from example.support.pods import Servers
 from tests.support.load import Poller
+from tests.support.loader import Loader
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -153,19 +156,30 @@ class Story:
         print(flush=True)
 
     def play(self, lines: Sequence[str]) -> None:
-        """With --keep: leave everything running, say what can be done with it, wait for Ctrl-C."""
+        """With --keep: leave everything running, show what to type next, wait for Ctrl-C."""
         if not self.options.keep:
             return
         self._table()
         self._facts = []
         self.say(self._bold("It goes on running. In another terminal:"))
-        for line in lines:
+        for line in [*lines, *self._logs()]:
             self.say(f"  {line}")
         self.say("Ctrl-C ends it.")
         try:
             signal.pause()
         except KeyboardInterrupt:
             self.say()
+
+    def _logs(self) -> list[str]:
+        """Where the log of each loader is, from now on in a file."""
+        commands = []
+        for cluster in self.clusters.values():
+            for proxy in cluster.proxies.values():
+                for loader in proxy.loaders:
+                    place = proxy.root / "loader.log"
+                    threading.Thread(target=follow, args=(loader, place), daemon=True).start()
+                    commands.append(f"tail -f {place}    # the loader of {proxy.name}")
+        return commands
 
     def __enter__(self) -> Story:
         return self
@@ -197,6 +211,18 @@ class Story:
         if error is None and self._facts:
             self._table()
         return isinstance(error, KeyboardInterrupt)
+
+
+def follow(loader: Loader, place: Path) -> None:
+    """Write a loader's log to a file, and go on as it grows."""
+    written = 0
+    with contextlib.suppress(OSError), place.open("w") as file:  # gone with the story
+        while place.exists():
+            lines = loader.lines
+            file.writelines(f"{line}\n" for line in lines[written:])
+            file.flush()
+            written = len(lines)
+            time.sleep(0.2)
 
 
 def bar(share: float, width: int = 30) -> str:

@@ -35,8 +35,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, overload
+
+from tests.support.busy import Deadline
+from tests.support.closing import Closing
+from tests.support.ports import hold
 
 Object = dict[str, Any]
 
@@ -319,12 +322,14 @@ class Transcript(Sequence[Request]):
             found[:] = [entry for entry in self._entries[since:] if predicate(entry)]
             return len(found) >= count
 
+        deadline = Deadline(timeout)
         with self._changed:
-            if not self._changed.wait_for(enough, timeout):
-                seen = "\n  ".join(map(repr, self._entries[since:][-30:])) or "nothing"
-                raise TimeoutError(
-                    f"{len(found)} of {count} requests within {timeout} s; seen:\n  {seen}"
-                )
+            while not self._changed.wait_for(enough, deadline.left()):
+                if deadline.over():
+                    seen = "\n  ".join(map(repr, self._entries[since:][-30:])) or "nothing"
+                    raise TimeoutError(
+                        f"{len(found)} of {count} requests within {timeout} s; seen:\n  {seen}"
+                    )
             return found[count - 1]
 
 
@@ -582,7 +587,7 @@ class _Watch:
 # The server
 
 
-class ApiServer:
+class ApiServer(Closing):
     """See the module; every attribute may be changed while it runs."""
 
     def __init__(
@@ -598,7 +603,8 @@ class ApiServer:
         self.tokens = None if tokens is None else set(tokens)
         self.rules = None if rules is None else list(rules)
         self.user = "system:serviceaccount:demo:loader"
-        self.port = port
+        self._held = hold(port=port)  # nobody else gets the port while the server is away
+        self.port: int = self._held.getsockname()[1]
         self.missing_groups: set[str] = set()
         self.bookmark_interval = 60.0
         self.shortest_bookmarked = 10.0  # a watch of fewer seconds ends without a bookmark
@@ -633,25 +639,13 @@ class ApiServer:
     def url(self) -> str:
         return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> ApiServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def start(self) -> None:
-        """Listen, on the port that it had before (0: any that is free)."""
+        """Listen, on the port that it had before."""
         self._closing = threading.Event()
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
         listener.listen(1024)
-        self.port = listener.getsockname()[1]
         self._listener = listener
         self._spawn(self._accept, listener, self._closing)
 
@@ -698,6 +692,7 @@ class ApiServer:
     def close(self) -> None:
         """Stop for good and wait for every thread."""
         self.stop()
+        self._held.close()
         for thread in self._threads:
             thread.join(5)
 
@@ -918,9 +913,14 @@ class ApiServer:
             return len(self._watches)
 
     def wait_watches(self, count: int, timeout: float = 5.0) -> None:
+        def open_now() -> bool:
+            return len(self._watches) == count
+
+        deadline = Deadline(timeout)
         with self._watches_changed:
-            if not self._watches_changed.wait_for(lambda: len(self._watches) == count, timeout):
-                raise TimeoutError(f"{len(self._watches)} open watches after {timeout} s")
+            while not self._watches_changed.wait_for(open_now, deadline.left()):
+                if deadline.over():
+                    raise TimeoutError(f"{len(self._watches)} open watches after {timeout} s")
 
     # -- connections
 

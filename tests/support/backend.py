@@ -15,7 +15,8 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+
+from tests.support.closing import Closing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +53,7 @@ class _Answer(asyncio.Protocol):
             self.transport.write(self.backend.answer)
 
 
-class Backend:
+class Backend(Closing):
     """One backend on 127.0.0.1; `status` may be changed while it runs."""
 
     def __init__(self, name: str, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
@@ -108,16 +109,8 @@ class Backend:
             self._loop.close()
             self._thread = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
-
-class Backends:
+class Backends(Closing):
     """Several backends in one process of their own: load does not share the tests' interpreter."""
 
     def __init__(self, *names: str) -> None:
@@ -135,17 +128,6 @@ class Backends:
 
     def __getitem__(self, name: str) -> int:
         return self.ports[name]
-
-    def __enter__(self) -> Backends:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.process.kill()

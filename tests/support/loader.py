@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
+from tests.support.busy import Deadline
+
 ROOT = Path(__file__).resolve().parents[2]
+# The loader runs on another Python than the tests where LOADER_PYTHON names one.
+PYTHON = os.environ.get("LOADER_PYTHON") or sys.executable
 # -I and -S: no site-packages, no PYTHONPATH, no current directory.
-COMMAND = [sys.executable, "-I", "-S", str(ROOT / "loader.py")]
+COMMAND = [PYTHON, "-I", "-S", str(ROOT / "loader.py")]
 
 T = TypeVar("T")
 
@@ -54,12 +57,12 @@ def wait_until(
     condition: Callable[[], T], timeout: float = 5.0, message: str = "the condition"
 ) -> T:
     """What `condition` gives as soon as it is true-ish; asked every 2 ms."""
-    deadline = time.monotonic() + timeout
+    deadline = Deadline(timeout)
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
+        if deadline.over():
             raise TimeoutError(f"{message} did not come true within {timeout} s; last: {value!r}")
         time.sleep(0.002)
 
@@ -161,8 +164,10 @@ class Loader:
             found[:] = [match for match in matches if match][:1]
             return bool(found) or self._ended
 
+        deadline = Deadline(timeout)
         with self._changed:
-            self._changed.wait_for(seen, timeout)
+            while not self._changed.wait_for(seen, deadline.left()) and not deadline.over():
+                pass
             if not found:
                 ended = "the loader ended" if self._ended else f"{timeout} s"
                 raise TimeoutError(f"no {pattern!r} in the log ({ended}):\n" + self._tail())
@@ -173,10 +178,15 @@ class Loader:
 
     def wait(self, timeout: float = 10.0) -> int:
         """The exit status, once it ends by itself; the log is complete then."""
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"still running after {timeout} s:\n{self._tail()}") from None
+        deadline = Deadline(timeout)
+        while True:
+            try:
+                code = self.process.wait(deadline.left())
+                break
+            except subprocess.TimeoutExpired:
+                if deadline.over():
+                    late = f"still running after {timeout} s:\n{self._tail()}"
+                    raise TimeoutError(late) from None
         for thread in self._threads:
             thread.join(5)
         return code
@@ -221,12 +231,7 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.kill()
             error.add_note(f"the loader's log:\n{self._tail()}")

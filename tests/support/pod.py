@@ -1,30 +1,35 @@
 """A rendered pod as processes on this machine: the real Envoy, the loader, a scripted API server.
 
-Arguments, environment, mounted files, rights and probes are those of the manifests; only paths are
-put under a temporary root, and ports are exchanged for free ones.
+Arguments, environment, mounted files, permissions, ports and probes are those of the manifests.
+Only paths are put under a temporary root, and what listens in the pod does so on a loopback address
+of its own, as pods have addresses of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import random
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from tests.support.apiserver import ApiServer, Rule
-from tests.support.envoy import envoy_path, free_port
+from tests.support.envoy import envoy_path
 from tests.support.loader import Loader, run, wait_until
 from tests.support.manifests import Object, Release, command, containers
 from tests.support.tls import Authority
 
 TOKEN = "pod-token"
 PATHS = ("/srv/runtime", "/etc/xds-loader", "/etc/envoy", "/var/run/secrets")
-FIXED = (9901, 9902, 9903, 10000)
+ADMIN = "/var/run/envoy-admin"  # of Envoy's Unix socket, whose path may have 107 characters
 
 
 class Answer(NamedTuple):
@@ -35,19 +40,18 @@ class Answer(NamedTuple):
     connection: str
 
 
-def get(port: int, path: str = "/", host: str = "", timeout: float = 5.0) -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request("GET", path, headers={"Host": host} if host else {})
+def ask(
+    connection: http.client.HTTPConnection, path: str, host: str = "", method: str = "GET"
+) -> Answer:
+    with contextlib.closing(connection):
+        connection.request(method, path, headers={"Host": host} if host else {})
         response = connection.getresponse()
         text = response.read().decode()
         return Answer(response.status, text, response.getheader("connection") or "")
-    finally:
-        connection.close()
 
 
 def rules(release: Release) -> list[Rule]:
-    """The Roles and ClusterRoles of the release, which must be bound to the pod's account."""
+    """The Roles and ClusterRoles of the release that are bound to the pod's account."""
     bound = {
         (b["roleRef"]["kind"], b["metadata"].get("namespace"), b["roleRef"]["name"])
         for b in release.all("RoleBinding") + release.all("ClusterRoleBinding")
@@ -69,13 +73,17 @@ def names(rule: Object) -> list[str]:
 class Pod:
     """`with Pod(release, tmp_path, authority) as pod:` all containers are up and ready."""
 
+    patience = 20.0  # seconds that a probe may take
+
     def __init__(
         self, release: Release, root: Path, authority: Authority, namespace: str = "shop"
     ) -> None:
         self.release = release
         self.root = root
         self.authority = authority
-        self.ports = {port: free_port() for port in FIXED}
+        self.ip = f"127.{random.randint(10, 250)}.{random.randint(0, 255)}.{random.randint(2, 250)}"
+        self.ports: dict[int, int] = {}  # of what the test serves in place of a container
+        self.admin_directory = Path(tempfile.mkdtemp(prefix="xds-"))
         self.fields = {
             "metadata.namespace": namespace,
             "metadata.name": "edge-0",
@@ -90,16 +98,16 @@ class Pod:
     # -- mapping
 
     def map(self, text: str) -> str:
-        """Paths under the root, fixed ports exchanged; nothing listens beyond loopback."""
+        """Paths under the root; nothing listens beyond loopback."""
         for path in PATHS:
             text = text.replace(path, f"{self.root}{path}")
-        for port, free in self.ports.items():
-            text = re.sub(rf"(?<![\d.]){port}(?!\d)", str(free), text)
-        text = text.replace("--listen=:", "--listen=127.0.0.1:")
+        text = text.replace(ADMIN, str(self.admin_directory))
+        for port, other in self.ports.items():
+            text = re.sub(rf"(?<![\d.]){port}(?!\d)", str(other), text)
+        text = text.replace("--listen=:", f"--listen={self.ip}:")
         text = text.replace("https://kubernetes.default", self.api.url)
-        return re.sub(
-            r"address: (0\.0\.0\.0|'::'\n +ipv4_compat: true)", "address: 127.0.0.1", text
-        )
+        wildcard = r"address: (0\.0\.0\.0|'::'\n +ipv4_compat: true)"
+        return re.sub(wildcard, f"address: {self.ip}", text)
 
     def apply(self, release: Release) -> None:
         """`kubectl apply` of the ConfigMaps; a change in the pod's template is not looked at."""
@@ -129,9 +137,15 @@ class Pod:
 
     def __enter__(self) -> Pod:
         try:
+            self.stack.callback(shutil.rmtree, self.admin_directory, ignore_errors=True)
             self.stack.callback(self.api.close)
-            for container in containers(self.release.pod):
+            for container in self.release.pod["initContainers"]:  # one after the other
                 self.start(container)
+                self.await_probe(container, "startupProbe")
+            for container in self.release.pod["containers"]:
+                self.start(container)
+            for container in self.release.pod["containers"]:
+                self.await_probe(container, "startupProbe")
             for container in containers(self.release.pod):
                 self.await_probe(container, "readinessProbe")
         except BaseException:
@@ -155,10 +169,10 @@ class Pod:
         self.stack.close()
 
     def start(self, container: Object) -> None:
-        """An init container runs to its end; any other runs on, after its startup probe."""
+        """An init container runs to its end, unless it is a native sidecar."""
         args, env = command(container, self.fields)
         args = [self.map(arg) for arg in args]
-        if "envoy:" in container["image"]:
+        if re.search(r"/envoy[:@]", container["image"]):
             self.mount(container)
             self.start_envoy(args, env)
         elif "loader" in container["image"]:
@@ -170,10 +184,9 @@ class Pod:
             else:
                 self.loader = Loader(args, env)
                 self.stack.callback(self.loader.kill)
-        self.await_probe(container, "startupProbe")
 
     def api_environment(self) -> dict[str, str]:
-        """Where the API server is, as the kubelet says it in every container."""
+        """Where the API server is, as the kubelet sets it in every container."""
         return {
             "KUBERNETES_SERVICE_HOST": "127.0.0.1",
             "KUBERNETES_SERVICE_PORT": str(self.api.port),
@@ -193,37 +206,46 @@ class Pod:
             self.envoy.terminate()
             self.envoy.wait(10)
 
-    def port(self, container: Object, name: str) -> int:
-        (number,) = (p["containerPort"] for p in container["ports"] if p["name"] == name)
-        return self.ports[number]
-
     def await_probe(self, container: Object, kind: str) -> None:
         action = container.get(kind, {}).get("httpGet")
         if action is None:
             return
 
+        port = action["port"]
+        if isinstance(port, str):  # a name is one of the container's own ports
+            (port,) = (p["containerPort"] for p in container["ports"] if p["name"] == port)
+
         def passes() -> bool:
             assert self.envoy is None or self.envoy.poll() is None, "Envoy exited"
             with contextlib.suppress(OSError):
-                return 200 <= get(self.port(container, action["port"]), action["path"]).status < 400
+                return 200 <= self.ask(port, action["path"]).status < 400
             return False
 
-        wait_until(passes, 20, f"{container['name']}: {kind}")
+        wait_until(passes, self.patience, f"{container['name']}: {kind}")
 
     def pre_stop(self, container: Object) -> None:
         """The exec hook of a container of the loader's image, with no wait in it."""
         hook = [self.map(word) for word in container["lifecycle"]["preStop"]["exec"]["command"]]
         assert hook[0] == "python3"
-        code = hook[4].replace("time.sleep(15)", "time.sleep(0)")
-        last = ["0"] if len(hook) > 5 else []
-        subprocess.run(
-            [sys.executable, *hook[1:4], code, *hook[5:6], *last], check=True, timeout=10
-        )
+        words = [word.replace("time.sleep(15)", "time.sleep(0)") for word in hook[1:]]
+        subprocess.run([sys.executable, *words], check=True, timeout=10)
 
     # -- looking
 
+    def ask(self, port: int, path: str, host: str = "") -> Answer:
+        """What a container of the pod answers on one of its ports."""
+        return ask(http.client.HTTPConnection(self.ip, port, timeout=5), path, host)
+
     def get(self, path: str = "/", host: str = "") -> Answer:
-        return get(self.ports[10000], path, host)
+        return self.ask(10000, path, host)
+
+    def admin(self, path: str, method: str = "GET") -> Answer:
+        """What Envoy's admin interface answers, on its Unix socket."""
+        connection = http.client.HTTPConnection("envoy")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(5)
+        connection.sock.connect(str(self.admin_directory / "admin.sock"))
+        return ask(connection, path, method=method)
 
     def loader_container(self) -> Object:
         return next(

@@ -14,49 +14,15 @@ OPTIONS_PAGE = ROOT / "docs" / "options.md"
 METRICS_PAGE = ROOT / "docs" / "metrics.md"
 BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
 
-GROUPS = {
-    "What to load": (
-        "configmap",
-        "configmap-selector",
-        "services",
-        "services-namespace",
-        "secret",
-        "namespace",
-    ),
-    "From where": (
-        "apiserver",
-        "token-file",
-        "ca-file",
-        "client-cert",
-        "client-key",
-        "insecure",
-        "from-file",
-    ),
-    "How Services are rendered": ("config", "endpoints", "format"),
-    "Where to, and when": (
-        "output-dir",
-        "onetime",
-        "watch",
-        "sync-interval",
-        "timeout",
-        "dry-run",
-        "diff",
-        "secret-mode",
-    ),
-    "Envoy's part": ("envoy-admin", "step-delay", "check-cmd"),
-    "To be observed": ("listen", "log-format", "log-level", "version", "help"),
-    "Of the Go tool": ("trafficsplit-api-version", "smi", "trafficsplit"),
-}
-
 NOTES = {
     "What to load": """\
-- At least one of the first three or `--secret` is needed. They go together.
+- At least one of the first three or `--secret` is needed. They can be combined.
 - The later ConfigMap wins where two have the same key, with a warning; those named win over those
   selected, and all of them over files that are rendered.
 - `flags:runtime` puts the keys of the ConfigMap `flags` into `runtime/`, as
   [a runtime layer on disk](bootstraps.md#runtime-flags-a-file-a-flag) wants them.
 - Nothing is published before every named object exists: `--onetime` fails (after `--timeout`), a
-  sidecar waits and says so.
+  sidecar waits and logs it.
 - A selector is written as for `kubectl -l`: `app=web,tier in (a, b),!legacy`.
 """,
     "From where": """\
@@ -75,20 +41,27 @@ NOTES = {
   `--onetime` wins over `--watch`.
 - Envoy must see the directory under the same path if Services are rendered, since clusters name
   the files of their endpoints. [On disk](on-disk.md) has what is in it.
-- `--dry-run` needs no directory and takes no lock.
+- `--dry-run` needs no directory and takes no lock. Its first line is the version of the snapshot,
+  which `xds_loader_snapshot_info` shows once it is published; JSON files that are not valid JSON
+  are named in a warning. `--diff` prints nothing if nothing would change.
 - `--timeout 0s` is one try, with up to a second of retries on 401, 403, 429 and 5xx.
 """,
-    "Envoy's part": """\
-- With `--envoy-admin` each publication is confirmed, ordered steps wait for Envoy and not for
-  `--step-delay`, and a file that Envoy refuses is taken back ([ordering](ordering.md)).
-- `--check-cmd 'check.sh {dir}'` is split into words as a shell does, but no shell runs it.
-  ([Troubleshooting](troubleshooting.md#a-broken-file-gets-as-far-as-envoy) has a use for it.)
+    "ACK and NACK": """\
+- With `--envoy-admin` the loader asks Envoy after each publication, ordered steps wait for its
+  answer, and a file that Envoy rejects is rolled back ([ordering](ordering.md)).
+- `--step-delay` beside `--envoy-admin` is waited for as well: for further Envoys that read the same
+  directory.
+- `--check-cmd 'check.sh {dir}'` is split into words as a shell does, but no shell runs it. It has
+  30 s, and whatever it started is ended with it. With `--dry-run` it runs on a copy in a temporary
+  directory. ([Troubleshooting](troubleshooting.md#a-broken-file-gets-as-far-as-envoy) has a use for
+  it.)
 """,
-    "To be observed": """\
+    "Log, metrics, probes": """\
 - [Probes, metrics and the log](metrics.md) shows what is served and written.
 - Without `--listen` no port is open.
+- `--help` and `--version` work whatever other values there are.
 """,
-    "Of the Go tool": """\
+    "Of the predecessor": """\
 - See [migration](migration.md).
 """,
 }
@@ -112,7 +85,8 @@ written as in Go: `250ms`, `30s`, `1m0s`, `1.5h`.
 
 Each option can come from the environment instead: `XDS_LOADER_` and its name in capitals with
 underscores (`--sync-interval`: `XDS_LOADER_SYNC_INTERVAL`). The command line wins; an empty
-variable counts as unset; values of a repeatable option are separated by white space. Besides these
+variable counts as unset; values of a repeatable option are separated by white space; a variable
+`XDS_LOADER_...` that is no option gets a warning. Besides these
 the loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `prefer_zone`), and
 `$KUBERNETES_SERVICE_HOST` and `$KUBERNETES_SERVICE_PORT` (API server).
 
@@ -126,18 +100,18 @@ SIGHUP makes it check the files on disk and ask the API server now.
 """
 
 TAIL = """\
-## What is refused
+## What is rejected
 
 Exit code 2, before anything is asked or touched:
 
-<!-- output: tests/test_docs.py::test_what_is_refused -->
+<!-- output: tests/test_docs.py::test_what_is_rejected -->
 ```text
 $ envoy-xds-configmap-loader --onetime
 envoy-xds-configmap-loader: nothing to load: give --configmap NAME, --configmap-selector, --services or --secret
 $ envoy-xds-configmap-loader --configmap x --diff
 envoy-xds-configmap-loader: --diff needs --dry-run
 $ envoy-xds-configmap-loader --configmap x --from-file -
-envoy-xds-configmap-loader: --from-file -: needs --onetime
+envoy-xds-configmap-loader: --from-file - needs --onetime
 $ envoy-xds-configmap-loader --configmap x --client-cert a.pem
 envoy-xds-configmap-loader: --client-cert and --client-key belong together
 $ envoy-xds-configmap-loader --configmap x --services-namespace shop
@@ -145,17 +119,16 @@ envoy-xds-configmap-loader: --services-namespace needs --services
 $ envoy-xds-configmap-loader --configmap x --config c.json
 envoy-xds-configmap-loader: --config needs --services
 $ envoy-xds-configmap-loader --configmap x --sync-intervall 30s
-envoy-xds-configmap-loader: unknown option --sync-intervall (did you mean --sync-interval?); see --help
+envoy-xds-configmap-loader: unknown option '--sync-intervall'; see --help
 $ envoy-xds-configmap-loader --configmap x --timeout 30
-envoy-xds-configmap-loader: --timeout '30': is no duration, such as 30s, 1m0s or 250ms
+envoy-xds-configmap-loader: --timeout '30': is not a valid duration, such as 30s, 1m0s or 250ms
 ```
 """  # noqa: E501
 
 # What the values of a label are, where the name alone does not tell.
 LABELS = {
-    "step": "`whole` (first snapshot, `--onetime`), "
-    + ", ".join(f"`{name}`" for name in loader.STAGES.values())
-    + f", `independent`, `{loader.PUT_BACK}`: see [ordering](ordering.md)",
+    "step": "`initial`, `children`, `clusters`, `references`, `removals`, `rollback`: see "
+    "[ordering](ordering.md)",
     "type": "`cds`, `lds`, `rds`, `eds`, `sds`, ... or `other`",
     "file": "path below `current/`",
     "source": "as in the log: `configmap demo/envoy-xds`, `services demo`",
@@ -163,10 +136,10 @@ LABELS = {
     "`future` (etcd was reset), `refused`, `error`, `status <code>`",
     "code": "HTTP status, `none` without an answer",
     "verb": "`list`, `watch`",
-    "kind": "`disk`, `damage` (repaired on disk), `check` (`--check-cmd` refused)",
+    "kind": "`disk`, `damage` (repaired on disk), `check` (`--check-cmd` rejected the files), "
+    "`log` (lines that nobody read)",
     "endpoints": "`eds`, `inline`, `dns`",
     "version": "of the loader, of the snapshot",
-    "secret": "`<namespace>/<name>`",
 }
 
 
@@ -176,17 +149,17 @@ def escaped(text: str) -> str:
 
 def option_row(option: loader.Option) -> str:
     value = f" {escaped(option.metavar)}" if option.metavar else ""
+    text = escaped(option.help) + "; repeatable" * option.repeats
     default = f"`{option.default}`" if option.default.startswith(("/", "0", "1", "-")) else ""
     default = default or option.default
-    return f"| `--{option.name}{value}` | {escaped(option.help)} | {default} |"
+    return f"| `--{option.name}{value}` | {text} | {default} |"
 
 
 def options_page() -> str:
     """The whole of docs/options.md."""
-    known = {option.name: option for option in loader.OPTIONS}
     parts = [HEAD]
-    for title, names in GROUPS.items():
-        rows = "\n".join(option_row(known[name]) for name in names)
+    for title, options in loader.SECTIONS.items():
+        rows = "\n".join(map(option_row, options))
         table = f"| option | meaning | default |\n| --- | --- | --- |\n{rows}\n"
         parts.append(f"## {title}\n\n{table}\n{NOTES[title]}")
     return "\n".join([*parts, TAIL])

@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from tests.support.apiserver import ApiServer, Client
 from tests.support.envoy import (
     Config,
     Envoy,
-    address,
+    admin_interface,
     assignment,
     bootstrap,
     cluster,
@@ -30,7 +29,8 @@ from tests.support.envoy import (
     response,
 )
 from tests.support.loader import Loader, wait_until
-from tests.support.steady import Upstreams, own_port
+from tests.support.ports import held_port
+from tests.support.steady import Upstreams
 
 NAME = "envoy-xds"
 
@@ -49,18 +49,25 @@ class Stage:
     """See the module. Use as a context; nothing runs before `start`."""
 
     def __init__(
-        self, api: ApiServer, out: Path, upstreams: Upstreams, *, watched: bool = False
+        self,
+        api: ApiServer,
+        out: Path,
+        upstreams: Upstreams,
+        *,
+        watched: bool = False,
+        binary: str = "",
     ) -> None:
         self.api = api
         self.out = out
         self.upstreams = upstreams
-        self.port, self.extra_port, self.admin_port, self.listen = (own_port() for _ in range(4))
+        self.port, self.extra_port, self.listen = (held_port() for _ in range(3))
+        self.admin, self.admin_url = admin_interface(out.parent / "admin.sock")
         self.watched = out if watched else None
         self.stack = contextlib.ExitStack()
         self.client = self.stack.enter_context(contextlib.closing(Client(api.url, "token-1")))
         self.token = out.parent / "stage-token"
         self.token.write_text("token-1")
-        self.envoy = Envoy(self.bootstrap(), out.parent / "stage-envoy", start=False)
+        self.envoy = Envoy(self.bootstrap(), out.parent / "stage-envoy", start=False, binary=binary)
         self.stack.callback(self.envoy.stop)
         self.loader: Loader | None = None
         self.options: tuple[str, ...] = ()
@@ -76,7 +83,7 @@ class Stage:
             dynamic_resources(self.source("cds.yaml"), self.source("lds.yaml")),
             listeners=[listener],
         )
-        config["admin"] = {"address": address(self.admin_port)}
+        config["admin"] = {"address": self.admin}
         return config
 
     def cluster_a(self, **more: Any) -> Config:
@@ -106,31 +113,36 @@ class Stage:
     # -- what runs
 
     def start(self, *options: str, admin: str | None = "") -> None:
-        """The loader with its first snapshot, then Envoy; returns once all is confirmed."""
+        """The loader with its first snapshot, then Envoy; returns once everything is ACKed."""
         self.patch(self.files())
         self.start_loader(*options, admin=admin)
         wait_until(lambda: (self.out / "current/lds.yaml").exists())
         self.envoy.start()
         if admin == "":
-            self.await_confirmed()
+            self.await_acked()
 
     def start_loader(self, *options: str, admin: str | None = "") -> Loader:
         """`admin`: another URL to ask than Envoy's; None: nobody is asked."""
-        url = f"http://127.0.0.1:{self.admin_port}" if admin == "" else admin
+        url = self.admin_url if admin == "" else admin
         self.options = (
-            *("--watch", "--namespace", "demo", "--configmap", NAME),
-            *("--apiserver", self.api.url, "--token-file", str(self.token)),
-            *("--output-dir", str(self.out), "--listen", f"127.0.0.1:{self.listen}"),
+            *("--watch", *self.arguments(), "--listen", f"127.0.0.1:{self.listen}"),
             *(("--envoy-admin", url) if url else ()),
             *options,
         )
         return self.restart_loader()
 
-    def restart_loader(self, *, kill: bool = True) -> Loader:
+    def arguments(self) -> tuple[str, ...]:
+        """The options of every run on this ConfigMap and this directory."""
+        return (
+            *("--namespace", "demo", "--configmap", NAME, "--output-dir", str(self.out)),
+            *("--apiserver", self.api.url, "--token-file", str(self.token)),
+        )
+
+    def restart_loader(self, *, kill: bool = True, prefix: Sequence[str] = ()) -> Loader:
         """A new process with the same options."""
         if self.loader is not None:
             self.loader.kill() if kill else self.loader.stop()
-        self.loader = Loader(self.options)
+        self.loader = Loader(self.options, prefix=prefix)
         self.stack.callback(self.loader.kill)
         return self.loader
 
@@ -149,16 +161,20 @@ class Stage:
         return self._get(self.listen, path)
 
     def states(self) -> dict[str, str]:
-        """What the loader says of each file: confirmed, unconfirmed, refused."""
+        """What the loader says of each file: acked, nacked, unknown, unread."""
         with contextlib.suppress(OSError, ValueError):
             rows = json.loads(self.asked("/snapshot")[1])["files"]
             return {row["path"]: row["state"] for row in rows}
         return {}
 
-    def await_confirmed(self, timeout: float = 10.0) -> None:
-        wait_until(
-            lambda: set(self.states().values()) == {"confirmed"}, timeout, "all is confirmed"
-        )
+    def await_acked(self, timeout: float = 10.0) -> None:
+        """Until Envoy has ACKed every file that it reads."""
+
+        def acked() -> bool:
+            found = set(self.states().values())
+            return "acked" in found and found <= {"acked", "unread"}
+
+        wait_until(acked, timeout, "everything ACKed")
 
     def await_files(self, wanted: Mapping[str, str], timeout: float = 10.0) -> None:
         """Until these paths have these contents; others do not matter."""
@@ -196,17 +212,12 @@ class Stage:
 
         wait_until(seen, timeout, f"{wanted} served")
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            if self.loader is not None:
-                error.add_note("the loader's log:\n" + "\n".join(self.loader.lines[-40:]))
-            error.add_note(f"Envoy's log:\n{self.envoy.log_tail(10)}"[-3000:])
+    def __exit__(self, *error: object) -> None:
+        if self.loader is not None:  # pytest shows it with a test that failed
+            print("the loader's log:\n" + "\n".join(self.loader.lines[-60:]))
+        said = [line for line in self.envoy.log().splitlines() if "[info]" not in line]
+        print("Envoy's log:\n" + "\n".join(said[-20:]))
         self.stack.__exit__(None, None, None)

@@ -6,41 +6,31 @@ import contextlib
 import http.client
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
+from tests.support.closing import Closing
 from tests.support.envoy import (
     Config,
     Envoy,
-    address,
+    admin_connection,
+    admin_interface,
     bootstrap,
     dynamic_resources,
     file_source,
-    free_port,
     http_listener,
     rds_routes,
 )
 from tests.support.load import Wrk
-
-_given: set[int] = set()
-
-
-def own_port() -> int:
-    """A free port that nobody was given before: two that are not bound yet must differ."""
-    while (port := free_port()) in _given:
-        pass
-    _given.add(port)
-    return port
+from tests.support.ports import held_port
 
 
 class Upstreams(Envoy):
     """Servers that answer 200 with their name, all in one Envoy: much faster than Python's."""
 
     def __init__(self, base_dir: Path, count: int) -> None:
-        self.ports = [own_port() for _ in range(count)]
+        self.ports = [held_port() for _ in range(count)]
         listeners = [self._listener(f"v{i}", port) for i, port in enumerate(self.ports)]
         super().__init__(bootstrap(listeners=listeners), base_dir, log_level="warning")
 
@@ -103,15 +93,15 @@ def front(
 ) -> Front:
     """`watched`: both subscriptions share the output directory as their watched_directory."""
     directory = out if watched else None
-    port = own_port()
+    port = held_port()
     routes = rds_routes(file_source(out / "current" / rds, directory), name)
     clusters = dynamic_resources(file_source(out / "current" / cds, directory))
-    admin = own_port()
+    admin, admin_url = admin_interface(out.parent / f"admin-{port}.sock")
     failures = out.parent / f"failed-{port}.log"
     routes["access_log"] = [failure_log(failures)]
     config = bootstrap(clusters, listeners=[http_listener(port, routes)])
-    config["admin"] = {"address": address(admin)}
-    return Front(port, f"http://127.0.0.1:{admin}", config, failures)
+    config["admin"] = {"address": admin}
+    return Front(port, admin_url, config, failures)
 
 
 class Total(NamedTuple):
@@ -119,6 +109,7 @@ class Total(NamedTuple):
     failed: int
     seconds: float
     stall: float = 0.0  # the longest that an Envoy's main thread took to answer, in seconds
+    bad: int = 0  # of those that failed: the answers of 400 and more; the others got none
 
     @property
     def rate(self) -> float:
@@ -139,12 +130,12 @@ class Pulse(threading.Thread):
     def __init__(self, admin_url: str) -> None:
         super().__init__(daemon=True)
         self.stall = 0.0
-        self._where = urllib.parse.urlsplit(admin_url).netloc
+        self._where = admin_url
         self._done = threading.Event()
         self.start()
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection(self._where, timeout=30)
+        connection = admin_connection(self._where, 30)
         while not self._done.wait(0.03):
             began = time.monotonic()
             try:
@@ -161,7 +152,7 @@ class Pulse(threading.Thread):
         return self.stall
 
 
-class Load:
+class Load(Closing):
     """wrk against each of these ports; `stop` gives the sum."""
 
     def __init__(
@@ -171,13 +162,15 @@ class Load:
         connections: int = 4,
         host: str | None = None,
         admins: Iterable[str] = (),
+        timeout: int = 2,
     ) -> None:
         self._pulses = [Pulse(url) for url in admins]
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
         self._each: Sequence[Wrk] = [
             self._stack.enter_context(
-                Wrk(f"http://127.0.0.1:{port}/", connections=connections, host=host)
+                Wrk(f"http://127.0.0.1:{port}/", connections=connections, host=host,
+                    timeout=timeout)
             )
             for port in ports
         ]
@@ -188,15 +181,8 @@ class Load:
         requests = sum(report.requests for report in reports)
         failed = sum(report.failed for report in reports)
         stall = max((pulse.end() for pulse in self._pulses), default=0.0)
-        return Total(requests, failed, seconds, stall)
+        bad = sum(report.non_2xx for report in reports)
+        return Total(requests, failed, seconds, stall, bad)
 
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def close(self) -> None:
+        self._stack.close()

@@ -24,7 +24,8 @@ def tuned(
 ) -> list[str]:
     """The words to put before the usual command."""
     settings = {"constants": dict(constants or {}), "clock": clock, "dns": dns}
-    return [sys.executable, "-I", "-S", __file__, json.dumps(settings)]
+    python = os.environ.get("LOADER_PYTHON") or sys.executable
+    return [python, "-I", "-S", __file__, json.dumps(settings)]
 
 
 def jumping() -> None:

@@ -14,16 +14,11 @@ def main(argv: list[str]) -> int:
     sys.path.insert(0, os.path.dirname(module))
     import loader
 
-    def at_once(
-        published: loader.Files, target: loader.Files, refused: object = None
-    ) -> loader.Step | None:
-        """The target itself."""
-        changed = loader.moved_paths(published, target)
-        removed = tuple(sorted(published.keys() - target.keys()))
-        if not changed and not removed:
+    def at_once(published: loader.Files, desired: loader.Files) -> loader.Step | None:
+        """What is desired itself."""
+        if loader.same_files(published, desired):
             return None
-        order = tuple(loader.notify_order(changed, target))
-        return loader.Step(dict(target), loader.CHILDREN, order, removed, "without order")
+        return loader.Step(desired, loader.CHILDREN)
 
     loader.next_step = at_once
     return loader.main(arguments)

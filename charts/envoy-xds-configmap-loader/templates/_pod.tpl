@@ -1,4 +1,4 @@
-{{/* The loader's arguments that name the sources, the same for every mode, as a YAML list. */}}
+{{/* The loader's arguments that name the sources, in the pods and in `helm test`, as a YAML list. */}}
 {{- define "xds.sourceArgs" -}}
 {{- $v := .Values }}
 {{- if include "xds.files" . | fromYaml }}
@@ -21,7 +21,7 @@
 {{- range $v.secrets }}
 - --secret={{ with .namespace }}{{ . }}/{{ end }}{{ .name }}
 {{- end }}
-{{- if $v.config }}
+{{- if include "xds.config" . | fromYaml }}
 - --config=/etc/xds-loader/loader.json
 {{- end }}
 {{- with $v.loader.apiserver }}
@@ -48,11 +48,11 @@
 - --sync-interval={{ .Values.loader.syncInterval }}
 - --listen=:{{ .Values.loader.port }}
 {{- if .Values.loader.confirm }}
-- --envoy-admin=http://127.0.0.1:{{ .Values.envoy.adminPort }}
+- --envoy-admin=unix:{{ include "xds.admin" . }}
 {{- end }}
 {{- end }}
 
-{{/* What every container of the loader has. */}}
+{{/* What every container of the loader has; its last field is the list of mounts. */}}
 {{- define "xds.loaderContainer" -}}
 image: {{ include "xds.image" (dict "image" .Values.loader.image "tag" .Chart.AppVersion) | quote }}
 imagePullPolicy: {{ .Values.loader.image.pullPolicy }}
@@ -67,47 +67,50 @@ securityContext: {{- toYaml .Values.securityContext | nindent 2 }}
 volumeMounts:
   - {name: xds, mountPath: {{ include "xds.dir" . }}}
   - {name: token, mountPath: {{ include "xds.tokenDir" . }}, readOnly: true}
-  {{- if .Values.config }}
+  {{- if include "xds.config" . | fromYaml }}
   - {name: loader-config, mountPath: /etc/xds-loader, readOnly: true}
   {{- end }}
   {{- with .Values.loader.extraVolumeMounts }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 
 {{/*
-What the loader's preStop hook runs. Envoy's image has no shell and its admin interface takes only
-POST, on loopback, which no httpGet hook can send; the loader's container shares the loopback and
+What the loader's preStop hook runs. Envoy's image has no shell and its admin interface accepts only
+POST, on a Unix socket, which no httpGet hook can send; the loader's container mounts the socket and
 has Python. /healthcheck/fail closes no listener: each response from then on carries
 `connection: close` (HTTP/2: GOAWAY), and /ready answers 503.
 */}}
 {{- define "xds.drain" -}}
-import http.client, sys, time
-admin = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=2)
-try:
-    admin.request("POST", "/healthcheck/fail")
-    admin.getresponse().read()
-finally:
-    time.sleep(float(sys.argv[2]))
+import http.client, socket, sys
+admin = http.client.HTTPConnection("envoy")
+admin.sock = socket.socket(socket.AF_UNIX)
+admin.sock.settimeout(2)
+admin.sock.connect(sys.argv[1])
+admin.request("POST", "/healthcheck/fail")
+admin.getresponse().read()
 {{- end }}
 
-{{/* Probes, ports and lifecycle of the loader that stays. */}}
+{{/*
+The loader: a native sidecar. Envoy starts when its startup probe has passed, and at termination it
+ends after Envoy. It has no readiness probe: a loader that is slow or dead takes no Envoy out of its
+Service.
+*/}}
 {{- define "xds.sidecar" -}}
+name: loader
+restartPolicy: Always
 {{ include "xds.loaderContainer" . }}
+  {{- /* one more of its mounts; whoever may connect to a socket need not be able to write beside it */}}
+  - {name: admin, mountPath: {{ include "xds.adminDir" . }}, readOnly: true}
 args:
   {{- include "xds.sourceArgs" . | nindent 2 }}
   {{- include "xds.sidecarArgs" . | nindent 2 }}
 ports:
   - {name: loader, containerPort: {{ .Values.loader.port }}, protocol: TCP}
-{{- if .Values.nativeSidecar }}
 startupProbe:
   httpGet: {path: /readyz, port: loader}
   {{- toYaml .Values.loader.startupProbe | nindent 2 }}
-{{- end }}
 livenessProbe:
   httpGet: {path: /healthz, port: loader}
   {{- toYaml .Values.loader.livenessProbe | nindent 2 }}
-readinessProbe:
-  httpGet: {path: /readyz, port: loader}
-  {{- toYaml .Values.loader.readinessProbe | nindent 2 }}
 {{- if .Values.loader.lifecycle }}
 lifecycle: {{- toYaml .Values.loader.lifecycle | nindent 2 }}
 {{- else if .Values.drain.enabled }}
@@ -120,9 +123,7 @@ lifecycle:
         - -S
         - -c
         - | {{- include "xds.drain" . | nindent 10 }}
-        - {{ .Values.envoy.adminPort | quote }}
-        {{- /* a native sidecar is stopped after Envoy anyhow; a plain one stays as long as Envoy */}}
-        - {{ ternary 0 .Values.drain.seconds .Values.nativeSidecar | quote }}
+        - {{ include "xds.admin" . }}
 {{- end }}
 {{- end }}
 
@@ -140,7 +141,7 @@ args:
   - $(POD_NAME)
   - --log-level
   - {{ .Values.envoy.logLevel | quote }}
-  {{- /* hot restart shares memory in /dev/shm with a process that never comes */}}
+  {{- /* nothing hot restarts a container, and a second epoch would count the first one's events */}}
   - --disable-hot-restart
   {{- with .Values.envoy.concurrency }}
   - --concurrency
@@ -159,10 +160,11 @@ ports:
   {{- end }}
   - {name: ready, containerPort: {{ .Values.envoy.readyPort }}, protocol: TCP}
 startupProbe:
-  httpGet: {path: /ready, port: ready}
+  {{- /* 200 once this Envoy has ACKed its files; by number: the port's name is the loader's */}}
+  httpGet: {path: {{ ternary "/startz" "/ready" .Values.loader.confirm }}, port: {{ ternary .Values.loader.port .Values.envoy.readyPort .Values.loader.confirm }}}
   {{- toYaml .Values.envoy.startupProbe | nindent 2 }}
 livenessProbe:
-  {{- /* not /ready: a draining Envoy says 503 there and must not be killed for it */}}
+  {{- /* not /ready: a draining Envoy answers 503 there and must not be killed for it */}}
   tcpSocket: {port: ready}
   {{- toYaml .Values.envoy.livenessProbe | nindent 2 }}
 readinessProbe:
@@ -179,6 +181,7 @@ resources: {{- toYaml .Values.envoy.resources | nindent 2 }}
 securityContext: {{- toYaml .Values.securityContext | nindent 2 }}
 volumeMounts:
   - {name: xds, mountPath: {{ include "xds.dir" . }}, readOnly: true}
+  - {name: admin, mountPath: {{ include "xds.adminDir" . }}}
   - {name: bootstrap, mountPath: /etc/envoy, readOnly: true}
   {{- with .Values.envoy.extraVolumeMounts }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
@@ -212,34 +215,33 @@ terminationGracePeriodSeconds: {{ .Values.terminationGracePeriodSeconds }}
 {{ $key }}: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
+{{- if and (include "xds.several" .) (kindIs "slice" .Values.topologySpreadConstraints) (empty .Values.topologySpreadConstraints) }}
+topologySpreadConstraints:
+{{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "xds.selectorLabels" $ | nindent 8 }}
+    matchLabelKeys: [pod-template-hash]
+{{- end }}
+{{- end }}
 initContainers:
   {{- with .Values.extraInitContainers }}{{ toYaml . | nindent 2 }}{{ end }}
-{{- if .Values.nativeSidecar }}
-  - name: loader
-    restartPolicy: Always
-    {{- include "xds.sidecar" . | nindent 4 }}
-{{- else }}
-  - name: loader-init
-    {{- include "xds.loaderContainer" . | nindent 4 }}
-    args:
-      {{- include "xds.sourceArgs" . | nindent 6 }}
-      - --onetime
-      - --timeout={{ .Values.loader.initTimeout }}
-{{- end }}
+  - {{- include "xds.sidecar" . | nindent 4 }}
 containers:
   - {{- include "xds.envoy" . | nindent 4 }}
-{{- if not .Values.nativeSidecar }}
-  - name: loader
-    {{- include "xds.sidecar" . | nindent 4 }}
-{{- end }}
   {{- with .Values.extraContainers }}{{ toYaml . | nindent 2 }}{{ end }}
 volumes:
   - name: xds
     emptyDir: {medium: Memory, sizeLimit: {{ .Values.runtimeVolume.sizeLimit }}}
+  {{- /* of its own, so that whoever mounts the files does not reach the admin interface */}}
+  - name: admin
+    emptyDir: {medium: Memory, sizeLimit: 1Mi}
   - name: bootstrap
     configMap: {name: {{ include "xds.fullname" . }}-bootstrap}
   - {{- include "xds.tokenVolume" . | nindent 4 }}
-{{- if .Values.config }}
+{{- if include "xds.config" . | fromYaml }}
   - name: loader-config
     configMap: {name: {{ include "xds.fullname" . }}-loader}
 {{- end }}

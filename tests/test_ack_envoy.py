@@ -1,12 +1,10 @@
-"""Files that the real Envoy refuses: said with the reason, put back, and nothing else suffers."""
+"""Files that the real Envoy NACKed: said with the reason, put back, and nothing else suffers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import random
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.support.admin import Odd, Relay
 from tests.support.apiserver import ApiServer
 from tests.support.disk import Inotify, fingerprint, wait_converged
 from tests.support.envoy import (
@@ -27,6 +26,7 @@ from tests.support.envoy import (
 )
 from tests.support.load import Poller
 from tests.support.loader import wait_until
+from tests.support.long import times
 from tests.support.stage import Stage, routes
 from tests.support.steady import Upstreams
 
@@ -110,7 +110,9 @@ def listener_without_routes(stage: Stage, mark: str) -> str:
 
 
 def unknown_type(stage: Stage, mark: str) -> str:
-    row = {"@type": "type.googleapis.com/envoy.config.cluster.v3.Klaster", "name": "a"}
+    # Another version_info alone would be the same file on the way: it is united with the old one.
+    kind = "type.googleapis.com/envoy.config.cluster.v3.Klaster"
+    row = {"@type": kind, "name": "a", "alt_stat_name": mark}
     return json.dumps({"version_info": mark, "resources": [row]})
 
 
@@ -123,14 +125,13 @@ def other_assignment(stage: Stage, mark: str) -> str:
     return response("assignment", assignment("other", stage.upstreams.ports[1]), version=mark)
 
 
-BROKEN = "not parsable"
 TABLE = {
-    "cds: bad yaml": Bad("cds.yaml", text("resources: [{"), BROKEN),
+    "cds: bad yaml": Bad("cds.yaml", text("resources: [{"), ""),
     "cds: empty": Bad("cds.yaml", lambda stage, mark: " " * len(mark), "empty"),
     "cds: unknown type": Bad("cds.yaml", unknown_type, ""),
-    "cds: version as a number": Bad("cds.yaml", text("version_info: 1\nresources: []"), BROKEN),
+    "cds: version as a number": Bad("cds.yaml", text("version_info: 1\nresources: []"), ""),
     "cds: invalid duration": Bad(
-        "cds.yaml", cds(lambda stage: cluster("b", 1, connect_timeout="1 second")), BROKEN
+        "cds.yaml", cds(lambda stage: cluster("b", 1, connect_timeout="1 second")), ""
     ),
     "cds: one bad cluster": Bad(
         "cds.yaml",
@@ -153,7 +154,7 @@ TABLE = {
         "b",
         partial=True,
     ),
-    "rds: bad yaml": Bad("rds.yaml", text("resources:\n  - a: b\n c: d"), BROKEN),
+    "rds: bad yaml": Bad("rds.yaml", text("resources:\n  - a: b\n c: d"), ""),
     "rds: empty": Bad("rds.yaml", lambda stage, mark: "\n" * len(mark), "empty"),
     "rds: a host twice": Bad("rds.yaml", rds(virtual_hosts=hosts("x", "X")), ""),
     "rds: weights sum to 0": Bad("rds.yaml", rds(virtual_hosts=weighted(0, 0)), ""),
@@ -164,7 +165,7 @@ TABLE = {
         lambda stage, mark: response(
             "routes", routes({"/": "a"}), routes({"/": "a"}, "more"), version=mark
         ),
-        "2 resources",
+        "",
     ),
     "rds: no regular expression": Bad(
         "rds.yaml",
@@ -181,13 +182,13 @@ TABLE = {
         ),
         "",
     ),
-    "eds: two resources": Bad("eds-e.yaml", two_assignments, "2 resources"),
+    "eds: two resources": Bad("eds-e.yaml", two_assignments, ""),
     "eds: another cluster": Bad("eds-e.yaml", other_assignment, ""),
-    "eds: bad yaml": Bad("eds-e.yaml", text("resources: }"), BROKEN),
+    "eds: bad yaml": Bad("eds-e.yaml", text("resources: }"), ""),
     "eds: empty": Bad("eds-e.yaml", lambda stage, mark: " " * len(mark), "empty"),
     "lds: duplicate address": Bad("lds.yaml", two_listeners, "duplicate address|existing"),
     "lds: missing child file": Bad("lds.yaml", listener_without_routes, "lost.yaml"),
-    "lds: bad yaml": Bad("lds.yaml", text("{"), BROKEN),
+    "lds: bad yaml": Bad("lds.yaml", text("{"), ""),
     "lds: unknown cluster": Bad(
         "lds.yaml",
         lambda stage, mark: response("listener", stage.listener(to="nowhere"), version=mark),
@@ -206,7 +207,7 @@ def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> No
 
     # Alone: named with its reason, and Envoy is back where it was.
     stage.patch({bad.path: bad.content(stage, "m1")})
-    said = rf"ERROR Envoy refuses {bad.path} \([^)]*\): .*({bad.reason})"
+    said = rf"ERROR Envoy NACKed {bad.path} \([^)]*\): .*({bad.reason})"
     stage.log.wait_log(said)
     stage.await_files(good)
     wait_until(lambda: set(stage.envoy.clusters()) == clusters, 5, f"{clusters} again")
@@ -214,15 +215,15 @@ def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> No
     assert stage.asked("/readyz")[0] == 200
 
     # It is not tried again while other things change.
-    refused = sum(map(int, stage.envoy.stats(COUNTS).values()))
+    rejected = sum(map(int, stage.envoy.stats(COUNTS).values()))
     other = "eds-e.yaml" if bad.path != "eds-e.yaml" else "rds.yaml"
     fresh = {"eds-e.yaml": stage.endpoints(2), "rds.yaml": rds()(stage, "v2")}[other]
     stage.patch({other: fresh})
     stage.await_files({**good, other: fresh})
     now = ("v0", "v2" if other == "eds-e.yaml" else "v1", "v0")
     stage.await_served(*now)
-    assert sum(map(int, stage.envoy.stats(COUNTS).values())) == refused
-    assert stage.log.count_log("Envoy refuses") == 1, stage.log.log
+    assert sum(map(int, stage.envoy.stats(COUNTS).values())) == rejected
+    assert stage.log.count_log("Envoy NACKed") == 1, stage.log.log
 
     # Mixed with a good change, in one go: the good one is served.
     since = len(stage.log.lines)
@@ -241,21 +242,56 @@ def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> No
     mended = good[bad.path].replace("\n", "\n\n", 1)
     stage.patch({bad.path: mended})
     stage.await_files({bad.path: mended})
-    stage.await_confirmed()
+    stage.await_acked()
     stage.await_served("v0", "v1", "v0")
     wait_converged(stage.out)
 
 
+@pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
+def test_the_oldest_envoy_tells_the_same(
+    watched: bool, api: ApiServer, out: Path, upstreams: Upstreams, envoy_binary: str
+) -> None:
+    """Of each kind a file that it rejects, then a change of all steps, with a killed Envoy."""
+    out.mkdir()
+    with Stage(api, out, upstreams, watched=watched, binary=envoy_binary) as stage:
+        stage.start()
+        for row in ("cds: one bad cluster", "rds: a host twice", "eds: empty", "lds: bad yaml"):
+            bad = TABLE[row]
+            stage.patch({bad.path: bad.content(stage, "bad")})
+            stage.log.wait_log(f"ERROR Envoy NACKed {bad.path}")
+            stage.await_files(stage.files())
+            stage.patch({bad.path: stage.files()[bad.path]})
+            stage.await_acked()
+        new = eds_cluster("n", stage.source("eds-n.yaml"))
+        port = stage.upstreams.ports[2]
+        with Poller(f"http://127.0.0.1:{stage.port}/e", interval=0.0) as poller:
+            poller.wait_body("v1")
+            stage.patch({
+                "cds.yaml": response("cluster", stage.cluster_a(), new, version="n"),
+                "eds-n.yaml": response("assignment", assignment("n", port)),
+                "rds.yaml": response("routes", routes({"/": "a", "/e": "n"}), version="n"),
+                "eds-e.yaml": None,
+            })  # fmt: skip
+            wait_until(lambda: stage.read("eds-e.yaml") is None)
+            poller.wait_body("v2")
+            assert not poller.failed
+        for step in STEPS[1:]:
+            stage.log.wait_log(f"step={step} .*ack=yes")
+        stage.envoy.restart(kill=True)
+        stage.await_acked()
+        stage.await_served("v0", "v2", "v0")
+
+
 # ---------------------------------------------------------------------------------------------
-# What a refusal holds back, and what it does not
+# What a NACK holds back, and what it does not
 
 
 def more_clusters(stage: Stage, *extra: dict[str, object], mark: str) -> str:
     return response("cluster", stage.cluster_a(), stage.cluster_e(), *extra, version=mark)
 
 
-def test_what_needs_the_refused_file_waits_with_it(stage: Stage) -> None:
-    """A route to a cluster that only the refused CDS has, while endpoints go on; later it comes."""
+def test_what_needs_the_nacked_file_waits_with_it(stage: Stage) -> None:
+    """A route to a cluster that only the NACKed CDS has, while endpoints go on; later it comes."""
     stage.start()
     good = stage.files()
     bad = cluster("n", stage.upstreams.ports[2], lb_policy="CLUSTER_PROVIDED")
@@ -265,8 +301,8 @@ def test_what_needs_the_refused_file_waits_with_it(stage: Stage) -> None:
         "rds.yaml": route,
         "eds-e.yaml": stage.endpoints(2),
     })  # fmt: skip
-    stage.log.wait_log("Envoy refuses cds.yaml")
-    stage.log.wait_log("rds.yaml: waits for what was refused")
+    stage.log.wait_log("Envoy NACKed cds.yaml")
+    stage.log.wait_log("rds.yaml: waits for what Envoy NACKed")
     stage.await_served("v0", "v2", "v0")
     stage.await_files({**good, "eds-e.yaml": stage.endpoints(2)})
     assert stage.get("/n") == "v0"  # the old routes
@@ -278,13 +314,13 @@ def test_what_needs_the_refused_file_waits_with_it(stage: Stage) -> None:
         poller.wait_body("v2")
         assert not poller.failed  # the cluster before the route
     assert stage.read("rds.yaml") == route
-    stage.await_confirmed()
+    stage.await_acked()
 
 
 def test_endpoints_stay_fresh_while_a_route_file_is_broken(stage: Stage) -> None:
     stage.start()
     stage.patch({"rds.yaml": "resources: {"})
-    stage.log.wait_log("Envoy refuses rds.yaml")
+    stage.log.wait_log("Envoy NACKed rds.yaml")
     with Poller(f"http://127.0.0.1:{stage.port}/e") as poller:
         poller.wait_body("v1")
         delays = []
@@ -295,10 +331,10 @@ def test_endpoints_stay_fresh_while_a_route_file_is_broken(stage: Stage) -> None
             delays.append(poller.wait_body(f"v{upstream}", after=began).time - began)
         assert not poller.failed
     assert sorted(delays)[10] < 0.25, delays
-    assert stage.log.count_log("Envoy refuses") == 1
+    assert stage.log.count_log("Envoy NACKed") == 1
 
 
-def test_what_needs_a_new_child_that_is_refused_waits(stage: Stage) -> None:
+def test_what_needs_a_new_child_that_is_nacked_waits(stage: Stage) -> None:
     """A new EDS file with two resources: no route goes to its cluster, which has no endpoint."""
     stage.start()
     good = stage.files()
@@ -309,8 +345,8 @@ def test_what_needs_a_new_child_that_is_refused_waits(stage: Stage) -> None:
         "eds-n.yaml": response("assignment", assignment("n", port), assignment("m", port)),
         "rds.yaml": response("routes", routes({"/": "a", "/e": "e", "/n": "n"}), version="n"),
     })  # fmt: skip
-    stage.log.wait_log("Envoy refuses eds-n.yaml")
-    stage.log.wait_log("rds.yaml: waits for what was refused")
+    stage.log.wait_log("Envoy NACKed eds-n.yaml")
+    stage.log.wait_log("rds.yaml: waits for what Envoy NACKed")
     stage.patch({"eds-e.yaml": stage.endpoints(2)})
     stage.await_served("v0", "v2", "v0")
     stage.await_files({"rds.yaml": good["rds.yaml"]})
@@ -319,53 +355,54 @@ def test_what_needs_a_new_child_that_is_refused_waits(stage: Stage) -> None:
     stage.await_served("v0", "v2", "v0")
     stage.patch({"eds-n.yaml": response("assignment", assignment("n", port))})
     wait_until(lambda: stage.get("/n") == "v2", 5, "the new cluster is routed to")
-    stage.await_confirmed()
+    stage.await_acked()
 
 
 def test_unknown_fields_are_taken_and_warned_about(stage: Stage) -> None:
     stage.start()
     typo = {**routes({"/": "a", "/e": "e"}), "virtual_hostz": []}
     stage.patch({"rds.yaml": response("routes", typo, version="typo")})
-    stage.log.wait_log(r"WARNING .*unknown field.*rds.yaml.*")
-    stage.await_confirmed()
-    assert stage.log.count_log("refuses") == 0
+    stage.log.wait_log(r"WARNING .*unknown fields in rds.yaml.*")
+    stage.await_acked()
+    assert stage.log.count_log("NACKed") == 0
 
 
-def test_a_refused_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> None:
+def test_a_nacked_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> None:
     stage.start()
     stage.patch({"rds.yaml": "resources: {"})
-    stage.log.wait_log("Envoy refuses rds.yaml")
-    row = 'xds_loader_refused_files{file="rds.yaml"} 1'
+    stage.log.wait_log("Envoy NACKed rds.yaml")
+    row = 'xds_loader_nacked_files{file="rds.yaml"} 1'
     wait_until(lambda: row in stage.asked("/metrics")[1], 5, row)
-    wait_until(lambda: stage.states()["rds.yaml"] == "refused", 5, "refused in /snapshot")
+    wait_until(lambda: stage.states()["rds.yaml"] == "nacked", 5, "nacked in /snapshot")
     status, body = stage.asked("/readyz")
     assert status == 200
-    assert "refused: rds.yaml" in body
+    assert "nacked: rds.yaml" in body
     stage.patch({"rds.yaml": stage.files()["rds.yaml"]})
     wait_until(lambda: row not in stage.asked("/metrics")[1], 5, "it is no more")
 
 
 @pytest.mark.parametrize("signal", ["kill", "stop"])
-def test_a_loader_that_starts_again_does_not_try_refused_bytes(signal: str, stage: Stage) -> None:
+def test_a_loader_that_starts_again_does_not_try_nacked_bytes(signal: str, stage: Stage) -> None:
     stage.start()
     good = stage.files()
     bad = rds(virtual_hosts=hosts("x", "x"))(stage, "bad")
     stage.patch({"rds.yaml": bad})
-    stage.log.wait_log("Envoy refuses rds.yaml")
+    stage.log.wait_log("Envoy NACKed rds.yaml")
     stage.await_files(good)
-    stage.log.wait_log("put back.*confirmed=yes")  # Envoy has been told, and has read
-    wait_until(lambda: stage.states().get("eds-e.yaml") == "confirmed")
-    before = stage.envoy.stats("update_attempt")
+    stage.log.wait_log("step=rollback.*ack=yes")  # Envoy has been told, and has read
+    wait_until(lambda: stage.states().get("eds-e.yaml") == "acked")
+    before = stage.envoy.stats(COUNTS)
     with Inotify(stage.out, stage.out / "current") as watch:
         stage.restart_loader(kill=signal == "kill")
-        stage.log.wait_log("rds.yaml: refused by Envoy")
-        wait_until(lambda: stage.states().get("rds.yaml") == "refused")
-        time.sleep(0.3)  # nothing shall happen
-        assert watch.moved() == []
-    assert stage.envoy.stats("update_attempt") == before
+        stage.log.wait_log("rds.yaml: NACKed by Envoy")
+        wait_until(lambda: stage.states().get("rds.yaml") == "nacked")
+        time.sleep(0.5)  # nothing else shall happen
+        # Counts of both kinds tell a new loader nothing: Envoy reads the good bytes once more.
+        assert watch.moved() in ([], ["..data", "rds.yaml"])
+    assert stage.envoy.stats(COUNTS) == before
     stage.await_files(good)
     stage.patch({"rds.yaml": rds()(stage, "mended")})
-    stage.await_confirmed()
+    stage.await_acked()
     assert stage.envoy.stat("http.ingress.rds.routes.version_text") == "mended"
 
 
@@ -373,36 +410,7 @@ def test_a_loader_that_starts_again_does_not_try_refused_bytes(signal: str, stag
 # An admin interface that does not help
 
 
-class Odd:
-    """Something that listens in place of the admin interface."""
-
-    def __init__(self, answer: bytes | None) -> None:
-        """`answer` to every request; None: none, ever."""
-        self.answer = answer
-        self.sockets: list[socket.socket] = []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                self.sockets.append(client)
-                if self.answer is not None:
-                    client.recv(65536)
-                    client.sendall(self.answer)
-                    client.close()
-
-    def close(self) -> None:
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self.thread.join(5)
-        for each in self.sockets:
-            each.close()
-
-
+NO_ANSWER = "WARNING Envoy (is not asked|does not answer)"
 GARBAGE = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n"
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 ODD: dict[str, Callable[[], Odd | None]] = {
@@ -416,7 +424,8 @@ ODD: dict[str, Callable[[], Odd | None]] = {
 
 @pytest.mark.parametrize("kind", ODD)
 def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Stage) -> None:
-    """Changes are served, in order; the first may wait for the bound, the rest does not."""
+    """Changes are served, in order, after --step-delay. What is silent may be an Envoy that
+    stalls: it is waited for, once for 30 s."""
     odd = ODD[kind]()
     try:
         stage.start(admin=odd.url if odd else "http://127.0.0.1:9")
@@ -432,51 +441,23 @@ def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Sta
                     "cds.yaml": more_clusters(stage, new, mark=f"n{i}"),
                     "rds.yaml": response("routes", routes({"/": f"n{i}", "/e": "e"})),
                 })  # fmt: skip
-                delays.append(poller.wait_body(f"v{upstream}", 8).time - began)
+                delays.append(poller.wait_body(f"v{upstream}", 35, after=began).time - began)
             assert not poller.failed
-        assert delays[0] < 3.0, delays
+        assert delays[0] < (31 if kind == "silent" else 3), delays
         assert max(delays[1:]) < 1.2, delays  # --step-delay, on a busy machine
-        stage.log.wait_log("WARNING .*does not answer")
-        assert stage.log.count_log("does not answer") == 1
+        assert stage.log.count_log(NO_ANSWER) == 1, stage.log.log
         assert stage.asked("/readyz")[0] == 200
     finally:
         if odd:
             odd.close()
 
 
-class Slow(Odd):
-    """Envoy's own admin interface, each answer late."""
-
-    def __init__(self, admin_port: int, delay: float) -> None:
-        self.admin_port = admin_port
-        self.delay = delay
-        super().__init__(None)
-
-    def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                self.sockets.append(client)
-                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
-
-    def _relay(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), client:
-            request = client.recv(65536).replace(
-                b"HTTP/1.1\r\n", b"HTTP/1.1\r\nConnection: close\r\n"
-            )
-            time.sleep(self.delay)
-            with socket.create_connection(("127.0.0.1", self.admin_port)) as envoy:
-                envoy.sendall(request)
-                while part := envoy.recv(65536):
-                    client.sendall(part)
-
-
 def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
-    """0.4 s for each answer: steps are late by as much, in order, confirmed; refusals are seen."""
-    slow = Slow(stage.admin_port, 0.4)
+    """0.4 s for each answer: steps are late by as much, in order, ACKed; NACKs are seen."""
+    slow = Relay(stage.admin_url, 0.4)
     try:
         stage.start(admin=slow.url)
-        stage.await_confirmed(15)
+        stage.await_acked(15)
         with Poller(f"http://127.0.0.1:{stage.port}/") as poller:
             poller.wait_body("v0")
             began = time.monotonic()
@@ -487,24 +468,24 @@ def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
             })  # fmt: skip
             assert poller.wait_body("v1", 8).time - began < 4.0
             stage.patch({"rds.yaml": "resources: {", "eds-e.yaml": stage.endpoints(2)})
-            stage.log.wait_log("Envoy refuses rds.yaml", 8)
+            stage.log.wait_log("Envoy NACKed rds.yaml", 8)
             stage.await_served("v1", "v2", "v0", timeout=8)
             assert not poller.failed
-        assert stage.log.count_log("does not answer") <= 1  # before Envoy was there
+        assert stage.log.count_log(NO_ANSWER) <= 1  # before Envoy was there
     finally:
         slow.close()
 
 
-def test_an_admin_interface_that_comes_late_confirms_what_stands(stage: Stage) -> None:
-    stage.start(admin=f"http://127.0.0.1:{stage.admin_port}")
-    stage.await_confirmed()
+def test_an_admin_interface_that_comes_late_is_asked_about_what_is_published(stage: Stage) -> None:
+    stage.start(admin=stage.admin_url)
+    stage.await_acked()
     stage.envoy.stop(kill=True)
-    stage.log.wait_log("does not answer")
+    stage.log.wait_log(NO_ANSWER)
     stage.patch({"eds-e.yaml": stage.endpoints(2)})
-    wait_until(lambda: stage.states().get("eds-e.yaml") == "unconfirmed")
+    wait_until(lambda: stage.states().get("eds-e.yaml") == "unknown")
     stage.envoy.start()
     stage.await_served("v0", "v2", "v0")
-    stage.await_confirmed(15)
+    stage.await_acked(15)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -531,7 +512,7 @@ def test_envoy_may_restart_at_any_moment(stage: Stage) -> None:
         stage.envoy.restart(kill=True)
         stage.patch(files)
         stage.await_served(f"v{upstream}", "v1", "v0", timeout=15)
-        stage.await_confirmed(20)
+        stage.await_acked(20)
         stage.await_files(files)
     wait_converged(stage.out)
 
@@ -563,7 +544,7 @@ def test_a_loader_that_dies_between_steps_goes_on(step: str, asked: bool, stage:
         time.sleep(0.1)
         assert not poller.failed
     if asked:
-        stage.await_confirmed()
+        stage.await_acked()
     wait_until(lambda: set(stage.envoy.clusters()) == {"a", "n"}, 5, "the old cluster is gone")
     counts = stage.envoy.stats(COUNTS)
     assert not any(counts.values()), counts
@@ -583,7 +564,7 @@ def test_a_loader_that_starts_again_does_not_disturb(asked: bool, stage: Stage) 
             stage.restart_loader(kill=kill)
             wait_until(lambda: set(stage.states()) == set(stage.files()))
             if asked:
-                stage.await_confirmed()
+                stage.await_acked()
         time.sleep(0.3)  # nothing shall happen
         assert watch.events() == []
     assert stage.envoy.stats("update_attempt") == attempts
@@ -606,7 +587,7 @@ def test_both_start_at_once_on_an_empty_directory(
                     stage.envoy.start()
                     break
             stage.await_served("v0", "v1", "v0")
-            stage.await_confirmed(15)
+            stage.await_acked(15)
             stage.patch({"eds-e.yaml": stage.endpoints(2)})
             stage.await_served("v0", "v2", "v0")
             counts = stage.envoy.stats(COUNTS)
@@ -624,17 +605,25 @@ def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Up
         wait_until(lambda: stage.asked("/readyz")[0] == 200, 5, "ready")
         stage.envoy.start()
         assert stage.served() == ("v0", "v1", "v0")
-        stage.await_confirmed(15)
+        stage.await_acked(15)
 
 
 # ---------------------------------------------------------------------------------------------
 # All of it at once
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: Stage) -> None:
+@pytest.mark.parametrize("seed", range(1, 1 + times(2, long=12)))
+@pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
+def test_no_request_is_lost_over_random_good_and_bad_changes(
+    watched: bool, seed: int, api: ApiServer, out: Path, upstreams: Upstreams
+) -> None:
     """Up to two bad files and good ones in each change, most of them before the last is settled."""
-    rng = random.Random(seed)
+    out.mkdir()
+    with Stage(api, out, upstreams, watched=watched) as stage:
+        good_and_bad(random.Random(seed), stage)
+
+
+def good_and_bad(rng: random.Random, stage: Stage) -> None:
     stage.start()
     first, rest = f"http://127.0.0.1:{stage.port}", f"http://127.0.0.1:{stage.extra_port}"
     with Poller(f"{first}/") as one, Poller(f"{first}/e") as two, Poller(f"{rest}/") as three:
@@ -646,11 +635,11 @@ def test_no_request_is_lost_over_random_good_and_bad_changes(seed: int, stage: S
         last = {**stage.files(), **good_files(stage, rng, "last")}
         stage.patch(last)
         stage.await_files(last, 30)
-        stage.await_confirmed(30)
+        stage.await_acked(30)
         for poller in (one, two, three):
             assert len(poller.answers) > 100
             assert not poller.failed, poller.failed[:5]
-    assert stage.log.count_log("Envoy refuses") > 3
+    assert stage.log.count_log("Envoy NACKed") > 3
     wait_converged(stage.out)
 
 

@@ -1,0 +1,276 @@
+"""What holds against whoever writes ConfigMaps, Services or the volume, or answers for Envoy.
+
+What an API server may send is in test_hardening_api.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loader
+from tests.conftest import RunLoader, StartLoader
+from tests.support.admin import Listener
+from tests.support.apiserver import ApiServer
+from tests.support.loader import wait_files, wait_until
+
+ONCE = ("--onetime", "--configmap", "envoy-xds")
+WATCH = ("--watch", "--configmap", "envoy-xds")
+STATS = "cluster_manager.cds.update_attempt: 1\nlistener_manager.lds.update_attempt: 1\n"
+
+
+class Envoy(Listener):
+    """Answers like Envoy's admin interface, or as `answers` says: a body, or a way to send one."""
+
+    def __init__(self, **answers: str | Callable[[socket.socket], None]) -> None:
+        self.answers = {
+            "server_info": '"uptime_current_epoch": "1s"', "ready": "LIVE", "stats": STATS,
+            "config_dump": "{}", **answers,
+        }  # fmt: skip
+        self.asked: list[str] = []
+        super().__init__()
+
+    def serve(self, client: socket.socket) -> None:
+        while request := client.recv(65536):
+            path = re.split(r"[ ?]", request.decode())[1].strip("/")
+            self.asked.append(path)
+            answer = self.answers[path]
+            if isinstance(answer, str):
+                body = answer.encode()
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            else:
+                answer(client)
+
+
+def put(api: ApiServer, text: str = "1") -> None:
+    api.configmap("demo", "envoy-xds", {"rds.yaml": text})
+
+
+# ------------------------------------------------------------------------------------------
+# Whoever may write to the volume
+
+VERSION = {"version": loader.__version__}
+TYPES: tuple[Any, ...] = (
+    "x", [[]], {"rds.yaml": 1, "../../token": [], "..data/x": {}, "": None},
+    {"rds.yaml": ["x", "no such kind"]}, {"rds.yaml": ["x", ["eds"]]},
+    {"rds.yaml": ["a", "b", "eds", "d", [1, []]], "../x": ["a", "b", "c", "d", []]},
+    {"rds.yaml": ["\ud800", "\ud800"], "\ud800": ["a", "b", "c", "\ud800", ["\ud800"]]},
+)  # fmt: skip
+STATES: dict[str, bytes] = {
+    "deep": b'{"version":' + b"[" * 200_000,
+    "just deep enough": b'{"files":' + b"[" * 900 + b"]" * 900 + b"}",
+    "no object": b"[1]",
+    "not UTF-8": b"\xff\xfe{",
+    "spaces": b" " * 1_000_000,
+    "huge": b"[" + b"[]," * 6_000_000 + b"1]",
+    **{
+        f"everywhere {json.dumps(value)}": json.dumps(
+            {**VERSION, "files": value, "acked": value, "nacked": value}).encode()
+        for value in TYPES
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_planted_state_ends_no_loader(
+    start_loader: StartLoader, run_loader: RunLoader, api: ApiServer, out: Path, name: str
+) -> None:
+    put(api)
+    assert run_loader(*ONCE).returncode == 0
+    (out / "..state/loader.json").write_bytes(STATES[name])
+    with Envoy() as envoy:
+        running = start_loader(*WATCH, "--envoy-admin", envoy.url)
+        wait_until(lambda: "stats" in envoy.asked)
+        put(api, "2")
+        wait_files(out, {"rds.yaml": "2"}, 10)
+        assert running.resident() < 120 << 20
+        running.stop(within=5)
+    assert "Traceback" not in running.log
+
+
+def planted(place: Path, kind: str) -> None:
+    """Something else than a file in the place of one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():
+        place.rename(place.with_name("away"))
+    place.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "directory":
+        (place / "x").mkdir(parents=True)
+    elif kind == "socket":
+        bound = socket.socket(socket.AF_UNIX)
+        here = os.getcwd()
+        os.chdir(place.parent)  # the path of a socket has 107 bytes at most
+        bound.bind(place.name)
+        os.chdir(here)
+    elif kind == "sparse":
+        for number in range(40):
+            place.with_name(f"{place.name}{number}").touch()
+            os.truncate(place.with_name(f"{place.name}{number}"), 60 << 20)
+    elif kind == "deep":
+        place.joinpath(*["d"] * 100).mkdir(parents=True)
+
+
+PLACES = (
+    "..state/loader.json", "..state/loader.json.new", "..state/acked/rds.yaml", "..state/acked/x",
+    "..data/x.yaml", "..0123456789abcdef/rds.yaml", "..00000000000000ff", "current/x.yaml",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "socket", "sparse", "deep"])
+def test_what_is_planted_is_not_waited_for(
+    start_loader: StartLoader, run_loader: RunLoader, api: ApiServer, out: Path, kind: str
+) -> None:
+    put(api)
+    assert run_loader(*ONCE).returncode == 0
+    for place in PLACES[4:] if kind == "deep" else PLACES:
+        planted(out / place, kind)
+    routes = out / "current/rds.yaml"
+    with Envoy() as envoy:
+        running = start_loader(*WATCH, "--sync-interval", "100ms", "--envoy-admin", envoy.url)
+        for number in "23":
+            put(api, number)
+            wait_until(lambda n=number: routes.read_text() == n, 10)  # type: ignore[misc]
+            envoy.answers["stats"] = STATS.replace("1", number)
+        assert running.resident() < 600 << 20
+        running.stop(within=5)
+    assert "Traceback" not in running.log
+
+
+# ------------------------------------------------------------------------------------------
+# Whoever answers in the place of Envoy's admin interface
+
+
+def for_ever(first: bytes, then: bytes) -> Callable[[socket.socket], None]:
+    def send(client: socket.socket) -> None:
+        client.sendall(first)
+        for _ in range(600):
+            client.sendall(then)
+            time.sleep(0.05)
+
+    return send
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+TRICKLES = {
+    "status": for_ever(b"", b"H"),
+    "a header": for_ever(HEAD + b"X: ", b"x"),
+    "headers": for_ever(HEAD, b"X: x\r\n"),
+    "body": for_ever(HEAD + b"\r\n", b"x"),
+    "chunks": for_ever(HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "100": for_ever(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", TRICKLES)
+def test_an_admin_interface_that_trickles_holds_up_nothing(
+    start_loader: StartLoader, api: ApiServer, out: Path, name: str
+) -> None:
+    """It counts as silent, changes go on, it is asked again, and SIGTERM is not delayed."""
+    put(api)
+    with Envoy() as envoy:
+        running = start_loader(*WATCH, "--envoy-admin", envoy.url)
+        wait_until(lambda: "stats" in envoy.asked)
+        envoy.answers["stats"] = TRICKLES[name]
+        put(api, "2")
+        running.wait_log("Envoy does not answer: .*stats: no end of the answer in time", 8)
+        put(api, "3")
+        wait_files(out, {"rds.yaml": "3"}, 8)
+        asked = len(envoy.asked)
+        wait_until(lambda: len(envoy.asked) > asked, 8)
+        running.stop()
+
+
+FIGURES = {
+    "superscripts": {"server_info": '"uptime_current_epoch": "²s"', "stats": "a.update_attempt: ²"},
+    "long": {"server_info": f'"uptime_current_epoch": "{"9" * 5000}s"',
+             "stats": f"{STATS}server.hot_restart_epoch: {'9' * 5000}\n"},
+    "deep": {"config_dump": "[" * 200_000,
+             "stats": f"{STATS}listener_manager.lds.update_failure: 1"},
+    "odd": {"config_dump": '{"configs": [1, {"error_state": {"details": []}}]}',
+            "stats": f"{STATS}listener_manager.lds.update_rejected: 3\n: 1\nx\n.: -1\n"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_odd_answers_of_an_admin_interface_end_no_loader(
+    start_loader: StartLoader, api: ApiServer, out: Path, name: str
+) -> None:
+    put(api)
+    with Envoy(**FIGURES[name]) as envoy:
+        running = start_loader(*WATCH, "--envoy-admin", envoy.url)
+        wait_until(lambda: len(envoy.asked) >= 2, 8)
+        put(api, "2")
+        wait_files(out, {"rds.yaml": "2"}, 8)
+        running.stop()
+    assert "Traceback" not in running.log
+
+
+# ------------------------------------------------------------------------------------------
+# Where a token goes
+
+
+@pytest.mark.parametrize(
+    ("host", "sent"),
+    [("127.0.0.1", True), ("127.8.9.10", True), ("localhost", True), ("[::1]", True),
+     ("LOCALHOST", True), ("127.0.0.1.example", False), ("127.1", False), ("localhost.x", False),
+     ("10.0.0.1", False), ("[::ffff:127.0.0.1]", False), ("1270.0.0.1", False)],
+)  # fmt: skip
+def test_loopback_is_127_8_and_no_name_that_looks_like_it(
+    host: str, sent: bool, token_file: Path
+) -> None:
+    access = loader.Access(f"http://{host}:1", str(token_file), "")
+    api = loader.Api(access, lambda verb, code: None)
+    with pytest.raises(loader.LoaderError) as error:
+        api.list(loader.Query(loader.CONFIGMAPS, "demo"), 0, print)
+    assert ("plain HTTP" in str(error.value)) != sent, error.value
+
+
+# ------------------------------------------------------------------------------------------
+# Whoever writes ConfigMaps and Services
+
+ODD_VALUES: tuple[Any, ...] = (None, 1, True, 1.5, [], ["x"], {}, {"x": 1}, "\ud800", "text")
+
+
+def test_a_configmap_of_any_values_is_reduced() -> None:
+    """One key in both maps too, whatever the types are."""
+    metadata = {"namespace": "demo", "name": "a"}
+    for one in ODD_VALUES:
+        for other in ODD_VALUES:
+            raw = {"metadata": metadata, "data": {"k": one, "l": other},
+                   "binaryData": {"k": other, "m": one}}  # fmt: skip
+            found = loader.configmap_from(raw)
+            names = list(found.files)
+            assert sorted({*names}) == names
+            assert ("k" in names) == (one == "text")
+
+
+def test_a_configmap_of_odd_values_ends_no_sidecar(
+    start_loader: StartLoader, tmp_path: Path, out: Path
+) -> None:
+    source = tmp_path / "objects.json"
+    item = {"kind": "ConfigMap", "metadata": {"name": "envoy-xds"},
+            "data": {"a": None, "b": "1"}, "binaryData": {"a": "eA=="}}  # fmt: skip
+    source.write_text(json.dumps(item))
+    words = ("--configmap", "envoy-xds", "--from-file", str(source), "--sync-interval", "50ms")
+    running = start_loader(*words)
+    wait_files(out, {"b": "1"})
+    running.stop()
+
+
+def test_a_name_that_is_no_text_is_previewed(run_loader: RunLoader, tmp_path: Path) -> None:
+    source = tmp_path / "objects.json"
+    metadata = {"name": "\ud800", "labels": {"a": "b"}}
+    source.write_text(json.dumps({"kind": "ConfigMap", "metadata": metadata, "data": {"x": "1"}}))
+    words = ("--configmap-selector", "a=b", "--dry-run", "--from-file", str(source))
+    done = run_loader(*words)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -1,0 +1,510 @@
+"""Where to go from what is published, and what Envoy's counts tell: pure functions, as tables."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import yaml
+
+from loader import (
+    ACKED,
+    NACKED,
+    SERVICES_SOURCE,
+    UNREAD,
+    Counts,
+    File,
+    Known,
+    Look,
+    Nack,
+    after_end,
+    after_look,
+    after_meeting,
+    after_publication,
+    allowed,
+    cluster_names,
+    file_of,
+    is_read,
+    kind_of,
+    mentioned,
+    next_step,
+    notify_order,
+    parse_stats,
+    paths_in,
+    resource_file,
+    resource_names,
+    retried,
+    rollback,
+    same_files,
+    to_retry,
+    united,
+    with_needed,
+)
+from tests.support import envoy as real
+
+CURRENT = "/srv/runtime/current"
+CLUSTER = f"type.googleapis.com/{real.TYPES['cluster']}"
+
+
+def text(content: str, kind: str = "") -> File:
+    return file_of(content.encode(), "configmap demo/x", kind=kind)
+
+
+def cds(*names: str, port: int = 80, also: str = "") -> File:
+    rows = [real.cluster(name, port) for name in names]
+    return text(real.response("cluster", *rows, version=also))
+
+
+def on_eds(*names: str) -> File:
+    """CDS with a cluster on an EDS file for each name."""
+    source = {name: real.file_source(f"{CURRENT}/eds/{name}.json") for name in names}
+    rows = [real.eds_cluster(name, source[name]) for name in names]
+    return text(real.response("cluster", *rows))
+
+
+def yaml_cds(*names: str) -> File:
+    rows = [{"@type": CLUSTER, **real.cluster(name, 80)} for name in names]
+    return text(yaml.safe_dump({"resources": rows}))
+
+
+def rendered(*names: str) -> File:
+    rows = [{"@type": CLUSTER, "name": name} for name in names]
+    return file_of(resource_file("yaml", "services", CLUSTER, rows), SERVICES_SOURCE)
+
+
+def eds(name: str, port: int = 80) -> File:
+    return text(real.response("assignment", real.assignment(name, port)))
+
+
+def rds(*names: str) -> File:
+    return text(real.response("routes", real.route_config(dict.fromkeys(names, 1))))
+
+
+def lds(path: str) -> File:
+    routes = real.rds_routes(real.file_source(f"{CURRENT}/{path}"))
+    return text(real.response("listener", real.http_listener(80, routes)))
+
+
+NOTE = text("hello")
+A = {"cds.yaml": cds("a"), "rds.yaml": rds("a"), "lds.yaml": lds("rds.yaml")}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a file is, and what it names
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (real.response("cluster", real.cluster("a", 1)), "cds"),
+        (f"type_url: {CLUSTER}\nresources: []\n", "cds"),
+        # A wrapper and other types are passed over, the first xDS type counts.
+        (f"type.googleapis.com/envoy.service.discovery.v3.Resource {CLUSTER}", "cds"),
+        ("type.googleapis.com/envoy.config.cluster.v3.Cluster.CustomClusterType", ""),
+        ("type.googleapis.com/envoy.api.v2.Cluster", ""),  # v2 is gone from Envoy
+        ("", ""),
+        ("{{{ nothing", ""),
+    ],
+)
+def test_the_first_xds_type_url_tells_the_kind(content: str, kind: str) -> None:
+    assert kind_of(content.encode()) == kind
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b'{"cluster":"web"}', {"web"}),
+        (b"route: {cluster: web}", {"web"}),
+        (b"- 'web'\n", {"web"}),
+        (b"cluster: demo/web/http\n", set()),
+        (b"cluster: webs\ncluster: web-2\n", set()),
+        (b'{"cluster":"demo\\/web"}', {"demo/web"}),
+        (b'cluster: "my own"', {"my own"}),
+    ],
+)
+def test_a_reference_is_a_whole_word(content: bytes, names: set[str]) -> None:
+    assert mentioned(content, ["other", "web", "demo/web", "my own"]) == names
+
+
+def test_a_path_is_named_under_whatever_directory() -> None:
+    paths = {"eds/a.json", "a.json"}
+    for place in (b"/etc/envoy/eds/a.json", b"eds/a.json", b"\\/srv\\/eds\\/a.json"):
+        assert paths_in([b'{"path": "%s"}' % place], paths) >= {"a.json"}
+    assert paths_in([b"path: /srv/current/eds/a.json"], {"eds/a.json"}) == {"eds/a.json"}
+    assert paths_in([b"path: /srv/eds/a.json.bak\npath: /srv/other-eds/a.json"], paths) == {
+        "a.json"
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Old and new clusters together
+
+
+@pytest.mark.parametrize("make", [cds, rendered])
+def test_a_union_has_all_clusters(make: Any) -> None:
+    old, new = make("a", "b"), make("c", "b")
+    both = united(old, new)
+    assert cluster_names([both]) == {"a", "b", "c"}
+    assert united(both, new) == both, "a restart within a step changes nothing"
+    parsed = yaml.safe_load(both.content)
+    assert [item["name"] for item in parsed["resources"]] == ["c", "b", "a"]
+    assert parsed["version_info"] not in ("", yaml.safe_load(new.content).get("version_info"))
+
+
+def test_the_new_definition_of_a_cluster_wins() -> None:
+    both = json.loads(united(cds("a", "b"), cds("a", port=7)).content)
+    ports = {
+        one["name"]: one["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"][
+            "address"
+        ]["socket_address"]["port_value"]
+        for one in both["resources"]
+    }
+    assert ports == {"a": 7, "b": 80}
+
+
+def test_a_union_that_adds_nothing_is_one_of_its_sides() -> None:
+    assert united(cds("a", "b"), cds("a")) == cds("a", "b"), "the old file stays"
+    assert united(cds("a"), cds("a", "b")) == cds("a", "b"), "the new file goes out"
+    assert united(rendered("a"), rendered()) == rendered("a")
+    kept = united(rendered("a", "b"), rendered("c"), frozenset("b"))
+    assert cluster_names([kept]) == {"b", "c"}
+
+
+def test_yaml_of_a_configmap_is_never_rewritten() -> None:
+    assert united(yaml_cds("a"), yaml_cds("b")) == yaml_cds("b")
+    assert united(yaml_cds("a", "b"), yaml_cds("a")) == yaml_cds("a", "b"), "with the removals"
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps
+
+
+PLANS: list[tuple[str, Mapping[str, File], Mapping[str, File], str]] = [
+    ("nothing", A, A, ""),
+    ("first", {}, A, "initial:cds.yaml,lds.yaml,rds.yaml"),
+    ("weights", A, A | {"rds.yaml": rds("a", "a2")}, "references:rds.yaml"),
+    ("clusters alone", A, A | {"cds.yaml": cds("a", "b")}, "clusters:cds.yaml"),
+    (
+        "cluster and route",
+        A,
+        A | {"cds.yaml": cds("a", "b"), "rds.yaml": rds("b")},
+        "clusters:cds.yaml references:rds.yaml",
+    ),
+    (
+        "replaced",
+        A,
+        A | {"cds.yaml": cds("b"), "rds.yaml": rds("b")},
+        "clusters:cds.yaml references:rds.yaml removals:cds.yaml",
+    ),
+    (
+        "gone",
+        A | {"cds.yaml": cds("a", "b"), "rds.yaml": rds("b")},
+        A,
+        "references:rds.yaml removals:cds.yaml",
+    ),
+    (
+        "endpoints and their cluster",
+        A,
+        A | {"cds.yaml": on_eds("a", "b"), "eds/b.json": eds("b"), "eds/a.json": eds("a")},
+        "children:eds/a.json,eds/b.json clusters:cds.yaml",
+    ),
+    ("a new file that nobody names", A, A | {"eds/b.json": eds("b")}, "clusters:eds/b.json"),
+    (
+        "a note beside routes",
+        A | {"note": NOTE},
+        A | {"note": text("new"), "rds.yaml": rds("a", "b")},
+        "clusters:note references:rds.yaml",
+    ),
+    ("a file goes", A | {"note": NOTE}, A, "removals:-note"),
+    (
+        "YAML, more",
+        {"cds.yaml": yaml_cds("a"), "rds.yaml": rds("a")},
+        {"cds.yaml": yaml_cds("a", "b"), "rds.yaml": rds("b")},
+        "clusters:cds.yaml references:rds.yaml",
+    ),
+    (
+        "YAML, fewer",
+        {"cds.yaml": yaml_cds("a", "b"), "rds.yaml": rds("b")},
+        {"cds.yaml": yaml_cds("a"), "rds.yaml": rds("a")},
+        "references:rds.yaml removals:cds.yaml",
+    ),
+    (
+        "routes move to another listener file",
+        A,
+        {"cds.yaml": A["cds.yaml"], "new.yaml": rds("a"), "lds.yaml": lds("new.yaml")},
+        "children:new.yaml references:lds.yaml removals:-rds.yaml",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("published", "desired", "plan"), [row[1:] for row in PLANS], ids=[row[0] for row in PLANS]
+)
+def test_steps(published: Mapping[str, File], desired: Mapping[str, File], plan: str) -> None:
+    assert planned(published, desired) == plan
+
+
+def planned(published: Mapping[str, File], desired: Mapping[str, File]) -> str:
+    rows = []
+    while step := next_step(published, desired):
+        moved = sorted(p for p, file in step.files.items() if published.get(p) != file)
+        gone = sorted(f"-{path}" for path in published.keys() - step.files.keys())
+        rows.append(f"{step.name}:{','.join([*moved, *gone])}")
+        published = step.files
+    assert same_files(published, desired)
+    return " ".join(rows)
+
+
+def test_children_are_noticed_first() -> None:
+    files = A | {"eds/a.json": eds("a"), "note": NOTE}
+    assert notify_order(files, files) == ["eds/a.json", "note", "cds.yaml", "rds.yaml", "lds.yaml"]
+
+
+# ---------------------------------------------------------------------------------------------
+# After a NACK
+
+
+def nack(file: File, shown: File | None = None, *, stood: str = "") -> Nack:
+    return Nack(file.digest, (shown or file).digest, file.kind, "bad", frozenset(stood.split()))
+
+
+def test_a_nacked_file_keeps_its_acked_bytes_and_the_rest_goes_on() -> None:
+    desired = A | {"cds.yaml": cds("a", "bad"), "rds.yaml": rds("a", "a")}
+    files, notes = allowed(desired, A, A, {"cds.yaml": nack(desired["cds.yaml"])})
+    assert files == desired | {"cds.yaml": A["cds.yaml"]}
+    assert notes == ["cds.yaml: NACKed by Envoy, the last ACKed bytes stay"]
+    mended = desired | {"cds.yaml": cds("a", "good")}
+    assert allowed(mended, A, A, {"cds.yaml": nack(desired["cds.yaml"])}) == (mended, [])
+
+
+def test_routes_to_clusters_that_are_lacking_wait() -> None:
+    desired = A | {"cds.yaml": cds("a", "b"), "rds.yaml": rds("b"), "other.yaml": rds("a")}
+    files, notes = allowed(desired, A, A, {"cds.yaml": nack(desired["cds.yaml"])})
+    assert files == A | {"other.yaml": rds("a")}
+    assert notes[1:] == ["rds.yaml: waits for what Envoy NACKed"]
+
+
+def test_what_kept_routes_name_stays() -> None:
+    """Fault 1: their cluster would go."""
+    desired = A | {"cds.yaml": cds("b"), "rds.yaml": rds("b", "b")}
+    files, _ = allowed(desired, A, A, {"rds.yaml": nack(desired["rds.yaml"])})
+    assert cluster_names(files.values()) == {"a", "b"}
+    assert files["rds.yaml"] == A["rds.yaml"]
+    listeners = {"lds.yaml": nack(lds("new.yaml"))}
+    moved = {"cds.yaml": cds("a"), "new.yaml": rds("a"), "lds.yaml": lds("new.yaml")}
+    assert allowed(moved, A, A, listeners)[0]["rds.yaml"] == A["rds.yaml"]
+
+
+def test_a_new_file_that_was_nacked_is_not_routed_to() -> None:
+    eds_files = {"eds/b.json": text("broken", "eds"), "cds.yaml": on_eds("b")}
+    desired = A | eds_files | {"rds.yaml": rds("b")}
+    files, _ = allowed(desired, A, A, {"eds/b.json": nack(desired["eds/b.json"])})
+    assert files["rds.yaml"] == A["rds.yaml"]
+
+
+def test_rollback_takes_back_what_is_published() -> None:
+    bad = A | {"lds.yaml": lds("new.yaml"), "new.yaml": rds("a")}
+    del bad["rds.yaml"]
+    found = rollback(bad, A, {"lds.yaml": nack(bad["lds.yaml"])})
+    assert found is not None
+    assert found.files == A | {"new.yaml": rds("a")}, "with the file that it names"
+    assert rollback(A, A, {"lds.yaml": nack(bad["lds.yaml"])}) is None
+    assert rollback(bad, {}, {"lds.yaml": nack(bad["lds.yaml"])}) is None
+
+
+def test_a_file_without_a_source_stays_while_somebody_needs_it() -> None:
+    def kept(desired: Mapping[str, File], *read: str) -> set[str]:
+        return with_needed(desired, A, lambda path: path in read).keys() - desired.keys()
+
+    assert kept({"lds.yaml": A["lds.yaml"]}) == {"rds.yaml"}
+    assert kept({}, "lds.yaml") == {"lds.yaml", "rds.yaml"}, "and what it names"
+    assert kept({}) == set()
+
+
+# ---------------------------------------------------------------------------------------------
+# What one look tells
+
+
+SCOPE = {"cds.yaml": "cluster_manager.cds", "rds.yaml": "http.ingress.rds.routes"}
+SCOPE |= {"lds.yaml": "listener_manager.lds"}
+
+
+def look(
+    counts: Mapping[str, tuple[int, int, int]], *, live: bool = True, hidden: str = ""
+) -> Look:
+    """`{"cds": (attempt, success, failed)}`."""
+    found = {SCOPE[f"{name}.yaml"]: Counts(*row) for name, row in counts.items()}
+    return Look(found, live, hidden)
+
+
+ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
+
+
+def met() -> Known:
+    """Envoy has ACKed everything."""
+    known, first = after_look(Known(), A, look(ONE))
+    assert set(first.pending) == set(A), "the first look of all is not believed"
+    known, outcome = after_look(known, A, look(ONE))
+    assert set(outcome.acks) == set(A)
+    return known
+
+
+@pytest.mark.parametrize(
+    ("counts", "state"),
+    [
+        ((1, 1, 0), None),
+        ((2, 2, 0), ACKED),
+        ((2, 1, 1), NACKED),
+        ((3, 3, 0), ACKED),
+        ((3, 2, 1), None),  # Envoy is notified once more
+    ],
+)
+def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
+    new = A | {"rds.yaml": rds("b")}
+    known = after_publication(met(), A, new, new)
+    known, outcome = after_look(known, new, look({**ONE, "rds": counts}))
+    assert known.states.get("rds.yaml") == state
+    assert (outcome.mixed == ("rds.yaml",)) == (counts == (3, 2, 1))
+    assert known.acked["rds.yaml"] == (new if state == ACKED else A)["rds.yaml"]
+
+
+def test_one_of_two_subscriptions_is_not_enough() -> None:
+    new = A | {"rds.yaml": rds("b")}
+    known = after_publication(met(), A, new, new)
+    one = {"http.b.rds.routes": Counts(1, 1, 0)}
+    both = {**look({**ONE, "rds": (2, 2, 0)}).counts, **one}
+    known = known._replace(counts={**(known.counts or {}), **one})
+    known, outcome = after_look(known, new, Look(both, True))
+    assert outcome.pending == ("rds.yaml",)
+    both["http.b.rds.routes"] = Counts(2, 1, 1)
+    assert after_look(known, new, Look(both, True))[1].nacks == ("rds.yaml",)
+
+
+def test_what_nobody_reads_and_what_is_hidden() -> None:
+    files = A | {"eds/x.json": eds("x")}
+    known, _ = after_look(met(), files, look(ONE))
+    assert known.states["eds/x.json"] == UNREAD
+    known, outcome = after_look(met(), files, look(ONE, hidden="a stats_matcher"))
+    assert outcome.hidden == ("eds/x.json",)
+    assert "eds/x.json" not in known.states
+
+
+def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
+    files = A | {"rds.yaml": text("{", "rds")}
+    known, outcome = after_look(Known(counts={}), files, look({**ONE, "rds": (1, 0, 1)}))
+    assert outcome.nacks == ("rds.yaml",)
+    other = text(real.response("routes", real.route_config({"a": 1}, "other")))
+    more = files | {"new.yaml": other}
+    known = after_publication(known, files, more, more)
+    known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
+    assert outcome.nacks == ()
+    assert known.states["new.yaml"] == UNREAD
+
+
+def test_another_process_confirmed_nothing_yet() -> None:
+    known, _ = after_look(met(), A, look({"cds": (0, 0, 0), "lds": (0, 0, 0)}, live=False))
+    assert known.states == {}
+    assert known.acked == A, "what is rolled back to stays"
+    assert is_read(known, "rds.yaml"), "by the process before"
+    known, _ = after_look(known, A, look({**ONE, "lds": (1, 0, 1)}))
+    assert known.states["lds.yaml"] == NACKED
+    assert rollback(A, known.acked, known.nacks) is None, "there is nothing else"
+
+
+def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
+    bad = A | {"cds.yaml": cds("a", "deadly")}
+    known = after_publication(met(), A, bad, bad)
+    known, blamed = after_end(known, bad, 100.0)
+    assert blamed == ()
+    known, blamed = after_end(after_meeting(known, 105.0), bad, 116.0)
+    assert blamed == (), "it ran for more than ten seconds"
+    known, blamed = after_end(after_meeting(known, 120.0), bad, 121.0)
+    assert blamed == ("cds.yaml",)
+    assert rollback(bad, known.acked, known.nacks) == (A, "rollback")
+
+
+def test_references_are_tried_again_when_what_they_need_is_there() -> None:
+    """Fault 2."""
+    wanted = A | {"rds.yaml": rds("late")}
+    known = met()._replace(nacks={"rds.yaml": nack(wanted["rds.yaml"], stood="a")})
+    assert retried(known, wanted, A).nacks
+    assert not retried(known, wanted, A | {"cds.yaml": cds("a", "late")}).nacks
+    # Without ACKed bytes they are published as they are: Envoy has to be notified again.
+    assert to_retry(known._replace(states={"rds.yaml": NACKED}), wanted) == []
+    assert to_retry(Known(states={"rds.yaml": NACKED}), wanted) == ["rds.yaml"]
+
+
+def test_a_thousand_eds_files_are_one_look() -> None:
+    """Fault 11: it took 0.19 s each time. Nor are those that go compared with all others."""
+    names = [f"c{i}" for i in range(1000)]
+    files = {f"eds/{name}.json": eds(name) for name in names} | {"cds.yaml": on_eds(*names)}
+    counts = {f"cluster.{name}": Counts(1, 1, 0) for name in names}
+    counts["cluster_manager.cds"] = Counts(1, 1, 0)
+    began = time.process_time()
+    known, _ = after_look(Known(counts={}), files, Look(counts, True))
+    assert set(known.states.values()) == {ACKED}
+    changed = {**files, "eds/c5.json": eds("c5", 81)}
+    known = after_publication(known, files, changed, changed)
+    counts["cluster.c5"] = Counts(2, 2, 0)
+    first = time.process_time()
+    known, outcome = after_look(known, changed, Look(counts, True))
+    again = time.process_time()
+    assert outcome.acks == ("eds/c5.json",)
+    less = {path: files[path] for path in [*files][100:]} | {"cds.yaml": on_eds(*names[100:])}
+    assert len(with_needed(less, changed, lambda path: True)) == len(less)
+    assert first - began < 0.3
+    assert again - first < 0.02
+    assert time.process_time() - again < 0.3
+
+
+# ---------------------------------------------------------------------------------------------
+# Where statistics are
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "names"),
+    [
+        ("cds.yaml", real.response("cluster", real.cluster("a")), {""}),
+        ("eds/a.yaml", real.response("assignment", real.assignment("d/w:80")), {"d/w_80"}),
+        ("r.yaml", real.response("routes", {"name": "r"}), {"r"}),
+        ("r.yaml", "x: {'@type': type.googleapis.com/envoy.config.route.v3.RouteConfiguration, "
+         "name: r}", {"r"}),
+        ("r.yaml", "resources:\n- virtual_hosts:\n  - name: no\n  name: r\n  '@type': type."
+         "googleapis.com/envoy.config.route.v3.RouteConfiguration\n", {"r"}),
+        ("s.yaml", real.response("secret", {"name": "s"}), {"s"}),
+        ("x.yaml", "{{{", set()),
+    ],
+)  # fmt: skip
+def test_the_names_of_a_file_in_statistics(path: str, content: str, names: set[str]) -> None:
+    assert resource_names(path, text(content), {}) == names
+
+
+def test_a_cluster_may_count_its_endpoints_under_another_name() -> None:
+    source = real.file_source(f"{CURRENT}/eds/a.yaml")
+    cluster = real.eds_cluster("web", source, alt_stat_name="alias")
+    cluster["eds_cluster_config"]["service_name"] = "demo/web:80"
+    for content in (
+        real.response("cluster", cluster),
+        yaml.safe_dump({"resources": [{"@type": CLUSTER, **cluster}]}),
+    ):
+        files = {"cds.yaml": text(content), "eds/a.yaml": text("broken", "eds")}
+        assert resource_names("eds/a.yaml", files["eds/a.yaml"], files) >= {"alias", "web"}
+
+
+def test_statistics_are_read() -> None:
+    lines = """\
+cluster.plain.update_attempt: 0
+cluster_manager.cds.update_attempt: 4
+cluster_manager.cds.update_failure: 1
+cluster_manager.cds.update_rejected: 1
+cluster_manager.cds.update_success: 2
+cluster_manager.warming_clusters: 4
+cluster_manager.cds.version_text: "v1"
+odd.update_attempt: 99999999999999999999999
+"""
+    counts, gauges = parse_stats(lines)
+    assert counts == {"cluster_manager.cds": Counts(4, 2, 2)}
+    assert gauges == {"cluster_manager.warming_clusters": 4}
