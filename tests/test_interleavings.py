@@ -355,10 +355,8 @@ class Explorer:
               and state.waiting):
             yield "the loader looks", self.look
         if state.asked is None:
-            known, step, _ = self.plan(state)
-            if self.again(state, known, step):
-                yield "step again", self.notify_again
-            elif step is not None and self.opens(state, step):
+            _, step, _ = self.plan(state)
+            if step is not None and self.opens(state, step):
                 yield f"step {step.name}", self.publish
 
     def overdue(self, state: State) -> Iterator[tuple[str, Act]]:
@@ -382,8 +380,8 @@ class Explorer:
         if kills and state.published:
             yield "the loader is killed and starts", self.kill
             if state.asked is None:
-                known, step, _ = self.plan(state)
-                if not self.again(state, known, step) and step and self.opens(state, step):
+                _, step, _ = self.plan(state)
+                if step is not None and self.opens(state, step):
                     yield (f"step {step.name}, killed before it is remembered",
                            functools.partial(self.publish, killed=True))
         if unknowns and state.asked is not None:
@@ -410,7 +408,9 @@ class Explorer:
         known = loader.retried(known, found, published)
         desired, _ = loader.allowed(found, published, known.acked, known.nacks)
         step = loader.next_step(published, desired)
-        return known, step, desired
+        if step is None and loader.to_retry(known, published):
+            step = Step(published, loader.REFERENCES)
+        return known, step, found
 
     def opens(self, state: State, step: Step) -> bool:
         """Loop._opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
@@ -423,22 +423,6 @@ class Explorer:
         warms = any(each.warming for each in state.envoy.clusters.values())
         return not state.envoy.queue and (self.world.never_warm or not warms)
 
-    @staticmethod
-    def again(state: State, known: Known, step: Step | None) -> list[str]:
-        """Loop._advance: what is tried once more as it stands."""
-        if state.link != "meet" or (step and step.name == loader.ROLLBACK):
-            return []
-        return loader.standing(known, state.published)
-
-    def notify_again(self, state: State) -> None:
-        """Loop._notify_again."""
-        known, step, _ = self.plan(state)
-        paths = self.again(state, known, step)
-        state.know(loader.after_repeat(known, paths))
-        state.asked, state.waiting = tuple(paths), True
-        if state.envoy.up:
-            state.own_envoy().move(paths)
-
     def publish(self, state: State, killed: bool = False) -> None:
         """Loop._publish."""
         known, step, desired = self.plan(state)
@@ -450,8 +434,12 @@ class Explorer:
                 len(self.world.targets)))
         moved = loader.moved_paths(before, after)
         self.check_step(state, step, moved)
-        state.know(loader.after_publication(known, before, after, desired))
-        state.before, state.published = before, after
+        again = loader.to_retry(known, before) if after is before else []
+        moved += again
+        self.keep(state, after)
+        state.know(loader.after_publication(known, before, after, desired, again))
+        if after is not before:
+            state.before, state.published = before, after
         paths = loader.notify_order(moved, after)
         if state.envoy.up:
             everything = self.world.shared and not state.envoy.booting
@@ -465,9 +453,14 @@ class Explorer:
         self.remember(state)
 
     def remember(self, state: State) -> None:
-        state.kept = {path: file for path, file in state.known.acked.items()
-                      if not loader.same_file(state.published.get(path), file)}
+        self.keep(state, state.published)
         state.saved = loader.state_of(state.known)
+
+    @staticmethod
+    def keep(state: State, files: Files) -> None:
+        """Output.keep_acked."""
+        state.kept = {path: file for path, file in state.known.acked.items()
+                      if not loader.same_file(files.get(path), file)}
 
     def lose(self, state: State) -> None:
         """Loop._take_link: nothing listens, or the connection ended."""
@@ -502,7 +495,7 @@ class Explorer:
         if outcome.mixed:
             state.own_envoy().move(outcome.mixed)
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if state.asked is not None and not waiting:
+        if state.asked is not None and (outcome.nacks or not waiting):
             state.asked = None
         if outcome.acks or outcome.nacks:
             self.remember(state)  # before anything is published
