@@ -3592,6 +3592,7 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = [*moved_paths(before, after), *again]
+    leaving = after.keys() - desired.keys()
     gone = before.keys() - after.keys()
     tried = {path: (desired.get(path, after[path]).digest,
                     same_file(before.get(path), known.acked.get(path)))
@@ -3601,9 +3602,8 @@ def after_publication(
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
-        leaving=frozenset(path for path in after if path not in desired and (
-            path in known.leaving or any(paths_in([file.content], [path])
-                                         for other, file in before.items() if other != path))),
+        leaving=(known.leaving & leaving) | paths_in(
+            (file.content for file in before.values()), leaving) if leaving else frozenset(),
         wary=any(file.kind and path not in known.states for path, file in before.items()),
         came=known.came | (newly_there(before, after) if before and (known.gone or any(
             file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
@@ -3652,7 +3652,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
                             for scope in lasting if scope in known.counts):
         known = after_meeting(known, known.back_at)
     if known.counts is None or known.wary:
-        return known._replace(counts=known.counts or {}, wary=False), Outcome(pending=tuple(p for p in files if files[p].kind))
+        known = known._replace(counts=known.counts or {}, wary=False)
+        return known, Outcome(pending=tuple(p for p in files if files[p].kind))
     open_scopes: set[str] = set()
     found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
                                    HIDDEN: []}
