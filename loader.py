@@ -216,9 +216,9 @@ class Access(NamedTuple):
     """Where the API server is and how to prove who asks. The token is read again for each request,
     the other files for each connection: Kubernetes rotates both under a running pod."""
 
-    url: str
-    token_file: str
-    ca_file: str
+    apiserver: str = ""
+    token_file: str = f"{SERVICE_ACCOUNT}/token"
+    ca_file: str = f"{SERVICE_ACCOUNT}/ca.crt"
     client_cert: str = ""
     client_key: str = ""
     insecure: bool = False
@@ -307,7 +307,7 @@ class Api:
 
     def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
         self._access, self._count = access, count
-        self._url = urllib.parse.urlsplit(access.url)
+        self._url = urllib.parse.urlsplit(access.apiserver)
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
@@ -451,6 +451,8 @@ class Api:
         with contextlib.suppress(*BROKEN):
             message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
             message = text_at(json_object(parse_json(message)), "message")
+        if not response.isclosed():
+            self.close()
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
             message = f"redirects are not followed: correct --apiserver ({where})"
@@ -458,9 +460,8 @@ class Api:
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
 
-    def _error(
-        self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
-    ) -> ApiError:
+    def _error(self, query: Query, verb: str, status: int, message: str,
+               retry_after: float = 0.0) -> ApiError:
         path = self._access.token_file
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
@@ -5310,17 +5311,12 @@ NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')
 namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
 any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
 object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
-go_bool = matching(
-    "1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false", lambda text: text[0] in "1tT"
-)
-file_mode = matching(
-    "(0o)?0?[4-7][0-7]{2}", "a file mode that lets the owner read, such as 0600 or 0640",
-    lambda text: int(text.removeprefix("0o"), 8),
-)  # fmt: skip
-gone = matching(
-    "false", "supported any more; split traffic with weights in an RDS file, or by the annotation "
-    "xds-loader/weight with --services",
-)  # fmt: skip
+go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false",
+                   lambda text: text[0] in "1tT")
+file_mode = matching("(0o)?0?[4-7][0-7]{2}", "a file mode with which the owner reads, like 0600",
+                     lambda text: int(text.removeprefix("0o"), 8))
+gone = matching("false", "supported any more; split traffic with weights in an RDS file, or by the "
+                "annotation xds-loader/weight with --services")
 
 
 def go_duration(text: str) -> float:
@@ -5488,7 +5484,7 @@ class Options(NamedTuple):
     services_namespace: tuple[str, ...] = ()
     secret: tuple[Named, ...] = ()
     namespace: str = "default"
-    access: Access = Access("", "", "")
+    access: Access = Access()
     from_file: str = ""
     config: str = ""
     endpoints: str = "auto"
@@ -5571,18 +5567,14 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     for kind in ("configmap", "secret"):
         named = values.get(kind, ())
         values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
-    from_file = bool(values.get("from_file"))
-    access = Access(
-        values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
-        values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
-        values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
-        **{name: values[name] for name in Access._fields[3:] if name in values},
-    )
-    once = values.get("onetime") or values.get("dry_run")
+    from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
+    if not from_file and "apiserver" not in values:
+        values["apiserver"] = default_apiserver(environ)
+    access = Access(**{name: values[name] for name in Access._fields if values.get(name)})
     mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
-    given = {name: value for name, value in values.items() if name in Options._fields}
-    given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
-    return Options(**given, node_name=environ.get("NODE_NAME", ""))
+    values |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings),
+               "node_name": environ.get("NODE_NAME", "")}
+    return Options(**{name: values[name] for name in Options._fields if name in values})
 
 
 def check_combination(values: Mapping[str, Any]) -> None:
