@@ -591,18 +591,9 @@ class Reflector(threading.Thread):
     "objects", "trouble" or "recovered", and when (monotonic).
     """
 
-    def __init__(
-        self,
-        query: Query,
-        parse: Callable[[dict[str, Json]], Any],
-        client: Api | FileSource,
-        wake: Callable[[str, float], None],
-        *,
-        mode: str,
-        interval: float = 0.0,
-        optional: bool = False,
-        patience: float = BACKOFF_LAST,
-    ) -> None:
+    def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
+                 client: Api | FileSource, wake: Callable[[str, float], None], *, mode: str,
+                 interval: float, optional: bool, patience: float) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
         self.synced = self.absent = self.failed = False
@@ -654,7 +645,7 @@ class Reflector(threading.Thread):
                 status = status_of(error)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
-                if isinstance(error, Expired) or rejections >= RELIST_AFTER:
+                if isinstance(error, Expired) or (api and rejections >= RELIST_AFTER):
                     self._forget("expired" if isinstance(error, Expired) else "rejected")
                     if rejections == 1:
                         continue
@@ -904,10 +895,8 @@ def requirements(selector: str) -> list[Requirement]:
 
 def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
     """Whether all requirements hold; like the API server, `!=` and `notin` match absence."""
-    return all(
-        (label in labels if values is None else labels.get(label) in values) == holds
-        for label, values, holds in wanted
-    )
+    return all((label in labels if values is None else labels.get(label) in values) == holds
+               for label, values, holds in wanted)
 
 
 # ---------------------------------------------------------------------------------------------
