@@ -2206,9 +2206,8 @@ def decode_key(text: Json, what: str) -> bytes:
         raise ValueError(f"{what} is not base64") from None
 
 
-def secret_files(
-    secret: Secret, form: str = "yaml", mode: int = 0o600
-) -> tuple[dict[str, File], tuple[str, ...]]:
+def secret_files(secret: Secret, form: str = "yaml",
+                 mode: int = 0o600) -> tuple[dict[str, File], tuple[str, ...]]:
     """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
     none, and the caller keeps the last ones, all of them."""
     label = f"{secret.namespace}/{secret.name}"
@@ -2226,10 +2225,8 @@ def secret_files(
         trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
         resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
     source = f"secret {label}"
-    return {
-        path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
-        for path, resource in resources.items()
-    }, ()
+    return {path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
+            for path, resource in resources.items()}, ()
 
 
 def pem_source(pem: bytes) -> dict[str, str]:
