@@ -4355,14 +4355,11 @@ def snapshot_answer(status: Status) -> Answer:
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
         rows.append({**row, "state": status.states.get(path, "unknown")})
-    body = {
-        "version": status.version or None,
-        "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
-        "missing": status.missing,
-        "stale": status.stale,
-    }
+    body = {"version": status.version or None,
+            "published_at": timestamp(status.published_at) if status.version else None,
+            "files": rows,
+            **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+            "missing": status.missing, "stale": status.stale}
     return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
 
 
