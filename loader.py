@@ -5150,10 +5150,9 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
 
     try:
         process = subprocess.Popen(
-            [part.replace("{dir}", directory) for part in command], bufsize=0, umask=0o022,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+            [part.replace("{dir}", directory) for part in command], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, umask=0o022,
+            start_new_session=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         return f"--check-cmd cannot be run: {why(error)}"
     output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
@@ -5239,9 +5238,8 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
     before = redacted(old.content) if old else b""
     after = redacted(new.content, old.content if old else None) if new else b""
     a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
-    rows = difflib.unified_diff(
-        a, b, f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
-    )
+    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    rows = difflib.unified_diff(a, b, *names)
     missing = "\n\\ No newline at end of file\n"
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
