@@ -31,7 +31,6 @@ admin interface. Only the standard library is used.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import errno
 import fcntl
@@ -190,25 +189,20 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# A TCP and TLS handshake, and the silence within one answer. An API server that needs longer for
-# a page of 500 objects is not going to answer.
-CONNECT_TIMEOUT = 10.0
-ANSWER_TIMEOUT = 30.0
-
-# One whole answer, from its request to its last byte: no server holds a thread by trickling.
-ANSWER_SECONDS = 120.0
+# A TCP and TLS handshake; the silence within one answer; one whole answer, from its request to its
+# last byte: no server holds a thread by trickling.
+CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
 # Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
 # (etcd stores objects of 1.5 MiB).
 LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
 
-# Objects in one page of a list: the chunk size of kubectl and of client-go's pager. And pages in
-# one list: a million objects, beyond which the server is going round in circles.
+# Objects in one page of a list, as kubectl asks. And pages in one list: a million objects, beyond
+# which the server is going round in circles.
 PAGE, LIST_PAGES = 500, 2_000
 
-# An API server bookmarks a watch about once a minute. A watch from a resourceVersion of the future
-# (etcd was restored) is silent for ever, and so is a half-open connection: 80 s without a byte is
-# taken for either, and answered by one cheap probe.
+# An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
+# (etcd was restored) is silent for ever, like a half-open connection: either is probed.
 WATCH_SILENCE = 80.0
 
 # The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
@@ -311,10 +305,8 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
-    """The Kubernetes REST API over one connection that is kept open; one thread uses it.
-
-    `http.client` and not `urllib.request`: it keeps its connection, and a redirect must be refused
-    rather than followed with the token. `count` is called for every answer: (verb, status).
+    """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
+    `urllib.request`, which follows redirects.) `count` is called for every answer: (verb, status).
     """
 
     def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
@@ -326,8 +318,7 @@ class Api:
 
     def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
-        resourceVersion to watch from. Anything that is not plainly a list of what was asked for is
-        unknown, never empty. Expired when the server forgot the list midway."""
+        resourceVersion to watch from. What is not plainly such a list is unknown, never empty."""
         kind = f"{query.resource.kind}List"
         page = {"limit": str(limit or "")}
         for _ in range(LIST_PAGES):
@@ -347,10 +338,8 @@ class Api:
         raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether `version` is one that this server never reached: its etcd was reset.
-
-        Costs one object. The server waits up to 3 s for the version to come before its 504.
-        """
+        """Whether `version` is one that this server never reached: its etcd was reset. (It waits
+        up to 3 s for the version to come before its 504.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -361,11 +350,8 @@ class Api:
             raise
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """Open a watch: its events, until the server ends it properly.
-
-        Raises Expired for 410 (a status, or an ERROR event: a real server answers 200 and one
-        event), ApiError for other failures, Cut where the stream stops without an end.
-        """
+        """Open a watch: its events, until the server ends it properly; else Cut, ApiError, or
+        Expired for 410 (a status, or an ERROR event: a real server answers 200 and one event)."""
         seconds = random.randint(*WATCH_SECONDS)
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
@@ -388,11 +374,8 @@ class Api:
     # -- one answer -------------------------------------------------------------------------
 
     def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
-        """The events in the lines of a watch. One line can span many chunks and exceed 1 MiB.
-
-        `read1` and not `readline`: http.client's readline shows a stream that was cut at a chunk
-        boundary as a normal end (measured), and a cut must be told from an end.
-        """
+        """The events in the lines of a watch. (http.client's readline shows a stream that was cut
+        at a chunk boundary as a normal end; `read1` does not.)"""
         buffer = bytearray()
         try:
             while block := response.read1(1 << 18):
@@ -597,7 +580,6 @@ PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
 def status_of(error: LoaderError) -> int:
-    """The HTTP status of an error, 0 for one that is not an answer."""
     return error.status if isinstance(error, ApiError) else 0
 
 
@@ -631,16 +613,13 @@ class Reflector(threading.Thread):
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake = parse, client, wake
         self._mode, self._interval, self._optional = mode, interval, optional
-        self._patience = patience
-        self._topic = str(query)
+        self._patience, self._topic = patience, str(query)
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
-        self._version = ""
-        self._failures = 0
+        self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None  # while a watch is open
+        self._watching: Api | None = None
 
     def objects(self) -> dict[Key, Any]:
-        """A copy of what is known now."""
         return self._objects.copy()
 
     def refresh(self) -> None:
@@ -650,63 +629,46 @@ class Reflector(threading.Thread):
             self._watching.interrupt()
 
     def run(self) -> None:
-        """As a daemon thread it owns no disk, and needs nobody's word to stop."""
-        if self._mode == "watch" and isinstance(self._client, Api):
-            self._watch(self._client)
-        else:
-            self._poll()
-
-    def _poll(self) -> None:
-        """List every `interval` seconds; for `once` until it worked, or failed for long enough."""
-        until = time.monotonic() + ONE_TRY_SECONDS
-        while True:
-            self._asked.clear()
-            try:
-                self._relist()
-                self._failures, delay = 0, self._interval
-                if self._mode == "once" or self.absent:
-                    return
-            except LoaderError as error:
-                delay = self._failure(error)
-                # (a quarter of a second more, so that a Retry-After of 1 fits)
-                late = time.monotonic() + delay > until + 0.25
-                if self._mode == "once" and (late or status_of(error) not in PASSING):
-                    self.failed = True
-                    self._wake("trouble", time.monotonic())
-                    return
-            self._asked.wait(delay)
-
-    def _watch(self, api: Api) -> None:
-        """List, then watch from there; resume a watch that ended, list again where only that
+        """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        suspect, rejections = False, 0
+        until, suspect, rejections = time.monotonic() + ONE_TRY_SECONDS, False, 0
+        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
         while True:
             try:
                 if self._asked.is_set():
                     self._asked.clear()
                     self._forget("refresh")
-                elif suspect and self._version and api.is_future(self.query, self._version):
+                elif suspect and api and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
                 suspect = False
-                if not self._version:
+                if not api or not self._version:
                     self._relist()
-                if self.absent:
+                if self._mode == "once" or self.absent:
                     return
-                suspect, rejections = self._follow(api), 0
-            except Expired as error:
-                log.debug("%s", error)
-                self._forget("expired")
-                self._asked.wait(self._delay() if rejections else 0.0)
-                rejections += 1
+                if api:
+                    suspect = self._follow(api)
+                else:
+                    self._failures = 0
+                    self._asked.wait(self._interval)
+                rejections = 0
             except LoaderError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
                 status = status_of(error)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
-                if rejections >= RELIST_AFTER:
-                    self._forget("rejected")
-                self._asked.wait(self._failure(error))
+                if isinstance(error, Expired) or rejections >= RELIST_AFTER:
+                    self._forget("expired" if isinstance(error, Expired) else "rejected")
+                    if rejections == 1:
+                        continue
+                delay = self._failure(error)
+                # (a quarter of a second more, so that a Retry-After of 1 fits)
+                late = time.monotonic() + delay > until + 0.25
+                if self._mode == "once" and (late or status not in PASSING):
+                    self.failed = True
+                    self._wake("trouble", time.monotonic())
+                    return
+                self._asked.wait(delay)
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -717,11 +679,8 @@ class Reflector(threading.Thread):
         self._version = ""
 
     def _relist(self) -> None:
-        """Replace the store by a complete list, so that deletions in a gap are seen.
-
-        A list whose continue token expires midway is asked for again without pages: a server whose
-        history is shorter than a paginated list takes would else never be read.
-        """
+        """Replace the store by a complete list, so that deletions in a gap are seen. One whose
+        continue token expires midway is asked for again without pages."""
         try:
             try:
                 objects, bad, version = self._listed(PAGE)
@@ -734,8 +693,7 @@ class Reflector(threading.Thread):
             objects, bad, version = {}, {}, ""
             self.absent = True
         changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version = objects, bad, version
-        self.synced = True
+        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
         self._recovered()
         if changed:
@@ -744,15 +702,13 @@ class Reflector(threading.Thread):
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
-        """A complete list: values by key, what is bad, and the version. Of each object only what
-        `parse` keeps is held: JSON as it is decoded is many times larger."""
+        """A complete list: values by key, what is bad, and the version."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
 
         def keep(item: dict[str, Json]) -> None:
             key = object_key(item)
-            value = self._value(key, item, bad)
-            if value is not None:
+            if (value := self._value(key, item, bad)) is not None:
                 objects[key] = value
 
         return objects, bad, self._client.list(self.query, limit, keep)
@@ -797,10 +753,9 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            old = self._objects.get(key)
             bad = {other: text for other, text in self.bad.items() if other != key}
             value = None if kind == "DELETED" else self._value(key, item, bad)
-            if value is not old or bad != self.bad:
+            if value is not self._objects.get(key) or bad != self.bad:
                 self.bad = bad
                 if value is None:
                     self._objects.pop(key, None)
@@ -847,61 +802,50 @@ class FileSource:
 
     def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
-        wanted = requirements(query.labels)
-        objects = self._objects()
+        wanted, objects = requirements(query.labels), self._objects()
         kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
         if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
             raise ApiError(404, f"{self._path} holds Endpoints and no EndpointSlice")
         for item in objects:
             namespace, name = object_key(item)
-            if (
-                item["kind"] == query.resource.kind
-                and query.namespace in ("", namespace)
-                and query.name in ("", name)
-                and selects(wanted, json_object(item["metadata"].get("labels")))
-            ):
+            named = query.namespace in ("", namespace) and query.name in ("", name)
+            labels = json_object(item["metadata"].get("labels"))
+            if item["kind"] == query.resource.kind and named and selects(wanted, labels):
                 keep(item)
         return ""
 
     def elsewhere(self, query: Query) -> str:
         """Where the named object of a query is, which is not where it was looked for; or ""."""
-        try:
-            keys = [object_key(item) for item in self._objects()
-                    if item["kind"] == query.resource.kind]
-        except LoaderError:
-            return ""
-        same = sorted(key for key in keys if key[1] == query.name)
-        names = [f"{namespace}/{name}" for namespace, name in same or sorted(keys)]
-        if not names:
-            return ""
+        kind, keys = query.resource.kind, []
+        with contextlib.suppress(LoaderError):
+            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {query.resource.kind.lower()} {shortened(names)}{hint}"
+        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
-        text, hint = self._read(), "give the output of `kubectl get ... -o json`"
         try:
-            objects = objects_of(text)
+            objects = objects_of(self._read())
+        except OSError as error:
+            raise LoaderError(f"--from-file {why(error)}") from None
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error)[:200].split())
+            hint = "give the output of `kubectl get ... -o json`"
             raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
         for item in objects:
-            if item["kind"] != NODES.kind:
-                metadata = item["metadata"]
-                metadata["namespace"] = metadata.get("namespace") or self._namespace
+            if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
+                item["metadata"]["namespace"] = self._namespace
         return objects
 
     def _read(self) -> bytes:
-        standard_input = self._path == "-"
-        try:
-            with self._lock:
-                if not (standard_input and self._text):
-                    path = 0 if standard_input else self._path
-                    with open(path, "rb", closefd=not standard_input) as stream:
-                        self._text = stream.read(LIST_BYTES + 1)
-                return self._text
-        except OSError as error:
-            raise LoaderError(f"--from-file {why(error)}") from None
+        stdin = self._path == "-"
+        with self._lock:
+            if not (stdin and self._text):
+                with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
+                    self._text = stream.read(LIST_BYTES + 1)
+            return self._text
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -909,26 +853,24 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     anything else."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole, position, values = text.decode("utf-8-sig"), 0, []
+    whole, position, objects = text.decode("utf-8-sig"), 0, []
     decoder, solid = json.JSONDecoder(), re.compile(r"\S")
     while start := solid.search(whole, position):
         value, position = decoder.raw_decode(whole, start.start())
-        values.append(value)
-    if not values:  # a file that is just being rewritten; no objects at all is an empty List
+        objects += single_objects(json_object(value))
+    if not position:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
-    objects = []
-    values.reverse()  # in order: what comes later wins
-    while values:
-        value = json_object(values.pop())
-        kind, items = text_at(value, "kind"), value.get("items") or []
-        if not kind or (kind.endswith("List") and not isinstance(items, list)):
-            raise ValueError("holds something that is not a Kubernetes object")
-        if kind.endswith("List"):
-            one = {"kind": kind.removesuffix("List")}
-            values += [{**one, **json_object(item)} for item in reversed(items)]
-        elif isinstance(value.get("metadata"), dict):
-            objects.append(value)
     return objects
+
+
+def single_objects(value: dict[str, Json]) -> list[dict[str, Json]]:
+    kind, items = text_at(value, "kind"), value.get("items") or []
+    if not kind or (kind.endswith("List") and not isinstance(items, list)):
+        raise ValueError("holds something that is not a Kubernetes object")
+    if not kind.endswith("List"):
+        return [value] if isinstance(value.get("metadata"), dict) else []
+    one = {"kind": kind.removesuffix("List")}
+    return [each for item in items for each in single_objects({**one, **json_object(item)})]
 
 
 # -- label selectors --------------------------------------------------------------------------
@@ -2232,13 +2174,9 @@ class Renderer:
 # Secrets
 # ---------------------------------------------------------------------------------------------
 #
-# A TLS Secret becomes SDS files. Envoy accepts one Secret resource a file (it rejects a second
-# one), so the pair and the trusted CA are two files. The PEM is inline, not by file name:
-# certificate and key are then replaced by the one rename(2) of the snapshot, and Envoy never reads
-# one without the other.
-#
-# No text made here (error, problem, repr, redaction) has a byte of a key in it: messages are
-# literals plus names, and OpenSSL's reason codes, which are constants.
+# A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
+# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
+# here (error, problem, repr, redaction) has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
@@ -2246,6 +2184,7 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 # OpenSSL's reasons for a key of another certificate: of the same type; of another one.
 KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
+SECRET_KEYS = ("tls.crt", "tls.key", "ca.crt")
 
 
 class Secret(NamedTuple):
@@ -2257,26 +2196,20 @@ class Secret(NamedTuple):
     key: bytes  # tls.key
     ca: bytes  # ca.crt
 
-    def __repr__(self) -> str:
-        """The name alone: a value that gets into a message or a traceback shows nothing."""
+    def __repr__(self) -> str:  # without the bytes, for messages and tracebacks
         return f"Secret({self.namespace}/{self.name})"
 
 
 def secret_from(obj: Json) -> Secret:
-    """Reduce an API object to what is used of it.
-
-    The raw object must not be kept: its annotation `last-applied-configuration` often holds the
-    key a second time. Raises ValueError, without content, for what is not a valid Secret.
-    """
+    """Reduce an API object to what is used of it; ValueError, without content, for what is not a
+    valid Secret. The raw object must not be kept: an annotation often holds the key again."""
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
-    cert, key, ca = (
-        decode_key(held.get(entry), f"secret {namespace}/{name}: {entry}")
-        for entry in ("tls.crt", "tls.key", "ca.crt")
-    )
-    return Secret(namespace, name, cert, key, ca)
+    label = f"secret {namespace}/{name}"
+    entries = (decode_key(held.get(entry), f"{label}: {entry}") for entry in SECRET_KEYS)
+    return Secret(namespace, name, *entries)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2290,15 +2223,8 @@ def decode_key(text: Json, what: str) -> bytes:
 def secret_files(
     secret: Secret, form: str = "yaml", mode: int = 0o600
 ) -> tuple[dict[str, File], tuple[str, ...]]:
-    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it.
-
-    It is all or nothing: with a problem there are no files, and the caller keeps the last ones. A
-    new CA beside an old certificate would be a mixture that nobody wrote. Both files have `mode`:
-    it is widened where Envoy runs as another user, and Envoy needs both.
-
-    `version_info` is a hash over the key too, so every rotation shows in Envoy's `version_text`.
-    It gives nothing away: SHA-256 of a key that nobody can guess is not invertible.
-    """
+    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
+    none, and the caller keeps the last ones, all of them."""
     label = f"{secret.namespace}/{secret.name}"
     stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
     problems = secret_problems(secret)
@@ -2327,12 +2253,9 @@ def pem_source(pem: bytes) -> dict[str, str]:
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-# What is checked before a Secret is published: whatever Envoy would reject, as far as the standard
-# library can tell, and nothing that Envoy would accept.
-
-
 def secret_problems(secret: Secret) -> list[str]:
-    """Why this Secret must not be published; empty when it may."""
+    """Why this Secret must not be published: whatever Envoy would reject, as far as the standard
+    library can tell, and nothing that Envoy would accept."""
     cert, key, ca = secret.cert, secret.key, secret.ca
     if not (cert or key or ca):
         return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
@@ -2349,10 +2272,8 @@ def secret_problems(secret: Secret) -> list[str]:
 
 
 def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or with a bundle of CAs, "" if nothing.
-
-    Every block is an X.509 certificate to OpenSSL; text around the blocks is a comment.
-    """
+    """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
+    a comment."""
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
     parts = pem.split(b"-----BEGIN CERTIFICATE-----")[1:]
@@ -2364,9 +2285,7 @@ def certificates_problem(pem: bytes) -> str:
                 return "is not readable (a PEM block has no end)"
             der = base64.b64decode(b"".join(body.split()), validate=True)
             context.load_verify_locations(cadata=der)
-    except binascii.Error:
-        return "is not readable (a PEM block is not base64)"
-    except (ssl.SSLError, ValueError):  # ValueError: an empty block
+    except (ssl.SSLError, ValueError):  # ValueError: an empty block, or one that is not base64
         return "is not readable (a PEM block is not an X.509 certificate)"
     return "" if parts else "holds no PEM certificate"
 
@@ -2375,11 +2294,8 @@ def pair_problem(cert: bytes, key: bytes) -> str:
     """What is wrong with the key of a certificate, "" if nothing.
 
     OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS, no /proc) the pair goes to Envoy unchecked, which rejects
-    a bad one itself and keeps the last.
+    no disk. Where there is none (macOS) Envoy judges the pair itself.
     """
-    if not hasattr(os, "memfd_create"):
-        return ""
     descriptors: list[int] = []
     try:
         for pem in (cert, key):
@@ -2395,7 +2311,7 @@ def pair_problem(cert: bytes, key: bytes) -> str:
         if b"ENCRYPTED" in key:
             return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
-    except OSError:  # after SSLError, which is one
+    except (OSError, AttributeError):  # after SSLError, which is an OSError
         return ""
     finally:
         for descriptor in descriptors:
@@ -2410,24 +2326,16 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-# What --dry-run and --diff print, and how a crash writes nothing.
-
-
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource from whatever source, or a private key.
-
-    PEM in base64 (`inline_bytes`) counts as well; that this hides some certificates does no harm.
-    """
+    """Whether a file must not be shown: an SDS resource from whatever source, a private key, or PEM
+    in base64."""
     marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
     return any(mark in content for mark in marks)
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print: itself, or a line in its place.
-
-    The line has no hash, which would let a reader test guesses at a password in an SDS file. With
-    `published`, the bytes on disk, it tells whether they differ, so that a diff shows it.
-    """
+    """The content to print: itself, or a line in its place, without a hash, by which guesses could
+    be tested. With `published`, the bytes on disk, it tells whether they differ."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -2435,11 +2343,7 @@ def redacted(content: bytes, published: bytes | None = None) -> bytes:
 
 
 def no_core_dumps() -> None:
-    """Keep keys out of core files. To be called when --secret is given.
-
-    The limit is 1 and not 0: core(5) says that 0 does not hold where core_pattern is a pipe; the
-    kernel takes 1 for "not even then".
-    """
+    """Keep keys out of core files. (Not 0, which does not hold where core_pattern is a pipe.)"""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
@@ -3578,9 +3482,10 @@ class Known(NamedTuple):
     moves: Mapping[str, int] = {}  # how often a file moved since
     tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
     late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
-    leaving: frozenset[str] = frozenset()  # published, and not desired any more
+    leaving: frozenset[str] = frozenset()  # not desired any more, by those that named them either
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     gone: bool = False  # no process is known
+    wary: bool = False  # moved while moves before were not judged: a read may belong to those
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3697,7 +3602,10 @@ def after_publication(
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
-        leaving=frozenset(after.keys() - desired.keys()),
+        leaving=frozenset(path for path in after if path not in desired and (
+            path in known.leaving or any(names_path(file.content, path)
+                                         for other, file in before.items() if other != path))),
+        wary=any(file.kind and path not in known.states for path, file in before.items()),
         came=known.came | (newly_there(before, after) if before and (known.gone or any(
             file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
             for path, file in before.items())) else frozenset()),
@@ -3737,14 +3645,15 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     """What the counts tell about each published file that is not judged yet.
 
     Of a process that was never looked at before the first look is believed only when the second
-    one agrees: Envoy may have been asked in the moment between a move and its reading.
+    one agrees: Envoy may have been asked in the moment between a move and its reading. So it is
+    after a publication that did not wait for the judgement of the one before.
     """
     lasting = ("cluster_manager.cds", "listener_manager.lds")  # they live as long as Envoy does
     if known.counts and any(look.counts.get(scope, Counts()).attempt < known.counts[scope].attempt
                             for scope in lasting if scope in known.counts):
         known = after_meeting(known, known.back_at)
-    if known.counts is None:
-        return known._replace(counts={}), Outcome(pending=tuple(p for p in files if files[p].kind))
+    if known.counts is None or known.wary:
+        return known._replace(counts=known.counts or {}, wary=False), Outcome(pending=tuple(p for p in files if files[p].kind))
     open_scopes: set[str] = set()
     found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
                                    HIDDEN: []}
@@ -4141,12 +4050,9 @@ STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
 
 
 class Log:
-    """One line a record to stderr, as text for people or as JSON for machines.
-
-    A record is a message, `%`-formatted with `args` only if it is written, and fields. A line is
-    written whole or not at all: where nobody reads stderr, lines are dropped and counted, and the
-    loader goes on. (Not `logging`: it costs 6 ms of import.)
-    """
+    """One line a record to stderr: a message, `%`-formatted with `args` only if it is written, and
+    fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
+    counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
     def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._fd, self._clock = fd, clock
@@ -4246,10 +4152,8 @@ log = Log()
 
 
 class Metric(NamedTuple):
-    """A declared metric: its type is counter, gauge or histogram."""
-
     name: str
-    type: str
+    type: str  # counter, gauge or histogram
     help: str
     labels: tuple[str, ...] = ()
 
@@ -4259,8 +4163,7 @@ METRICS = (
     Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
     Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
     Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-    Metric("xds_loader_publication_duration_seconds", "histogram",
-           "From an event to the file that Envoy reads."),
+    Metric("xds_loader_publication_duration_seconds", "histogram", "From an event to the file."),
     Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
     Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
     Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
@@ -4268,10 +4171,8 @@ METRICS = (
     Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
            "When a source last answered: an event, a bookmark or a list.", ("source",)),
     Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-    Metric("xds_loader_watch_restarts_total", "counter", "Watches begun again by reason.",
-           ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter", "Requests to the API server.",
-           ("code", "verb")),
+    Metric("xds_loader_watch_restarts_total", "counter", "Watches resumed.", ("source", "reason")),
+    Metric("xds_loader_api_requests_total", "counter", "API requests.", ("code", "verb")),
     Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
     Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
     Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
@@ -4293,11 +4194,8 @@ Labels = tuple[str, ...]
 
 
 class Metrics:
-    """The values of METRICS, to be recorded from any thread in about a microsecond.
-
-    Labels are a tuple of values in the order declared. An undeclared name is a KeyError. A series
-    is held by what stands between the name and the value in the output.
-    """
+    """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
+    order declared. A series is held by what stands between name and value in the output."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
@@ -4365,9 +4263,8 @@ metrics = Metrics(__version__)
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
 #
 # Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
-# the size of a request, what rendering may cost. It shows one immutable Status, so it never waits
-# for the loop nor the loop for it; and only names and figures: never the content of a file, nor
-# Envoy's reasons, which quote it.
+# the size of a request, what rendering may cost. It shows names and figures: never the content of
+# a file, nor Envoy's reasons, which quote it.
 
 CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
@@ -4407,7 +4304,7 @@ def text_answer(code: int, *lines: str) -> Answer:
 
 
 def health_answer(status: Status) -> Answer:
-    """/healthz: 200 while the loop turns."""
+    """200 while the loop turns."""
     age, bound = time.monotonic() - status.last_turn, status.turn_bound
     if age <= bound:
         return text_answer(200, "ok")
@@ -4415,11 +4312,8 @@ def health_answer(status: Status) -> Answer:
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
-    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it.
-
-    The body names what is not as it should be. A NACKed file or an API server that is down takes
-    no running Envoy out of its Service.
-    """
+    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it. The body
+    names what is not as it should be, which takes no running Envoy out of its Service."""
     ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
@@ -4428,11 +4322,8 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
 
 
 def snapshot_answer(status: Status) -> Answer:
-    """/snapshot: the published files, their size, digest and source, and what Envoy made of them.
-
-    A file that holds a secret has no size and no digest: with a digest one tests guesses at a
-    password, and the port asks nobody for credentials.
-    """
+    """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
+    size and no digest: with a digest one tests guesses at a password."""
     rows = []
     for path, file in sorted(status.files.items()):
         row: dict[str, Json] = {"path": path, "source": file.source}
@@ -4467,11 +4358,9 @@ class Client(NamedTuple):
 
 
 class Listener:
-    """The server of --listen. The loop replaces `status`; all else belongs to one thread, which
-    waits for no client."""
+    """The server of --listen, in one thread that waits for no client. The loop sets `status`."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
-        """Bind and serve. Raises LoaderError: an address in use ends the loader at its start."""
         self.status = Status({}, last_turn=time.monotonic())
         self.clients: dict[int, Client] = {}  # by descriptor, oldest first
         self._recorded, self._stopped = recorded, False
@@ -5239,8 +5128,8 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
     """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
 
-    It has a session, and so a process group, of its own, which is killed as a whole at the end: a
-    process that the command left behind must not read the next snapshot's files, nor hold this one.
+    It has a process group of its own, which is killed at the end: a process that the command left
+    behind must not read the next snapshot's files, nor hold this one.
     """
     import subprocess
 
@@ -5255,16 +5144,15 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
     assert output is not None
     os.set_blocking(output.fileno(), False)
+    ended = None
     try:
-        ended = False
         while not ended and time.monotonic() < until and not stop.wait(0.01):
             # Not reaped yet, so that the group cannot be another's when it is killed.
-            states = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ended = os.waitid(os.P_PID, process.pid, states) is not None
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             printed += output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
             secret = secret or holds_secret(printed)
             printed = printed[-CHECK_OUTPUT:]
-    finally:
+    finally:  # SIGTERM raises in a preview
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
@@ -5287,29 +5175,25 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    title, paths = f"snapshot {version_of(files)}\n".encode(), sorted({*files, *published})
+    paths = sorted({*files, *published})
     if options.diff:
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
-        title = title if any(texts) else b""
     else:
         texts = [b"\n" + preview_text(path, files[path]) for path in paths]
-    print_out([title, *texts])
-    problem = check_copy(options.check_cmd, files) if options.check_cmd else ""
-    if problem:
-        raise LoaderError(problem)
+    if any(texts) or not options.diff:
+        print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
+    if options.check_cmd:
+        import tempfile
+
+        # a copy that nobody else can read (0700), and that goes again
+        with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
+            for path, file in files.items():
+                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
+                with open(f"{directory}/{path}", "wb") as stream:
+                    stream.write(file.content)
+            if problem := run_check(options.check_cmd, directory, threading.Event()):
+                raise LoaderError(problem)
     return 0
-
-
-def check_copy(command: Sequence[str], files: Files) -> str:
-    """Run --check-cmd on a copy of the files, which nobody else can read and which goes again."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:  # 0700
-        for path, file in files.items():
-            os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-            with open(f"{directory}/{path}", "wb") as stream:
-                stream.write(file.content)
-        return run_check(command, directory, threading.Event())
 
 
 def json_warnings(files: Files) -> Iterator[str]:
@@ -5338,14 +5222,13 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
 
-    if old and new and old.digest == new.digest:
-        return b""
     before = redacted(old.content) if old else b""
     after = redacted(new.content, old.content if old else None) if new else b""
     a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
-    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    rows = difflib.unified_diff(
+        a, b, f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    )
     missing = "\n\\ No newline at end of file\n"
-    rows = difflib.unified_diff(a, b, *names)
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
 
@@ -5376,11 +5259,9 @@ def read_config(path: str) -> Config:
 # The command line
 # ---------------------------------------------------------------------------------------------
 
-# -- values: each parser takes a text, or raises ValueError with what is wrong with it -------------
-
 
 def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A parser of the texts that a pattern matches as a whole."""
+    """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""
 
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
@@ -5496,6 +5377,7 @@ class Option(NamedTuple):
         return "XDS_LOADER_" + self.name.upper().replace("-", "_")
 
 
+WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 # fmt: off
 SECTIONS = {
     "What to load": (
@@ -5514,8 +5396,7 @@ SECTIONS = {
     "From where": (
         Option("apiserver", http_url, "URL", "the Kubernetes API server",
                "the pod's own, else https://kubernetes"),
-        Option("token-file", str, "FILE", "bearer token, read again for each request",
-               f"{SERVICE_ACCOUNT}/token"),
+        Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
         Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
         Option("client-cert", str, "FILE", "client certificate for the API server"),
         Option("client-key", str, "FILE", "its private key"),
@@ -5525,8 +5406,7 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of("auto|eds|inline|dns"), "auto|eds|inline|dns",
-               "where endpoints live", "auto"),
+        Option("endpoints", one_of(WHERE), WHERE, "where endpoints live", "auto"),
         Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
@@ -5553,8 +5433,7 @@ SECTIONS = {
         Option("listen", listen_address, "[ADDR]:PORT",
                "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
         Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
-        Option("log-level", one_of("|".join(LOG_LEVELS)), "|".join(LOG_LEVELS),
-               "the least that is logged", "info"),
+        Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
         Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
@@ -5602,10 +5481,8 @@ class Options(NamedTuple):
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them.
-
-    One dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`.
-    """
+    """The values on the command line by option, read as Go's flag package reads them: one dash or
+    two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
     known = {option.name: option for option in OPTIONS}
     found: dict[str, list[str]] = {}
     rest = iter(argv)

@@ -110,7 +110,9 @@ def listener_without_routes(stage: Stage, mark: str) -> str:
 
 
 def unknown_type(stage: Stage, mark: str) -> str:
-    row = {"@type": "type.googleapis.com/envoy.config.cluster.v3.Klaster", "name": "a"}
+    # Another version_info alone would be the same file on the way: it is united with the old one.
+    kind = "type.googleapis.com/envoy.config.cluster.v3.Klaster"
+    row = {"@type": kind, "name": "a", "alt_stat_name": mark}
     return json.dumps({"version_info": mark, "resources": [row]})
 
 

@@ -273,7 +273,7 @@ def test_garbage() -> None:
     assert "tls.crt holds no PEM certificate" in problems_of(tls_crt=b"garbage", tls_key=key)
     assert "a PEM block has no end" in problems_of(tls_crt=cert[:-40], tls_key=key)
     assert "a PEM block has no end" in problems_of(tls_crt=cert + cert[:99], tls_key=key)
-    assert "not base64" in problems_of(tls_crt=cert.replace(b"\nMII", b"\n!II"), tls_key=key)
+    assert "not an X.509" in problems_of(tls_crt=cert.replace(b"\nMII", b"\n!II"), tls_key=key)
     assert "not an X.509 certificate" in problems_of(tls_crt=block(b"\x30\x03abc"), tls_key=key)
     assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=b"garbage")
     assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=key[:-60])
