@@ -2757,7 +2757,7 @@ NAME_VALUE = re.compile(
     rb"""["']?\b(?:cluster_)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)"""
 )
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
-PLACE = re.compile(rb"[-\w.]*/[-\w./]+", re.ASCII)
+PLACE = re.compile(rb"/([-\w./]+)", re.ASCII)
 
 
 def names_in(content: bytes) -> frozenset[str]:
@@ -2790,10 +2790,11 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
 
 def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
     """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found: set[str] = set()
+    found, longest = set[str](), max(map(len, paths), default=0)
     for content in contents if paths else ():
         for raw in PLACE.findall(content.replace(b"\\/", b"/")):
-            place = raw.decode()
+            place = "/" + raw.decode()
+            place = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
             while place := place.partition("/")[2]:
                 if place in paths:
                     found.add(place)

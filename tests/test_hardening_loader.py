@@ -5,6 +5,9 @@ What an API server may send is in test_hardening_api.py.
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import functools
 import json
 import os
 import re
@@ -20,7 +23,7 @@ import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support.admin import Listener
 from tests.support.apiserver import ApiServer
-from tests.support.loader import wait_files, wait_until
+from tests.support.loader import ROOT, wait_files, wait_until
 
 ONCE = ("--onetime", "--configmap", "envoy-xds")
 WATCH = ("--watch", "--configmap", "envoy-xds")
@@ -274,3 +277,89 @@ def test_a_name_that_is_no_text_is_previewed(run_loader: RunLoader, tmp_path: Pa
     words = ("--configmap-selector", "a=b", "--dry-run", "--from-file", str(source))
     done = run_loader(*words)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+# ------------------------------------------------------------------------------------------
+# Every pattern that sees foreign text
+
+SIZE = 200_000
+OPERATORS = {"pattern", r"rf'\\+?(?:0|(?:{part})+)'", "part"}  # see test_command_line.py
+
+
+def all_patterns() -> dict[str, tuple[str, str | bytes]]:
+    """Each call of `re` as written: its function, and the pattern."""
+    tree = ast.parse((ROOT / "loader.py").read_text())
+    calls = {ast.unparse(node.args[0]): node.func.attr for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+             and ast.unparse(node.func.value) == "re" and node.func.attr != "escape"}  # fmt: skip
+    found = {}
+    for text, function in calls.items():
+        with contextlib.suppress(NameError):
+            found[text] = function, eval(text, dict(vars(loader)))  # our own source
+    assert len(found) > 35
+    assert len(calls.keys() - found.keys()) <= len(OPERATORS), calls.keys() - found.keys()
+    return found
+
+
+PARTS = (
+    " ", "\t", "\n", " \n", "a", "A", "-", "- ", "_", ".", "/", "a/", "/a", "a.", "a-", "-.", "0",
+    '"', '\\"', "'", "\\/", "{", "[", "name", "name ", "name:", "name: ", "cluster_name",
+    "alt_stat_name", "path", "path: ", "\nresources:", "\nresources:\n ", "\n  - name", "- match",
+    "# \n", "- \n", "type.googleapis.com/", "type.googleapis.com/envoy.a", "/current/", "0x",
+    "localhost.", "ip6-", "*", ",", "=", "{port}", "\xe9",
+)  # fmt: skip
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
+
+
+@pytest.mark.parametrize("text", all_patterns())
+def test_every_pattern_is_linear(text: str) -> None:
+    """200 KB of its worst cost no more than 40 plain passes over as much."""
+    function, source = all_patterns()[text]
+    pattern = re.compile(source)
+    if function == "compile":
+        function = "findall" if isinstance(source, bytes) else "match"
+    bound = max(0.2, 40 * seconds(lambda: re.findall(r"\w", "a" * SIZE)))
+    for head in ("", "a", "\nresources:\n", "name:", '"'):
+        for part in PARTS:
+            worst: Any = head + part * (SIZE // len(part)) + "\n!"
+            worst = worst.encode() if isinstance(source, bytes) else worst
+            into = [""] if function == "sub" else []
+            work = functools.partial(getattr(pattern, function), *into, worst)
+            assert seconds(work) < bound, (function, head, part)
+
+
+READERS: dict[str, Callable[[bytes], object]] = {
+    "kind": loader.kind_of,
+    "names": loader.names_in,
+    "words": lambda text: loader.mentioned(text, ["a/b", "a b", "x"]),
+    "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
+    "statistics": loader.names_of_resource,
+    "clusters": lambda text: loader.eds_clusters_of(loader.file_of(text, "x", kind="cds")),
+    "our own CDS": lambda text: loader.eds_clusters(
+        {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
+    "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
+    "yaml": lambda text: loader.yaml_text(text.decode()),
+    "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
+    "errors": lambda text: loader.listener_errors(text.decode()),
+    "statistics of Envoy": lambda text: loader.parse_stats(text.decode()),
+    "annotations": lambda text: [
+        loader.plan_service(loader.service_from({
+            "metadata": {"namespace": "a", "name": "b",
+                         "annotations": {f"xds-loader/{name}": text.decode()}},
+            "spec": {"ports": [{"port": 80}]}}), loader.Config(), "eds")
+        for name in loader.ROUTE_ANNOTATIONS],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_of_foreign_text_is_linear(name: str) -> None:
+    """Not the pattern alone: what is done with each match too."""
+    bound = max(0.5, 100 * seconds(lambda: re.findall(r"\w", "a" * SIZE)))
+    for part in PARTS:
+        text = (part * (SIZE // len(part))).encode()
+        assert seconds(lambda t=text: READERS[name](t)) < bound, part  # type: ignore[misc]
