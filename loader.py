@@ -5339,13 +5339,11 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
         host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
-        usable = host and url.scheme in schemes and url.port != 0
+        usable = host and url.scheme in schemes and url.port != 0 and url.username is None
     except ValueError:
         usable = False
     if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
         raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
-    if url.username is not None:
-        raise ValueError("must not hold a user; see --token-file and --client-cert")
     return text
 
 
@@ -5385,7 +5383,6 @@ class Option(NamedTuple):
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
-# fmt: off
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
@@ -5450,7 +5447,6 @@ SECTIONS = {
         Option("trafficsplit", gone, "NAME", "not supported any more, too"),
     ),
 }
-# fmt: on
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
@@ -5541,7 +5537,7 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
     unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
+               and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     if unknown:
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
     namespace = values.get("namespace") or default_namespace(environ)
@@ -5574,7 +5570,7 @@ def check_combination(values: Mapping[str, Any]) -> None:
         (services or not values.get("config"), "--config needs --services"),
         (values.get("output_dir", "x"), "--output-dir is empty"),
         (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
-    ):  # fmt: skip
+    ):
         if not holds:
             raise UsageError(text)
 
