@@ -576,10 +576,6 @@ ONE_TRY_SECONDS = 1.0
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
-def status_of(error: LoaderError) -> int:
-    return error.status if isinstance(error, ApiError) else 0
-
-
 class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
@@ -642,7 +638,7 @@ class Reflector(threading.Thread):
             except LoaderError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
-                status = status_of(error)
+                status = getattr(error, "status", 0)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
                 if isinstance(error, Expired) or (api and rejections >= RELIST_AFTER):
@@ -760,7 +756,7 @@ class Reflector(threading.Thread):
 
     def _failure(self, error: LoaderError) -> float:
         """Log what failed (once, until it is another failure); how long to wait."""
-        status = status_of(error)
+        status = getattr(error, "status", 0)
         reason = f"status {status}" if status else "cut" if isinstance(error, Cut) else "error"
         metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
         delay = self._delay(getattr(error, "retry_after", 0.0))
@@ -814,8 +810,13 @@ class FileSource:
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
+        stdin = self._path == "-"
         try:
-            objects = objects_of(self._read())
+            with self._lock:
+                if not (stdin and self._text):
+                    with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
+                        self._text = stream.read(LIST_BYTES + 1)
+                objects = objects_of(self._text)
         except OSError as error:
             raise LoaderError(f"--from-file {why(error)}") from None
         except (ValueError, RecursionError) as error:
@@ -826,14 +827,6 @@ class FileSource:
             if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
                 item["metadata"]["namespace"] = self._namespace
         return objects
-
-    def _read(self) -> bytes:
-        stdin = self._path == "-"
-        with self._lock:
-            if not (stdin and self._text):
-                with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
-                    self._text = stream.read(LIST_BYTES + 1)
-            return self._text
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
