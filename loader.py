@@ -4176,7 +4176,6 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-# fmt: off
 METRICS = (
     Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
     Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
@@ -4201,7 +4200,6 @@ METRICS = (
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_start_time_seconds", "gauge", "When the process started."),
 )
-# fmt: on
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -4319,14 +4317,6 @@ Answer = tuple[int, str, bytes]
 def text_answer(code: int, *lines: str) -> Answer:
     body = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     return code, "text/plain; charset=utf-8", body
-
-
-def health_answer(status: Status) -> Answer:
-    """200 while the loop turns."""
-    age, bound = time.monotonic() - status.last_turn, status.turn_bound
-    if age <= bound:
-        return text_answer(200, "ok")
-    return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -4447,8 +4437,10 @@ class Listener:
     def answer(self, path: str) -> Answer:
         """What is served there."""
         status, began = self.status, time.monotonic()
-        if path == "/healthz":
-            return health_answer(status)
+        if path == "/healthz":  # 200 while the loop turns
+            age, bound = began - status.last_turn, status.turn_bound
+            late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
+            return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
         if path not in ("/metrics", "/snapshot"):
