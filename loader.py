@@ -580,10 +580,6 @@ ONE_TRY_SECONDS = 1.0
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
-def status_of(error: LoaderError) -> int:
-    return error.status if isinstance(error, ApiError) else 0
-
-
 class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
@@ -646,7 +642,7 @@ class Reflector(threading.Thread):
             except LoaderError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
-                status = status_of(error)
+                status = getattr(error, "status", 0)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
                 if isinstance(error, Expired) or (api and rejections >= RELIST_AFTER):
@@ -764,7 +760,7 @@ class Reflector(threading.Thread):
 
     def _failure(self, error: LoaderError) -> float:
         """Log what failed (once, until it is another failure); how long to wait."""
-        status = status_of(error)
+        status = getattr(error, "status", 0)
         reason = f"status {status}" if status else "cut" if isinstance(error, Cut) else "error"
         metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
         delay = self._delay(getattr(error, "retry_after", 0.0))
@@ -818,8 +814,13 @@ class FileSource:
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
+        stdin = self._path == "-"
         try:
-            objects = objects_of(self._read())
+            with self._lock:
+                if not (stdin and self._text):
+                    with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
+                        self._text = stream.read(LIST_BYTES + 1)
+                objects = objects_of(self._text)
         except OSError as error:
             raise LoaderError(f"--from-file {why(error)}") from None
         except (ValueError, RecursionError) as error:
@@ -830,14 +831,6 @@ class FileSource:
             if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
                 item["metadata"]["namespace"] = self._namespace
         return objects
-
-    def _read(self) -> bytes:
-        stdin = self._path == "-"
-        with self._lock:
-            if not (stdin and self._text):
-                with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
-                    self._text = stream.read(LIST_BYTES + 1)
-            return self._text
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -4146,7 +4139,6 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-# fmt: off
 METRICS = (
     Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
     Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
@@ -4171,7 +4163,6 @@ METRICS = (
     Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
     Metric("process_start_time_seconds", "gauge", "When the process started."),
 )
-# fmt: on
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -4289,14 +4280,6 @@ Answer = tuple[int, str, bytes]
 def text_answer(code: int, *lines: str) -> Answer:
     body = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     return code, "text/plain; charset=utf-8", body
-
-
-def health_answer(status: Status) -> Answer:
-    """200 while the loop turns."""
-    age, bound = time.monotonic() - status.last_turn, status.turn_bound
-    if age <= bound:
-        return text_answer(200, "ok")
-    return text_answer(503, f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)")
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -4417,8 +4400,10 @@ class Listener:
     def answer(self, path: str) -> Answer:
         """What is served there."""
         status, began = self.status, time.monotonic()
-        if path == "/healthz":
-            return health_answer(status)
+        if path == "/healthz":  # 200 while the loop turns
+            age, bound = began - status.last_turn, status.turn_bound
+            late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
+            return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
         if path not in ("/metrics", "/snapshot"):
@@ -5310,13 +5295,11 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     try:
         url = urllib.parse.urlsplit(text)
         host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
-        usable = host and url.scheme in schemes and url.port != 0
+        usable = host and url.scheme in schemes and url.port != 0 and url.username is None
     except ValueError:
         usable = False
     if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
         raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
-    if url.username is not None:
-        raise ValueError("must not hold a user; see --token-file and --client-cert")
     return text
 
 
@@ -5356,7 +5339,6 @@ class Option(NamedTuple):
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
-# fmt: off
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
@@ -5421,7 +5403,6 @@ SECTIONS = {
         Option("trafficsplit", gone, "NAME", "not supported any more, too"),
     ),
 }
-# fmt: on
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
@@ -5512,7 +5493,7 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
     known = {option.variable for option in OPTIONS}
     unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]  # fmt: skip
+               and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     if unknown:
         warnings.append(f"no option has the environment variable {shortened(unknown)}")
     namespace = values.get("namespace") or default_namespace(environ)
@@ -5545,7 +5526,7 @@ def check_combination(values: Mapping[str, Any]) -> None:
         (services or not values.get("config"), "--config needs --services"),
         (values.get("output_dir", "x"), "--output-dir is empty"),
         (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
-    ):  # fmt: skip
+    ):
         if not holds:
             raise UsageError(text)
 

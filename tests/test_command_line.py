@@ -410,7 +410,7 @@ def test_a_password_in_a_url_is_not_shown() -> None:
     with pytest.raises(loader.UsageError) as caught:
         loader.options_from([*BASE, "--apiserver", "https://me:geheim@10.0.0.1/"], {})
     assert "geheim" not in str(caught.value)
-    assert "must not hold a user" in str(caught.value)
+    assert "is not a valid URL" in str(caught.value)
 
 
 def test_an_unknown_variable_is_one_warning(run_loader: RunLoader) -> None:
