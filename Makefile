@@ -83,7 +83,7 @@ unit: venv
 demo: $(if $(wildcard $(VENV)/.stamp),,$(VENV)/.demo) $(if $(filter mesh,$(EXAMPLE)),prometheus)
 	@test -x example/$(EXAMPLE)/verify || { echo "EXAMPLE is one of:" \
 		$(patsubst example/%/verify,%,$(wildcard example/*/verify)) >&2; exit 2; }
-	@PYTHON=$(abspath $(RUN)) example/$(EXAMPLE)/verify $(ARGS)
+	@PYTHON=$(abspath $(RUN)) exec example/$(EXAMPLE)/verify $(ARGS)
 
 # Debian's package, unpacked and not installed: no service starts. The mesh can do without.
 prometheus:

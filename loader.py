@@ -220,9 +220,9 @@ class Access(NamedTuple):
     """Where the API server is and how to prove who asks. The token is read again for each request,
     the other files for each connection: Kubernetes rotates both under a running pod."""
 
-    url: str
-    token_file: str
-    ca_file: str
+    apiserver: str = ""
+    token_file: str = f"{SERVICE_ACCOUNT}/token"
+    ca_file: str = f"{SERVICE_ACCOUNT}/ca.crt"
     client_cert: str = ""
     client_key: str = ""
     insecure: bool = False
@@ -311,7 +311,7 @@ class Api:
 
     def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
         self._access, self._count = access, count
-        self._url = urllib.parse.urlsplit(access.url)
+        self._url = urllib.parse.urlsplit(access.apiserver)
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
@@ -455,6 +455,8 @@ class Api:
         with contextlib.suppress(*BROKEN):
             message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
             message = text_at(json_object(parse_json(message)), "message")
+        if not response.isclosed():
+            self.close()
         if 300 <= response.status < 400:
             where = self._quoted(response.headers.get("Location", ""))
             message = f"redirects are not followed: correct --apiserver ({where})"
@@ -462,9 +464,8 @@ class Api:
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         return self._error(query, verb, response.status, message, seconds)
 
-    def _error(
-        self, query: Query, verb: str, status: int, message: str, retry_after: float = 0.0
-    ) -> ApiError:
+    def _error(self, query: Query, verb: str, status: int, message: str,
+               retry_after: float = 0.0) -> ApiError:
         path = self._access.token_file
         scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
@@ -594,18 +595,9 @@ class Reflector(threading.Thread):
     "objects", "trouble" or "recovered", and when (monotonic).
     """
 
-    def __init__(
-        self,
-        query: Query,
-        parse: Callable[[dict[str, Json]], Any],
-        client: Api | FileSource,
-        wake: Callable[[str, float], None],
-        *,
-        mode: str,
-        interval: float = 0.0,
-        optional: bool = False,
-        patience: float = BACKOFF_LAST,
-    ) -> None:
+    def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
+                 client: Api | FileSource, wake: Callable[[str, float], None], *, mode: str,
+                 interval: float, optional: bool, patience: float) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
         self.synced = self.absent = self.failed = False
@@ -657,7 +649,7 @@ class Reflector(threading.Thread):
                 status = status_of(error)
                 suspect = suspect or not status or status >= 500
                 rejections = rejections + 1 if status else 0
-                if isinstance(error, Expired) or rejections >= RELIST_AFTER:
+                if isinstance(error, Expired) or (api and rejections >= RELIST_AFTER):
                     self._forget("expired" if isinstance(error, Expired) else "rejected")
                     if rejections == 1:
                         continue
@@ -907,10 +899,8 @@ def requirements(selector: str) -> list[Requirement]:
 
 def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
     """Whether all requirements hold; like the API server, `!=` and `notin` match absence."""
-    return all(
-        (label in labels if values is None else labels.get(label) in values) == holds
-        for label, values, holds in wanted
-    )
+    return all((label in labels if values is None else labels.get(label) in values) == holds
+               for label, values, holds in wanted)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2223,9 +2213,8 @@ def decode_key(text: Json, what: str) -> bytes:
         raise ValueError(f"{what} is not base64") from None
 
 
-def secret_files(
-    secret: Secret, form: str = "yaml", mode: int = 0o600
-) -> tuple[dict[str, File], tuple[str, ...]]:
+def secret_files(secret: Secret, form: str = "yaml",
+                 mode: int = 0o600) -> tuple[dict[str, File], tuple[str, ...]]:
     """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
     none, and the caller keeps the last ones, all of them."""
     label = f"{secret.namespace}/{secret.name}"
@@ -2243,10 +2232,8 @@ def secret_files(
         trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
         resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
     source = f"secret {label}"
-    return {
-        path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
-        for path, resource in resources.items()
-    }, ()
+    return {path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
+            for path, resource in resources.items()}, ()
 
 
 def pem_source(pem: bytes) -> dict[str, str]:
@@ -3596,6 +3583,7 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = [*moved_paths(before, after), *again]
+    leaving = after.keys() - desired.keys()
     gone = before.keys() - after.keys()
     tried = {path: (desired.get(path, after[path]).digest,
                     same_file(before.get(path), known.acked.get(path)))
@@ -3605,9 +3593,8 @@ def after_publication(
                 if path not in gone and path not in tried},
         moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
         tried={**known.tried, **tried},
-        leaving=frozenset(path for path in after if path not in desired and (
-            path in known.leaving or any(names_path(file.content, path)
-                                         for other, file in before.items() if other != path))),
+        leaving=(known.leaving & leaving) | paths_in(
+            (file.content for file in before.values()), leaving) if leaving else frozenset(),
         wary=any(file.kind and path not in known.states for path, file in before.items()),
         came=known.came | (newly_there(before, after) if before and (known.gone or any(
             file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
@@ -3656,7 +3643,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
                             for scope in lasting if scope in known.counts):
         known = after_meeting(known, known.back_at)
     if known.counts is None or known.wary:
-        return known._replace(counts=known.counts or {}, wary=False), Outcome(pending=tuple(p for p in files if files[p].kind))
+        known = known._replace(counts=known.counts or {}, wary=False)
+        return known, Outcome(pending=tuple(p for p in files if files[p].kind))
     open_scopes: set[str] = set()
     found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
                                    HIDDEN: []}
@@ -4333,14 +4321,11 @@ def snapshot_answer(status: Status) -> Answer:
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
         rows.append({**row, "state": status.states.get(path, "unknown")})
-    body = {
-        "version": status.version or None,
-        "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
-        "missing": status.missing,
-        "stale": status.stale,
-    }
+    body = {"version": status.version or None,
+            "published_at": timestamp(status.published_at) if status.version else None,
+            "files": rows,
+            **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+            "missing": status.missing, "stale": status.stale}
     return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
 
 
@@ -5138,10 +5123,9 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
 
     try:
         process = subprocess.Popen(
-            [part.replace("{dir}", directory) for part in command], bufsize=0, umask=0o022,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+            [part.replace("{dir}", directory) for part in command], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, umask=0o022,
+            start_new_session=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         return f"--check-cmd cannot be run: {why(error)}"
     output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
@@ -5228,9 +5212,8 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
     before = redacted(old.content) if old else b""
     after = redacted(new.content, old.content if old else None) if new else b""
     a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
-    rows = difflib.unified_diff(
-        a, b, f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
-    )
+    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    rows = difflib.unified_diff(a, b, *names)
     missing = "\n\\ No newline at end of file\n"
     return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
 
@@ -5283,17 +5266,12 @@ NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')
 namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
 any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
 object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
-go_bool = matching(
-    "1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false", lambda text: text[0] in "1tT"
-)
-file_mode = matching(
-    "(0o)?0?[4-7][0-7]{2}", "a file mode that lets the owner read, such as 0600 or 0640",
-    lambda text: int(text.removeprefix("0o"), 8),
-)  # fmt: skip
-gone = matching(
-    "false", "supported any more; split traffic with weights in an RDS file, or by the annotation "
-    "xds-loader/weight with --services",
-)  # fmt: skip
+go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false",
+                   lambda text: text[0] in "1tT")
+file_mode = matching("(0o)?0?[4-7][0-7]{2}", "a file mode with which the owner reads, like 0600",
+                     lambda text: int(text.removeprefix("0o"), 8))
+gone = matching("false", "supported any more; split traffic with weights in an RDS file, or by the "
+                "annotation xds-loader/weight with --services")
 
 
 def go_duration(text: str) -> float:
@@ -5461,7 +5439,7 @@ class Options(NamedTuple):
     services_namespace: tuple[str, ...] = ()
     secret: tuple[Named, ...] = ()
     namespace: str = "default"
-    access: Access = Access("", "", "")
+    access: Access = Access()
     from_file: str = ""
     config: str = ""
     endpoints: str = "auto"
@@ -5544,18 +5522,14 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     for kind in ("configmap", "secret"):
         named = values.get(kind, ())
         values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
-    from_file = bool(values.get("from_file"))
-    access = Access(
-        values.get("apiserver") or ("" if from_file else default_apiserver(environ)),
-        values.get("token_file") or f"{SERVICE_ACCOUNT}/token",
-        values.get("ca_file") or f"{SERVICE_ACCOUNT}/ca.crt",
-        **{name: values[name] for name in Access._fields[3:] if name in values},
-    )
-    once = values.get("onetime") or values.get("dry_run")
+    from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
+    if not from_file and "apiserver" not in values:
+        values["apiserver"] = default_apiserver(environ)
+    access = Access(**{name: values[name] for name in Access._fields if values.get(name)})
     mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
-    given = {name: value for name, value in values.items() if name in Options._fields}
-    given |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings)}
-    return Options(**given, node_name=environ.get("NODE_NAME", ""))
+    values |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings),
+               "node_name": environ.get("NODE_NAME", "")}
+    return Options(**{name: values[name] for name in Options._fields if name in values})
 
 
 def check_combination(values: Mapping[str, Any]) -> None:

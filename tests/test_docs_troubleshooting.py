@@ -319,6 +319,17 @@ def test_a_port_in_host_is_another_domain(start_envoy: StartEnvoy) -> None:
     assert statuses("shop.example", "shop.example:*") == [200, 200]
 
 
+def test_a_route_to_no_cluster_is_accepted(world: World) -> None:
+    envoy = world.with_envoy()
+    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
+    world.api.wait_watches(1)
+    world.put(rds_yaml=response("routes", route_config({"no-such": 1})))
+    sidecar.wait_log("published.*ack=yes")
+    (port,) = envoy.listeners().values()
+    assert status_of(port, "any") == 503
+    assert re.search(r"no_cluster: [1-9]", envoy.admin("/stats?filter=no_cluster"))
+
+
 def status_of(port: int, host: str) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:

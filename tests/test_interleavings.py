@@ -84,20 +84,14 @@ ROUTED = listener("in", "rds.json")
 class Memory(Output):
     """What a loader that starts finds on disk. The rules of what was ACKed are Output's own."""
 
-    def __init__(self, state: Mapping[str, Any], published: Files, before: Files,
-                 kept: Files) -> None:
+    def __init__(self, state: Mapping[str, Any], published: Files, kept: Files) -> None:
         super().__init__("/nowhere")
-        self.state, self.published = state, published
-        self._loaded, self._kept_files = before, kept
-        self._before = "before" if before else ""
+        self.state, self.published, self._kept_files = dict(state), published, kept
 
-    def _kept(self) -> list[str]:
-        return [path.replace("/", "%") for path in self._kept_files]
+    def _kept(self) -> set[str]:
+        return {path.replace("/", "%") for path in self._kept_files}
 
-    def _load(self, name: str) -> dict[str, File]:
-        return dict(self._loaded)
-
-    def _file(self, path: str, place: str) -> File | None:
+    def _file(self, path: str, place: str, most: int = 0) -> File | None:
         return self._kept_files.get(path)
 
 
@@ -123,14 +117,13 @@ class State:
     """The loader, its directory and one Envoy at one moment. What is in it is never changed in
     place: an event makes a copy, and puts other values there."""
 
-    __slots__ = ("asked", "before", "blind", "burnt", "doubt", "ended", "envoy", "envoy_key",
+    __slots__ = ("asked", "blind", "burnt", "doubt", "ended", "envoy", "envoy_key",
                  "first", "kept", "known", "known_key", "left", "link", "published", "saved",
                  "waiting", "wanted", "warming")
 
     def __init__(self, world: World) -> None:
         self.wanted = 0  # the number of the target
         self.published: Files = {}
-        self.before: Files = {}  # the last snapshot but one
         self.known, self.known_key = Known(), 0
         self.link = "" if world.asked else "never"  # then as Loop has it
         self.asked: tuple[str, ...] | None = None
@@ -172,7 +165,7 @@ class State:
             self.envoy_key, self.known_key = self.envoy.key(), key_of(self.known)
         disk: tuple[object, ...] = ()
         if self.left.kills and self.left.events:  # nobody else reads what is remembered
-            disk = (digests(self.before), digests(self.kept), repr(self.saved))
+            disk = (digests(self.kept), repr(self.saved))
         return hash((
             self.wanted, digests(self.published), disk, self.known_key, self.envoy_key, self.link,
             self.asked, self.first, self.warming, self.waiting, self.ended, self.left, self.burnt,
@@ -355,10 +348,8 @@ class Explorer:
               and state.waiting):
             yield "the loader looks", self.look
         if state.asked is None:
-            known, step, _ = self.plan(state)
-            if self.again(state, known, step):
-                yield "step again", self.notify_again
-            elif step is not None and self.opens(state, step):
+            _, step, _ = self.plan(state)
+            if step is not None and self.opens(state, step):
                 yield f"step {step.name}", self.publish
 
     def overdue(self, state: State) -> Iterator[tuple[str, Act]]:
@@ -382,8 +373,8 @@ class Explorer:
         if kills and state.published:
             yield "the loader is killed and starts", self.kill
             if state.asked is None:
-                known, step, _ = self.plan(state)
-                if not self.again(state, known, step) and step and self.opens(state, step):
+                _, step, _ = self.plan(state)
+                if step is not None and self.opens(state, step):
                     yield (f"step {step.name}, killed before it is remembered",
                            functools.partial(self.publish, killed=True))
         if unknowns and state.asked is not None:
@@ -410,7 +401,9 @@ class Explorer:
         known = loader.retried(known, found, published)
         desired, _ = loader.allowed(found, published, known.acked, known.nacks)
         step = loader.next_step(published, desired)
-        return known, step, desired
+        if step is None and loader.to_retry(known, published):
+            step = Step(published, loader.REFERENCES)
+        return known, step, found
 
     def opens(self, state: State, step: Step) -> bool:
         """Loop._opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
@@ -423,22 +416,6 @@ class Explorer:
         warms = any(each.warming for each in state.envoy.clusters.values())
         return not state.envoy.queue and (self.world.never_warm or not warms)
 
-    @staticmethod
-    def again(state: State, known: Known, step: Step | None) -> list[str]:
-        """Loop._advance: what is tried once more as it stands."""
-        if state.link != "meet" or (step and step.name == loader.ROLLBACK):
-            return []
-        return loader.standing(known, state.published)
-
-    def notify_again(self, state: State) -> None:
-        """Loop._notify_again."""
-        known, step, _ = self.plan(state)
-        paths = self.again(state, known, step)
-        state.know(loader.after_repeat(known, paths))
-        state.asked, state.waiting = tuple(paths), True
-        if state.envoy.up:
-            state.own_envoy().move(paths)
-
     def publish(self, state: State, killed: bool = False) -> None:
         """Loop._publish."""
         known, step, desired = self.plan(state)
@@ -450,8 +427,11 @@ class Explorer:
                 len(self.world.targets)))
         moved = loader.moved_paths(before, after)
         self.check_step(state, step, moved)
-        state.know(loader.after_publication(known, before, after, desired))
-        state.before, state.published = before, after
+        again = loader.to_retry(known, before) if loader.same_files(before, after) else []
+        moved += again
+        self.keep(state, after)
+        state.know(loader.after_publication(known, before, after, desired, again))
+        state.published = after
         paths = loader.notify_order(moved, after)
         if state.envoy.up:
             everything = self.world.shared and not state.envoy.booting
@@ -465,9 +445,15 @@ class Explorer:
         self.remember(state)
 
     def remember(self, state: State) -> None:
-        state.kept = {path: file for path, file in state.known.acked.items()
-                      if not loader.same_file(state.published.get(path), file)}
+        self.keep(state, state.published)
         state.saved = loader.state_of(state.known)
+
+    @staticmethod
+    def keep(state: State, files: Files) -> None:
+        """Output.keep_acked."""
+        state.kept = {path: file for path, file in state.known.acked.items()
+                      if not (loader.same_file(state.published.get(path), file)
+                              and loader.same_file(files.get(path), file))}
 
     def lose(self, state: State) -> None:
         """Loop._take_link: nothing listens, or the connection ended."""
@@ -502,7 +488,7 @@ class Explorer:
         if outcome.mixed:
             state.own_envoy().move(outcome.mixed)
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if state.asked is not None and not waiting:
+        if state.asked is not None and (outcome.nacks or not waiting):
             state.asked = None
         if outcome.acks or outcome.nacks:
             self.remember(state)  # before anything is published
@@ -544,7 +530,7 @@ class Explorer:
     def kill(self, state: State) -> None:
         """Another loader finds what was published and remembered, and asks a new connection."""
         state.spend(kills=state.left.kills - 1)
-        memory = Memory(state.saved, state.published, state.before, state.kept)
+        memory = Memory(state.saved, state.published, state.kept)
         state.know(loader.known_from(memory))
         state.link = "" if self.world.asked else "never"
         state.asked = () if self.world.asked else None
@@ -798,7 +784,7 @@ def gone_world() -> World:
 WORLDS = [
     good_world(), refused_world(), listener_world(), endpoints_world(),
     endpoints_world(name="endpoints, never warm", never_warm=True), deadly_world(), gone_world(),
-    good_world(name="good, watched_directory", shared=True, unknowns=0, events=2),
+    good_world(name="good, watched_directory", shared=True, unknowns=0, events=1),
     good_world(name="good, no counters", hidden=True),
     good_world(name="good, not asked", asked=False, events=4),
 ]
@@ -808,7 +794,6 @@ WORLDS = [
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The searches in texts are pure: each is done once."""
     monkeypatch.setattr(loader, "clusters_of", functools.cache(loader.clusters_of.__wrapped__))
-    monkeypatch.setattr(loader, "names_path", functools.cache(loader.names_path))
     monkeypatch.setattr(loader, "resource_names", by_identity(loader.resource_names))
     mentioned = functools.cache(loader.mentioned)
     monkeypatch.setattr(loader, "mentioned", lambda content, names: mentioned(

@@ -171,7 +171,7 @@ class Story:
             self.say()
 
     def _logs(self) -> list[str]:
-        """Where the log of each loader is, from now on in a file."""
+        """Where the log of each loader is, from now on in a file, and that of its Envoy."""
         commands = []
         for cluster in self.clusters.values():
             for proxy in cluster.proxies.values():
@@ -179,6 +179,8 @@ class Story:
                     place = proxy.root / "loader.log"
                     threading.Thread(target=follow, args=(loader, place), daemon=True).start()
                     commands.append(f"tail -f {place}    # the loader of {proxy.name}")
+                log = proxy.envoy.log_file
+                commands.append(f"tail -f {log}    # its Envoy: why it rejects a file")
         return commands
 
     def __enter__(self) -> Story:
