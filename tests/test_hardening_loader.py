@@ -287,7 +287,8 @@ def test_a_name_template_without_the_namespace_takes_no_cluster(
 ) -> None:
     """Whose Service is older has it, whatever the name of the namespace."""
     services = [
-        {"kind": "Service", "metadata": {"namespace": where, "name": "web", "creationTimestamp": at},
+        {"kind": "Service",
+         "metadata": {"namespace": where, "name": "web", "creationTimestamp": at},
          "spec": {"ports": [{"port": 80, "name": "http"}]}}
         for where, at in (("shop", "2024-01-01T00:00:00Z"), ("aaa", "2025-01-01T00:00:00Z"))
     ]  # fmt: skip
