@@ -1528,13 +1528,15 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     return patch
 
 
-def unique_clusters(plans: Mapping[Key, ServicePlan], problems: Mapping[Key, list[str]]
-                    ) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name the first exists; Envoy would use the last, in silence."""
+def unique_clusters(
+    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
+) -> dict[Key, list[Cluster]]:
+    """Of two clusters of one name that of the oldest Service exists: with a name template without
+    the namespace nobody takes another's. Envoy would use the last, in silence."""
     owners: dict[str, Key] = {}
     kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    for key, plan in plans.items():
-        for cluster in plan.clusters:
+    for key in by_age:
+        for cluster in plans[key].clusters:
             if cluster.name in owners:
                 problems[key].append(f"port {cluster.port.label} is left out: service "
                                      f"{'/'.join(owners[cluster.name])} has a cluster of the same "
@@ -2067,7 +2069,8 @@ class Renderer:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
         plans = {key: self._plans.get(key, service) for key, service in services.items()}
         problems = {key: list(plan.problems) for key, plan in plans.items()}
-        kept = unique_clusters(plans, problems)
+        by_age = sorted(plans, key=lambda key: (services[key].created, key))
+        kept = unique_clusters(plans, by_age, problems)
         names = [one.name for clusters in kept.values() for one in clusters if not one.host]
         self._modes, self._clusters = self._decided(names, other_files), kept
         routes = []

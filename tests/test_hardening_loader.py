@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support.admin import Listener
 from tests.support.apiserver import ApiServer
+from tests.support.envoy import response
 from tests.support.loader import ROOT, wait_files, wait_until
+from tests.support.stage import Stage
+from tests.support.steady import Upstreams
 
 ONCE = ("--onetime", "--configmap", "envoy-xds")
 WATCH = ("--watch", "--configmap", "envoy-xds")
@@ -279,6 +282,27 @@ def test_a_name_that_is_no_text_is_previewed(run_loader: RunLoader, tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
+def test_a_name_template_without_the_namespace_takes_no_cluster(
+    run_loader: RunLoader, tmp_path: Path, out: Path
+) -> None:
+    """Whose Service is older has it, whatever the name of the namespace."""
+    services = [
+        {"kind": "Service",
+         "metadata": {"namespace": where, "name": "web", "creationTimestamp": at},
+         "spec": {"ports": [{"port": 80, "name": "http"}]}}
+        for where, at in (("shop", "2024-01-01T00:00:00Z"), ("aaa", "2025-01-01T00:00:00Z"))
+    ]  # fmt: skip
+    (tmp_path / "objects.json").write_text(json.dumps({"kind": "List", "items": services}))
+    config = tmp_path / "config.json"
+    config.write_text('{"cluster": {"name": "{service}/{port}"}}')
+    words = ("--services", "*", "--services-namespace", "*", "--config", str(config))
+    done = run_loader("--onetime", *words, "--from-file", str(tmp_path / "objects.json"))
+    assert done.returncode == 0, done.stderr
+    assert (out / "current/eds/shop_web_http.yaml").exists()
+    assert not (out / "current/eds/aaa_web_http.yaml").exists()
+    assert "service aaa/web: port http is left out: service shop/web has a cluster" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------
 # Every pattern that sees foreign text
 
@@ -363,3 +387,41 @@ def test_every_reader_of_foreign_text_is_linear(name: str) -> None:
     for part in PARTS:
         text = (part * (SIZE // len(part))).encode()
         assert seconds(lambda t=text: READERS[name](t)) < bound, part  # type: ignore[misc]
+
+
+def test_no_digest_of_a_secret_is_remembered() -> None:
+    """Neither of one that Envoy took nor of one that it refused: guesses could be tested at it."""
+    sds = loader.file_of(b"type.googleapis.com/" + next(
+        url for url, kind in loader.KINDS.items() if kind == "sds"), "secret demo/web")  # fmt: skip
+    nack = loader.Nack(sds.digest, sds.digest, sds.kind, "reason")
+    known = loader.Known(acked={"sds/a": sds}, nacks={"sds/b": nack})
+    assert sds.digest not in json.dumps(loader.state_of(known))
+
+
+# ------------------------------------------------------------------------------------------
+# What Envoy's reasons quote (the real Envoy)
+
+
+@pytest.fixture
+def stage(api: ApiServer, out: Path, tmp_path: Path) -> Iterator[Stage]:
+    out.mkdir()
+    with Upstreams(tmp_path / "upstreams", 3) as upstreams, Stage(api, out, upstreams) as found:
+        yield found
+
+
+@pytest.mark.envoy
+@pytest.mark.xdist_group("inotify")
+def test_no_source_of_a_lua_filter_is_in_the_log_nor_remembered(stage: Stage) -> None:
+    """Envoy's error_state quotes the line that is wrong."""
+    stage.start("--log-level", "debug")
+    listener = stage.listener()
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    lua = {"@type": "type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua",
+           "default_source_code": {"inline_string": 'local key = "hunter2" hunter2'}}  # fmt: skip
+    manager["http_filters"].insert(0, {"name": "lua", "typed_config": lua})
+    stage.patch({"lds.yaml": response("listener", listener)})
+    stage.log.wait_log("step=rollback", 10)
+    wait_until(lambda: "hunter2" in stage.envoy.log(), 15, "Envoy's own quote of it")
+    assert "hunter2" not in stage.log.log
+    for place in (stage.out / "..state").rglob("*"):
+        assert place.is_dir() or b"hunter2" not in place.read_bytes(), place
