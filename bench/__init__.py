@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench` prints one table, `python -m bench.profiled` where time goes."""
+"""Measurements: `python -m bench` prints one table."""

@@ -86,7 +86,7 @@ written as in Go: `250ms`, `30s`, `1m0s`, `1.5h`.
 Each option can come from the environment instead: `XDS_LOADER_` and its name in capitals with
 underscores (`--sync-interval`: `XDS_LOADER_SYNC_INTERVAL`). The command line wins; an empty
 variable counts as unset; values of a repeatable option are separated by white space; a variable
-`XDS_LOADER_...` that is no option gets a warning. Besides these
+`XDS_LOADER_...` that is not an option gets a warning. Besides these
 the loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `prefer_zone`), and
 `$KUBERNETES_SERVICE_HOST` and `$KUBERNETES_SERVICE_PORT` (API server).
 
