@@ -3710,7 +3710,8 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        if now.attempt - before.attempt < moves:
+        expected = moves if scope in (known.counts or {}) else 1  # a new one reads what there is
+        if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
