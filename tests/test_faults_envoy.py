@@ -572,15 +572,17 @@ def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> No
 
 
 def test_what_cannot_be_written_down_ends_nobody(stage: Stage) -> None:
-    """What Envoy ACKed is kept in ..state, and the disk is full just then."""
+    """What Envoy ACKed is kept in ..state, which cannot be written just then."""
     stage.start()
-    obstacle = stage.out / "..state/loader.json.new"
+    state, aside = stage.out / "..state", stage.out / "aside"
     with stage.envoy.paused():
         stage.patch({"eds-e.yaml": stage.endpoints(2)})
         stage.await_files({"eds-e.yaml": stage.endpoints(2)})
-        obstacle.mkdir()
+        state.rename(aside)
+        state.write_text("in the way")
     stage.log.wait_log("WARNING cannot publish to ")
-    obstacle.rmdir()
+    state.unlink()
+    aside.rename(state)
     stage.patch({"eds-e.yaml": stage.endpoints(0)})
     wait_until(lambda: stage.get("/e") == "v0", 20)
     stage.log.wait_log("INFO .*can be written again")
