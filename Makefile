@@ -115,6 +115,8 @@ soak: venv system oldest-envoy
 	LONG=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
 	@oldest=$(abspath $(VENV))/envoy-$(OLDEST_ENVOY)/envoy/_bin/envoy; test ! -x $$oldest || \
 		ENVOY=$$oldest $(RUN) -m pytest -n $(WORKERS) --dist loadgroup $(LONG_TESTS)
+	INTERLEAVINGS_DEEPER=1 $(RUN) -m pytest --timeout 900 tests/test_interleavings.py \
+		-k "not watched_directory"
 	@$(RUN) -m tests.soak $(ARGS)
 
 clean:
