@@ -69,9 +69,11 @@ def test_an_example_that_is_kept_shows_what_to_type_next() -> None:
                 if "Ctrl-C" in line:
                     break
             text = "".join(shown)
-            for log in re.findall(r"tail -f (\S+)", text):
+            for log in (logs := re.findall(r"tail -f (\S+loader.log)", text)):
                 wait_until(lambda log=log: "published" in Path(log).read_text())  # type: ignore[misc]
-            assert len(re.findall(r"tail -f", text)) == 2
+            of_envoy = re.findall(r"tail -f (\S+envoy.log)", text)
+            assert (len(logs), len(of_envoy)) == (2, 2)
+            assert all(Path(log).exists() for log in of_envoy)
             if shutil.which("curl"):
                 for half in ("configmaps/envoy-xds", "services/eerie-octopus"):
                     found = re.search(rf"curl -s -X PATCH .*\n.*{half}.*", text)
