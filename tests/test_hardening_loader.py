@@ -12,6 +12,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -425,3 +427,15 @@ def test_no_source_of_a_lua_filter_is_in_the_log_nor_remembered(stage: Stage) ->
     assert "hunter2" not in stage.log.log
     for place in (stage.out / "..state").rglob("*"):
         assert place.is_dir() or b"hunter2" not in place.read_bytes(), place
+
+
+def test_an_interpreter_without_ctypes_suffices(
+    api: ApiServer, common: list[str], out: Path
+) -> None:
+    """Some slim images have none: `import _ctypes` fails."""
+    put(api)
+    run = "import sys; sys.modules['_ctypes'] = None; import loader; sys.exit(loader.main())"
+    command = [sys.executable, "-c", run, *common, "--apiserver", api.url, *ONCE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    wait_files(out, {"rds.yaml": "1"})
