@@ -527,4 +527,4 @@ def test_any_sequence_of_events_equals_the_final_list(
 
         lives_through()
         assert "Traceback" not in running.log
-        disk.inspect(out)
+        disk.wait_converged(out)
