@@ -453,8 +453,8 @@ def test_an_admin_interface_that_does_not_help_delays_once(kind: str, stage: Sta
 
 
 def test_an_admin_interface_that_is_slow_is_waited_for(stage: Stage) -> None:
-    """0.25 s for each answer: steps are late by as much, in order, ACKed; NACKs are seen."""
-    slow = Relay(stage.admin_url, 0.25)
+    """0.4 s for each answer: steps are late by as much, in order, ACKed; NACKs are seen."""
+    slow = Relay(stage.admin_url, 0.4)
     try:
         stage.start(admin=slow.url)
         stage.await_acked(15)

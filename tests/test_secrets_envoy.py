@@ -27,6 +27,7 @@ import trustme
 import loader
 from tests.conftest import NAMESPACE, StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer
+from tests.support.busy import busy
 from tests.support.envoy import (
     Config,
     bootstrap,
@@ -42,7 +43,7 @@ TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3."
 ROTATIONS = 50
 # Connections that may end before a new certificate is seen: 3 to 6 on a quiet machine, 15 on one
 # with seven times as many busy threads as cores (measured). A loader that polls takes hundreds.
-SOON = 40
+SOON, SOON_WHEN_BUSY = 15, 40
 HOST = "web.example"
 PAIR_FILE = "sds/demo_web-tls.yaml"
 CA_FILE = "sds/demo_web-tls_ca.yaml"
@@ -329,8 +330,7 @@ def test_fifty_rotations_by_moving_files(
 
     issued = [issue(root) for _ in range(ROTATIONS)]
     downstream, upstream = rotate_under_load(running, issued, publish)
-    assert statistics.median(downstream) < SOON
-    assert statistics.median(upstream) < SOON
+    assert max(map(statistics.median, (downstream, upstream))) < (SOON_WHEN_BUSY if busy() else SOON)
     version = running.envoy.stat("sds.demo/web-tls.version_text") or ""
     assert str(version) in (current / PAIR_FILE).read_text()
     assert running.envoy.count("sds.demo/web-tls.update_rejected") == 0
@@ -356,8 +356,7 @@ def test_fifty_rotations_of_the_secret(
     running = edge(out / "current")
     issued = [issue(root) for _ in range(ROTATIONS)]
     downstream, upstream = rotate_under_load(running, issued, publish)
-    assert statistics.median(downstream) < SOON
-    assert statistics.median(upstream) < SOON
+    assert max(map(statistics.median, (downstream, upstream))) < (SOON_WHEN_BUSY if busy() else SOON)
     for path in (PAIR_FILE, CA_FILE):
         assert (out / "current" / path).stat().st_mode & 0o777 == 0o600
     assert "PRIVATE" not in running_loader.log
