@@ -164,6 +164,8 @@ class Story:
         self.say(self._bold("It goes on running. In another terminal:"))
         for line in [*lines, *self._logs()]:
             self.say(f"  {line}")
+        # A shell starts what is in its background with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.say("Ctrl-C ends it.")
         try:
             signal.pause()
