@@ -22,6 +22,7 @@ import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Request, Rule
+from tests.support.busy import in_time, within
 from tests.support.loader import Loader, wait_files, wait_until
 from tests.support.tls import Authority
 
@@ -158,9 +159,8 @@ def test_a_wrong_answer_ends_one_run(
 ) -> None:
     """One clear line, exit 1, soon; and nothing is published."""
     api.fail_next("GET", fault, times=100)
-    start = time.monotonic()
-    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert time.monotonic() - start < 4
+    with within(4):
+        done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -213,9 +213,8 @@ def test_a_refusal_is_not_final_for_a_sidecar(
 
 def test_an_unreachable_server_is_named(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
     api.stop()
-    start = time.monotonic()
-    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert time.monotonic() - start < 4
+    with within(4):
+        done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
     assert done.returncode == 1
     assert f"127.0.0.1:{api.port}" in done.stderr
     assert not out.exists() or not (out / "..data").exists()
@@ -680,7 +679,9 @@ def test_retry_after_is_honoured(start_loader: StartLoader, api: ApiServer, out:
     start_loader(*WATCH)
     first = api.requests.wait_for(is_list)
     second = api.requests.wait_for(is_list, count=2)
-    assert 1.9 <= second.time - first.time < 4
+    waited = second.time - first.time
+    assert waited >= 1.9
+    in_time(waited, 4)
     wait_text(out, "1")
 
 
@@ -962,11 +963,9 @@ def test_it_ends_while_nobody_accepts(start_loader: StartLoader, scheme: str, mo
             server=None,
         )  # fmt: skip
         connection, _ = deaf.accept()
-        with connection:
-            start = time.monotonic()
+        with connection, within(1):
             loader.process.send_signal(signal.SIGTERM)
             code = loader.wait(5)
-            assert time.monotonic() - start < 1
         assert "Traceback" not in loader.log
         if mode == "--watch":
             assert code == 0

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 from tests.support.closing import Closing
 
 VERSION = re.compile(r"^\.\.[0-9a-f]{8,64}(\.\d+)?$")
@@ -59,7 +59,7 @@ def inspect(
     return Published(target, files)
 
 
-def wait_converged(output_dir: Path, timeout: float = 5.0, **options: Any) -> Published:
+def wait_converged(output_dir: Path, timeout: float = WAIT, **options: Any) -> Published:
     """`inspect`, once it holds: a publication may be under way."""
     deadline = Deadline(timeout)
     while True:

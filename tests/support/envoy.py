@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 from tests.support.ports import held_port
 
 Config = dict[str, Any]
@@ -411,7 +411,7 @@ class Envoy:
         self,
         name: str,
         wanted: Callable[[Any], bool] | int | str,
-        timeout: float = 5.0,
+        timeout: float = WAIT,
     ) -> int | str:
         """The value once it is (or the predicate holds for) what is wanted; absent counts as 0."""
         deadline = Deadline(timeout)
