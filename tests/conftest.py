@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -109,7 +109,8 @@ def _arguments(
 def start_loader(api: ApiServer, common: list[str], authority: Authority) -> Iterator[StartLoader]:
     """`start_loader("--watch", "--configmap", "x")`: running, ended when the test ends.
 
-    `server=` another API server (None: no --apiserver at all); `env=` environment variables.
+    `server=` another API server (None: no --apiserver at all); `env=` environment variables;
+    `prefix=` words before the command.
     """
     with contextlib.ExitStack() as stack:
 
@@ -118,8 +119,10 @@ def start_loader(api: ApiServer, common: list[str], authority: Authority) -> Ite
             server: ApiServer | None = api,
             env: Mapping[str, str] | None = None,
             cwd: Path | None = None,
+            prefix: Sequence[str] = (),
         ) -> Loader:
-            loader = Loader(_arguments(common, args, server, authority), env, cwd=cwd)
+            arguments = _arguments(common, args, server, authority)
+            loader = Loader(arguments, env, cwd=cwd, prefix=prefix)
             stack.callback(loader.kill)
             return stack.enter_context(loader)
 
@@ -137,9 +140,10 @@ def run_loader(api: ApiServer, common: list[str], authority: Authority) -> RunLo
         stdin: str | None = None,
         cwd: Path | None = None,
         timeout: float = 30.0,
+        prefix: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
         arguments = _arguments(common, args, server, authority)
-        return run(arguments, env, stdin=stdin, cwd=cwd, timeout=timeout)
+        return run(arguments, env, stdin=stdin, cwd=cwd, timeout=timeout, prefix=prefix)
 
     return once
 

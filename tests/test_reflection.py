@@ -134,51 +134,6 @@ def test_odd_but_right_answers(
     wait_text(out, "1")
 
 
-WRONG = {
-    "no JSON": k8s.Response(200, b"<html>a portal</html>", {"Content-Type": "text/html"}),
-    "JSON of something else": k8s.Response(200, b'{"kind":"APIVersions","versions":["v1"]}'),
-    "a JSON list": k8s.Response(200, b"[1, 2]"),
-    "half of it": k8s.Cut(20),
-    "more promised": k8s.WrongLength(10),
-    "no HTTP": k8s.Raw(b"SSH-2.0-OpenSSH_9\r\n"),
-    "nothing": k8s.Drop(),
-    "a reset": k8s.Drop(reset=True),
-    "invalid UTF-8": k8s.Response(200, b'{"kind":"ConfigMapList","items":[{"a":"\xff"}]}'),
-    "404 in plain text": k8s.Response(404, b"404 page not found\n", {"Content-Type": "text/plain"}),
-    "401": k8s.failure(401, "Unauthorized"),
-    "403": k8s.failure(403, "Forbidden", "configmaps is forbidden"),
-    "500": k8s.failure(500, "InternalError", "etcdserver: leader changed"),
-    "503": k8s.Response(503, b"upstream connect error"),
-    "429": k8s.failure(429, "TooManyRequests", "", {"Retry-After": "30"}),
-}
-
-
-@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_answer_ends_one_run(
-    run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    """One clear line, exit 1, soon; and nothing is published."""
-    api.fail_next("GET", fault, times=100)
-    with within(4):
-        done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "envoy-xds" in done.stderr or f"127.0.0.1:{api.port}" in done.stderr
-    assert not (out / "..data").exists()
-
-
-@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_answer_only_delays_a_sidecar(
-    start_loader: StartLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    if isinstance(fault, k8s.Response) and "Retry-After" in fault.headers:
-        fault = fault._replace(headers={"Retry-After": "1"})
-    api.fail_next("GET", fault)
-    start_loader(*WATCH)
-    wait_text(out, "1")
-
-
 @pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
 def test_a_transient_refusal_is_asked_again(
     run_loader: RunLoader, api: ApiServer, out: Path, code: int

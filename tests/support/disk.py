@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -121,12 +122,13 @@ def fingerprint(output_dir: Path) -> dict[str, tuple[int, int, int]]:
 def fingerprint_at_rest(output_dir: Path, quiet: float = 0.1) -> dict[str, tuple[int, int, int]]:
     """The same, once nothing changed for a moment: what is remembered in `..state` follows the
     files."""
-    deadline = Deadline(5.0)
+    deadline = Deadline(WAIT)
     while True:
-        before = fingerprint(output_dir)
-        time.sleep(quiet)
-        if fingerprint(output_dir) == before or deadline.over():
-            return before
+        with contextlib.suppress(FileNotFoundError):  # a temporary name
+            before = fingerprint(output_dir)
+            time.sleep(quiet)
+            if fingerprint(output_dir) == before or deadline.over():
+                return before
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -37,10 +37,11 @@ def run(
     stdin: str | None = None,
     cwd: Path | None = None,
     timeout: float = 30.0,
+    prefix: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """One run to its end."""
     return subprocess.run(
-        [*COMMAND, *args],
+        [*prefix, *COMMAND, *args],
         env=environment(env),
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
