@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,21 @@ RunLoader = Callable[..., subprocess.CompletedProcess[str]]
 StartEnvoy = Callable[..., Envoy]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever starts an Envoy is marked so."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whatever starts an Envoy is marked so. On another Python only loaders are started."""
+
+    others = []
     for item in items:
-        if "start_envoy" in getattr(item, "fixturenames", ()):
+        assert isinstance(item, pytest.Function)
+        if "start_envoy" in item.fixturenames:
             item.add_marker(pytest.mark.envoy)
+        if os.environ.get("LOADER_PYTHON") and {"start_loader", "run_loader", "run"}.isdisjoint(
+            [*item.fixturenames, *item.function.__code__.co_names]
+        ):
+            others.append(item)
+    if others:
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
