@@ -32,12 +32,6 @@ pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
 HOST = "shop.example"
 
 
-@pytest.fixture(scope="module")
-def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
-    with Upstreams(tmp_path_factory.mktemp("upstreams"), 4) as found:
-        yield found
-
-
 class Shop:
     """Services of the namespace demo, the loader that renders them and the Envoy that reads it."""
 
