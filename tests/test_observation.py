@@ -340,9 +340,10 @@ def run_python(script: str) -> None:
 
 def test_it_stops_at_once_even_with_clients(listener: Any) -> None:
     others = [loader.Listener("127.0.0.1", 0, loader.Metrics("1")) for _ in range(5)]
-    with within(2 * loader.TICK):
-        for other in others:
-            other.stop()
+    began = time.monotonic()
+    for other in others:
+        other.stop()
+    assert time.monotonic() - began < 2 * loader.TICK
     with socket.create_connection(("127.0.0.1", listener.port)) as sock:
         listener.stop()
         sock.settimeout(5)
