@@ -178,6 +178,7 @@ class Story:
             for proxy in cluster.proxies.values():
                 for loader in proxy.loaders:
                     place = proxy.root / "loader.log"
+                    place.touch()
                     threading.Thread(target=follow, args=(loader, place), daemon=True).start()
                     commands.append(f"tail -f {place}    # the loader of {proxy.name}")
                 log = proxy.envoy.log_file
