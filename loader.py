@@ -1884,13 +1884,14 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
 
 def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    version = hashlib.sha256(b"".join(resources)).hexdigest()[:16]
+    body = (b",\n" if fmt == "json" else b"").join(resources)
+    version = hashlib.sha256(body).hexdigest()[:16]
     if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":[\n'
-        return head.encode() + b",\n".join(resources) + b"\n]}\n"
+        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":['
+        return b"%s\n%s\n]}\n" % (head.encode(), body)
     notes = "".join(f"# {line}\n" for line in comment.splitlines())
     head = f'{notes}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return head.encode() + (b"\n" + b"".join(resources) if resources else b" []\n")
+    return b"%s\n%s" % (head.encode(), body) if resources else f"{head} []\n".encode()
 
 
 def rendered_clusters(content: bytes) -> list[bytes] | None:
@@ -1927,25 +1928,22 @@ def inotify_budget(config: Config) -> int:
 
 
 class Memo:
-    """Results of a function by key, each as long as its arguments are equal; unchanged ones are the
-    same objects, so comparing ends at their identity. What was not asked for between two calls of
-    `forget` is forgotten.
+    """A function, called for many keys at once: where the arguments are equal to those of the last
+    time the result is too. Unchanged ones are the same objects, so comparing ends at identity.
     """
 
     def __init__(self, function: Callable[..., Json]) -> None:
         self._function = function
-        self._old: dict[object, tuple[object, Json]] = {}
-        self._new: dict[object, tuple[object, Json]] = {}
+        self._known: dict[Any, tuple[tuple[object, ...], Json]] = {}
 
-    def get(self, key: object, *arguments: object) -> Json:
-        found = self._new.get(key) or self._old.get(key)
-        if found is None or found[0] != arguments:
-            found = (arguments, self._function(*arguments))
-        self._new[key] = found
-        return found[1]
-
-    def forget(self) -> None:
-        self._old, self._new = self._new, {}
+    def __call__(self, calls: Mapping[Any, tuple[object, ...]]) -> dict[Any, Json]:
+        known, self._known = self._known, {}
+        for key, arguments in calls.items():
+            found = known.get(key)
+            if found is None or found[0] != arguments:
+                found = (arguments, self._function(*arguments))
+            self._known[key] = found
+        return {key: result for key, (_, result) in self._known.items()}
 
 
 class Rendering(NamedTuple):
@@ -1974,16 +1972,17 @@ class Renderer:
         self._modes = {**modes, **dict.fromkeys(on_eds[budget:], INLINE)} if kept else {}
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
-        self._plan_warnings: list[str] = []
+        self._routes, self._warnings = b"", list[str]()
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
-        self._cds, self._rds = Memo(self._file), file_of(b"", SERVICES_SOURCE)
+        self._files = Memo(self._file)
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         if objects.services != self._services:
-            self._plan(dict(sorted(objects.services.items())), other_files)
-        config, warnings = self._config, list(self._plan_warnings)
+            self._services = dict(sorted(objects.services.items()))
+            self._plan(self._services, other_files)
+        config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
         if zone is None and config.prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
@@ -1991,30 +1990,33 @@ class Renderer:
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
             slices.setdefault((found.namespace, found.service), []).append(found)
-        files: dict[str, File] = {}
-        resources: list[bytes] = []
         view, labels = View(config, zone, {}), by_node_label(config)
+        calls = {}
         for key, clusters in self._clusters.items():
             own = slices.get(key, [])
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
                 view = view._replace(nodes=nodes)
-            texts, eds, problems = self._rendered.get(key, key, clusters, own, view)
+            calls[key] = (key, clusters, own, view)
+        files: dict[str, File] = {}
+        resources: list[bytes] = []
+        for key, (texts, eds, problems) in self._rendered(calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(warning_line(key, problems))
-        self._rendered.forget()
-        files[f"cds.{self._fmt}"] = self._cds.get("", CDS_COMMENT, CLUSTER_TYPE, resources)
-        files[f"rds.{self._fmt}"] = self._rds
+        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        files |= self._files({
+            f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
+            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
         modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
         return Rendering(files, tuple(sorted(warnings)),
                          {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
-    def _plan(self, services: dict[Key, Service], other_files: int) -> None:
-        """What follows from the Services alone: which clusters exist, their modes, the routes."""
-        plans = {key: self._plans.get(key, service) for key, service in services.items()}
+    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
+        """What follows from the Services alone: their clusters, with modes, and the routes."""
+        plans = self._plans({key: (service,) for key, service in services.items()})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         kept = unique_clusters(plans, by_age, problems)
@@ -2029,24 +2031,18 @@ class Renderer:
                 problems[key].append("is not routed: it has no cluster of its own")
                 route = route._replace(cluster="")
             routes += [route] if route else []
-        hosts, elements = routes_by_host(routes, problems), []
-        for host in sorted(hosts):
-            text, found = self._hosts.get(host, host, hosts[host])
-            elements.append(text)
-            for key, problem in found:
-                problems[key].append(problem)
-        comment = RDS_COMMENT.format(prefix=self._config.annotation_prefix)
-        self._rds = self._file(comment, ROUTE_TYPE, [self._route_configuration(elements)])
-        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+        hosts = self._hosts({host: (host, routed) for host, routed
+                             in sorted(routes_by_host(routes, problems).items())})
+        for key, problem in itertools.chain.from_iterable(found for _, found in hosts.values()):
+            problems[key].append(problem)
+        self._routes = self._route_configuration([text for text, _ in hosts.values()])
+        self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
-            self._plan_warnings = ["--services: no Service matches the selector"]
+            self._warnings = ["--services: no Service matches the selector"]
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
         if inlined and self._endpoints == AUTO:
-            self._plan_warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in "
-                                       f"CDS: {shortened(inlined)}")
-        self._plans.forget()
-        self._hosts.forget()
-        self._services = services
+            self._warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
+                                  f"{shortened(inlined)}")
 
     def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
         """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
@@ -2125,7 +2121,7 @@ FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
-    """The SDS files of a Secret, by path in the snapshot. ValueError, without content, if anything
+    """The SDS files of a Secret. ValueError, without content, if anything
     is wrong with it: the caller keeps the last ones, all of them. The raw object must not be kept:
     an annotation often holds the key again.
     """
@@ -2153,7 +2149,7 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     files = {}
     for stem, resource in resources.items():
         content = response(form, source, SDS_TYPE, [element(form, resource)])
-        files[f"sds/{stem}.{form}"] = file_of(content, source, mode)
+        files[f"{stem}.{form}"] = file_of(content, source, mode)
     return Keys(files)
 
 
@@ -2301,19 +2297,8 @@ def configmap_from(item: dict[str, Any]) -> Keys:
 class Named(NamedTuple):
     """A ConfigMap or Secret that an option names, and the directory that its files go to."""
 
-    kind: str  # "configmap" or "secret"
-    namespace: str
-    name: str
-    directory: str = ""
-
-    @property
-    def source(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
-
-    @property
-    def query(self) -> Query:
-        resource = SECRETS if self.kind == "secret" else CONFIGMAPS
-        return Query(resource, self.namespace, self.name)
+    query: Query
+    directory: str
 
 
 class Wanted(NamedTuple):
@@ -2371,6 +2356,11 @@ def with_kind(path: str, file: File, before: File | None) -> File:
     return file if file.kind == kind else file._replace(kind=kind)
 
 
+PARSERS: dict[Resource, Callable[..., Any]] = {
+    CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
+    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
+
+
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
 
@@ -2387,46 +2377,41 @@ class Sources:
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
         options = self._options
-        from_secret = functools.partial(
-            secret_from, form=options.format, mode=options.secret_mode)
         for named in (*options.configmap, *options.secret):
-            directory = "sds" if named.kind == "secret" else named.directory
-            owned = {path: file for path, file in published.items()
-                     if file.source == named.source and path.rpartition("/")[0] == directory}
+            source = str(named.query)
+            owned = {path: file for path, file in published.items() if file.source == source
+                     and path.rpartition("/")[0] == named.directory}
             if owned:
                 self._kept[named] = owned
-            self._reflect(named.query, from_secret if named.kind == "secret" else configmap_from)
+            self._reflect(named.query)
         if options.configmap_selector is not None:
             self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
-            self._reflect(self._selected, configmap_from)
+            self._reflect(self._selected)
         if options.services is None:
             return
         self._renderer = Renderer(
-            self._config,
-            endpoints=options.endpoints,
-            fmt=options.format,
+            self._config, endpoints=options.endpoints, fmt=options.format,
             current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
-            node_name=options.node_name,
-            budget=self.budget,
-            modes=modes_on_disk(published),
-        )
+            node_name=options.node_name, budget=self.budget, modes=modes_on_disk(published))
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
-            self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
-            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from)
+            self._reflect(Query(SERVICES, namespace, labels=options.services))
+            self._reflect(Query(ENDPOINTSLICES, namespace))
         if needs_nodes(self._config):
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
-            self._reflect(Query(NODES, name=own), node_from)
+            self._reflect(Query(NODES, name=own))
 
-    def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
+    def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
 
         def count(verb: str, code: str) -> None:
             metrics.add("xds_loader_api_requests_total", (code, verb))
 
-        options = self._options
+        options, parse = self._options, PARSERS[query.resource]
+        if query.resource is SECRETS:
+            parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
         mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
         if mode == "once" and options.timeout:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
@@ -2454,7 +2439,7 @@ class Sources:
         selector in order of name, ConfigMaps in the order in which they were named."""
         for query, reflector in list(self._reflectors.items()):
             if reflector.absent:  # the API server has no EndpointSlices
-                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
+                self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
             files={}, missing=[], stale=[],
@@ -2484,7 +2469,8 @@ class Sources:
 
     def _named(self, named: Named, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        key, reflector = (named.namespace, named.name), self._reflectors[named.query]
+        query, reflector = named.query, self._reflectors[named.query]
+        key, source = (query.namespace, query.name), str(query)
         found = None if key in reflector.bad else reflector.objects().get(key)
         prefix = f"{named.directory}/" if named.directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
@@ -2492,14 +2478,14 @@ class Sources:
         if files or (found and not self._kept.get(named)):
             self._kept[named] = files
         elif named not in self._kept:
-            wanted.missing.append(named.source)
-            if self._file and (hint := self._file.elsewhere(named.query)):
+            wanted.missing.append(source)
+            if self._file and (hint := self._file.elsewhere(query)):
                 wanted.notes.append(hint)
         else:
             there = found or key in reflector.bad
             state = "has no usable files" if there else "does not exist any more"
-            wanted.notes.append(f"{named.source} {state}: its last files stay published")
-            wanted.stale.append(named.source)
+            wanted.notes.append(f"{source} {state}: its last files stay published")
+            wanted.stale.append(source)
         return self._kept.get(named, {})
 
     def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
@@ -5180,10 +5166,11 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Named:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
-    return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
+    namespace = namespace_name(namespace) if slash else ""
+    return Named(Query(resource, namespace, object_name(name)), directory)
 
 
 def named_configmap(text: str) -> Named:
@@ -5192,7 +5179,7 @@ def named_configmap(text: str) -> Named:
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named_secret(name, "configmap", directory)
+    return named_secret(name, CONFIGMAPS, directory)
 
 
 def label_selector(text: str) -> str:
@@ -5412,7 +5399,9 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     namespace = values.get("namespace") or default_namespace(environ)
     for kind in ("configmap", "secret"):
         named = values.get(kind, ())
-        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
+        values[kind] = tuple(
+            it if it.query.namespace else it._replace(query=it.query._replace(namespace=namespace))
+            for it in named)
     from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
     if not from_file and "apiserver" not in values:
         values["apiserver"] = default_apiserver(environ)
