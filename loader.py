@@ -1825,8 +1825,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 # addresses, durations. Everything else is quoted as in JSON, in one line.
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
-    r"[a-z_/][a-z0-9_./-]*\Z|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+\Z|[0-9]+s\Z"
-)
+    r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
 # What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -1872,9 +1871,7 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
 
 
 def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """One element of a list: "yaml" for people, at the indent; "json" for Envoy, which reads it
-    five times faster.
-    """
+    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
     lines: list[str] = []
@@ -1913,10 +1910,8 @@ def modes_on_disk(files: Files) -> dict[str, str]:
 
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
-    that a user may have on this node.
-
-    Each file is one to Envoy, two while its cluster warms, and all Envoys of one user on the node
-    share the limit. Envoy aborts when it is passed.
+    that a user may have on this node. Envoys share these, need one for a file and two while its
+    cluster warms, and abort when there are no more.
     """
     if config.eds_budget is not None:
         return config.eds_budget
@@ -1928,8 +1923,8 @@ def inotify_budget(config: Config) -> int:
 
 
 class Memo:
-    """A function, called for many keys at once: where the arguments are equal to those of the last
-    time the result is too. Unchanged ones are the same objects, so comparing ends at identity.
+    """A function, called for many keys at once; a result is used again where the arguments equal
+    those of the last time. Unchanged ones are the same objects, so comparing ends at identity.
     """
 
     def __init__(self, function: Callable[..., Json]) -> None:
@@ -1955,11 +1950,9 @@ class Rendering(NamedTuple):
 
 
 class Renderer:
-    """Renders Services again and again; a change in one of them renders that one.
-
-    `endpoints` is the mode, `fmt` "yaml" or "json", `current_dir` the absolute path under which
-    Envoy reads, `budget` as inotify_budget() has it. `modes` are those of the clusters on disk when
-    the loader started: they stay, within the budget.
+    """Renders Services again and again; a change in one of them renders that one. `current_dir` is
+    the absolute path under which Envoy reads; `modes`, of the clusters on disk when the loader
+    started, stay within the budget.
     """
 
     def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
@@ -2045,10 +2038,8 @@ class Renderer:
                                   f"{shortened(inlined)}")
 
     def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
-        """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
-
-        A cluster that flips would be a new one to Envoy, with new connections and health.
-        """
+        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
+        would be new to Envoy, with new connections and health."""
         modes = {name: self._modes.get(name, self._endpoints) for name in names}
         if self._endpoints == AUTO:
             free = self._budget - sum(mode == EDS for mode in modes.values())
@@ -2070,10 +2061,9 @@ class Renderer:
             return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
         return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
 
-    def _service(
-        self, key: Key, clusters: Sequence[tuple[Cluster, str]], slices: Sequence[EndpointSlice],
-        view: View,
-    ) -> tuple[list[bytes], dict[str, File], list[str]]:
+    def _service(self, key: Key, clusters: Sequence[tuple[Cluster, str]],
+                 slices: Sequence[EndpointSlice], view: View
+                 ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster, mode in clusters if mode != DNS]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
@@ -2115,8 +2105,6 @@ class Renderer:
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-# OpenSSL's reasons for a key of another certificate: of the same type; of another one.
-KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
@@ -2184,9 +2172,7 @@ def secret_problems(cert: bytes, key: bytes, ca: bytes) -> list[str]:
 
 
 def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
-    a comment.
-    """
+    """What is wrong with a chain or a bundle of CAs, "" if nothing; other text is a comment."""
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
     try:  # (a comment may be in any encoding)
@@ -2197,10 +2183,9 @@ def certificates_problem(pem: bytes) -> str:
 
 
 def pair_problem(cert: bytes, key: bytes) -> str:
-    """What is wrong with the key of a certificate, "" if nothing.
-
-    OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS) Envoy judges the pair itself.
+    """What is wrong with the key of a certificate, "" if nothing. OpenSSL reads pairs from files
+    only: anonymous memory has a name in /proc, and the key touches no disk. Where there is none
+    (macOS) Envoy judges the pair itself.
     """
     try:
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
@@ -2208,11 +2193,10 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
             tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
-        if error.reason in KEY_MISMATCHES:
-            return "is not the key of the first certificate in tls.crt"
         if b"ENCRYPTED" in key:
             return "is encrypted, and Envoy is given no passphrase"
-        return "is not readable as a PEM private key"
+        reason = error.reason or "not readable"  # OpenSSL's, such as KEY_VALUES_MISMATCH
+        return f"is not the key of the first certificate in tls.crt ({reason})"
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
     return ""
@@ -2317,16 +2301,15 @@ class Wanted(NamedTuple):
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
-    """All files of the layers, the later ones winning, and a warning for each that lost.
-
-    A file where another source has a directory cannot be on disk beside it: it is left out.
+    """All files of the layers, the later ones winning, and a warning for each that lost. A file
+    where another source has a directory cannot be on disk beside it: it is left out.
     """
     files: dict[str, File] = {}
     warnings = []
     for layer in layers:
         for path, file in layer.items():
-            lost = files.get(path)
-            if lost is not None and lost.source != file.source:
+            lost = files.get(path, file)
+            if lost.source != file.source:
                 warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
                                 f"{file.source}")
             files[path] = file
@@ -2347,10 +2330,8 @@ def counted(file: File) -> str:
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
-    """A file without a type URL is what was published there before, else what its name says.
-
-    That is CDS with no cluster left, or a file that Envoy will not be able to parse.
-    """
+    """A file without a type URL (CDS with no cluster left, or what Envoy will not be able to parse)
+    is what was published there before, else what its name says."""
     stem = path.rpartition("/")[2].partition(".")[0]
     kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
     return file if file.kind == kind else file._replace(kind=kind)
@@ -2405,10 +2386,6 @@ class Sources:
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-
-        def count(verb: str, code: str) -> None:
-            metrics.add("xds_loader_api_requests_total", (code, verb))
-
         options, parse = self._options, PARSERS[query.resource]
         if query.resource is SECRETS:
             parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
@@ -2417,11 +2394,11 @@ class Sources:
             mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
         elif self._file:
             patience = min(patience, interval)  # nobody is hammered
+        client = self._file or Api(options.access, lambda verb, code: metrics.add(
+            "xds_loader_api_requests_total", (code, verb)))
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access, count), self._wake,
-            mode=mode, interval=interval, optional=query.resource is ENDPOINTSLICES,
-            patience=patience,
-        )
+            query, parse, client, self._wake, mode=mode, interval=interval,
+            optional=query.resource is ENDPOINTSLICES, patience=patience)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 

@@ -34,6 +34,7 @@ from tests.support.apiserver import ApiServer, Rule
 NOW = datetime.datetime(2025, 6, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
 UNREADABLE = "holds no PEM certificate, or one that is not readable"
+MISMATCH = "tls.key is not the key of the first certificate in tls.crt"
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 
@@ -241,9 +242,10 @@ def test_the_older_key_formats() -> None:
 def test_a_pair_that_does_not_match() -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     problem = problems_of(tls_crt=a_pair().cert, tls_key=pem_of(other))
-    assert problem.endswith("tls.key is not the key of the first certificate in tls.crt")
+    assert problem.endswith(f"{MISMATCH} (KEY_VALUES_MISMATCH)")
     problem = problems_of(tls_crt=a_pair().cert, tls_key=a_pair("rsa2048").key)
-    assert problem.endswith("tls.key is not the key of the first certificate in tls.crt")
+    reasons = ("KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+    assert problem.endswith(tuple(f"{MISMATCH} ({reason})" for reason in reasons))
 
 
 def test_a_chain_in_the_wrong_order() -> None:
@@ -272,9 +274,9 @@ def test_garbage() -> None:
     for bad in (b"garbage", cert[:-40], cert + cert[:99], cert.replace(b"\nMII", b"\n!II"),
                 block(b"\x30\x03abc"), cert + block(b"abc"), cert.replace(b"\n", b"\n ")):
         assert problems_of(tls_crt=bad, tls_key=key).endswith(f"tls.crt {UNREADABLE}")
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=b"garbage")
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=key[:-60])
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=cert)
+    assert f"{MISMATCH} (not readable)" in problems_of(tls_crt=cert, tls_key=b"garbage")
+    assert f"{MISMATCH} (" in problems_of(tls_crt=cert, tls_key=key[:-60])
+    assert f"{MISMATCH} (not readable)" in problems_of(tls_crt=cert, tls_key=cert)
     assert f"ca.crt {UNREADABLE}" in problems_of(ca_crt=b"\xff\x00")
 
 
