@@ -1891,11 +1891,14 @@ def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) 
     return b"%s\n%s" % (head.encode(), body) if resources else f"{head} []\n".encode()
 
 
-def rendered_clusters(content: bytes) -> list[bytes] | None:
-    """The clusters in CDS that response() wrote in YAML; None if somebody else wrote a byte."""
-    parts = content.removesuffix(b"\n").split(b"\n- ")[1:]
-    clusters = [b"- %s\n" % part for part in parts]
-    return clusters if response("yaml", CDS_COMMENT, CLUSTER_TYPE, clusters) == content else None
+def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
+    """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
+    texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
+    if response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
+        return None
+    names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
+    return {json.loads(name) if name[0] == '"' else name: text
+            for name, text in zip(names, texts, strict=True)}
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
@@ -2352,12 +2355,11 @@ class Sources:
         self._selected: Query | None = None
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
-        self.rendering: Rendering | None = None
-        self.budget = inotify_budget(config)
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
-        options = self._options
+        options, budget = self._options, inotify_budget(self._config)
+        metrics.set("xds_loader_inotify_instances_budget", budget)
         for named in (*options.configmap, *options.secret):
             source = str(named.query)
             owned = {path: file for path, file in published.items() if file.source == source
@@ -2373,7 +2375,7 @@ class Sources:
         self._renderer = Renderer(
             self._config, endpoints=options.endpoints, fmt=options.format,
             current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
-            node_name=options.node_name, budget=self.budget, modes=modes_on_disk(published))
+            node_name=options.node_name, budget=budget, modes=modes_on_disk(published))
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
@@ -2436,9 +2438,11 @@ class Sources:
                 layers.append(configmap.files)
         layers += [self._named(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
-            self.rendering = self._render(self._renderer, layers)
-            wanted.notes.extend(self.rendering.warnings)
-            layers.insert(0, self.rendering.files)
+            rendering = self._render(self._renderer, layers)
+            metrics.replace("xds_loader_clusters", {
+                (mode,): count for mode, count in rendering.clusters.items()})
+            wanted.notes.extend(rendering.warnings)
+            layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
@@ -2569,18 +2573,8 @@ def clusters_of(file: File) -> Clusters | None:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return Clusters(frame, texts) if len(texts) == len(resources) else None
-    blocks = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    if blocks is None:
-        return None
-    return Clusters(None, {rendered_name(block): block for block in blocks})
-
-
-def rendered_name(block: bytes) -> str:
-    """The name of a cluster that our own writer wrote as YAML."""
-    found = re.search(rb'^[- ] name: (?:(".*")|(.+))$', block, re.MULTILINE)
-    if found is None:
-        return ""
-    return str(parse_json(found[1])) if found[1] else found[2].decode()
+    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+    return None if rendered is None else Clusters(None, rendered)
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -4457,7 +4451,6 @@ class Loop:
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
         self.known = known_from(self.output)
-        metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
         self._switched_at = self.output.switched_at()
         self.sources.start(self.output.published)
         self._check_at = time.monotonic() + options.sync_interval
@@ -4888,9 +4881,6 @@ class Loop:
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
-        if self.sources.rendering is not None:
-            metrics.replace("xds_loader_clusters", {
-                (mode,): count for mode, count in self.sources.rendering.clusters.items()})
 
     # -- one-time runs ------------------------------------------------------------------------
 
