@@ -2120,15 +2120,12 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
-    label, source = f"{namespace}/{name}", f"secret {namespace}/{name}"
-    cert, key, ca = (decode_key(held.get(entry), f"{source}: {entry}")
+    cert, key, ca = (decode_key(held.get(entry), entry)
                      for entry in ("tls.crt", "tls.key", "ca.crt"))
-    problems = secret_problems(cert, key, ca)
-    stem = f"{namespace}_{name}"  # no object name has `_`: it is unambiguous
+    check_secret(cert, key, ca)
+    label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
     if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
-        problems.append("the name is too long for a file name")
-    if problems:
-        raise ValueError(f"{source}: {'; '.join(problems)}")
+        raise ValueError("the name is too long for a file name")
     resources: dict[str, dict[str, Json]] = {}
     if cert:
         pair = {"certificate_chain": pem_source(cert), "private_key": pem_source(key)}
@@ -2137,7 +2134,7 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
         trusted = {"trusted_ca": pem_source(ca)}
         resources[f"{stem}_ca"] = {
             "@type": SDS_TYPE, "name": f"{label}/ca", "validation_context": trusted}
-    files = {}
+    files, source = {}, f"secret {label}"
     for stem, resource in resources.items():
         content = response(form, source, SDS_TYPE, [element(form, resource)])
         files[f"{stem}.{form}"] = file_of(content, source, mode)
@@ -2159,36 +2156,31 @@ def pem_source(pem: bytes) -> dict[str, str]:
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-def secret_problems(cert: bytes, key: bytes, ca: bytes) -> list[str]:
-    """Why a Secret must not be published: whatever Envoy would reject, as far as the standard
-    library can tell, and nothing that Envoy would accept.
+def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
+    """Raise ValueError for whatever Envoy would reject, as far as the standard library can tell,
+    and for nothing that Envoy would accept.
     """
     if not (cert or key or ca):
-        return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
-    problems = [f"{entry} {problem}" for entry, pem in (("tls.crt", cert), ("ca.crt", ca))
-                if pem and (problem := certificates_problem(pem))]
+        raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
-        problems.append("tls.crt without tls.key" if cert else "tls.key without tls.crt")
-    elif cert and not problems and (problem := pair_problem(cert, key)):
-        problems.append(f"tls.key {problem}")
-    return problems
+        raise ValueError("tls.crt without tls.key" if cert else "tls.key without tls.crt")
+    for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
+        if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
+            raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
+        text = pem.decode("ascii", "backslashreplace")  # a comment may be in any encoding
+        try:
+            if text:
+                tls_context().load_verify_locations(cadata=text)
+        except ssl.SSLError:
+            raise ValueError(f"{entry} holds no PEM certificate, or an unreadable one") from None
+    if cert:
+        check_pair(cert, key)
 
 
-def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or a bundle of CAs, "" if nothing; other text is a comment."""
-    if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
-        return "holds a private key, which belongs into tls.key alone"
-    try:  # (a comment may be in any encoding)
-        tls_context().load_verify_locations(cadata=pem.decode("ascii", "backslashreplace"))
-    except ssl.SSLError:
-        return "holds no PEM certificate, or one that is not readable"
-    return ""
-
-
-def pair_problem(cert: bytes, key: bytes) -> str:
-    """What is wrong with the key of a certificate, "" if nothing. OpenSSL reads pairs from files
-    only: anonymous memory has a name in /proc, and the key touches no disk. Where there is none
-    (macOS) Envoy judges the pair itself.
+def check_pair(cert: bytes, key: bytes) -> None:
+    """Raise ValueError for a key of another certificate. OpenSSL reads pairs from files only:
+    anonymous memory has a name in /proc, and the key touches no disk. Where there is none (macOS)
+    Envoy judges the pair itself.
     """
     try:
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
@@ -2197,12 +2189,12 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
         if b"ENCRYPTED" in key:
-            return "is encrypted, and Envoy is given no passphrase"
+            raise ValueError("tls.key is encrypted, and Envoy is given no passphrase") from None
         reason = error.reason or "not readable"  # OpenSSL's, such as KEY_VALUES_MISMATCH
-        return f"is not the key of the first certificate in tls.crt ({reason})"
+        raise ValueError(
+            f"tls.key is not the key of the first certificate in tls.crt ({reason})") from None
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
-    return ""
 
 
 def tls_context() -> ssl.SSLContext:
@@ -2241,18 +2233,16 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}"
+KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own names
 
 
 def key_problem(name: str) -> str:
     """Why a key (or a part of a path) cannot be a file name here; empty if it can.
 
     --from-file and `..state` do not come from the API server, which checks keys, and nothing may
-    ever leave the output directory. Names that begin with `..` are the loader's own.
+    ever leave the output directory.
     """
-    if not re.fullmatch(KEY_NAME, name):
-        return "is not a valid file name"
-    return "begins with '..'" if name.startswith("..") else ""
+    return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
 class Keys(NamedTuple):
