@@ -1926,8 +1926,8 @@ def inotify_budget(config: Config) -> int:
 
 
 class Memo:
-    """A function, called for many keys at once; a result is used again where the arguments equal
-    those of the last time. Unchanged ones are the same objects, so comparing ends at identity.
+    """A function, called for all keys at once. Where the arguments are those of the last time the
+    result is too; unchanged ones are the same objects, so comparing ends at identity.
     """
 
     def __init__(self, function: Callable[..., Json]) -> None:
@@ -1962,16 +1962,15 @@ class Renderer:
                  node_name: str, budget: int, modes: Mapping[str, str]) -> None:
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
         self._directory, self._node_name, self._budget = current_dir, node_name, budget
-        on_eds = sorted(name for name, mode in modes.items() if mode == EDS)
+        on_eds = sorted(name for name, mode in modes.items() if mode == EDS)[:budget]
         # Without one EDS file what is on disk was no decision of `auto`.
-        kept = on_eds and endpoints == AUTO
-        self._modes = {**modes, **dict.fromkeys(on_eds[budget:], INLINE)} if kept else {}
+        kept = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS) if on_eds else {}
+        self._modes = kept if endpoints == AUTO else {}
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._routes, self._warnings = b"", list[str]()
-        self._plans = Memo(lambda service: plan_service(service, config, endpoints))
-        self._hosts, self._rendered = Memo(self._host), Memo(self._service)
-        self._files = Memo(self._file)
+        self._plans, self._hosts = Memo(plan_service), Memo(self._host)
+        self._rendered, self._files = Memo(self._service), Memo(self._file)
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
@@ -2012,7 +2011,8 @@ class Renderer:
 
     def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: their clusters, with modes, and the routes."""
-        plans = self._plans({key: (service,) for key, service in services.items()})
+        plans = self._plans({key: (service, self._config, self._endpoints)
+                             for key, service in services.items()})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         kept = unique_clusters(plans, by_age, problems)
@@ -2112,9 +2112,9 @@ FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
-    """The SDS files of a Secret. ValueError, without content, if anything
-    is wrong with it: the caller keeps the last ones, all of them. The raw object must not be kept:
-    an annotation often holds the key again.
+    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
+    caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
+    holds the key again.
     """
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
@@ -2128,15 +2128,15 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
         raise ValueError("the name is too long for a file name")
     resources: dict[str, dict[str, Json]] = {}
     if cert:
-        pair = {"certificate_chain": pem_source(cert), "private_key": pem_source(key)}
-        resources[stem] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
+        resources[stem] = {"name": label, "tls_certificate": {
+            "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
     if ca:
-        trusted = {"trusted_ca": pem_source(ca)}
         resources[f"{stem}_ca"] = {
-            "@type": SDS_TYPE, "name": f"{label}/ca", "validation_context": trusted}
+            "name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
     files, source = {}, f"secret {label}"
     for stem, resource in resources.items():
-        content = response(form, source, SDS_TYPE, [element(form, resource)])
+        text = element(form, {"@type": SDS_TYPE, **resource})
+        content = response(form, source, SDS_TYPE, [text])
         files[f"{stem}.{form}"] = file_of(content, source, mode)
     return Keys(files)
 
@@ -2246,7 +2246,7 @@ def key_problem(name: str) -> str:
 
 
 class Keys(NamedTuple):
-    """What a ConfigMap or a Secret is to us: files, and what in it cannot be one."""
+    """The files of a ConfigMap or a Secret, and what in it cannot be one."""
 
     files: Mapping[str, File]
     problems: tuple[str, ...] = ()
