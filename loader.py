@@ -2442,7 +2442,8 @@ class Sources:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         query, reflector = named.query, self._reflectors[named.query]
         key, source = (query.namespace, query.name), str(query)
-        found = None if key in reflector.bad else reflector.objects().get(key)
+        bad = key in reflector.bad
+        found = None if bad else reflector.objects().get(key)
         prefix = f"{named.directory}/" if named.directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
         wanted.notes.extend(found.problems if found else ())
@@ -2450,11 +2451,10 @@ class Sources:
             self._kept[named] = files
         elif named not in self._kept:
             wanted.missing.append(source)
-            if self._file and (hint := self._file.elsewhere(query)):
+            if self._file and not bad and (hint := self._file.elsewhere(query)):
                 wanted.notes.append(hint)
         else:
-            there = found or key in reflector.bad
-            state = "has no usable files" if there else "does not exist any more"
+            state = "has no usable files" if found or bad else "does not exist any more"
             wanted.notes.append(f"{source} {state}: its last files stay published")
             wanted.stale.append(source)
         return self._kept.get(named, {})
