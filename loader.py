@@ -161,7 +161,7 @@ def json_object(value: object) -> dict[str, Json]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_json(text: bytes | str) -> Json:
+def parse_json(text: bytes | bytearray | str) -> Json:
     """json.loads; nesting that is too deep is a ValueError like every other error."""
     try:
         return json.loads(text)
@@ -170,7 +170,9 @@ def parse_json(text: bytes | str) -> Json:
 
 
 def why(error: BaseException) -> str:
-    """An exception as one readable line."""
+    """An exception as one readable line; http.client's without their text, which is a server's."""
+    if isinstance(error, http.client.HTTPException):
+        return type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}"
@@ -189,20 +191,19 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# A TCP and TLS handshake; the silence within one answer; one whole answer, from its request to its
-# last byte: no server holds a thread by trickling.
+# Seconds for a TCP and TLS handshake; of silence within an answer; for one whole answer, so that no
+# server holds a thread by trickling.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
-# Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
-# (etcd stores objects of 1.5 MiB).
-LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
+# An answer is at most a page of 500 objects of 512 KiB; an event an object (etcd takes 1.5 MiB).
+LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 
 # Objects in one page of a list, as kubectl asks. And pages in one list: a million objects, beyond
 # which the server is going round in circles.
 PAGE, LIST_PAGES = 500, 2_000
 
 # An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
-# (etcd was restored) is silent for ever, like a half-open connection: either is probed.
+# (etcd was restored) is silent for ever, like a half-open connection.
 WATCH_SILENCE = 80.0
 
 # The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
@@ -260,12 +261,15 @@ class Query(NamedTuple):
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
         return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
 
+    @property
+    def place(self) -> str:
+        return f" in namespace {self.namespace}" if self.namespace else ""
+
     def __str__(self) -> str:
         if self.name:
-            scope = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.resource.name.removesuffix('s')} {scope}{self.name}"
-        where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
+            key = "/".join(filter(None, (self.namespace, self.name)))
+            return f"{self.resource.name.removesuffix('s')} {key}"
+        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{self.place}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
@@ -281,23 +285,16 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """The API server answered, and not with what was asked for."""
+    """What was asked for did not come: the status of the answer (0: there was none), and how many
+    seconds the server asks to wait."""
 
-    def __init__(self, status: int, text: str, retry_after: float = 0.0) -> None:
+    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status, self.retry_after = status, retry_after
 
 
-class Expired(ApiError):
-    """410: the resourceVersion (or the continue token) is too old; only a new list helps."""
-
-
-class Cut(LoaderError):
-    """A connection that ended where it should not have, or was silent for too long."""
-
-
 # What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# what is not JSON. A host name that no resolver accepts (`a..b`) is a ValueError.
+# what is not HTTP. A host name that no resolver accepts (`a..b`) is a ValueError.
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 Response = http.client.HTTPResponse
@@ -306,36 +303,32 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
-    `urllib.request`, which follows redirects.) `count` is called for every answer: (verb, status).
-    """
+    `urllib.request`, which follows redirects.)"""
 
-    def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
-        self._access, self._count = access, count
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._url = urllib.parse.urlsplit(access.apiserver)
         self._connection: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
 
-    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
-        resourceVersion to watch from. What is not plainly such a list is unknown, never empty."""
-        kind = f"{query.resource.kind}List"
-        page = {"limit": str(limit or "")}
+    def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
+        """Call `keep` with each object that matches, page by page; the resourceVersion to watch
+        from. What is not plainly such a list is unknown, never empty."""
+        kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
-            answer: dict[str, Json] = {}
-            with contextlib.suppress(ValueError):
-                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
+            answer = object_in(self._ask(query, "list", page)[1])
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(200, f"{text}; is it a Kubernetes API server?")
+                raise ApiError(f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
             del items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
-        raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
+        raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
         """Whether `version` is one that this server never reached: its etcd was reset. (It waits
@@ -343,21 +336,36 @@ class Api:
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
-            return False
         except ApiError as error:
-            if error.status == 504:
-                return True
-            raise
+            if error.status != 504:
+                raise
+            return True
+        return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """Open a watch: its events, until the server ends it properly; else Cut, ApiError, or
-        Expired for 410 (a status, or an ERROR event: a real server answers 200 and one event)."""
-        seconds = random.randint(*WATCH_SECONDS)
+        """An event "OPEN" when the server has answered, and then its own, until it ends the watch
+        properly; else ApiError (410: a status or an ERROR event, as a real server sends it)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
-        response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
-        if self._socket is not None:
-            self._socket.settimeout(WATCH_SILENCE)
-        return self._events(query, response, time.monotonic() + seconds + ANSWER_SECONDS)
+        asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
+        response, rest = self._ask(query, "watch", asked)[0], bytearray()
+        try:
+            yield "OPEN", {}
+            # (http.client's readline shows a stream that was cut between chunks as a normal end.)
+            while block := response.read1(1 << 18):
+                rest += block
+                if b"\n" in block:
+                    *lines, rest = rest.split(b"\n")
+                    for line in filter(None, lines):
+                        yield self._event(query, line)
+                if len(rest) > EVENT_BYTES:
+                    raise ValueError("an event does not end")
+            if rest:
+                raise ValueError("cut within an event")
+        except BROKEN as error:
+            raise ApiError(f"watch {query}: cut or silent ({why(error)})") from error
+        finally:
+            if not response.isclosed():
+                self._close()  # it cannot be used for another request
 
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
@@ -366,48 +374,12 @@ class Api:
                 # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = self._socket = None
 
     # -- one answer -------------------------------------------------------------------------
-
-    def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
-        """The events in the lines of a watch. (http.client's readline shows a stream that was cut
-        at a chunk boundary as a normal end; `read1` does not.)"""
-        buffer = bytearray()
-        try:
-            while block := response.read1(1 << 18):
-                buffer += block
-                if b"\n" in block:
-                    *lines, rest = bytes(buffer).split(b"\n")
-                    buffer = bytearray(rest)
-                    for line in filter(bytes.strip, lines):
-                        yield self._event(query, line)
-                if len(buffer) > EVENT_BYTES or time.monotonic() > until:
-                    raise ValueError("it does not end")
-            if buffer.strip():
-                raise ValueError("cut within an event")
-        except BROKEN as error:
-            shown = self._quoted(str(error), why(error))
-            raise Cut(f"watch {query}: cut or silent ({shown})") from error
-        finally:
-            if not response.isclosed():
-                self.close()  # it cannot be used for another request
-
-    def _event(self, query: Query, line: bytes) -> Event:
-        event = json_object(parse_json(line))
-        kind, item = event.get("type"), event.get("object")
-        if not isinstance(kind, str) or not isinstance(item, dict):
-            raise ValueError("an event has no type or no object")
-        if kind == "ERROR":
-            code = item.get("code")
-            status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            if item.get("reason") in ("Expired", "Gone"):
-                status = 410
-            raise self._error(query, "watch", status, text_at(item, "message"))
-        return kind, item
 
     def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
         """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
@@ -418,109 +390,99 @@ class Api:
         timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
         timer.daemon = True
         timer.start()
-        code = "none"
+        status = 0
         try:
-            response = self._send(self._url.path.rstrip("/") + query.target(page), headers)
-            code = str(response.status)
-            if response.status != 200:
-                raise self._failure(query, verb, response)
-            return response, b"" if verb == "watch" else body_of(response, LIST_BYTES)
+            connection = self._connected()
+            target = self._url.path.rstrip("/") + query.target(page)
+            connection.request("GET", target, headers=headers)
+            connection.sock.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
+            response = connection.getresponse()
+            status = response.status
+            body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
-            self.close()
-            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(str(error), why(error))}"
-            raise Cut(f"{text}; check --apiserver and --ca-file") from error
+            self._close()
+            text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
+            raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
             timer.cancel()
-            self._count(verb, code)
-
-    def _send(self, target: str, headers: dict[str, str]) -> Response:
-        """Over the open connection if there is one; a server may have closed it meanwhile."""
-        began, kept = time.monotonic(), self._connection
-        if kept is not None and kept.sock is None:
-            kept = None
-        try:
-            connection = kept or self._connect()
-            connection.request("GET", target, headers=headers)
-            connection.sock.settimeout(ANSWER_TIMEOUT)
-            return connection.getresponse()
-        except BROKEN:
-            self.close()
-            if kept is None or time.monotonic() - began > CONNECT_TIMEOUT:
-                raise
-        return self._send(target, headers)
-
-    def _failure(self, query: Query, verb: str, response: Response) -> ApiError:
-        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
-        message = ""
-        with contextlib.suppress(*BROKEN):
-            message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
-            message = text_at(json_object(parse_json(message)), "message")
-        if not response.isclosed():
-            self.close()
-        if 300 <= response.status < 400:
-            where = self._quoted(response.headers.get("Location", ""))
-            message = f"redirects are not followed: correct --apiserver ({where})"
+            metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
+        if status == 200:
+            return response, body
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        return self._error(query, verb, response.status, message, seconds)
+        raise self._refusal(query, verb, status, object_in(body), seconds)
 
-    def _error(self, query: Query, verb: str, status: int, message: str,
-               retry_after: float = 0.0) -> ApiError:
+    def _event(self, query: Query, line: bytes | bytearray) -> Event:
+        event = object_in(line)
+        kind, item = text_at(event, "type"), event.get("object")
+        if not kind or not isinstance(item, dict):
+            raise ValueError("an event has no type or no object")
+        if kind == "ERROR":
+            code = item.get("code")
+            status = code if isinstance(code, int) and 400 <= code < 600 else 500
+            raise self._refusal(query, "watch", status, item)
+        return kind, item
+
+    def _refusal(self, query: Query, verb: str, status: int, said: dict[str, Json],
+                 retry_after: float = 0.0) -> ApiError:
+        """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
+        other text of a server is shown: it may echo the request, token and all."""
         path = self._access.token_file
-        scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name} in {scope}{sent}",
+            403: f"; grant the service account {verb} on {query.resource.name}{query.place}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
+            **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
-        text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
-        return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
+        words = self._quoted(text_at(said, "message")) or http.client.responses.get(status, "")
+        return ApiError(f"{verb} {query}: {status} {words}{hint}", status, retry_after)
 
-    def _quoted(self, text: str, shown: str = "") -> str:
-        """Foreign text (or a line about it) for the log. An error page may echo the request, token
-        and all, in a URL or in base64 too, where three alignments are possible."""
-        forms = {self._token}
-        for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
-            encoded = base64.b64encode(bytes(shift) + self._token.encode("latin-1")).decode()
-            forms.add(encoded[first : len(encoded) // 4 * 4 - 4])
-        plain = "".join(urllib.parse.unquote(text).split())
-        seen = plain + plain.replace("-", "+").replace("_", "/")
-        if any(form in seen for form in forms if form):
+    def _quoted(self, text: str) -> str:
+        """A server's text for the log, unless the token is in it: as it is, in a URL or in base64,
+        whose three alignments share their first and last characters with what is beside it."""
+        token, url_safe = self._token.encode("latin-1"), bytes.maketrans(b"-_", b"+/")
+        forms = [token, *(base64.b64encode(bytes(n) + token)[4:-4] for n in range(3))]
+        seen = b"".join(urllib.parse.unquote_to_bytes(text).split()).translate(url_safe)
+        if any(form and form.translate(url_safe) in seen for form in forms):
             return "[a text that quotes the token]"
-        return shown or " ".join(text.split())[:500]
+        return " ".join(text.split())[:500]
 
     # -- one connection ---------------------------------------------------------------------
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connected(self) -> http.client.HTTPConnection:
+        """The open connection, unless the server has ended it meanwhile; else a new one."""
+        if self._connection is not None and self._connection.sock is not None:
+            idle = select.poll()
+            idle.register(self._connection.sock, select.POLLIN)
+            if not idle.poll(0):
+                return self._connection
+        self._close()
         place = self._url.hostname or "", self._url.port
-        made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
         if self._url.scheme == "https":
-            context = self._context()
-            made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT, context=context)
+            made: http.client.HTTPConnection = http.client.HTTPSConnection(
+                *place, timeout=CONNECT_TIMEOUT, context=self._context())
+        else:
+            made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
         made.connect()
         self._connection, self._socket = made, made.sock
-        # The kernel notices within about a minute that the other side is gone.
-        made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         return made
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
         path, url = self._access.token_file, self._url
         try:
-            with open(path, "rb") as stream:
-                token = stream.read(ERROR_BYTES).decode("latin-1").strip()
+            with open(path, encoding="latin-1") as stream:
+                token = stream.read().strip()
         except FileNotFoundError:
             return ""
         except OSError as error:
-            raise LoaderError(f"token file {why(error)}; check --token-file") from None
+            raise ApiError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
-            raise LoaderError(f"token file {path}: not a valid token; check --token-file")
+            raise ApiError(f"token file {path}: not a valid token; check --token-file")
         if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
             text = f"the token in {path} is not sent to {url.netloc} over plain HTTP"
-            raise LoaderError(f"{text}; give --apiserver an https URL")
+            raise ApiError(f"{text}; give --apiserver an https URL")
         return token
 
     def _context(self) -> ssl.SSLContext:
@@ -532,7 +494,7 @@ class Api:
             if access.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
-            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
+            elif where == Access().ca_file and not os.path.exists(where):
                 context.load_default_certs()
             else:
                 context.load_verify_locations(cafile=where)
@@ -542,15 +504,23 @@ class Api:
                 context.load_cert_chain(access.client_cert, access.client_key, password="")
         except OSError as error:  # an SSLError is one
             hint = "check --ca-file, --client-cert and --client-key"
-            raise LoaderError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
+            raise ApiError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
         return context
 
 
-def body_of(response: Response, most: int) -> bytes:
-    """All of an answer; ValueError if that is more than `most` bytes."""
-    body = response.read(most + 1)
-    if len(body) > most:
-        raise ValueError(f"the answer is larger than {most >> 20} MiB")
+def object_in(text: bytes | bytearray) -> dict[str, Json]:
+    """The JSON object that a text is; an empty one for anything else."""
+    try:
+        return json_object(parse_json(text))
+    except ValueError:
+        return {}
+
+
+def body_of(response: Response) -> bytes:
+    """All of an answer; ValueError if that is more than LIST_BYTES."""
+    body = response.read(LIST_BYTES + 1)
+    if len(body) > LIST_BYTES:
+        raise ValueError(f"the answer is larger than {LIST_BYTES >> 20} MiB")
     if response.length:  # with a bound, read() does not raise it
         raise http.client.IncompleteRead(b"", response.length)
     return body
@@ -575,8 +545,9 @@ SUSPICIOUS_SILENCE = 30.0
 RELIST_AFTER = 3
 
 # `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
-# 20 ms after a restart though it means 200: these are asked again for this long.
-ONE_TRY_SECONDS = 1.0
+# 20 ms after a restart though it means 200: these are asked again for a second, and a little more,
+# so that a Retry-After of 1 fits.
+ONE_TRY_SECONDS = 1.25
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
@@ -586,26 +557,23 @@ class Reflector(threading.Thread):
     `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
     `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of
     it; an object that it rejects (ValueError) keeps its last good value and is named in `bad`.
-    `patience` is the longest backoff, in seconds. An `optional` resource that the API server
-    answers with 404 at the start counts as synced and `absent`, for good. `wake` is called with
-    "objects", "trouble" or "recovered", and when (monotonic).
+    EndpointSlices that the API server answers with 404 at the start are `absent`, for good. `wake`
+    is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
-                 client: Api | FileSource, wake: Callable[[str, float], None], *, mode: str,
-                 interval: float, optional: bool, patience: float) -> None:
+                 client: Api | FileSource, wake: Callable[[str], None], mode: str,
+                 interval: float) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
         self.synced = self.absent = self.failed = False
         self.trouble = ""
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake = parse, client, wake
-        self._mode, self._interval, self._optional = mode, interval, optional
-        self._patience, self._topic = patience, str(query)
+        self._mode, self._interval, self._topic = mode, interval, str(query)
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None
 
     def objects(self) -> dict[Key, Any]:
         return self._objects.copy()
@@ -613,13 +581,13 @@ class Reflector(threading.Thread):
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
         self._asked.set()
-        if self._watching:
-            self._watching.interrupt()
+        if isinstance(self._client, Api):
+            self._client.interrupt()
 
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        until, suspect, rejections = time.monotonic() + ONE_TRY_SECONDS, False, 0
+        until, suspect, answers = time.monotonic() + ONE_TRY_SECONDS, False, 0
         api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
         while True:
             try:
@@ -628,7 +596,6 @@ class Reflector(threading.Thread):
                     self._forget("refresh")
                 elif suspect and api and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
-                suspect = False
                 if not api or not self._version:
                     self._relist()
                 if self._mode == "once" or self.absent:
@@ -638,23 +605,20 @@ class Reflector(threading.Thread):
                 else:
                     self._failures = 0
                     self._asked.wait(self._interval)
-                rejections = 0
-            except LoaderError as error:
+                answers = 0
+            except ApiError as error:
                 if self._asked.is_set():
-                    continue  # refresh() cut the watch
-                status = getattr(error, "status", 0)
-                suspect = suspect or not status or status >= 500
-                rejections = rejections + 1 if status else 0
-                if isinstance(error, Expired) or (api and rejections >= RELIST_AFTER):
-                    self._forget("expired" if isinstance(error, Expired) else "rejected")
-                    if rejections == 1:
+                    continue  # refresh() cut the connection
+                suspect, answers = True, answers + 1 if error.status else 0
+                if error.status == 410 or (api and answers >= RELIST_AFTER):
+                    self._forget("expired" if error.status == 410 else "rejected")
+                    if answers == 1:
                         continue
-                delay = self._failure(error)
-                # (a quarter of a second more, so that a Retry-After of 1 fits)
-                late = time.monotonic() + delay > until + 0.25
-                if self._mode == "once" and (late or status not in PASSING):
-                    self.failed = True
-                    self._wake("trouble", time.monotonic())
+                delay = self._delay(error.retry_after)
+                late = time.monotonic() + delay > until
+                self.failed = self._mode == "once" and (late or error.status not in PASSING)
+                self._report(error)
+                if self.failed:
                     return
                 self._asked.wait(delay)
 
@@ -667,39 +631,31 @@ class Reflector(threading.Thread):
         self._version = ""
 
     def _relist(self) -> None:
-        """Replace the store by a complete list, so that deletions in a gap are seen. One whose
-        continue token expires midway is asked for again without pages."""
-        try:
-            try:
-                objects, bad, version = self._listed(PAGE)
-            except Expired:
-                objects, bad, version = self._listed(0)
-        except ApiError as error:
-            if error.status != 404 or not self._optional or self.synced:
-                raise
-            log.info("%s: not available here (%s)", self.query, error)
-            objects, bad, version = {}, {}, ""
-            self.absent = True
-        changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
-        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
-        self._recovered()
-        if changed:
-            self._wake("objects", time.monotonic())
-        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
-        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
-
-    def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
-        """A complete list: values by key, what is bad, and the version."""
+        """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
+        version = ""
 
         def keep(item: dict[str, Json]) -> None:
             key = object_key(item)
             if (value := self._value(key, item, bad)) is not None:
                 objects[key] = value
 
-        return objects, bad, self._client.list(self.query, limit, keep)
+        try:
+            version = self._client.list(self.query, keep)
+        except ApiError as error:
+            if error.status != 404 or self.synced or self.query.resource is not ENDPOINTSLICES:
+                raise
+            log.info("%s: not available here (%s)", self.query, error)
+            self.absent = True
+        changed = not self.synced or bad != self.bad or objects != self._objects
+        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
+        self._recovered()
+        if changed:
+            self._wake("objects")
+        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
+        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
@@ -715,28 +671,27 @@ class Reflector(threading.Thread):
     def _follow(self, api: Api) -> bool:
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
+        next(events)
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
-        self._watching = api
         try:
             while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
-                self._apply(*event, last)
+                self._apply(*event)
         finally:
-            self._watching = None
             now = time.monotonic()
             if now - began >= WATCH_SHORT:
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
-                self._failures = min(self._failures, 1)
+                self._failures = 1
         log.debug("watch of %s ended after %.0f s", self.query, now - began)
         metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
         if now - began < WATCH_SHORT:
             self._asked.wait(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
-    def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
+    def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
@@ -749,30 +704,29 @@ class Reflector(threading.Thread):
                     self._objects.pop(key, None)
                 else:
                     self._objects[key] = value
-                self._wake("objects", now)
+                self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _recovered(self) -> None:
         if self.trouble:
             self.trouble = ""
             log.recovered(self._topic, f"{self.query}: answered again")
-            self._wake("recovered", time.monotonic())
+            self._wake("trouble")
 
-    def _failure(self, error: LoaderError) -> float:
-        """Log what failed (once, until it is another failure); how long to wait."""
-        status = getattr(error, "status", 0)
-        reason = f"status {status}" if status else "cut" if isinstance(error, Cut) else "error"
+    def _report(self, error: ApiError) -> None:
+        """Log what failed: once, until it is another failure."""
+        reason = f"status {error.status}" if error.status else "cut"
         metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
-        delay = self._delay(getattr(error, "retry_after", 0.0))
         self.trouble = str(error)
         if self._mode != "once":  # there the error is the end, and is reported as such
             log.outage(self._topic, self.trouble)
-        self._wake("trouble", time.monotonic())
-        return delay
+        self._wake("trouble")
 
     def _delay(self, retry_after: float = 0.0) -> float:
-        """Seconds to wait after one more failure; never less than what the server asks for."""
-        ceiling = min(self._patience, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
+        """Seconds to wait after one more failure; never less than what the server asks for. Who
+        polls more often than BACKOFF_LAST waits no longer than that (and 2 s)."""
+        longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
+        ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
@@ -788,12 +742,12 @@ class FileSource:
         self._text = b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
-    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
+    def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
         wanted, objects = requirements(query.labels), self._objects()
         kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
         if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
-            raise ApiError(404, f"{self._path} holds Endpoints and no EndpointSlice")
+            raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
             namespace, name = object_key(item)
             named = query.namespace in ("", namespace) and query.name in ("", name)
@@ -801,16 +755,6 @@ class FileSource:
             if item["kind"] == query.resource.kind and named and selects(wanted, labels):
                 keep(item)
         return ""
-
-    def elsewhere(self, query: Query) -> str:
-        """Where the named object of a query is, which is not where it was looked for; or ""."""
-        kind, keys = query.resource.kind, []
-        with contextlib.suppress(LoaderError):
-            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
-        same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
-        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
@@ -822,11 +766,10 @@ class FileSource:
                         self._text = stream.read(LIST_BYTES + 1)
                 objects = objects_of(self._text)
         except OSError as error:
-            raise LoaderError(f"--from-file {why(error)}") from None
+            raise ApiError(f"--from-file {why(error)}") from None
         except (ValueError, RecursionError) as error:
-            reason = " ".join(str(error)[:200].split())
             hint = "give the output of `kubectl get ... -o json`"
-            raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
+            raise ApiError(f"--from-file {self._path}: {str(error)[:200]}; {hint}") from None
         for item in objects:
             if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
                 item["metadata"]["namespace"] = self._namespace
@@ -838,32 +781,32 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     anything else."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole, position, objects = text.decode("utf-8-sig"), 0, []
+    whole, position, values = text.decode("utf-8-sig"), 0, []
     decoder, solid = json.JSONDecoder(), re.compile(r"\S")
     while start := solid.search(whole, position):
         value, position = decoder.raw_decode(whole, start.start())
-        objects += single_objects(json_object(value))
-    if not position:  # a file that is just being rewritten; no objects at all is an empty List
+        values.append(json_object(value))
+    if not values:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
+    objects = []
+    for value in values:  # which grows by the items of lists
+        kind, items = text_at(value, "kind"), value.get("items") or []
+        if not kind or not isinstance(items, list):
+            raise ValueError("holds something that is not a Kubernetes object")
+        if kind.endswith("List"):
+            values += [{"kind": kind.removesuffix("List"), **json_object(item)} for item in items]
+        elif isinstance(value.get("metadata"), dict):
+            objects.append(value)
     return objects
-
-
-def single_objects(value: dict[str, Json]) -> list[dict[str, Json]]:
-    kind, items = text_at(value, "kind"), value.get("items") or []
-    if not kind or (kind.endswith("List") and not isinstance(items, list)):
-        raise ValueError("holds something that is not a Kubernetes object")
-    if not kind.endswith("List"):
-        return [value] if isinstance(value.get("metadata"), dict) else []
-    one = {"kind": kind.removesuffix("List")}
-    return [each for item in items for each in single_objects({**one, **json_object(item)})]
 
 
 # -- label selectors --------------------------------------------------------------------------
 
 # One requirement of a selector whose words are one space apart, which makes this linear.
+LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
 REQUIREMENT = (
-    r"((?:! )?)([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
-    r"(?: (==?|!=)(?: ([-._A-Za-z0-9]+))?| (in|notin) \(((?: [-._A-Za-z0-9]+| ,)*) \))?(?: , |$)"
+    rf"(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)"
+    r"(?: , |$)"
 )
 Requirement = tuple[str, Sequence[str] | None, bool]  # label, values (None: any), whether it holds
 
@@ -875,18 +818,13 @@ def requirements(selector: str) -> list[Requirement]:
     `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, with commas between.
     """
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
+    if not re.fullmatch(f"(?:{REQUIREMENT})*", text):
+        raise UsageError(f"{selector[:200]!r} is not a valid label selector")
     found: list[Requirement] = []
-    pattern, position = re.compile(REQUIREMENT), 0
-    while position < len(text):
-        match = pattern.match(text, position)
-        if not match or (match[1] and (match[3] or match[5])):
-            raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-        absent, label, operator, value, words, values = match.groups()
-        chosen = None
-        if operator or words:
-            chosen = [word.strip() for word in (values or value or "").split(",")]
-        found.append((label, chosen, not absent and operator != "!=" and words != "notin"))
-        position = match.end()
+    for absent, label, operator, value, words, values in re.findall(REQUIREMENT, text):
+        chosen = [word.strip() for word in (values or value).split(",")]
+        holds = not absent and operator != "!=" and words != "notin"
+        found.append((absent or label, chosen if operator or words else None, holds))
     return found
 
 
@@ -2460,7 +2398,7 @@ def with_kind(path: str, file: File, before: File | None) -> File:
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
 
-    def __init__(self, options: Options, config: Config, wake: Callable[[str, float], None]):
+    def __init__(self, options: Options, config: Config, wake: Callable[[str], None]):
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
@@ -2511,16 +2449,11 @@ class Sources:
         if query in self._reflectors:
             return
         options = self._options
-        mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
+        mode, interval = options.mode, options.sync_interval
         if mode == "once" and options.timeout:
-            mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
-        elif self._file:
-            patience = min(patience, interval)  # nobody is hammered
+            mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access, count_request), self._wake,
-            mode=mode, interval=interval, optional=query.resource is ENDPOINTSLICES,
-            patience=patience,
-        )
+            query, parse, self._file or Api(options.access), self._wake, mode, interval)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2575,8 +2508,6 @@ class Sources:
             self._kept[named] = files
         elif kept is None:
             missing.append(named.source)
-            if self._file and (hint := self._file.elsewhere(named.query)):
-                notes.append(hint)
         else:
             state = "has no usable files" if found else "does not exist any more"
             notes.append(f"{named.source} {state}: its last files stay published")
@@ -2604,10 +2535,6 @@ class Sources:
             notes.append(f"beyond the EDS budget of {self.budget}, endpoints are in CDS: "
                          f"{shortened(self.rendering.inlined)}")
         return self.rendering.files
-
-
-def count_request(verb: str, code: str) -> None:
-    metrics.add("xds_loader_api_requests_total", (code, verb))
 
 
 # ---------------------------------------------------------------------------------------------

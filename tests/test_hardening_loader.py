@@ -237,9 +237,9 @@ def test_loopback_is_127_8_and_no_name_that_looks_like_it(
     host: str, sent: bool, token_file: Path
 ) -> None:
     access = loader.Access(f"http://{host}:1", str(token_file), "")
-    api = loader.Api(access, lambda verb, code: None)
+    api = loader.Api(access)
     with pytest.raises(loader.LoaderError) as error:
-        api.list(loader.Query(loader.CONFIGMAPS, "demo"), 0, print)
+        api.list(loader.Query(loader.CONFIGMAPS, "demo"), print)
     assert ("plain HTTP" in str(error.value)) != sent, error.value
 
 
