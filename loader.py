@@ -2,7 +2,7 @@
 
 It lists, polls or watches ConfigMaps (and if asked Services, EndpointSlices and Secrets) over the
 raw Kubernetes REST API, turns them into the files that Envoy's filesystem xDS reads, and publishes
-them as one atomic snapshot:
+these as one atomic snapshot:
 
     <output-dir>/
       ..<version>/           one snapshot: complete, immutable, made under this name
@@ -78,8 +78,7 @@ class UsageError(LoaderError):
 class File(NamedTuple):
     """One file of a snapshot: bytes, their SHA-256 in hex, xDS kind, source object, mode.
 
-    `kind` is "cds", "eds", ... or "" for what is not xDS; it is decided once, when files are
-    composed.
+    `kind` is "cds", "eds", ... or "" for what is not xDS, decided once, when files are composed.
     """
 
     content: bytes
@@ -87,10 +86,6 @@ class File(NamedTuple):
     kind: str
     source: str
     mode: int = 0o644
-
-    def __repr__(self) -> str:
-        """Without the content, which may be a key."""
-        return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
 
 
 Files = Mapping[str, File]
@@ -114,10 +109,8 @@ TYPE_URL = re.compile(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)")
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    for found in TYPE_URL.finditer(content):
-        if found[1] in KINDS:
-            return KINDS[found[1]]
-    return ""
+    urls = (found[1] for found in TYPE_URL.finditer(content))
+    return next((KINDS[url] for url in urls if url in KINDS), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -135,7 +128,7 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 def same_files(one: Files, other: Files) -> bool:
     """Whether two sets of files are the same on disk."""
-    return len(one) == len(other) and all(same_file(other.get(p), f) for p, f in one.items())
+    return one.keys() == other.keys() and not moved_paths(one, other)
 
 
 def moved_paths(before: Files, after: Files) -> list[str]:
@@ -174,17 +167,15 @@ def why(error: BaseException) -> str:
     if isinstance(error, http.client.HTTPException):
         return type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}"
-    text = " ".join(str(error).split())[:500]
-    name = "" if isinstance(error, LoaderError) else f"{type(error).__name__}: "
-    return f"{name}{text}".rstrip(": ")
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error) if isinstance(error, LoaderError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500].rstrip(": ")
 
 
-def shortened(names: Sequence[str], most: int = 5) -> str:
+def shortened(names: Sequence[str]) -> str:
     """A list for one log line."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,7 +299,7 @@ class Api:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._url = urllib.parse.urlsplit(access.apiserver)
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection = http.client.HTTPConnection("")  # not open
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
 
@@ -365,7 +356,7 @@ class Api:
             raise ApiError(f"watch {query}: cut or silent ({why(error)})") from error
         finally:
             if not response.isclosed():
-                self._close()  # it cannot be used for another request
+                self._connection.close()  # it cannot be used for another request
 
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
@@ -373,11 +364,6 @@ class Api:
             with contextlib.suppress(OSError):
                 # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = self._socket = None
 
     # -- one answer -------------------------------------------------------------------------
 
@@ -400,7 +386,7 @@ class Api:
             status = response.status
             body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
-            self._close()
+            self._connection.close()
             text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
             raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
@@ -443,8 +429,8 @@ class Api:
         whose three alignments share their first and last characters with what is beside it."""
         token, url_safe = self._token.encode("latin-1"), bytes.maketrans(b"-_", b"+/")
         forms = [token, *(base64.b64encode(bytes(n) + token)[4:-4] for n in range(3))]
-        seen = b"".join(urllib.parse.unquote_to_bytes(text).split()).translate(url_safe)
-        if any(form and form.translate(url_safe) in seen for form in forms):
+        seen = b"".join(urllib.parse.unquote_to_bytes(text.encode("utf-8", "replace")).split())
+        if any(form and form.translate(url_safe) in seen.translate(url_safe) for form in forms):
             return "[a text that quotes the token]"
         return " ".join(text.split())[:500]
 
@@ -452,21 +438,19 @@ class Api:
 
     def _connected(self) -> http.client.HTTPConnection:
         """The open connection, unless the server has ended it meanwhile; else a new one."""
-        if self._connection is not None and self._connection.sock is not None:
+        if self._connection.sock is not None:
             idle = select.poll()
             idle.register(self._connection.sock, select.POLLIN)
             if not idle.poll(0):
                 return self._connection
-        self._close()
-        place = self._url.hostname or "", self._url.port
+        self._connection.close()
+        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if self._url.scheme == "https":
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                *place, timeout=CONNECT_TIMEOUT, context=self._context())
-        else:
-            made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
-        made.connect()
-        self._connection, self._socket = made, made.sock
-        return made
+            kind = functools.partial(http.client.HTTPSConnection, context=self._context())
+        connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
+        connection.connect()
+        self._connection, self._socket = connection, connection.sock
+        return connection
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
@@ -626,9 +610,8 @@ class Reflector(threading.Thread):
 
     def _forget(self, reason: str) -> None:
         """Drop the version: the next step is a list. The objects stay until it has come."""
-        log.debug("%s: %s, listing anew", self.query, reason)
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
         self._version = ""
+        self._count(reason)
 
     def _relist(self) -> None:
         """Replace the store by a complete list, so that deletions in a gap are seen."""
@@ -685,8 +668,7 @@ class Reflector(threading.Thread):
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = 1
-        log.debug("watch of %s ended after %.0f s", self.query, now - began)
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
+        self._count("ended")
         if now - began < WATCH_SHORT:
             self._asked.wait(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
@@ -715,12 +697,15 @@ class Reflector(threading.Thread):
 
     def _report(self, error: ApiError) -> None:
         """Log what failed: once, until it is another failure."""
-        reason = f"status {error.status}" if error.status else "cut"
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
+        self._count(f"status {error.status}" if error.status else "cut")
         self.trouble = str(error)
         if self._mode != "once":  # there the error is the end, and is reported as such
             log.outage(self._topic, self.trouble)
         self._wake("trouble")
+
+    def _count(self, reason: str) -> None:
+        log.debug("%s: again (%s)", self.query, reason)
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
 
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who

@@ -126,6 +126,7 @@ def deep(start: bytes, end: bytes = b"") -> bytes:
 TOO_DEEP: dict[str, k8s.Fault] = {
     "an error page": Response(503, b"[" * DEEP),
     "an error that is JSON": Response(503, deep(b'{"message":', b"}")),
+    "an error in half a character": Response(503, b'{"message":"\\ud800"}'),
     "a list": Response(200, deep(b'{"kind":"ConfigMapList","items":[', b"]}")),
     "an event": Stream([deep(b'{"type":"MODIFIED","object":', b"}\n")]),
     "a Location": k8s.redirect("http://" + "[" * 60_000),
