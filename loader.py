@@ -11,7 +11,7 @@ these as one atomic snapshot:
         rds.yaml -> ../..data/rds.yaml
       ..state/               what a restart cannot see on disk
 
-What it promises, each with a test:
+What it promises:
 
 * `current/X` always resolves to a complete file of one snapshot.
 * Nothing is published before every source is known; "unknown" never becomes "empty".
@@ -20,12 +20,9 @@ What it promises, each with a test:
 * Clusters come before the routes that name them, and are removed after them.
 * What Envoy rejects (NACK) is rolled back, named, and not tried again until it changes.
 
-Data flows one way, and so do the chapters:
-
-    API objects -> resources -> files -> steps -> disk -> ACK or NACK
-
-Reflector threads own memory; the main thread alone owns the disk; one more thread talks to Envoy's
-admin interface. Only the standard library is used.
+Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
+ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
+talks to Envoy's admin interface. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -88,11 +85,8 @@ class File(NamedTuple):
     mode: int = 0o644
 
 
-Files = Mapping[str, File]
-"""A set of files by their path relative to `current/`, such as `eds/demo_web_http.yaml`."""
-
-Key = tuple[str, str]
-"""Namespace (empty for what has none) and name of a Kubernetes object."""
+Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
+Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
 
 KINDS = {
     b"envoy.config.cluster.v3.Cluster": "cds",
@@ -182,16 +176,15 @@ def shortened(names: Sequence[str]) -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# Seconds for a TCP and TLS handshake; of silence within an answer; for one whole answer, so that no
-# server holds a thread by trickling.
+# Seconds for a handshake; of silence within an answer; for a whole one: no server holds a thread by
+# trickling.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
-# An answer is at most a page of 500 objects of 512 KiB; an event an object (etcd takes 1.5 MiB).
-LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
-
-# Objects in one page of a list, as kubectl asks. And pages in one list: a million objects, beyond
-# which the server is going round in circles.
+# Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
 PAGE, LIST_PAGES = 500, 2_000
+
+# Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
+LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 
 # An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
 # (etcd was restored) is silent for ever, like a half-open connection.
@@ -201,11 +194,8 @@ WATCH_SILENCE = 80.0
 # together do not renew together (client-go: 5 to 10 minutes).
 WATCH_SECONDS = (300, 600)
 
-# Where a token may go over plain HTTP.
-LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"
-
-# What a server may ask us to wait: a year in a header must not stop a source for a year.
-RETRY_AFTER_LAST = 300.0
+RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
+LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
 
 class Access(NamedTuple):
@@ -404,9 +394,8 @@ class Api:
         if not kind or not isinstance(item, dict):
             raise ValueError("an event has no type or no object")
         if kind == "ERROR":
-            code = item.get("code")
-            status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            raise self._refusal(query, "watch", status, item)
+            code: Json = item.get("code")
+            raise self._refusal(query, "watch", code if code in range(400, 600) else 500, item)
         return kind, item
 
     def _refusal(self, query: Query, verb: str, status: int, said: dict[str, Json],
@@ -514,19 +503,17 @@ def body_of(response: Response) -> bytes:
 # Reflecting
 # ---------------------------------------------------------------------------------------------
 
-# Backoff after failures: exponential, with jitter.
-BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
+BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 
-# A watch that ends sooner than this after it began is followed by a pause: a server or a proxy that
-# ends each at once must not be asked thousands of times a second.
+# A watch that ends sooner is followed by a pause: a server or a proxy that ends each at once must
+# not be asked thousands of times a second.
 WATCH_SHORT = 1.0
 
 # A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
 # proper end after that much silence may hide a new server with an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
 
-# Failures that are answers to a resumed watch, in a row, after which only a list can help.
-RELIST_AFTER = 3
+RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
 
 # `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
 # 20 ms after a restart though it means 200: these are asked again for a second, and a little more,
@@ -539,10 +526,10 @@ class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
     `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
-    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of
-    it; an object that it rejects (ValueError) keeps its last good value and is named in `bad`.
-    EndpointSlices that the API server answers with 404 at the start are `absent`, for good. `wake`
-    is called with "objects" or "trouble" where these have changed.
+    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of it;
+    what it rejects (ValueError) keeps its last good value and is named in `bad`. EndpointSlices
+    that the API server answers with 404 at the start are `absent`, for good. `wake` is called with
+    "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
@@ -558,6 +545,7 @@ class Reflector(threading.Thread):
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
+        self._watching: Api | None = None
 
     def objects(self) -> dict[Key, Any]:
         return self._objects.copy()
@@ -565,8 +553,8 @@ class Reflector(threading.Thread):
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
         self._asked.set()
-        if isinstance(self._client, Api):
-            self._client.interrupt()
+        if watching := self._watching:
+            watching.interrupt()
 
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
@@ -592,7 +580,7 @@ class Reflector(threading.Thread):
                 answers = 0
             except ApiError as error:
                 if self._asked.is_set():
-                    continue  # refresh() cut the connection
+                    continue  # refresh() cut the watch
                 suspect, answers = True, answers + 1 if error.status else 0
                 if error.status == 410 or (api and answers >= RELIST_AFTER):
                     self._forget("expired" if error.status == 410 else "rejected")
@@ -605,8 +593,6 @@ class Reflector(threading.Thread):
                 if self.failed:
                     return
                 self._asked.wait(delay)
-
-    # -- their parts ------------------------------------------------------------------------
 
     def _forget(self, reason: str) -> None:
         """Drop the version: the next step is a list. The objects stay until it has come."""
@@ -658,12 +644,13 @@ class Reflector(threading.Thread):
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
+        self._watching = api
         try:
             while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event)
         finally:
-            now = time.monotonic()
+            self._watching, now = None, time.monotonic()
             if now - began >= WATCH_SHORT:
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
@@ -709,7 +696,7 @@ class Reflector(threading.Thread):
 
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
-        polls more often than BACKOFF_LAST waits no longer than that (and 2 s)."""
+        polls waits no longer than the interval, or 2 s."""
         longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
@@ -750,11 +737,9 @@ class FileSource:
                     with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
                         self._text = stream.read(LIST_BYTES + 1)
                 objects = objects_of(self._text)
-        except OSError as error:
-            raise ApiError(f"--from-file {why(error)}") from None
-        except (ValueError, RecursionError) as error:
-            hint = "give the output of `kubectl get ... -o json`"
-            raise ApiError(f"--from-file {self._path}: {str(error)[:200]}; {hint}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
+            raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
         for item in objects:
             if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
                 item["metadata"]["namespace"] = self._namespace
@@ -797,11 +782,8 @@ Requirement = tuple[str, Sequence[str] | None, bool]  # label, values (None: any
 
 
 def requirements(selector: str) -> list[Requirement]:
-    """A label selector as its requirements; UsageError for what is not one.
-
-    The grammar of the Kubernetes page "Labels and Selectors": `a=b`, `a==b`, `a!=b`,
-    `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, with commas between.
-    """
+    """The requirements of a label selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`,
+    `a`, `!a`, with commas between); UsageError for what is none."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
     if not re.fullmatch(f"(?:{REQUIREMENT})*", text):
         raise UsageError(f"{selector[:200]!r} is not a valid label selector")
