@@ -913,24 +913,21 @@ DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `target` is a number, or the name of a container's port."""
+    """One port of a Service. `label` names it in a cluster's name: its name, else its number.
+    `dns_number` is the port where DNS leads: the target port of a headless Service, 0 for a name.
+    """
 
     name: str
+    label: str
     number: int
     protocol: str
     app_protocol: str
-    target: int | str
-
-    @property
-    def label(self) -> str:
-        """What names the port in a cluster's name: its own name, else its number."""
-        return self.name or str(self.number)
+    dns_number: int
 
 
 class Service(NamedTuple):
     """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
-    one. Of annotations that cannot be ours only the names are kept.
-    """
+    one. Of annotations that cannot be ours only the names are kept."""
 
     namespace: str
     name: str
@@ -964,8 +961,8 @@ class EndpointSlice(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """All that is rendered; of Nodes the labels. Unchanged values are the same objects from one
-    call to the next."""
+    """All that is rendered; of Nodes the labels. Unchanged values are the same from call to call.
+    """
 
     services: Mapping[Key, Service]
     slices: Sequence[EndpointSlice]
@@ -973,10 +970,8 @@ class Objects(NamedTuple):
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
-    """The member of a raw object; null and absent are the kind's empty value.
-
-    Strings are interned: zones, nodes and names of ports are few and are held thousands of times.
-    """
+    """The member of a raw object; null and absent are the kind's empty value. Strings are interned:
+    zones, nodes and names of ports are few and are held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
@@ -1017,12 +1012,13 @@ def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
+    headless = address == "None" and not external
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(service_port_from(port) for port in member(spec, "ports", list)),
-        headless=address == "None" and not external,
+        ports=tuple(service_port_from(port, headless) for port in member(spec, "ports", list)),
+        headless=headless,
         external_name=address.removesuffix(".") if external else None,
         family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
         labels=text_map(metadata, "labels"),
@@ -1031,13 +1027,12 @@ def service_from(obj: Json) -> Service:
     )
 
 
-def service_port_from(port: Json) -> ServicePort:
-    number = port_number(port, "port")
+def service_port_from(port: Json, headless: bool) -> ServicePort:
+    number, protocol = port_number(port, "port"), member(port, "protocol", str) or "TCP"
     name = dns_label(port, "name") if port.get("name") else ""
-    named = type(port.get("targetPort")) is str
-    target = port["targetPort"] if named else port_number(port, "targetPort")
-    protocol = member(port, "protocol", str) or "TCP"
-    return ServicePort(name, number, protocol, member(port, "appProtocol", str), target or number)
+    target = 0 if type(port.get("targetPort")) is str else port_number(port, "targetPort") or number
+    return ServicePort(name, name or str(number), number, protocol,
+                       member(port, "appProtocol", str), target if headless else number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
@@ -1059,8 +1054,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
 
 def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
-    only matter where `ready` is false, and null is false there.
-    """
+    only matter where `ready` is false, and null is false there."""
     conditions = member(item, "conditions", dict)
     ready = conditions.get("ready") is None or member(conditions, "ready", bool)
     leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
@@ -1219,30 +1213,26 @@ def config_error(path: str, what: str) -> UsageError:
 
 def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
-    rule = schema = schema[type(value) is list] if type(schema) is tuple else schema
-    if type(schema) is list:
-        if type(value) is not list:
-            raise config_error(path, "a list expected")
+    if type(schema) is tuple:
+        schema = schema[type(value) is list]
+    if type(schema) is Rule:
+        if not schema.holds(value):
+            raise config_error(path, f"{schema.expected} expected")
+    elif type(value) is not type(schema):
+        raise config_error(path, f"{'a list' if type(schema) is list else 'an object'} expected")
+    elif type(schema) is list:
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
-        return
-    if type(schema) is dict:
-        if type(value) is not dict:
-            raise config_error(path, "an object expected")
+    else:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             if key not in schema:
-                raise config_error(where, wrong_key(key, schema))
+                known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+                own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
+                raise config_error(where, own if schema is PATCH else known)
             config_check(item, schema[key], where)
-        rule = schema.get(None)
-    if rule and not rule.holds(value):
-        raise config_error(path, f"{rule.expected} expected")
-
-
-def wrong_key(key: str, schema: Mapping[str | None, Json]) -> str:
-    if schema is PATCH:
-        return OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
-    return f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+        if None in schema:
+            config_check(value, schema[None], path)
 
 
 def config_from(document: Json) -> Config:
@@ -1275,8 +1265,7 @@ def needs_nodes(config: Config) -> bool:
 
 def merge(into: Json, more: Json) -> Json:
     """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
-    append, and an object of another `@type` replaces the whole. Neither argument is changed.
-    """
+    append, and an object of another `@type` replaces the whole. Neither argument is changed."""
     if type(into) is list and type(more) is list:
         return into + more
     if type(more) is not dict:
@@ -1327,23 +1316,20 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 class Cluster(NamedTuple):
     """One cluster to be: everything that does not depend on endpoints.
 
-    `host` is what DNS is asked for, and `number` the port there (0: a target port that only the
-    slices know); empty where the endpoints come from slices.
+    `host` is what DNS is asked for; empty where the endpoints come from slices.
     """
 
     name: str
     port: ServicePort
     families: Sequence[str]
     host: str
-    number: int
     options: Mapping[str, Json]
 
 
 class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
-    namespace: str
-    name: str
+    service: Key
     created: str
     hosts: Sequence[str]
     prefixes: Sequence[str] = ()
@@ -1404,8 +1390,9 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    facts = {"cluster_name": cluster_name(config.cluster_name, service, port),
-             "namespace": service.namespace, "port_name": port.label}
+    name = config.cluster_name.format(
+        namespace=service.namespace, service=service.name, port=port.label)
+    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
     overrides, by_name = [], False
     for override in config.cluster_overrides:
         match = override["match"]
@@ -1417,10 +1404,8 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, number, options = config.families or (service.family,), port.number, dict[str, Json]()
+    families, options = config.families or (service.family,), dict[str, Json]()
     host = service.external_name or service_dns_name(service, config.cluster_domain)
-    if service.headless:
-        number = port.target if isinstance(port.target, int) else 0
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
         kind = config.external_name if service.external_name else "strict_dns"
@@ -1428,14 +1413,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     patches = [override["merge"] for override in overrides]
     for patch in (config.cluster_base, protocol_options(port, host, config.trusted_ca), *patches):
         options = merge(options, patch)
-    return Cluster(
-        facts["cluster_name"], port, families, host if by_dns else "", number, options)
-
-
-def cluster_name(template: str, service: Service, port: ServicePort) -> str:
-    """The name of a cluster: the one function that CDS, EDS and RDS have it from."""
-    parts = {"{namespace}": service.namespace, "{service}": service.name, "{port}": port.label}
-    return re.sub(r"\{\w+\}", lambda match: parts[match[0]], template)
+    return Cluster(name, port, families, host if by_dns else "", options)
 
 
 def service_dns_name(service: Service, domain: str) -> str:
@@ -1557,10 +1535,10 @@ def assignment_of(
 
 def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
     """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    name = cluster.port.name
-    numbers = {number for found in slices for key, number in found.ports if key == name and number}
-    number = cluster.number or (numbers.pop() if len(numbers) == 1 else 0)
-    endpoint = lb_endpoint(cluster.host, number, cluster.port.protocol, HEALTHY)
+    port = cluster.port
+    numbers = {number for found in slices for name, number in found.ports if name == port.name} - {0}
+    number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
+    endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
     localities = [{"lb_endpoints": [endpoint]}] if number else []
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
@@ -1604,7 +1582,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         problems.append(f"unknown annotation {first_of([ours + name for name in unknown])}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return None
-    route = Route(service.namespace, service.name, service.created, ())
+    route = Route((service.namespace, service.name), service.created, ())
     try:
         if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
             raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
@@ -1679,19 +1657,17 @@ def route_port(service: Service, wanted: str, where: str) -> ServicePort:
 
 def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
                    ) -> dict[str, list[Route]]:
-    """The routes of each host, in the order of names.
-
-    A host belongs to the namespace of the oldest Service that claims it; others are named.
-    """
+    """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
+    Service that claims it; others are named."""
     owners: dict[str, str] = {}
-    for route in sorted(routes, key=lambda route: (route.created, *route[:2])):
+    for route in sorted(routes, key=lambda route: (route.created, route.service)):
         for host in route.hosts:
-            owners.setdefault(host, route.namespace)
+            owners.setdefault(host, route.service[0])
     found: dict[str, list[Route]] = {}
     for route in routes:
         for host in route.hosts:
-            if owners[host] != route.namespace:
-                problems[route[:2]].append(
+            if owners[host] != route.service[0]:
+                problems[route.service].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
             elif route.cluster:
                 found.setdefault(host, []).append(route)
@@ -1700,8 +1676,7 @@ def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
 
 def shares(weights: Sequence[int | None]) -> list[int]:
     """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
-    numbers, the first ones one more where it does not divide. If nobody has one, all are equal.
-    """
+    numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
     given = [weight for weight in weights if weight is not None]
     if not given:
         return [1] * len(weights)
@@ -1712,8 +1687,7 @@ def shares(weights: Sequence[int | None]) -> list[int]:
 
 def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong is named for the first Service concerned.
-    """
+    prefix split it. What is wrong is named for the first Service concerned."""
     rendered, problems, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
@@ -1724,12 +1698,12 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
         split = [{"name": route.cluster, "weight": weight}
                  for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((members[0][:2], f"{host}{prefix} has no route: all weights are 0"))
+            problems.append((members[0].service, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
             text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
             note = f"{host}{prefix} is split by weight and remainder: {text}"
-            problems.append((members[0][:2], note))
+            problems.append((members[0].service, note))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
@@ -2055,7 +2029,7 @@ class Renderer:
             if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    problems.append(f"the number of its target port {cluster.port.target} is not "
+                    problems.append(f"the number of the target port of {cluster.port.label} is not "
                                     f"known, so there is no endpoint")
             else:
                 assignment = assignment_of(cluster, slices, self._config, zone, nodes)

@@ -504,7 +504,8 @@ def test_a_target_port_that_nobody_knows_is_named() -> None:
     found = rendered(headless, endpoints="dns")
     assert shown(found) == []
     assert found.warnings == (
-        "service demo/web: the number of its target port web is not known, so there is no endpoint",
+        "service demo/web: the number of the target port of http is not known, so there is no "
+        "endpoint",
     )
 
 
