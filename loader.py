@@ -1381,8 +1381,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         found = [plan_cluster(service, port, config, endpoints) for port in kept]
         clusters = [cluster for cluster in found if cluster]
         if endpoints == DNS and clusters and not service.headless and external is None:
-            problems.append("kube-proxy balances behind its one clusterIP, where --endpoints dns "
-                            "needs a headless Service (clusterIP: None)")
+            problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     route = route_of(service, clusters, config, problems)
     return ServicePlan(tuple(clusters), route, tuple(problems))
 
@@ -1465,9 +1464,8 @@ def unique_clusters(
             if first is cluster:
                 kept[key].append(cluster)
             else:
-                problems[key].append(
-                    f"port {cluster.port.label} is left out: service {'/'.join(owner)} has a "
-                    f"cluster of the same name, {cluster.name}")
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
     return kept
 
 
@@ -1535,8 +1533,8 @@ def assignment_of(
 
 def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
     """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    port = cluster.port
-    numbers = {number for found in slices for name, number in found.ports if name == port.name} - {0}
+    port, ports = cluster.port, itertools.chain.from_iterable(found.ports for found in slices)
+    numbers = {number for name, number in ports if number and name == port.name}
     number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
     endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
     localities = [{"lb_endpoints": [endpoint]}] if number else []
@@ -1556,8 +1554,7 @@ def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) 
     used = [found for found in slices if found.endpoints]
     for found in used:
         if found.family == FQDN:
-            yield (f"endpoints of slice {found.name} are left out: host names, where Envoy needs "
-                   f"addresses")
+            yield f"endpoints of slice {found.name} are left out: host names, no addresses"
         elif not (found.ports and all(number for _, number in found.ports)):
             yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
     there = {found.family for found in used} - {FQDN}
