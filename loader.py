@@ -1345,8 +1345,8 @@ class ServicePlan(NamedTuple):
     problems: tuple[str, ...]
 
 
-def warning_line(key: Key, problems: Sequence[str]) -> str:
-    """One line for one Service, whatever is wrong with it."""
+def service_line(key: Key, problems: Sequence[str]) -> str:
+    """One line for one Service, whatever there is to say about it."""
     line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
     return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
 
@@ -1682,10 +1682,12 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
+def virtual_host(host: str, routes: Sequence[Route]
+                 ) -> tuple[Json, list[tuple[Key, str]], list[tuple[Key, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong is named for the first Service concerned."""
-    rendered, problems, prefixes = [], [], dict[str, list[Route]]()
+    prefix split it. What is wrong, and shares that follow from others, are named for the first
+    Service concerned."""
+    rendered, problems, splits, prefixes = [], [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
@@ -1699,13 +1701,12 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
             text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
-            note = f"{host}{prefix} is split by weight and remainder: {text}"
-            problems.append((members[0].service, note))
+            splits.append((members[0].service, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, problems
+    return {"name": host, "domains": domains, **present(routes=rendered)}, problems, splits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1882,10 +1883,12 @@ class Memo:
 
 
 class Rendering(NamedTuple):
-    """What all objects give. `inlined`: clusters in CDS because the EDS budget is spent."""
+    """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
+    `inlined`: clusters in CDS because the EDS budget is spent."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
+    splits: tuple[str, ...]
     clusters: dict[str, int]
     inlined: tuple[str, ...]
 
@@ -1915,6 +1918,7 @@ class Renderer:
         self._clusters: dict[Key, list[Cluster]] = {}
         self._routes = b""
         self._plan_warnings: list[str] = []
+        self._splits: tuple[str, ...] = ()
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
         self._files = Memo(self._file)
@@ -1945,14 +1949,14 @@ class Renderer:
             resources += texts
             files |= eds
             if problems:
-                warnings.append(warning_line(key, problems))
+                warnings.append(service_line(key, problems))
         self._rendered.forget()
         comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
         for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
                              ("rds", comment, ROUTE_TYPE, [self._routes])):
             files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        return Rendering(files, tuple(sorted(warnings)),
+        return Rendering(files, tuple(sorted(warnings)), self._splits,
                          {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
                          tuple(inlined) if self._endpoints == AUTO else ())
 
@@ -1973,13 +1977,17 @@ class Renderer:
             if plan.route.cluster and not there:
                 problems[key].append("is not routed: it has no cluster of its own")
         hosts, elements = routes_by_host(routes, problems), []
+        splits: dict[Key, list[str]] = {}
         for host in sorted(hosts):
-            text, found = self._hosts.get(host, host, hosts[host])
+            text, found, shared = self._hosts.get(host, host, hosts[host])
             elements.append(text)
             for key, problem in found:
                 problems[key].append(problem)
+            for key, split in shared:
+                splits.setdefault(key, []).append(split)
+        self._splits = tuple(service_line(key, splits[key]) for key in splits)
         self._routes = self._route_configuration(elements)
-        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+        self._plan_warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._plan_warnings = ["--services: no Service matches the selector"]
         self._plans.forget()
@@ -2000,9 +2008,9 @@ class Renderer:
         decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return {name: decided[name] for name in names}
 
-    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, str]]]:
-        found, problems = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), problems
+    def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
+        found, *named = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), *named
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
@@ -4858,11 +4866,11 @@ class Loop:
 
     # -- words --------------------------------------------------------------------------------
 
-    def _note(self, topic: str, notes: Iterable[str]) -> None:
-        """Warn once of each thing, for as long as it lasts."""
+    def _note(self, topic: str, notes: Iterable[str], level: str = "warning") -> None:
+        """Name each thing once, for as long as it lasts."""
         lasting = frozenset(notes)
         for note in sorted(lasting - self._noted.get(topic, frozenset())):
-            log.warning("%s", note)
+            getattr(log, level)("%s", note)
         self._noted[topic] = lasting
 
     def _report(self) -> None:
@@ -4872,6 +4880,8 @@ class Loop:
             waiting = [f"waiting for {source}: it does not exist" for source in wanted.missing]
             quiet = self._once and not self.options.timeout  # the error that ends it says so
             self._note("sources", [*wanted.notes, *([] if quiet else waiting)])
+            if self.sources.rendering is not None:
+                self._note("splits", self.sources.rendering.splits, "info")
             if wanted.complete:
                 self._note("foreign", [
                     f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
@@ -5042,6 +5052,8 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
+    for split in loop.sources.rendering.splits if loop.sources.rendering else ():
+        log.info("%s", split)
     paths = sorted({*files, *published})
     if options.diff:
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
