@@ -809,35 +809,30 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # endpoints are held at once. `*_from` read the raw JSON of one object. Null, absent and empty are
 # the same there, as in Go's types; a wrong type or value raises ValueError that names the member.
 
-HEALTHY, DRAINING, UNHEALTHY = range(3)  # of an endpoint, best first
+HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
 IPV4, IPV6, FQDN = "ipv4", "ipv6", "fqdn"
 SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
-TOPOLOGY_ZONE = "topology.kubernetes.io/zone"
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-SURROGATES = "[\ud800-\udfff]"  # "\ud800" is valid JSON, and not valid UTF-8
 
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `target` is a number, or the name of a container's port."""
+    """One port of a Service. `label` names it in a cluster's name: its name, else its number.
+    `dns_number` is the port where DNS leads: the target port of a headless Service, 0 for a name.
+    """
 
     name: str
+    label: str
     number: int
     protocol: str
     app_protocol: str
-    target: int | str
-
-    @property
-    def label(self) -> str:
-        """What names the port in a cluster's name: its own name, else its number."""
-        return self.name or str(self.number)
+    dns_number: int
 
 
 class Service(NamedTuple):
     """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
-    one. Of annotations that cannot be ours only the names are kept.
-    """
+    one. Of annotations that cannot be ours only the names are kept."""
 
     namespace: str
     name: str
@@ -854,7 +849,7 @@ class Endpoint(NamedTuple):
     """One address of a slice: state, zone, node, and the zones that topology hints name."""
 
     address: str
-    state: int
+    state: str
     zone: str
     node: str
     hints: tuple[str, ...]
@@ -863,34 +858,25 @@ class Endpoint(NamedTuple):
 class EndpointSlice(NamedTuple):
     """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
 
-    namespace: str
     name: str
-    service: str
+    service: Key
     family: str
     ports: tuple[tuple[str, int], ...]
     endpoints: tuple[Endpoint, ...]
 
 
-class Node(NamedTuple):
-    """A Node, for the localities of the endpoints on it."""
-
-    name: str
-    labels: dict[str, str]
-
-
 class Objects(NamedTuple):
-    """All that is rendered. Unchanged values are the same objects from one call to the next."""
+    """All that is rendered; of Nodes the labels. Unchanged values are the same from call to call.
+    """
 
     services: Mapping[Key, Service]
     slices: Sequence[EndpointSlice]
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, Mapping[str, str]]
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
-    """The member of a raw object; null and absent are the kind's empty value.
-
-    Strings are interned: zones, nodes and names of ports are few and are held thousands of times.
-    """
+    """The member of a raw object; null and absent are the kind's empty value. Strings are interned:
+    zones, nodes and names of ports are few and are held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
@@ -900,8 +886,7 @@ def member(parent: Json, key: str, kind: type) -> Json:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
     if type(value) is not str:
         return value
-    if re.search(SURROGATES, value):
-        raise ValueError(f"{key}: not a Unicode text: {value[:60]!a}")
+    value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
     return sys.intern(value) if len(value) <= CACHED_LENGTH else value
 
 
@@ -930,34 +915,29 @@ def dns_label(parent: Json, key: str) -> str:
 def service_from(obj: Json) -> Service:
     """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
-    annotations = text_map(metadata, "annotations")
-    for name in annotations:
-        if name.rpartition("/")[2] not in ROUTE_ANNOTATIONS:
-            annotations[name] = ""
     external = member(spec, "type", str) == "ExternalName"
+    address = member(spec, "externalName" if external else "clusterIP", str)
+    headless = address == "None" and not external
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(service_port_from(port) for port in member(spec, "ports", list)),
-        headless=member(spec, "clusterIP", str) == "None",
-        external_name=member(spec, "externalName", str) if external else None,
+        ports=tuple(service_port_from(port, headless) for port in member(spec, "ports", list)),
+        headless=headless,
+        external_name=address.removesuffix(".") if external else None,
         family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
         labels=text_map(metadata, "labels"),
-        annotations=annotations,
+        annotations={name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
+                     for name, text in text_map(metadata, "annotations").items()},
     )
 
 
-def service_port_from(port: Json) -> ServicePort:
-    number = port_number(port, "port")
-    if not number:
-        raise ValueError("port: a Service port needs a number")
+def service_port_from(port: Json, headless: bool) -> ServicePort:
+    number, protocol = port_number(port, "port"), member(port, "protocol", str) or "TCP"
     name = dns_label(port, "name") if port.get("name") else ""
-    target = port.get("targetPort")
-    if type(target) is not str:
-        target = port_number(port, "targetPort")
-    protocol = member(port, "protocol", str) or "TCP"
-    return ServicePort(name, number, protocol, member(port, "appProtocol", str), target or number)
+    target = 0 if type(port.get("targetPort")) is str else port_number(port, "targetPort") or number
+    return ServicePort(name, name or str(number), number, protocol,
+                       member(port, "appProtocol", str), target if headless else number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
@@ -965,14 +945,13 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in (IPV4, IPV6, FQDN):
         raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
-    ports = [(member(each, "name", str), port_number(each, "port"))
-             for each in member(obj, "ports", list)]
     return EndpointSlice(
-        namespace=member(metadata, "namespace", str),
         name=member(metadata, "name", str),
-        service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
+        service=(member(metadata, "namespace", str),
+                 member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         family=family,
-        ports=tuple(ports),
+        ports=tuple((member(port, "name", str), port_number(port, "port"))
+                    for port in member(obj, "ports", list)),
         endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
                         for endpoint in endpoint_from(item, family)),
     )
@@ -980,8 +959,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
 
 def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
-    only matter where `ready` is false, and null is false there.
-    """
+    only matter where `ready` is false, and null is false there."""
     conditions = member(item, "conditions", dict)
     ready = conditions.get("ready") is None or member(conditions, "ready", bool)
     leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
@@ -994,8 +972,7 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
             if family != FQDN:
                 socket.inet_pton(SOCKET_FAMILIES[family], address)
         except (OSError, TypeError, ValueError):
-            text = str(address)[:60]
-            raise ValueError(f"addresses: not an {family} address: {text!a}") from None
+            raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
         yield Endpoint(str(address), state, zone, node, zones)
 
 
@@ -1011,15 +988,15 @@ def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
                  for item in member(subset, key, list)]
         for family, colon in (("IPv4", False), ("IPv6", True)):
             endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
-            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
-            slices.append(endpointslice_from({**raw, "addressType": family}))
+            slices.append(endpointslice_from({
+                "metadata": own, "addressType": family, "ports": subset.get("ports"),
+                "endpoints": endpoints}))
     return tuple(slices)
 
 
-def node_from(obj: Json) -> Node:
-    """A v1 Node, reduced."""
-    metadata = member(obj, "metadata", dict)
-    return Node(member(metadata, "name", str), text_map(metadata, "labels"))
+def node_from(obj: Json) -> dict[str, str]:
+    """The labels of a v1 Node."""
+    return text_map(member(obj, "metadata", dict), "labels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1050,7 +1027,7 @@ OWN_FIELDS = {
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
-DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
@@ -1074,72 +1051,64 @@ class Config(NamedTuple):
     cluster_domain: str = "cluster.local"
 
 
-def is_text(value: Json) -> bool:
-    """A string that is not empty, and that neither Envoy nor UTF-8 stumbles over."""
-    return type(value) is str and value.isprintable() and value != ""
+class Rule(NamedTuple):
+    """What is expected somewhere in --config, and how to tell."""
+
+    expected: str
+    holds: Callable[[Json], object]
 
 
-def is_dns_name(value: Json) -> bool:
-    return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
+def text_rule(expected: str, pattern: str) -> Rule:
+    """A string that matches, and that neither Envoy nor UTF-8 stumbles over."""
+    return Rule(expected, lambda value: (
+        type(value) is str and value.isprintable() and re.fullmatch(pattern, value)))
 
 
-def depth_of(value: Json) -> int:
-    items = value.values() if type(value) is dict else value if type(value) is list else ()
-    return 1 + max(map(depth_of, items), default=0)
+def exactly(*values: Json) -> Rule:
+    return Rule(" or ".join(map(json.dumps, values)), lambda value: any(
+        type(value) is type(each) and value == each for each in values))
 
 
 def is_json(value: Json) -> bool:
     """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        return depth_of(value) <= CONFIG_DEPTH
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1).encode()
+        return b"\n" + b" " * CONFIG_DEPTH not in text  # a level is one space of indent
     except (ValueError, RecursionError):
         return False
 
 
-ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
-# What is expected where, and how to tell.
-RULES: dict[str, Callable[[Json], object]] = {
-    "a string": is_text,
-    "a DNS name": is_dns_name,
-    "a string with {namespace}, {service} or {port}": lambda value: (
-        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
-    "an absolute path": lambda value: is_text(value) and value.startswith("/"),
-    "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
-    "true or false": lambda value: type(value) is bool,
-    "true": lambda value: value is True,
-    "a zone, true or false": lambda value: type(value) is bool or is_text(value),
-    '"strict_dns" or "logical_dns"': lambda value: value in ("strict_dns", "logical_dns"),
-    'a list of "ipv4", "ipv6" or both': lambda value: value in (
-        [IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-    ENVOY_JSON: is_json,
-    "one of label, literal and node_name": lambda value: len(value) == 1,
-    "something to match (what is for every cluster belongs into base)": lambda value: (
-        value and value.get("labels") != {}),
-    "match, and one of merge and suppress": lambda value: (
-        value.get("match") and ("merge" in value) != ("suppress" in value)),
-}
+TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
+ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
+PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
-# keys ("*": any other; "": a rule for the whole).
-PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
-        "node_name": "true"}
-MATCH = {"": "something to match (what is for every cluster belongs into base)",
-         "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
-         "port_name": "a string"}
-OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
-            "merge": PATCH_FIELDS, "suppress": "true"}
+# keys (None: a rule for the whole).
+PART = {"label": TEXT, "literal": TEXT, "node_name": exactly(True),
+        None: Rule("one of label, literal and node_name", lambda value: len(value) == 1)}
+MATCH = {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT,
+         "labels": Rule("an object of strings", lambda value: (
+             value and type(value) is dict and all(map(TEXT.holds, value.values())))),
+         None: Rule("something to match (what is for every cluster belongs into base)", bool)}
+OVERRIDE = {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True),
+            None: Rule("match, and one of merge and suppress", lambda value: (
+                value.get("match") and ("merge" in value) != ("suppress" in value)))}
 SCHEMA = {
-    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
-                "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
-    "cluster_domain": "a DNS name",
-    "endpoint": {"eds_budget": "a whole number of EDS files",
-                 "external_name": '"strict_dns" or "logical_dns"',
-                 "families": 'a list of "ipv4", "ipv6" or both',
-                 "include_not_ready": "true or false",
-                 "locality": {"region": PART, "sub_zone": PART, "zone": PART},
-                 "prefer_zone": "a zone, true or false"},
-    "route": {"annotation_prefix": "a DNS name", "name": "a string", "suffix": "a DNS name"},
+    "cluster": {
+        "base": PATCH,
+        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE),
+        "overrides": [OVERRIDE],
+        "trusted_ca": text_rule("an absolute path", "/.*")},
+    "cluster_domain": DOMAIN,
+    "endpoint": {
+        "eds_budget": Rule("a whole number of EDS files", lambda value: (
+            type(value) is int and value >= 0)),
+        "external_name": exactly("strict_dns", "logical_dns"),
+        "families": exactly([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
+        "include_not_ready": exactly(True, False),
+        "locality": {"region": PART, "sub_zone": PART, "zone": PART},
+        "prefer_zone": Rule("a zone, true or false", lambda value: (
+            type(value) is bool or TEXT.holds(value)))},
+    "route": {"annotation_prefix": DOMAIN, "name": TEXT, "suffix": DOMAIN},
 }  # fmt: skip
 
 
@@ -1151,34 +1120,24 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
     if type(schema) is tuple:
         schema = schema[type(value) is list]
-    expected = schema
-    if type(schema) is dict:
-        if type(value) is not dict:
-            raise config_error(path, "an object expected")
-        for key, item in value.items():
-            where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
-            rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None:
-                raise config_error(where, wrong_key(key, schema))
-            config_check(item, rule, where)
-        expected = schema.get("", "")
+    if type(schema) is Rule:
+        if not schema.holds(value):
+            raise config_error(path, f"{schema.expected} expected")
+    elif type(value) is not type(schema):
+        raise config_error(path, f"{'a list' if type(schema) is list else 'an object'} expected")
     elif type(schema) is list:
-        if type(value) is not list:
-            raise config_error(path, "a list expected")
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
-        return
-    if expected and not RULES[expected](value):
-        raise config_error(path, f"{expected} expected")
-
-
-def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not PATCH_FIELDS:
-        return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
-    if key in OWN_FIELDS:
-        return f"the loader's own: {OWN_FIELDS[key]}"
-    snake = re.sub("([A-Z])", lambda match: "_" + match[1].lower(), key)
-    return "not a field of Envoy's Cluster" + (f": write {snake}" if snake in schema else "")
+    else:
+        for key, item in value.items():
+            where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
+            if key not in schema:
+                known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+                own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
+                raise config_error(where, own if schema is PATCH else known)
+            config_check(item, schema[key], where)
+        if None in schema:
+            config_check(value, schema[None], path)
 
 
 def config_from(document: Json) -> Config:
@@ -1193,12 +1152,10 @@ def config_from(document: Json) -> Config:
 
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    """For json.loads(object_pairs_hook=): a key that is there twice would hide its first value."""
-    found: dict[str, Json] = {}
-    for key, value in pairs:
-        if key in found:
-            raise UsageError(f"--config: the key {json.dumps(key)} is there twice in one object")
-        found[key] = value
+    """For json.load(object_pairs_hook=): a key that is there twice would hide its first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise UsageError(f"--config: a key is there twice in the object of {shortened([*found])!a}")
     return found
 
 
@@ -1213,21 +1170,15 @@ def needs_nodes(config: Config) -> bool:
 
 def merge(into: Json, more: Json) -> Json:
     """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
-    append, and an object of another `@type` replaces the whole. Neither argument is changed.
-    """
+    append, and an object of another `@type` replaces the whole. Neither argument is changed."""
     if type(into) is list and type(more) is list:
         return into + more
     if type(more) is not dict:
         return more
-    if type(into) is not dict:
+    if type(into) is not dict or (more | into).get("@type") != (into | more).get("@type"):
         into = {}
-    if "@type" in into and into["@type"] != more.get("@type", into["@type"]):
-        into = {}
-    merged = {key: value for key, value in into.items() if more.get(key, "") is not None}
-    for key, value in more.items():
-        if value is not None:
-            merged[key] = merge(merged.get(key), value)
-    return merged
+    merged = into | {key: merge(into.get(key), value) for key, value in more.items()}
+    return {key: value for key, value in merged.items() if value is not None or key not in more}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1240,26 +1191,25 @@ ASSIGNMENT_TYPE = f"{TYPE_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
 ROUTE_TYPE = f"{TYPE_PREFIX}envoy.config.route.v3.RouteConfiguration"
 UPSTREAM_TLS_TYPE = f"{TYPE_PREFIX}envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-API_SERVER = ("default", "kubernetes")
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
 # Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
 # a file that Envoy reads on its main thread.
 PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
-PREFIX_LENGTH, ANNOTATION_LENGTH = 255, 10_000
+ANNOTATION_LENGTH = 10_000
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
 NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
 # What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
 # /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
-LOCAL_NAME = r"(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
+LOCAL_NAME = r"(?i)(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
 # What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
 HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
-ROUTE_HOST = rf"\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*"
-ROUTE_PREFIX = r"/(?:(?![?#])[!-~])*"
-GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+ROUTE_HOST = rf"(?!.{{254}})(?:\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*)"
+ROUTE_PREFIX = r"/(?:(?![?#])[!-~]){0,254}"
+GRPC_SERVICE = r"(?a)(?!.{254})[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 # How Envoy speaks upstream to a port of an appProtocol, or of a name (up to its first dash).
 HTTP2_PORTS = frozenset(("http2", "h2c", "grpc", "grpcs", "grpctls", "kubernetes.io/h2c"))
@@ -1271,24 +1221,20 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 class Cluster(NamedTuple):
     """One cluster to be: everything that does not depend on endpoints.
 
-    `stem` names its EDS file. `host` is what DNS is asked for, and `number` the port there (0: a
-    target port that only the slices know); empty where the endpoints come from slices.
+    `host` is what DNS is asked for; empty where the endpoints come from slices.
     """
 
     name: str
-    stem: str
     port: ServicePort
     families: Sequence[str]
     host: str
-    number: int
     options: Mapping[str, Json]
 
 
 class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
-    namespace: str
-    name: str
+    service: Key
     created: str
     hosts: Sequence[str]
     prefixes: Sequence[str] = ()
@@ -1304,8 +1250,8 @@ class ServicePlan(NamedTuple):
     problems: tuple[str, ...]
 
 
-def warning_line(key: Key, problems: Sequence[str]) -> str:
-    """One line for one Service, whatever is wrong with it."""
+def service_line(key: Key, problems: Sequence[str]) -> str:
+    """One line for one Service, whatever there is to say about it."""
     line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
     return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
 
@@ -1324,42 +1270,33 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     """Plan one Service; what cannot be rendered is left out and named."""
     problems: list[str] = []
     clusters: list[Cluster] = []
+    external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif problem := external_problem(service, config):
-        problems.append(f"is left out: {problem}")
+    elif external is not None and not config.external_name:
+        problems.append("is left out: ExternalName needs endpoint.external_name in --config")
+    elif external is not None and (
+            not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
+        problems.append(f"is left out: externalName is not a DNS name, or local: {external!a:.60}")
     else:
-        known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
-        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
-            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
-        if len(known) > PORTS_MOST:
-            problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
-        found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
+        kept = [port for port in service.ports if port.protocol in ("TCP", "UDP")][:PORTS_MOST]
+        if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
+            problems.append(f"port {first_of(left_out)} is left out: the first {PORTS_MOST} TCP "
+                            f"and UDP ports are rendered")
+        found = [plan_cluster(service, port, config, endpoints) for port in kept]
         clusters = [cluster for cluster in found if cluster]
-        if endpoints == DNS and clusters and not service.headless and service.external_name is None:
-            problems.append("kube-proxy balances behind its one clusterIP, where --endpoints dns "
-                            "needs a headless Service (clusterIP: None)")
+        if endpoints == DNS and clusters and not service.headless and external is None:
+            problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     route = route_of(service, clusters, config, problems)
     return ServicePlan(tuple(clusters), route, tuple(problems))
-
-
-def external_problem(service: Service, config: Config) -> str:
-    """Why an ExternalName is not rendered; "" if it is, or if the Service has none."""
-    if service.external_name is None:
-        return ""
-    name = service.external_name.removesuffix(".")
-    if not config.external_name:
-        return "ExternalName needs endpoint.external_name in --config"
-    if not is_dns_name(name) or re.fullmatch(LOCAL_NAME, name.lower()):
-        return f"externalName is not a DNS name, or local: {name[:60]!a}"
-    return ""
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    facts = {"cluster_name": cluster_name(config.cluster_name, service, port),
-             "namespace": service.namespace, "port_name": port.label}
+    name = config.cluster_name.format(
+        namespace=service.namespace, service=service.name, port=port.label)
+    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
     overrides, by_name = [], False
     for override in config.cluster_overrides:
         match = override["match"]
@@ -1368,33 +1305,19 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
                    and all(one.get(key, fact) == fact for key, fact in facts.items())]
         by_name = by_name or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (service.namespace, service.name) == API_SERVER
+    api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families = config.families or (service.family,)
-    host, number, kind = service_dns_name(service, config.cluster_domain), port.number, ""
-    if service.external_name is not None:
-        host, kind = service.external_name.removesuffix("."), config.external_name.upper()
-    elif endpoints == DNS:
-        kind = "STRICT_DNS"
-        if service.headless:
-            number = port.target if isinstance(port.target, int) else 0
-    both, only = len(families) > 1, {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
-    options: Json = {}
-    if kind:
-        options = {"type": kind, "dns_lookup_family": "ALL" if both else only[families[0]]}
-    patches = [protocol_options(port, host, config.trusted_ca)]
-    for patch in [config.cluster_base, *patches, *(override["merge"] for override in overrides)]:
+    families, options = config.families or (service.family,), dict[str, Json]()
+    host = service.external_name or service_dns_name(service, config.cluster_domain)
+    if by_dns := service.external_name is not None or endpoints == DNS:
+        lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
+        kind = config.external_name if service.external_name else "strict_dns"
+        options = {"type": kind.upper(), "dns_lookup_family": lookup}
+    patches = [override["merge"] for override in overrides]
+    for patch in (config.cluster_base, protocol_options(port, host, config.trusted_ca), *patches):
         options = merge(options, patch)
-    stem = f"{service.namespace}_{service.name}_{port.label}"
-    return Cluster(
-        facts["cluster_name"], stem, port, families, host if kind else "", number, options)
-
-
-def cluster_name(template: str, service: Service, port: ServicePort) -> str:
-    """The name of a cluster: the one function that CDS, EDS and RDS have it from."""
-    parts = {"{namespace}": service.namespace, "{service}": service.name, "{port}": port.label}
-    return re.sub(r"\{\w+\}", lambda match: parts[match[0]], template)
+    return Cluster(name, port, families, host if by_dns else "", options)
 
 
 def service_dns_name(service: Service, domain: str) -> str:
@@ -1438,128 +1361,110 @@ def unique_clusters(
 ) -> dict[Key, list[Cluster]]:
     """Of two clusters of one name that of the oldest Service exists: with a name template without
     the namespace nobody takes another's. Envoy would use the last, in silence."""
-    owners: dict[str, Key] = {}
+    owners: dict[str, tuple[Key, Cluster]] = {}
     kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
     for key in by_age:
         for cluster in plans[key].clusters:
-            if cluster.name in owners:
-                problems[key].append(f"port {cluster.port.label} is left out: service "
-                                     f"{'/'.join(owners[cluster.name])} has a cluster of the same "
-                                     f"name, {cluster.name}")
-            else:
-                owners[cluster.name] = key
+            owner, first = owners.setdefault(cluster.name, (key, cluster))
+            if first is cluster:
                 kept[key].append(cluster)
+            else:
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
     return kept
 
 
 # -- load assignments --------------------------------------------------------------------------
 
-Place = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
+
+def locality_of(config: Config, zone: str, node: str, labels: Mapping[str, str]
+                ) -> tuple[str, ...]:
+    """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
+    found = []
+    for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
+        source = config.locality.get(name, {})
+        if "label" in source:
+            default = labels.get(source["label"], "")
+        found.append(node if "node_name" in source else source.get("literal", default))
+    return tuple(found)
 
 
-class View(NamedTuple):
-    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
-
-    config: Config
-    zone: str | None
-    nodes: Mapping[str, Node]
-
-    def place(self, endpoint: Endpoint, hinted: bool) -> Place:
-        """Priority and locality. `hinted`: the topology hints of its Service count."""
-        node, sources = self.nodes.get(endpoint.node), self.config.locality
-        region = locality_part(sources.get("region"), "", endpoint.node, node)
-        zone = locality_part(sources.get("zone"), endpoint.zone, endpoint.node, node)
-        sub_zone = locality_part(sources.get("sub_zone"), "", endpoint.node, node)
-        near = self.zone in endpoint.hints if hinted and endpoint.hints else self.zone == zone
-        return 0 if near or self.zone is None else 1, (region, zone, sub_zone)
-
-
-def own_zone(config: Config, node_name: str, nodes: Mapping[str, Node]) -> str | None:
-    """The zone to prefer; None: none, or the own Node is not known or has no zone."""
+def own_zone(config: Config, node: str, nodes: Mapping[str, Mapping[str, str]]) -> str:
+    """The zone to prefer; "": none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
-        return config.prefer_zone or None
-    node = nodes.get(node_name)
-    default = node.labels.get(TOPOLOGY_ZONE, "") if node else ""
-    return locality_part(config.locality.get("zone"), default, node_name, node) or None
+        return config.prefer_zone or ""
+    labels = nodes.get(node, {})
+    return locality_of(config, labels.get("topology.kubernetes.io/zone", ""), node, labels)[1]
 
 
-def locality_part(source: Json, default: str, node_name: str, node: Node | None) -> str:
-    if not source:
-        return default
-    if "label" in source:
-        return node.labels.get(source["label"], "") if node else ""
-    return node_name if "node_name" in source else str(source["literal"])
-
-
-def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
+def assignment_of(
+    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str,
+    nodes: Mapping[str, Mapping[str, str]],
+) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
 
     Hints count only if all ready endpoints have them: Kubernetes gives none to one that
     terminates, which must not take them from the others at every rolling update.
     """
     used = [found for found in slices if found.family in cluster.families]
-    ready = [each for found in used for each in found.endpoints if each.state == HEALTHY]
-    hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
-    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
-    best: dict[tuple[int, bytes, int], tuple[int, Place, str]] = {}
+    hinted = all(endpoint.hints or endpoint.state != HEALTHY
+                 for found in used for endpoint in found.endpoints)
+    worst = UNHEALTHY if config.include_not_ready else DRAINING
+    best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
         numbers = {number for name, number in found.ports if number and name == cluster.port.name}
         for endpoint in found.endpoints if numbers else ():
             if endpoint.state <= worst:
+                labels = nodes.get(endpoint.node, {})
+                locality = locality_of(config, endpoint.zone, endpoint.node, labels)
+                zones = endpoint.hints if hinted and endpoint.hints else locality[1:2]
+                far = int(preferred != "" and preferred not in zones)
                 packed = socket.inet_pton(family, endpoint.address)
-                seen = (endpoint.state, view.place(endpoint, hinted), endpoint.address)
+                seen = (endpoint.state, far, locality, endpoint.address)
                 for key in [(rank, packed, number) for number in numbers]:
                     best[key] = min(best.get(key, seen), seen)
-    nearest = min((place[0] for _, place, _ in best.values()), default=0)
-    groups: dict[Place, list[Json]] = {}
-    for (_, _, number), (state, place, address) in sorted(best.items()):
-        groups.setdefault(place, []).append(
+    nearest = min((far for _, far, _, _ in best.values()), default=0)
+    groups: dict[tuple[int, tuple[str, ...]], list[Json]] = {}
+    for (_, _, number), (state, far, locality, address) in sorted(best.items()):
+        groups.setdefault((far - nearest, locality), []).append(
             lb_endpoint(address, number, cluster.port.protocol, state))
     localities = []
     for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
-        locality = present(region=region, zone=zone, sub_zone=sub_zone)
-        where = present(locality=locality, priority=priority - nearest)
-        localities.append({**where, "lb_endpoints": endpoints})
+        place = present(region=region, zone=zone, sub_zone=sub_zone)
+        localities.append({**present(locality=place, priority=priority), "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
     """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    name = cluster.port.name
-    numbers = {number for found in slices for key, number in found.ports if key == name and number}
-    number = cluster.number or (numbers.pop() if len(numbers) == 1 else 0)
-    endpoint = lb_endpoint(cluster.host, number, cluster.port.protocol, HEALTHY)
+    port, ports = cluster.port, itertools.chain.from_iterable(found.ports for found in slices)
+    numbers = {number for name, number in ports if number and name == port.name}
+    number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
+    endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
     localities = [{"lb_endpoints": [endpoint]}] if number else []
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
-def lb_endpoint(address: str, port: int, protocol: str, state: int) -> dict[str, Json]:
-    where = {**present(protocol="UDP" if protocol == "UDP" else ""),
-             "address": address, "port_value": port}
-    health = {HEALTHY: "", DRAINING: "DRAINING", UNHEALTHY: "UNHEALTHY"}[state]
-    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=health)}
+def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
+    udp = "UDP" if protocol == "UDP" else ""
+    where = present(protocol=udp, address=address, port_value=port)
+    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
-def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
-                      ) -> Iterator[str]:
+def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
     if not slices:
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name} are left out"
         if found.family == FQDN:
-            yield f"{where}: host names, where Envoy needs addresses"
-        elif not found.ports:
-            yield f"{where}: it has no ports"
-        numberless = {name for name, number in found.ports if not number}
-        for cluster in clusters:
-            if cluster.port.name in numberless:
-                yield f"{where}: its port {cluster.port.label} has no number"
-    families = {found.family for found in used} - {FQDN}
-    if families and not families & set(clusters[0].families):
-        yield f"has only {min(families)} endpoints, which endpoint.families leaves out"
+            yield f"endpoints of slice {found.name} are left out: host names, no addresses"
+        elif not (found.ports and all(number for _, number in found.ports)):
+            yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
+    there = {found.family for found in used} - {FQDN}
+    if there and not there & set(families):
+        yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
 # -- routes ------------------------------------------------------------------------------------
@@ -1576,22 +1481,19 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
-        known = ", ".join(ROUTE_ANNOTATIONS)
-        named = first_of([ours + name for name in unknown])
-        problems.append(f"unknown annotation {named} (known: {known})")
-        given = {name: value for name, value in given.items() if name not in unknown}
-    if not given or given.get("route") == "false":
+        problems.append(f"unknown annotation {first_of([ours + name for name in unknown])}")
+    if len(unknown) == len(given) or given.get("route") == "false":
         return None
-    route = Route(service.namespace, service.name, service.created, ())
+    route = Route((service.namespace, service.name), service.created, ())
     try:
         if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
             raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
         default = service_dns_name(service, config.route_suffix)
-        hosts = comma_separated((given.get("hosts") or default).lower())
-        wrong = {host: host_problem(host, service, config.route_suffix) for host in hosts}
-        if bad := [host for host in hosts if wrong[host]]:
-            problems.append(f"{ours}hosts: left out: {first_of(bad)}: {wrong[bad[0]]}")
-        hosts = [host for host in hosts if not wrong[host]]
+        asked = comma_separated((given.get("hosts") or default).lower())
+        hosts = [host for host in asked if may_have(service, host, config.route_suffix)]
+        if wrong := sorted(set(asked).difference(hosts)):
+            problems.append(f"{ours}hosts: left out: {first_of(wrong)}: not a valid host name (no "
+                            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
         route = route._replace(hosts=hosts[:HOSTS_MOST])
         if given.get("route", "true") != "true":
             raise ValueError(f'{ours}route: "true" or "false" expected')
@@ -1618,65 +1520,56 @@ def comma_separated(text: str) -> list[str]:
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
-def host_problem(host: str, service: Service, suffix: str) -> str:
-    """Why a Service cannot have a host; "" if it can. Names of Services are their namespace's."""
-    if len(host) > 253 or not re.fullmatch(ROUTE_HOST, host):
-        return "not a valid host name (no port; * alone, or as in *.x, *-x, x.*, x-*)"
-    ending, name = f".svc.{suffix}".lower(), host.removesuffix("*")
-    head, _, tail = name.rpartition(".svc.")
+def may_have(service: Service, host: str, suffix: str) -> bool:
+    """Whether a Service may have a host: names of Services are their namespace's alone."""
+    ending, (head, dot, tail) = f".svc.{suffix}".lower(), host.rpartition(".svc.")
     if host.endswith(ending):
         head = host.removesuffix(ending)
-    elif name == host or not head or not ending.startswith(f".svc.{tail}"):
-        return ""
-    owner = head.rpartition(".")[2]
-    return "" if owner == service.namespace else f"a name of namespace {owner[:63]}"
+    elif not (dot and tail.endswith("*") and ending.startswith(f".svc.{tail[:-1]}")):
+        head = service.namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and head.rpartition(".")[2] == service.namespace
 
 
 def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
     services = comma_separated(given.get("grpc", ""))
-    for service in services:
-        if len(service) > PREFIX_LENGTH or not re.fullmatch(GRPC_SERVICE, service):
-            raise ValueError(f"{ours}grpc: not the name of a gRPC service: {service[:60]!a}")
-    path = given.get("prefix", "") or ("" if services else "/")
-    if path and (len(path) > PREFIX_LENGTH or not re.fullmatch(ROUTE_PREFIX, path)):
-        raise ValueError(f"{ours}prefix: not the beginning of a path: {path[:60]!a}")
-    found = sorted({f"/{service}/" for service in services} | ({path} if path else set()))
+    paths = [given.get("prefix") or ("" if services else "/")]
+    for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
+                                 ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
+        if wrong := [text for text in texts if text and not re.fullmatch(pattern, text)]:
+            raise ValueError(f"{ours}{what}: {first_of(wrong)}")
+    found = {f"/{service}/" for service in services}.union(filter(None, paths))
     if len(found) > PREFIXES_MOST:
         raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
-    return found
+    return sorted(found)
 
 
 def route_port(service: Service, wanted: str, where: str) -> ServicePort:
     """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
     if wanted:
-        chosen = [port for port in ports if wanted in (port.name, str(port.number))]
-    else:
-        chosen = ports if len(ports) == 1 else [
-            port for port in ports if protocol_of(port) in HTTP_PORTS]
-    if not chosen and wanted:
-        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}")
-    if not chosen:
-        raise ValueError(f"which of its ports is HTTP? Set appProtocol or {where}")
-    return chosen[0]
+        ports = [port for port in ports if wanted in (port.name, str(port.number))]
+    elif len(ports) > 1:
+        ports = [port for port in ports if protocol_of(port) in HTTP_PORTS]
+    if not ports:
+        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}" if wanted else
+                         f"which of its ports is HTTP? Set appProtocol or {where}")
+    return ports[0]
 
 
 def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
                    ) -> dict[str, list[Route]]:
-    """The routes of each host, in the order of names.
-
-    A host belongs to the namespace of the oldest Service that claims it; others are named.
-    """
+    """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
+    Service that claims it; others are named."""
     owners: dict[str, str] = {}
-    for route in sorted(routes, key=lambda route: (route.created, *route[:2])):
+    for route in sorted(routes, key=lambda route: (route.created, route.service)):
         for host in route.hosts:
-            owners.setdefault(host, route.namespace)
+            owners.setdefault(host, route.service[0])
     found: dict[str, list[Route]] = {}
     for route in routes:
         for host in route.hosts:
-            if owners[host] != route.namespace:
-                problems[route[:2]].append(
+            if owners[host] != route.service[0]:
+                problems[route.service].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
             elif route.cluster:
                 found.setdefault(host, []).append(route)
@@ -1685,8 +1578,7 @@ def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
 
 def shares(weights: Sequence[int | None]) -> list[int]:
     """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
-    numbers, the first ones one more where it does not divide. If nobody has one, all are equal.
-    """
+    numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
     given = [weight for weight in weights if weight is not None]
     if not given:
         return [1] * len(weights)
@@ -1695,11 +1587,12 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
+def virtual_host(host: str, routes: Sequence[Route]
+                 ) -> tuple[Json, list[tuple[Key, str]], list[tuple[Key, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong is named for the first Service concerned.
-    """
-    rendered, problems, prefixes = [], [], dict[str, list[Route]]()
+    prefix split it. What is wrong, and shares that follow from others, are named for the first
+    Service concerned."""
+    rendered, problems, splits, prefixes = [], [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
@@ -1709,17 +1602,16 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
         split = [{"name": route.cluster, "weight": weight}
                  for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((members[0][:2], f"{host}{prefix} has no route: all weights are 0"))
+            problems.append((members[0].service, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
             text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
-            note = f"{host}{prefix} is split by weight and remainder: {text}"
-            problems.append((members[0][:2], note))
+            splits.append((members[0].service, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, problems
+    return {"name": host, "domains": domains, **present(routes=rendered)}, problems, splits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1896,10 +1788,12 @@ class Memo:
 
 
 class Rendering(NamedTuple):
-    """What all objects give. `inlined`: clusters in CDS because the EDS budget is spent."""
+    """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
+    `inlined`: clusters in CDS because the EDS budget is spent."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
+    splits: tuple[str, ...]
     clusters: dict[str, int]
     inlined: tuple[str, ...]
 
@@ -1929,6 +1823,7 @@ class Renderer:
         self._clusters: dict[Key, list[Cluster]] = {}
         self._routes = b""
         self._plan_warnings: list[str] = []
+        self._splits: tuple[str, ...] = ()
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
         self._files = Memo(self._file)
@@ -1939,17 +1834,17 @@ class Renderer:
             self._plan(dict(sorted(objects.services.items())), other_files)
         config, warnings = self._config, list(self._plan_warnings)
         zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.prefer_zone:
+        if config.prefer_zone and not zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
-            slices.setdefault((found.namespace, found.service), []).append(found)
+            slices.setdefault(found.service, []).append(found)
         files: dict[str, File] = {}
         resources: list[bytes] = []
         labels, counts = by_node_label(config), Counter[str]()
         for key, clusters in self._clusters.items():
-            own, nodes = slices.get(key, []), dict[str, Node | None]()
+            own, nodes = slices.get(key, []), dict[str, Mapping[str, str]]()
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
@@ -1959,14 +1854,14 @@ class Renderer:
             resources += texts
             files |= eds
             if problems:
-                warnings.append(warning_line(key, problems))
+                warnings.append(service_line(key, problems))
         self._rendered.forget()
         comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
         for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
                              ("rds", comment, ROUTE_TYPE, [self._routes])):
             files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        return Rendering(files, tuple(sorted(warnings)),
+        return Rendering(files, tuple(sorted(warnings)), self._splits,
                          {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
                          tuple(inlined) if self._endpoints == AUTO else ())
 
@@ -1987,13 +1882,17 @@ class Renderer:
             if plan.route.cluster and not there:
                 problems[key].append("is not routed: it has no cluster of its own")
         hosts, elements = routes_by_host(routes, problems), []
+        splits: dict[Key, list[str]] = {}
         for host in sorted(hosts):
-            text, found = self._hosts.get(host, host, hosts[host])
+            text, found, shared = self._hosts.get(host, host, hosts[host])
             elements.append(text)
             for key, problem in found:
                 problems[key].append(problem)
+            for key, split in shared:
+                splits.setdefault(key, []).append(split)
+        self._splits = tuple(service_line(key, splits[key]) for key in splits)
         self._routes = self._route_configuration(elements)
-        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+        self._plan_warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._plan_warnings = ["--services: no Service matches the selector"]
         self._plans.forget()
@@ -2014,9 +1913,9 @@ class Renderer:
         decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return {name: decided[name] for name in names}
 
-    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, str]]]:
-        found, problems = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), problems
+    def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
+        found, *named = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), *named
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
@@ -2029,23 +1928,23 @@ class Renderer:
 
     def _service(
         self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
-        slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Node],
+        slices: Sequence[EndpointSlice], zone: str, nodes: Mapping[str, Mapping[str, str]],
     ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster in clusters if not cluster.host]
-        problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
+        problems = list(endpoint_problems(by_slices[0].families, slices)) if by_slices else []
         resources, files = [], {}
         for cluster, mode in zip(clusters, modes, strict=True):
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
             if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    problems.append(f"the number of its target port {cluster.port.target} is not "
+                    problems.append(f"the number of the target port of {cluster.port.label} is not "
                                     f"known, so there is no endpoint")
             else:
-                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
+                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
             if mode == EDS:
-                path = f"eds/{cluster.stem}.{self._fmt}"
+                path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
                 files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
@@ -4861,11 +4760,11 @@ class Loop:
 
     # -- words --------------------------------------------------------------------------------
 
-    def _note(self, topic: str, notes: Iterable[str]) -> None:
-        """Warn once of each thing, for as long as it lasts."""
+    def _note(self, topic: str, notes: Iterable[str], level: str = "warning") -> None:
+        """Name each thing once, for as long as it lasts."""
         lasting = frozenset(notes)
         for note in sorted(lasting - self._noted.get(topic, frozenset())):
-            log.warning("%s", note)
+            getattr(log, level)("%s", note)
         self._noted[topic] = lasting
 
     def _report(self) -> None:
@@ -4875,6 +4774,8 @@ class Loop:
             waiting = [f"waiting for {source}: it does not exist" for source in wanted.missing]
             quiet = self._once and not self.options.timeout  # the error that ends it says so
             self._note("sources", [*wanted.notes, *([] if quiet else waiting)])
+            if self.sources.rendering is not None:
+                self._note("splits", self.sources.rendering.splits, "info")
             if wanted.complete:
                 self._note("foreign", [
                     f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
@@ -5045,6 +4946,8 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
+    for split in loop.sources.rendering.splits if loop.sources.rendering else ():
+        log.info("%s", split)
     paths = sorted({*files, *published})
     if options.diff:
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]
@@ -5114,14 +5017,12 @@ def print_out(texts: Iterable[bytes]) -> None:
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
     if not path:
-        return config_from({})
+        return Config()
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
-    except OSError as error:
-        raise UsageError(f"--config {why(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path} is not valid JSON ({why(error)})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------
