@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -728,6 +728,16 @@ class FileSource:
                 keep(item)
         return ""
 
+    def elsewhere(self, query: Query) -> str:
+        """Where the named object of a query is, which is not where it was looked for; or ""."""
+        kind, keys = query.resource.kind, []
+        with contextlib.suppress(LoaderError):
+            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
+        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
+
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
         stdin = self._path == "-"
@@ -887,7 +897,7 @@ def member(parent: Json, key: str, kind: type) -> Json:
     if type(value) is not str:
         return value
     value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-    return sys.intern(value) if len(value) <= CACHED_LENGTH else value
+    return sys.intern(value) if len(value) <= 128 else value
 
 
 def text_map(parent: Json, key: str) -> dict[str, str]:
@@ -1626,13 +1636,7 @@ PLAIN_SCALAR = (
 )
 # What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
-CACHED_LENGTH = 128  # of a text: 4,096 of them are small, whatever a Service holds
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-# A file that response() wrote in YAML: its head, and the resources.
-OUR_YAML = (
-    rb'((?:# .*\n)++version_info: "[0-9a-f]{16}"\ntype_url: \S++\n)'
-    rb"resources:(?: \[\]\n|\n((?:(?:- |  ).*\n)++))"
-)
 
 SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
@@ -1641,27 +1645,18 @@ CDS_COMMENT = f"Clusters: one for each port of each Service.\n{MADE_BY}"
 RDS_COMMENT = f"Routes: from the annotations {{prefix}}/... of Services.\n{MADE_BY}"
 
 
-def yaml_text(text: str) -> str:
-    """A string, in the one way that cannot be misread."""
-    return cached_yaml_text(text) if len(text) <= CACHED_LENGTH else any_yaml_text(text)
-
-
-def any_yaml_text(text: str) -> str:
-    if re.match(PLAIN_SCALAR, text):
-        return text
-    quoted = json.dumps(text, ensure_ascii=False)
+def yaml_scalar(value: Json) -> str:
+    """A scalar or an empty collection, in the one way that cannot be misread."""
+    if type(value) is not str:
+        text = str(value) if type(value) is int else json.dumps(value)
+        return text.replace("e", ".0e") if type(value) is float and "." not in text else text
+    if re.match(PLAIN_SCALAR, value):
+        return value
+    quoted = COMPACT_JSON.encode(value)
     return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
-cached_yaml_text = functools.lru_cache(maxsize=4096)(any_yaml_text)  # keys and names repeat
-
-
-def yaml_scalar(value: Json) -> str:
-    """A scalar or an empty collection."""
-    if type(value) is str:
-        return yaml_text(value)
-    text = str(value) if type(value) is int else json.dumps(value)
-    return text.replace("e", ".0e") if type(value) is float and "." not in text else text
+yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
 
 
 def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
@@ -1669,10 +1664,10 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
     if type(value) is dict:
         for key, item in value.items():
             if item and type(item) in (dict, list):
-                lines.append(f"{indent}{yaml_text(key)}:")
+                lines.append(f"{indent}{yaml_key(key)}:")
                 yaml_lines(item, indent + "  " if type(item) is dict else indent, lines)
             else:
-                lines.append(f"{indent}{yaml_text(key)}: {yaml_scalar(item)}")
+                lines.append(f"{indent}{yaml_key(key)}: {yaml_scalar(item)}")
         return
     for item in value:
         if item and type(item) in (dict, list):
@@ -1684,8 +1679,8 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
 
 
 def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """One element of a list that is written at the indent: "yaml" for people, "json" for Envoy,
-    which reads it five times faster.
+    """One element of a list: "yaml" for people, at the indent; "json" for Envoy, which reads it
+    five times faster.
     """
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
@@ -1696,68 +1691,41 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
 
 def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
+    version = hashlib.sha256(b"".join(resources)).hexdigest()[:16]
     if fmt == "json":
-        return b'{"version_info":"%s","type_url":"%s","resources":[\n%s\n]}\n' % (
-            hash_of(resources), type_url.encode(), b",\n".join(resources))
-    head = "".join(f"# {line}\n" for line in comment.splitlines())
-    return join_rendered(f'{head}version_info: ""\ntype_url: {type_url}\n'.encode(), resources)
+        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":[\n'
+        return head.encode() + b",\n".join(resources) + b"\n]}\n"
+    notes = "".join(f"# {line}\n" for line in comment.splitlines())
+    head = f'{notes}version_info: "{version}"\ntype_url: {type_url}\nresources:'
+    return head.encode() + (b"\n" + b"".join(resources) if resources else b" []\n")
 
 
-def resource_file(fmt: str, comment: str, type_url: str, resources: Sequence[Json]) -> bytes:
-    """A whole file of resources in JSON's types."""
-    return response(fmt, comment, type_url, [element(fmt, resource) for resource in resources])
+def rendered_clusters(content: bytes) -> list[bytes] | None:
+    """The clusters in CDS that response() wrote in YAML; None if somebody else wrote a byte."""
+    parts = content.removesuffix(b"\n").split(b"\n- ")[1:]
+    clusters = [b"- %s\n" % part for part in parts]
+    return clusters if response("yaml", CDS_COMMENT, CLUSTER_TYPE, clusters) == content else None
 
 
-def hash_of(resources: Sequence[bytes]) -> bytes:
-    return hashlib.sha256(b"".join(resources)).hexdigest()[:16].encode()
+def modes_on_disk(files: Files) -> dict[str, str]:
+    """The clusters in the CDS that a loader left, and whether each is on EDS."""
+    modes: dict[str, str] = {}
+    for path in ("cds.yaml", "cds.json"):
+        found = clusters_of(files[path]._replace(source=SERVICES_SOURCE)) if path in files else None
+        for name, text in found.texts.items() if found else ():
+            modes[name] = EDS if b"eds_cluster_config" in text else INLINE
+    return modes
 
 
-def split_rendered(content: bytes) -> tuple[bytes, list[bytes]] | None:
-    """Head and resources of a YAML file that response() wrote; None if somebody else did."""
-    found = re.fullmatch(OUR_YAML, content)
-    return (found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]) if found else None
+def inotify_budget(config: Config) -> int:
+    """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
+    that a user may have on this node.
 
-
-def join_rendered(head: bytes, resources: Sequence[bytes]) -> bytes:
-    """The reverse of split_rendered(), with a version of its own."""
-    version = b'version_info: "%s"\n' % hash_of(resources)
-    head = re.sub(rb'(?m)^version_info: ".*"\n', version, head, count=1)
-    return head + b"resources:" + (b"\n" + b"".join(resources) if resources else b" []\n")
-
-
-def eds_clusters(files: Files) -> set[str]:
-    """The clusters that are on EDS in the files that a loader left: `on_eds` of a Renderer."""
-    return rendered_clusters(files, "EDS")
-
-
-def inline_clusters(files: Files) -> set[str]:
-    """The clusters with endpoints in CDS itself: `on_inline` of a Renderer."""
-    return rendered_clusters(files, "STATIC")
-
-
-def rendered_clusters(files: Files, kind: str) -> set[str]:
-    """The names of the clusters of a type in our own CDS, whatever a ConfigMap has in its place."""
-    found: list[Json] = []
-    try:
-        if "cds.json" in files:
-            document = parse_json(files["cds.json"].content)
-            found = [(one["type"], one["name"]) for one in document["resources"]]
-        elif "cds.yaml" in files:
-            for resource in (split_rendered(files["cds.yaml"].content) or (b"", []))[1]:
-                name, type_ = [row.partition(b": ")[2] for row in resource.split(b"\n")[1:3]]
-                text = json.loads(name) if name[:1] == b'"' else name.decode()
-                found.append((type_.decode(), text))
-        return {name for type_, name in found if type_ == kind}
-    except (ValueError, LookupError, TypeError):
-        return set()
-
-
-def inotify_budget() -> int:
-    """How many EDS files are safe: a sixteenth of the instances that a user may have on this node.
-
-    Each is an inotify instance to Envoy, two while its cluster warms, and all Envoys of one user
-    on the node share the limit. Envoy aborts when it is passed.
+    Each file is one to Envoy, two while its cluster warms, and all Envoys of one user on the node
+    share the limit. Envoy aborts when it is passed.
     """
+    if config.eds_budget is not None:
+        return config.eds_budget
     try:
         with open(MAX_USER_INSTANCES, encoding="ascii") as file:
             return int(file.read()) // 16
@@ -1789,44 +1757,37 @@ class Memo:
 
 class Rendering(NamedTuple):
     """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
-    `inlined`: clusters in CDS because the EDS budget is spent."""
+    `clusters` is how many there are of each mode."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
     splits: tuple[str, ...]
     clusters: dict[str, int]
-    inlined: tuple[str, ...]
 
 
 class Renderer:
     """Renders Services again and again; a change in one of them renders that one.
 
     `endpoints` is the mode, `fmt` "yaml" or "json", `current_dir` the absolute path under which
-    Envoy reads, `budget` as inotify_budget() has it. `on_eds` and `on_inline` are the clusters
-    that the files on disk had in that mode when the loader started: they stay, within the budget.
+    Envoy reads, `budget` as inotify_budget() has it. `modes` are those of the clusters on disk when
+    the loader started: they stay, within the budget.
     """
 
-    def __init__(
-        self, config: Config, *, endpoints: str, fmt: str, current_dir: str, node_name: str,
-        budget: int, on_eds: Iterable[str] = (), on_inline: Iterable[str] = (),
-    ) -> None:
-        if config.prefer_zone is True and not node_name:
-            raise config_error(
-                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME")
+    def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
+                 node_name: str, budget: int, modes: Mapping[str, str]) -> None:
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
-        self._directory, self._node_name = current_dir.rstrip("/"), node_name
-        self._budget = budget if config.eds_budget is None else config.eds_budget
-        kept = dict.fromkeys(sorted(on_eds)[: self._budget], EDS)
+        self._directory, self._node_name, self._budget = current_dir, node_name, budget
+        on_eds = sorted(name for name, mode in modes.items() if mode == EDS)
         # Without one EDS file what is on disk was no decision of `auto`.
-        self._modes = dict.fromkeys(on_inline, INLINE) | kept if kept else {}
+        kept = on_eds and endpoints == AUTO
+        self._modes = {**modes, **dict.fromkeys(on_eds[budget:], INLINE)} if kept else {}
         self._services: Mapping[Key, Service] | None = None
-        self._clusters: dict[Key, list[Cluster]] = {}
-        self._routes = b""
+        self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._plan_warnings: list[str] = []
         self._splits: tuple[str, ...] = ()
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
-        self._files = Memo(self._file)
+        self._cds, self._rds = Memo(self._file), file_of(b"", SERVICES_SOURCE)
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
@@ -1842,28 +1803,23 @@ class Renderer:
             slices.setdefault(found.service, []).append(found)
         files: dict[str, File] = {}
         resources: list[bytes] = []
-        labels, counts = by_node_label(config), Counter[str]()
+        labels = by_node_label(config)
         for key, clusters in self._clusters.items():
             own, nodes = slices.get(key, []), dict[str, Mapping[str, str]]()
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
-            modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
-            counts.update(modes)
-            texts, eds, problems = self._rendered.get(key, key, clusters, modes, own, zone, nodes)
+            texts, eds, problems = self._rendered.get(key, key, clusters, own, zone, nodes)
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
         self._rendered.forget()
-        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
-        for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
-                             ("rds", comment, ROUTE_TYPE, [self._routes])):
-            files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
-        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
+        files[f"cds.{self._fmt}"] = self._cds.get("", CDS_COMMENT, CLUSTER_TYPE, resources)
+        files[f"rds.{self._fmt}"] = self._rds
+        modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
         return Rendering(files, tuple(sorted(warnings)), self._splits,
-                         {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
-                         tuple(inlined) if self._endpoints == AUTO else ())
+                         {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
     def _plan(self, services: dict[Key, Service], other_files: int) -> None:
         """What follows from the Services alone: which clusters exist, their modes, the routes."""
@@ -1872,15 +1828,16 @@ class Renderer:
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         kept = unique_clusters(plans, by_age, problems)
         names = [one.name for clusters in kept.values() for one in clusters if not one.host]
-        self._modes, self._clusters = self._decided(names, other_files), kept
+        self._modes = self._decided(names, other_files)
+        self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
+                          for key, clusters in kept.items()}
         routes = []
         for key, plan in plans.items():
-            if not plan.route:
-                continue
-            there = plan.route.cluster in [cluster.name for cluster in kept[key]]
-            routes.append(plan.route if there else plan.route._replace(cluster=""))
-            if plan.route.cluster and not there:
+            route = plan.route
+            if route and route.cluster and route.cluster not in [one.name for one in kept[key]]:
                 problems[key].append("is not routed: it has no cluster of its own")
+                route = route._replace(cluster="")
+            routes += [route] if route else []
         hosts, elements = routes_by_host(routes, problems), []
         splits: dict[Key, list[str]] = {}
         for host in sorted(hosts):
@@ -1891,10 +1848,15 @@ class Renderer:
             for key, split in shared:
                 splits.setdefault(key, []).append(split)
         self._splits = tuple(service_line(key, splits[key]) for key in splits)
-        self._routes = self._route_configuration(elements)
+        comment = RDS_COMMENT.format(prefix=self._config.annotation_prefix)
+        self._rds = self._file(comment, ROUTE_TYPE, [self._route_configuration(elements)])
         self._plan_warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._plan_warnings = ["--services: no Service matches the selector"]
+        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
+        if inlined and self._endpoints == AUTO:
+            self._plan_warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in "
+                                       f"CDS: {shortened(inlined)}")
         self._plans.forget()
         self._hosts.forget()
         self._services = services
@@ -1904,14 +1866,13 @@ class Renderer:
 
         A cluster that flips would be a new one to Envoy, with new connections and health.
         """
-        if self._endpoints != AUTO:
-            return dict.fromkeys(names, self._endpoints)
-        decided = {name: self._modes[name] for name in names if name in self._modes}
-        free = self._budget - sum(mode == EDS for mode in decided.values())
-        free -= other_files if self._config.eds_budget is None else 0
-        new = [name for name in names if name not in decided]
-        decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
-        return {name: decided[name] for name in names}
+        modes = {name: self._modes.get(name, self._endpoints) for name in names}
+        if self._endpoints == AUTO:
+            free = self._budget - sum(mode == EDS for mode in modes.values())
+            free -= other_files if self._config.eds_budget is None else 0
+            new = [name for name in names if modes[name] == AUTO]
+            modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
+        return modes
 
     def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
         found, *named = virtual_host(host, routes)
@@ -1927,14 +1888,14 @@ class Renderer:
         return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
 
     def _service(
-        self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
-        slices: Sequence[EndpointSlice], zone: str, nodes: Mapping[str, Mapping[str, str]],
+        self, key: Key, clusters: Sequence[tuple[Cluster, str]], slices: Sequence[EndpointSlice],
+        zone: str, nodes: Mapping[str, Mapping[str, str]],
     ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
-        by_slices = [cluster for cluster in clusters if not cluster.host]
+        by_slices = [cluster for cluster, mode in clusters if mode != DNS]
         problems = list(endpoint_problems(by_slices[0].families, slices)) if by_slices else []
         resources, files = [], {}
-        for cluster, mode in zip(clusters, modes, strict=True):
+        for cluster, mode in clusters:
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
             if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
@@ -1974,32 +1935,39 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 # OpenSSL's reasons for a key of another certificate: of the same type; of another one.
 KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
-SECRET_KEYS = ("tls.crt", "tls.key", "ca.crt")
 
 
-class Secret(NamedTuple):
-    """What a Secret holds for Envoy: PEM bytes, empty where the key is absent."""
-
-    namespace: str
-    name: str
-    cert: bytes  # tls.crt: the leaf first, then its intermediates
-    key: bytes  # tls.key
-    ca: bytes  # ca.crt
-
-    def __repr__(self) -> str:  # without the bytes, for messages and tracebacks
-        return f"Secret({self.namespace}/{self.name})"
-
-
-def secret_from(obj: Json) -> Secret:
-    """Reduce an API object to what is used of it; ValueError, without content, for what is not a
-    valid Secret. The raw object must not be kept: an annotation often holds the key again."""
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
+    """The SDS files of a Secret, by path in the snapshot. ValueError, without content, if anything
+    is wrong with it: the caller keeps the last ones, all of them. The raw object must not be kept:
+    an annotation often holds the key again.
+    """
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
-    label = f"secret {namespace}/{name}"
-    entries = (decode_key(held.get(entry), f"{label}: {entry}") for entry in SECRET_KEYS)
-    return Secret(namespace, name, *entries)
+    label, source = f"{namespace}/{name}", f"secret {namespace}/{name}"
+    cert, key, ca = (decode_key(held.get(entry), f"{source}: {entry}")
+                     for entry in ("tls.crt", "tls.key", "ca.crt"))
+    problems = secret_problems(cert, key, ca)
+    stem = f"{namespace}_{name}"  # no object name has `_`: it is unambiguous
+    if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
+        problems.append("the name is too long for a file name")
+    if problems:
+        raise ValueError(f"{source}: {'; '.join(problems)}")
+    resources: dict[str, dict[str, Json]] = {}
+    if cert:
+        pair = {"certificate_chain": pem_source(cert), "private_key": pem_source(key)}
+        resources[stem] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
+    if ca:
+        trusted = {"trusted_ca": pem_source(ca)}
+        resources[f"{stem}_ca"] = {
+            "@type": SDS_TYPE, "name": f"{label}/ca", "validation_context": trusted}
+    files = {}
+    for stem, resource in resources.items():
+        content = response(form, source, SDS_TYPE, [element(form, resource)])
+        files[f"sds/{stem}.{form}"] = file_of(content, source, mode)
+    return Keys(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2010,29 +1978,6 @@ def decode_key(text: Json, what: str) -> bytes:
         raise ValueError(f"{what} is not base64") from None
 
 
-def secret_files(secret: Secret, form: str = "yaml",
-                 mode: int = 0o600) -> tuple[dict[str, File], tuple[str, ...]]:
-    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
-    none, and the caller keeps the last ones, all of them."""
-    label = f"{secret.namespace}/{secret.name}"
-    stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
-    problems = secret_problems(secret)
-    if len(f"{stem}_ca.{form}") - len("sds/") > FILE_NAME_BYTES:
-        problems.append("the name is too long for a file name")
-    if problems:
-        return {}, tuple(f"secret {label}: {problem}" for problem in problems)
-    resources: dict[str, dict[str, Json]] = {}
-    if secret.cert:
-        pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"{stem}.{form}"] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
-    if secret.ca:
-        trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
-        resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
-    source = f"secret {label}"
-    return {path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
-            for path, resource in resources.items()}, ()
-
-
 def pem_source(pem: bytes) -> dict[str, str]:
     """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
     if re.fullmatch(rb"[\n -~]*", pem):
@@ -2040,41 +1985,32 @@ def pem_source(pem: bytes) -> dict[str, str]:
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-def secret_problems(secret: Secret) -> list[str]:
-    """Why this Secret must not be published: whatever Envoy would reject, as far as the standard
-    library can tell, and nothing that Envoy would accept."""
-    cert, key, ca = secret.cert, secret.key, secret.ca
+def secret_problems(cert: bytes, key: bytes, ca: bytes) -> list[str]:
+    """Why a Secret must not be published: whatever Envoy would reject, as far as the standard
+    library can tell, and nothing that Envoy would accept.
+    """
     if not (cert or key or ca):
         return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
-    problems: list[str] = []
+    problems = [f"{entry} {problem}" for entry, pem in (("tls.crt", cert), ("ca.crt", ca))
+                if pem and (problem := certificates_problem(pem))]
     if bool(cert) != bool(key):
-        there, absent = ("tls.crt", "tls.key") if cert else ("tls.key", "tls.crt")
-        problems.append(f"{there} without {absent}")
-    for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
-        if pem and (problem := certificates_problem(pem)):
-            problems.append(f"{entry} {problem}")
-    if cert and not problems and (problem := pair_problem(cert, key)):
+        problems.append("tls.crt without tls.key" if cert else "tls.key without tls.crt")
+    elif cert and not problems and (problem := pair_problem(cert, key)):
         problems.append(f"tls.key {problem}")
     return problems
 
 
 def certificates_problem(pem: bytes) -> str:
     """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
-    a comment."""
+    a comment.
+    """
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
-    parts = pem.split(b"-----BEGIN CERTIFICATE-----")[1:]
-    context = tls_context()
-    try:
-        for part in parts:
-            body, end, _ = part.partition(b"-----END CERTIFICATE-----")
-            if not end:
-                return "is not readable (a PEM block has no end)"
-            der = base64.b64decode(b"".join(body.split()), validate=True)
-            context.load_verify_locations(cadata=der)
-    except (ssl.SSLError, ValueError):  # ValueError: an empty block, or one that is not base64
-        return "is not readable (a PEM block is not an X.509 certificate)"
-    return "" if parts else "holds no PEM certificate"
+    try:  # (a comment may be in any encoding)
+        tls_context().load_verify_locations(cadata=pem.decode("ascii", "backslashreplace"))
+    except ssl.SSLError:
+        return "holds no PEM certificate, or one that is not readable"
+    return ""
 
 
 def pair_problem(cert: bytes, key: bytes) -> str:
@@ -2083,15 +2019,11 @@ def pair_problem(cert: bytes, key: bytes) -> str:
     OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
     no disk. Where there is none (macOS) Envoy judges the pair itself.
     """
-    descriptors: list[int] = []
     try:
-        for pem in (cert, key):
-            descriptors.append(os.memfd_create("pem"))
-            with open(descriptors[-1], "wb", closefd=False) as file:
-                file.write(pem)
-        names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
-        tls_context().load_cert_chain(names[0], names[1], password="")
+        with open(os.memfd_create("pem"), "wb", buffering=0) as file:
+            file.write(cert + b"\n" + key)
+            # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+            tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
         if error.reason in KEY_MISMATCHES:
             return "is not the key of the first certificate in tls.crt"
@@ -2099,10 +2031,7 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             return "is encrypted, and Envoy is given no passphrase"
         return "is not readable as a PEM private key"
     except (OSError, AttributeError):  # after SSLError, which is an OSError
-        return ""
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        pass
     return ""
 
 
@@ -2142,35 +2071,32 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = re.compile(r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}")
-ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
+KEY_NAME = r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}"
 
 
 def key_problem(name: str) -> str:
     """Why a key (or a part of a path) cannot be a file name here; empty if it can.
 
-    The API server checks keys, but --from-file and `..state` do not come from there, and nothing
-    may ever leave the output directory. Names that begin with `..` are the loader's own.
+    --from-file and `..state` do not come from the API server, which checks keys, and nothing may
+    ever leave the output directory. Names that begin with `..` are the loader's own.
     """
-    if not KEY_NAME.fullmatch(name):
+    if not re.fullmatch(KEY_NAME, name):
         return "is not a valid file name"
     return "begins with '..'" if name.startswith("..") else ""
 
 
 class Keys(NamedTuple):
-    """What a ConfigMap or a Secret is to us: files by key, and what in it cannot be one."""
+    """What a ConfigMap or a Secret is to us: files, and what in it cannot be one."""
 
     files: Mapping[str, File]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 def configmap_from(item: dict[str, Any]) -> Keys:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
-    text, binary = item.get("data") or {}, item.get("binaryData") or {}
-    if not isinstance(text, dict) or not isinstance(binary, dict):
-        raise ValueError(f"{source}: data is not a map")
+    text, binary = member(item, "data", dict), member(item, "binaryData", dict)
     files, problems = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
@@ -2202,21 +2128,16 @@ class Named(NamedTuple):
         resource = SECRETS if self.kind == "secret" else CONFIGMAPS
         return Query(resource, self.namespace, self.name)
 
-    def owns(self, path: str, file: File) -> bool:
-        """Whether a file found on disk came from here."""
-        directory = path.rpartition("/")[0]
-        return file.source == self.source and (self.kind == "secret" or directory == self.directory)
-
 
 class Wanted(NamedTuple):
     """What the sources ask for now. Unless it is complete, nothing of it may be published."""
 
     files: Files
-    notes: tuple[str, ...] = ()  # what is wrong with single objects
-    missing: tuple[str, ...] = ()  # named objects that do not exist and never did
-    stale: tuple[str, ...] = ()  # sources that keep their last files
-    unknown: tuple[str, ...] = ()  # sources that were not listed yet
-    failed: tuple[str, ...] = ()  # what a one-time run could not list
+    notes: list[str]  # what is wrong with single objects
+    missing: list[str]  # named objects that do not exist and never did
+    stale: list[str]  # sources that keep their last files
+    unknown: list[str]  # sources that were not listed yet
+    failed: list[str]  # what a one-time run could not list
 
     @property
     def complete(self) -> bool:
@@ -2246,9 +2167,11 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
 
 def counted(file: File) -> str:
     """How many clusters or routes a file has, in words, where it shows."""
-    if file.kind == "cds" and (clusters := clusters_of(file)):
-        return f" ({len(clusters.texts)} clusters)"
-    return f" ({len(ROUTE_MATCH.findall(file.content))} routes)" if file.kind == "rds" else ""
+    if file.kind == "rds":
+        routes = re.findall(rb'- match:|{"match":', file.content)
+        return f" ({len(routes)} routes)"
+    clusters = clusters_of(file) if file.kind == "cds" else None
+    return f" ({len(clusters.texts)} clusters)" if clusters else ""
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
@@ -2272,17 +2195,20 @@ class Sources:
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
         self.rendering: Rendering | None = None
-        own = config.eds_budget
-        self.budget = inotify_budget() if own is None else own
+        self.budget = inotify_budget(config)
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
         options = self._options
+        from_secret = functools.partial(
+            secret_from, form=options.format, mode=options.secret_mode)
         for named in (*options.configmap, *options.secret):
-            owned = {path: file for path, file in published.items() if named.owns(path, file)}
+            directory = "sds" if named.kind == "secret" else named.directory
+            owned = {path: file for path, file in published.items()
+                     if file.source == named.source and path.rpartition("/")[0] == directory}
             if owned:
                 self._kept[named] = owned
-            self._reflect(named.query, self._secret if named.kind == "secret" else configmap_from)
+            self._reflect(named.query, from_secret if named.kind == "secret" else configmap_from)
         if options.configmap_selector is not None:
             self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
             self._reflect(self._selected, configmap_from)
@@ -2294,9 +2220,8 @@ class Sources:
             fmt=options.format,
             current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
             node_name=options.node_name,
-            on_eds=eds_clusters(published),
-            on_inline=inline_clusters(published),
             budget=self.budget,
+            modes=modes_on_disk(published),
         )
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
@@ -2306,10 +2231,6 @@ class Sources:
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
             self._reflect(Query(NODES, name=own), node_from)
-
-    def _secret(self, item: dict[str, Any]) -> Keys:
-        form, mode = self._options.format, self._options.secret_mode
-        return Keys(*secret_files(secret_from(item), form, mode))
 
     def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
         if query in self._reflectors:
@@ -2339,68 +2260,66 @@ class Sources:
             if reflector.absent:  # the API server has no EndpointSlices
                 self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
         reflectors = self._reflectors.values()
-        failed = tuple(r.trouble for r in reflectors if r.failed)
-        unknown = tuple(str(r.query) for r in reflectors if not r.synced)
-        if failed or unknown:
-            return Wanted({}, unknown=unknown, failed=failed)
-        notes: list[str] = [bad for r in reflectors for bad in r.bad.values()]
-        missing: list[str] = []
-        stale: list[str] = []
-        layers = [self._named(named, notes, missing, stale) for named in self._options.secret]
+        wanted = Wanted(
+            files={}, missing=[], stale=[],
+            notes=[bad for r in reflectors for bad in r.bad.values()],
+            unknown=[str(r.query) for r in reflectors if not r.synced],
+            failed=[r.trouble for r in reflectors if r.failed],
+        )
+        if wanted.failed or wanted.unknown:
+            return wanted
+        layers = [self._named(named, wanted) for named in self._options.secret]
         if self._selected is not None:
             found = self._reflectors[self._selected].objects()
             if not found:
-                notes.append(f"{self._selected}: none exist")
+                wanted.notes.append(f"{self._selected}: none exist")
             for _, configmap in sorted(found.items()):
-                notes += configmap.problems
+                wanted.notes.extend(configmap.problems)
                 layers.append(configmap.files)
-        layers += [self._named(named, notes, missing, stale) for named in self._options.configmap]
+        layers += [self._named(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
-            layers.insert(0, self._render(self._renderer, layers, notes))
+            self.rendering = self._render(self._renderer, layers)
+            wanted.notes.extend(self.rendering.warnings)
+            layers.insert(0, self.rendering.files)
         files, warnings = overlaid(layers)
-        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
-        return Wanted(files, (*notes, *warnings), tuple(missing), tuple(stale))
+        wanted.notes.extend(warnings)
+        return wanted._replace(files={path: with_kind(path, file, published.get(path))
+                                      for path, file in files.items()})
 
-    def _named(
-        self, named: Named, notes: list[str], missing: list[str], stale: list[str]
-    ) -> Files:
+    def _named(self, named: Named, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        found = self._reflectors[named.query].objects().get((named.namespace, named.name))
+        key, reflector = (named.namespace, named.name), self._reflectors[named.query]
+        found = None if key in reflector.bad else reflector.objects().get(key)
         prefix = f"{named.directory}/" if named.directory else ""
-        files = {prefix + key: file for key, file in found.files.items()} if found else {}
-        notes += found.problems if found else ()
-        kept = self._kept.get(named)  # None: it never was there
-        if files or (found and not kept and named.kind == "configmap"):
+        files = {prefix + path: file for path, file in found.files.items()} if found else {}
+        wanted.notes.extend(found.problems if found else ())
+        if files or (found and not self._kept.get(named)):
             self._kept[named] = files
-        elif kept is None:
-            missing.append(named.source)
+        elif named not in self._kept:
+            wanted.missing.append(named.source)
+            if self._file and (hint := self._file.elsewhere(named.query)):
+                wanted.notes.append(hint)
         else:
-            state = "has no usable files" if found else "does not exist any more"
-            notes.append(f"{named.source} {state}: its last files stay published")
-            stale.append(named.source)
+            there = found or key in reflector.bad
+            state = "has no usable files" if there else "does not exist any more"
+            wanted.notes.append(f"{named.source} {state}: its last files stay published")
+            wanted.stale.append(named.source)
         return self._kept.get(named, {})
 
-    def _render(self, renderer: Renderer, others: Sequence[Files], notes: list[str]) -> Files:
+    def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
-
-        def gathered(resource: Resource) -> dict[Key, Any]:
-            return {key: value for query, reflector in self._reflectors.items()
-                    if query.resource is resource for key, value in reflector.objects().items()}
-
-        legacy = itertools.chain.from_iterable(gathered(ENDPOINTS).values())
+        found = defaultdict[Resource, dict[Key, Any]](dict)
+        for query, reflector in self._reflectors.items():
+            found[query.resource] |= reflector.objects()
+        legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         objects = Objects(
-            services=gathered(SERVICES),
-            slices=[*gathered(ENDPOINTSLICES).values(), *legacy],
-            nodes={name: node for (_, name), node in gathered(NODES).items()},
+            services=found[SERVICES],
+            slices=[*found[ENDPOINTSLICES].values(), *legacy],
+            nodes={name: node for (_, name), node in found[NODES].items()},
         )
         kinds = {path: file.kind for layer in others for path, file in layer.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
-        self.rendering = renderer.render(objects, other_files=subscriptions)
-        notes += self.rendering.warnings
-        if self.rendering.inlined:
-            notes.append(f"beyond the EDS budget of {self.budget}, endpoints are in CDS: "
-                         f"{shortened(self.rendering.inlined)}")
-        return self.rendering.files
+        return renderer.render(objects, other_files=subscriptions)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2474,7 +2393,7 @@ def notify_order(paths: Iterable[str], files: Files) -> list[str]:
 class Clusters(NamedTuple):
     """The clusters of a CDS file by name, as texts; and what is around them."""
 
-    frame: Json  # JSON: the other fields of the response; rendered YAML: the bytes before
+    frame: Json  # the other fields of the response; None in YAML
     texts: Mapping[str, bytes]
 
 
@@ -2491,12 +2410,10 @@ def clusters_of(file: File) -> Clusters | None:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return Clusters(frame, texts) if len(texts) == len(resources) else None
-    split = split_rendered(file.content) if file.source == SERVICES_SOURCE else None
-    if split is None:
+    blocks = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+    if blocks is None:
         return None
-    head, blocks = split
-    names = [rendered_name(block) for block in blocks]
-    return Clusters(head, dict(zip(names, blocks, strict=True))) if all(names) else None
+    return Clusters(None, {rendered_name(block): block for block in blocks})
 
 
 def rendered_name(block: bytes) -> str:
@@ -2532,8 +2449,8 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 
 def joined(frame: Json, texts: list[bytes]) -> bytes:
     """A CDS file of these clusters, within the frame of another."""
-    if isinstance(frame, bytes):
-        return join_rendered(frame, texts)
+    if frame is None:
+        return response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
     version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
     fields = {key: value for key, value in frame.items() if key != "versionInfo"}
     fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loader
+from tests.conftest import RunLoader
 from tests.support.rendering import (
     Object,
     clusters,
@@ -317,5 +319,16 @@ def test_any_configuration_is_accepted_or_rejected(document: Any) -> None:
     assert "\n" not in said
     if config is not None:
         loader.Renderer(
-            config, endpoints="auto", fmt="json", current_dir="/x", node_name="n", budget=1
+            config, endpoints="auto", fmt="json", current_dir="/x", node_name="n", budget=1,
+            modes={},
         ).render(objects_of(service(), endpoint_slice()))
+
+
+def test_the_zone_of_the_own_node_needs_its_name(run_loader: RunLoader, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"endpoint": {"prefer_zone": true}}')
+    done = run_loader("--onetime", "--services", "*", "--config", str(config))
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert "$.endpoint.prefer_zone" in line
+    assert "$NODE_NAME" in line

@@ -366,10 +366,10 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
     "statistics": loader.names_of_resource,
     "clusters": lambda text: loader.eds_clusters_of(loader.file_of(text, "x", kind="cds")),
-    "our own CDS": lambda text: loader.eds_clusters(
+    "our own CDS": lambda text: loader.modes_on_disk(
         {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
-    "yaml": lambda text: loader.yaml_text(text.decode()),
+    "yaml": lambda text: loader.yaml_scalar(text.decode()),
     "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
     "errors": lambda text: loader.listener_errors(text.decode()),
     "statistics of Envoy": lambda text: loader.parse_stats(text.decode()),

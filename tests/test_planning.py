@@ -12,6 +12,7 @@ import yaml
 
 from loader import (
     ACKED,
+    CDS_COMMENT,
     NACKED,
     SERVICES_SOURCE,
     UNREAD,
@@ -26,6 +27,7 @@ from loader import (
     after_publication,
     allowed,
     cluster_names,
+    element,
     file_of,
     is_read,
     kind_of,
@@ -34,8 +36,8 @@ from loader import (
     notify_order,
     parse_stats,
     paths_in,
-    resource_file,
     resource_names,
+    response,
     retried,
     rollback,
     same_files,
@@ -72,7 +74,8 @@ def yaml_cds(*names: str) -> File:
 
 def rendered(*names: str) -> File:
     rows = [{"@type": CLUSTER, "name": name} for name in names]
-    return file_of(resource_file("yaml", "services", CLUSTER, rows), SERVICES_SOURCE)
+    content = response("yaml", CDS_COMMENT, CLUSTER, [element("yaml", row) for row in rows])
+    return file_of(content, SERVICES_SOURCE)
 
 
 def eds(name: str, port: int = 80) -> File:
