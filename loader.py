@@ -3412,7 +3412,9 @@ ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy tha
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
+# Seconds between two tries to reach Envoy, soon after an end and later: one that ends at each start
+# has its admin socket open for 12 to 115 ms (measured).
+PROBE_SOON, PROBE = 0.01, 0.1
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -3870,7 +3872,8 @@ class Admin(threading.Thread):
                            f"{self.url}: the connection ended")
                 ended_at, refused = time.monotonic(), False
             gone = True
-            time.sleep(PROBE)
+            soon = ended_at > 0 and time.monotonic() < ended_at + END_BOUND
+            time.sleep(PROBE_SOON if soon else PROBE)
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urllib.parse.urlsplit(self.url)
@@ -3915,7 +3918,7 @@ class Admin(threading.Thread):
                     return met  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
+                    select.select([kept.sock], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
 
     def _meet(self) -> float:
         """The uptime of this process in seconds; whether its counters can tell is noted."""
