@@ -2687,30 +2687,22 @@ class Clusters(NamedTuple):
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
 def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    if file.content[:1] == b"{":
-        try:
+    try:
+        if file.content[:1] == b"{":
             frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            rows = [(str(each["name"]), json.dumps(each, sort_keys=True, separators=(",", ":"),
+                                                   ensure_ascii=False).encode())
+                    for each in frame.pop("resources", [])]
+        elif file.source == SERVICES_SOURCE and (split := split_rendered(file.content)):
+            frame = split[0]
+            names = [block.split(b"\n")[1].partition(b": ")[2] for block in split[1]]
+            rows = [(parse_json(name) if name[:1] == b'"' else name.decode(), block)
+                    for name, block in zip(names, split[1], strict=True)]
+        else:
             return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
-    split = split_rendered(file.content) if file.source == SERVICES_SOURCE else None
-    if split is None:
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    head, blocks = split
-    names = [rendered_name(block) for block in blocks]
-    return Clusters(head, dict(zip(names, blocks, strict=True))) if all(names) else None
-
-
-def rendered_name(block: bytes) -> str:
-    """The name of a cluster that our own writer wrote as YAML."""
-    found = re.search(rb'^[- ] name: (?:(".*")|(.+))$', block, re.MULTILINE)
-    if found is None:
-        return ""
-    return str(parse_json(found[1])) if found[1] else found[2].decode()
+    return Clusters(frame, dict(rows)) if len(dict(rows)) == len(rows) else None
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -2926,15 +2918,13 @@ def with_named(
     users = [result[path].content for path in moved_paths(desired, result)
              if result[path].kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
-        for old in (acked.get(path), published.get(path)) if file.kind == "cds" else ():
-            if old is None or is_nacked(old, nacks.get(path)):
-                continue
-            if clusters_of(old) is None and not same_file(file, desired.get(path)):
-                continue  # it is one of the old files as a whole already
-            lost = cluster_names([old]) - cluster_names(result.values())
-            needed = frozenset().union(*(mentioned(user, lost) for user in users))
-            if needed:
-                result[path] = united(old, result[path], needed)
+        old = acked.get(path) or published.get(path)
+        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+            continue
+        lost = cluster_names([old]) - cluster_names(result.values())
+        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        if needed:
+            result[path] = united(old, file, needed)
     kept = [result[path] for path in moved_paths(desired, result)]  # their endpoints
     return {**result, **named_files(kept, gone)}
 
@@ -3624,10 +3614,6 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     While in doubt, a look is believed only when the next one agrees: Envoy may have been asked in
     the moment between a move and its reading.
     """
-    lasting = ("cluster_manager.cds", "listener_manager.lds")  # they live as long as Envoy does
-    if any(look.counts.get(scope, Counts()).attempt < known.counts.get(scope, Counts()).attempt
-           for scope in lasting):
-        known = after_meeting(known, known.back_at)
     if known.doubt:
         pending = tuple(path for path, file in files.items() if file.kind)
         return known._replace(doubt=False), Outcome(pending=pending)
@@ -3759,9 +3745,8 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
         return (file.kind in REFERENCE_KINDS and file.digest == nack.digest
                 and not named_things(file, published) <= nack.stood)
 
-    over = {path for path, nack in known.nacks.items() if is_over(path, nack)}
     return known._replace(nacks={path: nack for path, nack in known.nacks.items()
-                                 if path not in over}) if over else known
+                                 if not is_over(path, nack)})
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
@@ -3844,7 +3829,7 @@ class Admin(threading.Thread):
         ended_at, refused = -END_BOUND, False
         while True:
             try:
-                kept = self._connect().sock
+                kept = self._connect()
             except OSError as error:
                 if not refused and ended_at < 0:
                     self._wake("end", f"{self.url}: {why(error)}")
@@ -3859,45 +3844,44 @@ class Admin(threading.Thread):
                 ended_at, refused = time.monotonic(), False
             time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connect(self) -> socket.socket:
         parts = urllib.parse.urlsplit(self.url)
-        host, port = parts.hostname or "127.0.0.1", parts.port or 80
-        connection = http.client.HTTPConnection(host, port, timeout=ANSWER_BOUND)
         if parts.scheme != "unix":
-            connection.connect()
-            return connection
-        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(ANSWER_BOUND)
+            place = (parts.hostname or "127.0.0.1", parts.port or 80)
+            return socket.create_connection(place, ANSWER_BOUND)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(ANSWER_BOUND)
         try:
-            connection.sock.connect(parts.path)
+            sock.connect(parts.path)
         except OSError:
-            connection.sock.close()
+            sock.close()
             raise
-        return connection
+        return sock
 
     def _stay(self, kept: socket.socket) -> bool:
         """Meet the process behind a connection, and answer questions until the connection ends.
         Returns whether it answered."""
         self._wake("connected", None)
-        met = False
-        while True:
+        self.ask()
+        met, end = False, kept.fileno()
+        while end not in select.select([end, self._read], [], [])[0]:
+            os.read(self._read, 4096)
             try:
                 if not met:
                     self._meet()
                     met = True
                     self._wake("meet", None)
-                    self.ask()
-                if kept.fileno() in select.select([kept.fileno(), self._read], [], [])[0]:
-                    return met
-                os.read(self._read, 4096)
                 self._wake("look", self._look())
             except (OSError, AdminError) as error:
-                if select.select([kept], [], [], 0)[0] or (
-                        not met and isinstance(error, ConnectionError)):
-                    return met  # its end is why
+                if not met and isinstance(error, ConnectionError):
+                    break
+                if select.select([end], [], [], 0)[0]:
+                    continue  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    select.select([kept], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
+                    select.select([end], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
+                    self.ask()
+        return met
 
     def _meet(self) -> None:
         if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
@@ -3930,7 +3914,8 @@ class Admin(threading.Thread):
         where = path.partition("?")[0]
         late = TimeoutError(f"{where}: no end of the answer in time")
         deadline = time.monotonic() + ANSWER_BOUND
-        connection = self._connect()
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = self._connect()
         timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
         timer.daemon = True
         timer.start()

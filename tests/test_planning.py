@@ -405,8 +405,8 @@ def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -
 
 
 def test_another_process_confirmed_nothing_yet() -> None:
-    known, _ = after_look(met(), A, look({"cds": (0, 0, 0), "lds": (0, 0, 0)}, live=False))
-    assert known.states == {}
+    known, first = after_look(after_meeting(met(), 1.0), A, look({}, live=False))
+    assert (known.states, set(first.pending)) == ({}, set(A))
     assert known.acked == A, "what is rolled back to stays"
     assert is_read(known, "rds.yaml"), "by the process before"
     known, _ = after_look(known, A, look({**ONE, "lds": (1, 0, 1)}))
