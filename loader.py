@@ -34,7 +34,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -2400,28 +2399,23 @@ class Clusters(NamedTuple):
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
 def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    if file.content[:1] == b"{":
-        try:
+    try:
+        if file.content[:1] == b"{":
             frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
-    blocks = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    if blocks is None:
+            rows = [(str(each["name"]), json.dumps(each, sort_keys=True, separators=(",", ":"),
+                                                   ensure_ascii=False).encode())
+                    for each in frame.pop("resources", [])]
+        else:
+            blocks = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+            if blocks is None:
+                return None
+            frame = None
+            names = [block.split(b"\n")[1].partition(b": ")[2] for block in blocks]
+            rows = [(parse_json(name) if name[:1] == b'"' else name.decode(), block)
+                    for name, block in zip(names, blocks, strict=True)]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Clusters(None, {rendered_name(block): block for block in blocks})
-
-
-def rendered_name(block: bytes) -> str:
-    """The name of a cluster that our own writer wrote as YAML."""
-    found = re.search(rb'^[- ] name: (?:(".*")|(.+))$', block, re.MULTILINE)
-    if found is None:
-        return ""
-    return str(parse_json(found[1])) if found[1] else found[2].decode()
+    return Clusters(frame, dict(rows)) if len(dict(rows)) == len(rows) else None
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -2459,16 +2453,22 @@ def joined(frame: Json, texts: list[bytes]) -> bytes:
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
 
-NAME_VALUE = re.compile(
-    rb"""["']?\b(?:cluster_)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)"""
+NAME = re.compile(
+    rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?[ \t]*:[ \t]*"""
+    rb"""["']?([^\s"',{}\[\]]+)"""
 )
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
-PLACE = re.compile(rb"/([-\w./]+)", re.ASCII)
+PLACE = re.compile(rb"/[-\w./]+", re.ASCII)
 
 
 def names_in(content: bytes) -> frozenset[str]:
     """The values of all `name:` fields of a text, at whatever depth."""
-    return frozenset(name.decode("utf-8", "replace") for name in NAME_VALUE.findall(content))
+    return frozenset(name.decode("utf-8", "replace") for _, name in NAME.findall(content))
+
+
+def places_in(content: bytes) -> list[str]:
+    """The paths in a text, each from its first slash."""
+    return [place.decode() for place in PLACE.findall(content.replace(b"\\/", b"/"))]
 
 
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
@@ -2479,6 +2479,32 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
             known = clusters_of(file)
             names |= known.texts.keys() if known else names_in(file.content)
     return frozenset(names)
+
+
+@functools.lru_cache(maxsize=4)
+def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
+    """By the base name of a file: the places that clusters name, and all names in such a cluster.
+
+    Clusters of block YAML are divided at their dashes.
+    """
+    first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
+    if known := clusters_of(cds):
+        blocks = list(known.texts.values())
+    else:
+        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
+    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    for block in blocks:
+        names = names_in(block)
+        for place in places_in(block):
+            found.setdefault(place.rpartition("/")[2], []).append((place, names))
+    return found
+
+
+def names_by_path(path: str, files: Files) -> set[str]:
+    """The names in the clusters whose endpoints are in this file."""
+    return {name for cds in files.values() if cds.kind == "cds"
+            for place, names in eds_clusters_of(cds).get(path.rpartition("/")[2], ())
+            if place.endswith(f"/{path}") for name in names}
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
@@ -2498,12 +2524,20 @@ def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
     """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
     found, longest = set[str](), max(map(len, paths), default=0)
     for content in contents if paths else ():
-        for raw in PLACE.findall(content.replace(b"\\/", b"/")):
-            place = "/" + raw.decode()
-            place = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
-            while place := place.partition("/")[2]:
-                if place in paths:
-                    found.add(place)
+        for place in places_in(content):
+            rest = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
+            while rest := rest.partition("/")[2]:
+                if rest in paths:
+                    found.add(rest)
+    return found
+
+
+def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
+    """The files of a pool that others name, and those that these name."""
+    found: dict[str, File] = {}
+    while more := paths_in((file.content for file in users), pool.keys() - found.keys()):
+        users = [pool[path] for path in more]
+        found |= {path: pool[path] for path in more}
     return found
 
 
@@ -2520,99 +2554,6 @@ class Nack(NamedTuple):
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that somebody still needs.
-
-    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
-    file that is read and that no published file names is named by the bootstrap.
-    """
-    result = dict(desired)
-    gone = published.keys() - desired.keys()
-    named = paths_in((file.content for file in published.values()), gone)
-    more = {path for path in gone - named if is_read(path)}
-    more |= paths_in((file.content for file in desired.values()), gone)
-    while more:
-        result |= {path: published[path] for path in more}
-        more = paths_in((published[path].content for path in more), gone - result.keys())
-    return result
-
-
-def allowed(
-    desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
-) -> tuple[Files, list[str]]:
-    """What may be published of `desired` after NACKs, and why the rest waits, in words.
-
-    A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
-    """
-    result, notes = dict(desired), []
-    before = {**published, **acked}
-    held = {path for path, nack in nacks.items()
-            if path in desired and (desired[path].digest == nack.digest or (
-                path in before and united(before[path], desired[path]).digest == nack.shown))}
-    for path in sorted(held):
-        result[path] = before.get(path, desired[path])
-        notes.append(f"{path}: NACKed by Envoy, "
-                     f"{'the last ACKed bytes stay' if path in acked else 'it has no ACKed bytes'}")
-    if not held:
-        return result, notes
-    idle = idle_clusters(desired, held - acked.keys())
-    there = cluster_names(desired.values())
-    while True:
-        lacking = idle | (there - cluster_names(result.values()))
-        missing = desired.keys() - result.keys()
-        waiting = [
-            path for path, file in result.items()
-            if file.kind in REFERENCE_KINDS
-            and file is desired.get(path)
-            and not same_file(before.get(path), file)
-            and (mentioned(file.content, lacking)
-                 or paths_in([file.content], missing))
-        ]
-        for path in waiting:
-            notes.append(f"{path}: waits for what Envoy NACKed")
-            del result[path]
-            if path in before:
-                result[path] = before[path]
-        if not waiting and not keep_needed(result, desired, published, acked, nacks):
-            return result, notes
-
-
-def idle_clusters(desired: Files, paths: Collection[str]) -> frozenset[str]:
-    """The clusters whose endpoints are in files that never were ACKed."""
-    known = [clusters_of(file) for file in desired.values() if file.kind == "cds"] if paths else []
-    return frozenset(
-        name for clusters in known if clusters for name, text in clusters.texts.items()
-        if paths_in([text], paths)
-    )
-
-
-def keep_needed(
-    result: dict[str, File], desired: Files, published: Files, acked: Files,
-    nacks: Mapping[str, Nack],
-) -> bool:
-    """Give back to `result` what bytes that are kept name: files and clusters; whether any."""
-    kept = [file for path, file in result.items() if not same_file(desired.get(path), file)]
-    before = {**acked, **published}
-    gone = paths_in((file.content for file in kept),
-                    before.keys() - result.keys() - desired.keys())
-    result |= {path: before[path] for path in gone}
-    users = [file.content for file in kept if file.kind in REFERENCE_KINDS]
-    found = bool(gone)
-    for path, file in list(result.items()):
-        for old in (acked.get(path), published.get(path)):
-            if old is None or file.kind != "cds" or is_nacked(old, nacks.get(path)):
-                continue
-            if clusters_of(old) is None and not same_file(file, desired.get(path)):
-                continue  # it is one of the old files as a whole already
-            lost = cluster_names([old]) - cluster_names(result.values())
-            needed = frozenset().union(*(mentioned(user, lost) for user in users))
-            if needed:
-                result[path] = united(old, result[path], needed)
-                found = True
-    return found
-
-
 def is_nacked(file: File | None, nack: Nack | None) -> bool:
     """Whether these bytes are among those that Envoy rejected."""
     return file is not None and nack is not None and file.digest in (nack.digest, nack.shown)
@@ -2626,9 +2567,79 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     back = {path: acked[path] for path, nack in nacks.items()
             if path in acked and is_nacked(published.get(path), nack)
             and not same_file(acked[path], published[path])}
-    named = paths_in((file.content for file in back.values()), acked.keys() - published.keys())
-    files = {**published, **{path: acked[path] for path in named}, **back}
-    return Step(files, ROLLBACK) if back else None
+    gone = {path: file for path, file in acked.items() if path not in published}
+    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK) \
+        if back else None
+
+
+def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
+    """The desired files, and those without a source that somebody still needs.
+
+    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
+    file that is read and that no published file names is named by the bootstrap.
+    """
+    gone = {path: file for path, file in published.items() if path not in desired}
+    named = paths_in((file.content for file in published.values()), gone)
+    read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
+    return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
+
+
+def allowed(
+    desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+) -> tuple[Files, list[str]]:
+    """What may be published of `desired` after NACKs, and why the rest waits, in words.
+
+    A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
+    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
+    """
+    before = {**published, **acked}
+    held = [path for path, nack in sorted(nacks.items())
+            if path in desired and (desired[path].digest == nack.digest or (
+                path in before and united(before[path], desired[path]).digest == nack.shown))]
+    if not held:
+        return desired, []
+    notes = [f"{path}: NACKed by Envoy, "
+             f"{'the last ACKed bytes stay' if path in acked else 'it has no ACKed bytes'}"
+             for path in held]
+    there = cluster_names(desired.values())
+    idle = there & {name for path in held if path not in acked
+                    for name in names_by_path(path, desired)}
+    result = {**desired, **{path: before[path] for path in held if path in before}}
+    while True:
+        result = with_named(result, desired, published, acked, nacks)
+        lacking = idle | (there - cluster_names(result.values()))
+        missing = desired.keys() - result.keys()
+        waiting = [path for path, file in result.items()
+                   if file.kind in REFERENCE_KINDS and file is desired.get(path)
+                   and not same_file(before.get(path), file)
+                   and (mentioned(file.content, lacking) or paths_in([file.content], missing))]
+        if not waiting:
+            return result, notes
+        for path in waiting:
+            notes.append(f"{path}: waits for what Envoy NACKed")
+            del result[path]
+        result |= {path: before[path] for path in waiting if path in before}
+
+
+def with_named(
+    result: Files, desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+) -> dict[str, File]:
+    """`result`, and what its bytes that are not the desired ones name: files and clusters."""
+    gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
+    kept = [result[path] for path in moved_paths(desired, result)]
+    result = {**result, **named_files(kept, gone)}
+    users = [result[path].content for path in moved_paths(desired, result)
+             if result[path].kind in REFERENCE_KINDS]
+    for path, file in [*result.items()]:
+        old = acked.get(path) or published.get(path)
+        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+            continue
+        lost = cluster_names([old]) - cluster_names(result.values())
+        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        if needed:
+            result[path] = united(old, file, needed)
+    kept = [result[path] for path in moved_paths(desired, result)]  # their endpoints
+    return {**result, **named_files(kept, gone)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3116,13 +3127,15 @@ def remove_tree(place: str) -> None:
 # clocks nor versions are needed, and what the counts do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-PENDING, HIDDEN = "pending", "hidden"  # why one is unknown: not attempted yet, no counters
+PENDING, MIXED, HIDDEN = "pending", "mixed", "hidden"  # why one is unknown, as Outcome has it
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
+# Seconds between two tries to reach Envoy, soon after an end and later: one that ends at each start
+# has its admin socket open for 12 to 115 ms (measured).
+PROBE_SOON, PROBE = 0.01, 0.1
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -3162,6 +3175,14 @@ class Look(NamedTuple):
     reason: str = ""  # why listeners were rejected, in Envoy's words
 
 
+class Move(NamedTuple):
+    """How a published file came to stand where it is."""
+
+    times: int = 0  # since Envoy judged it: so many attempts are to be seen
+    blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
+    late: bool = False  # it was not attempted in time once: nobody waits for it again
+
+
 class Known(NamedTuple):
     """What Envoy made of the files, as far as it is known. A value: each fact makes a new one.
 
@@ -3170,15 +3191,12 @@ class Known(NamedTuple):
 
     acked: Files = {}  # noqa: RUF012
     nacks: Mapping[str, Nack] = {}
-    states: Mapping[str, str] = {}  # of published files; absent is unknown
-    counts: Mapping[str, Counts] | None = None  # counted before; None: never looked at
-    moves: Mapping[str, int] = {}  # how often a file moved since
-    tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
-    late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
-    leaving: frozenset[str] = frozenset()  # not desired any more, by those that named them either
+    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
+    moves: Mapping[str, Move] = {}
+    counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
+    doubt: bool = True  # the next look may show an attempt that was before the last move
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
-    gone: bool = False  # no process is known
-    wary: bool = False  # moved while moves before were not judged: a read may belong to those
+    named: frozenset[str] = frozenset()  # paths by published files: no bootstrap needs these
     suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
     back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
@@ -3219,28 +3237,13 @@ def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[st
     return [scope for scope in scopes if scope.startswith(begin) and scope.endswith(ends)]
 
 
-FIELD_NAME = re.compile(
-    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""",
-    re.MULTILINE,
-)
-STAT_NAME = re.compile(
-    rb"""(?:alt_?[sS]tat_?[nN]ame|(?<!\w)name)["']?[ \t]*:[ \t]*["']?([^\s"',}]+)"""
-)
-PATH = re.compile(rb"""(?<!\w)path["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""")
-
-
 def resource_names(path: str, file: File, files: Files) -> set[str]:
     """The names under which statistics know the resource of a file, "" where there is but one."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
-    names: set[str] = set()
-    if file.kind == "eds":  # the name of the cluster, which may differ from the assignment's
-        for other in files.values():
-            if other.kind == "cds":
-                for place, found in eds_clusters_of(other).get(path.rpartition("/")[2], ()):
-                    names |= found if place.endswith(f"/{path}") else set()
-    if not names:
-        names = names_of_resource(file.content)
+    # Endpoints are under the name of the cluster, which may differ from the assignment's.
+    names = (names_by_path(path, files) if file.kind == "eds" else None) \
+        or names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
 
 
@@ -3253,29 +3256,9 @@ def names_of_resource(content: bytes) -> set[str]:
                     if isinstance(name := resource.get(key), str)}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             pass  # then a name is looked for in the text, as in YAML
-    fields = [(len(found[1]), found.start(), found[2]) for found in FIELD_NAME.finditer(content)]
-    first = [min(fields)[2]] if fields else NAME_VALUE.findall(content)[:1]
-    return {name.decode("utf-8", "replace") for name in first}
-
-
-@functools.lru_cache(maxsize=4)
-def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, set[str]]]]:
-    """By the base name of an EDS file: its path as a cluster gives it, and the cluster's names."""
-    found: dict[str, list[tuple[str, set[str]]]] = {}
-    for block in cluster_blocks(cds):
-        names = {name.decode("utf-8", "replace") for name in STAT_NAME.findall(block)}
-        for raw in PATH.findall(block.replace(b"\\/", b"/")):
-            place = raw.decode("utf-8", "replace")
-            found.setdefault(place.rpartition("/")[2], []).append((place, names))
-    return found
-
-
-def cluster_blocks(file: File) -> list[bytes]:
-    """The texts of the clusters of CDS, to be searched; in block YAML as its dashes divide it."""
-    if known := clusters_of(file):
-        return list(known.texts.values())
-    first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + file.content)
-    return file.content.split(b"\n" + first[1] + b"- ") if first else [file.content]
+    fields = [(len(content) if each[1] is None else len(each[1]), each.start(), each[2])
+              for each in NAME.finditer(content)]  # the one that is indented least
+    return {min(fields)[2].decode("utf-8", "replace")} if fields else set()
 
 
 # -- what is known, step by step (pure) ----------------------------------------------------------
@@ -3286,71 +3269,69 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = [*moved_paths(before, after), *again]
-    leaving = after.keys() - desired.keys()
-    gone = before.keys() - after.keys()
-    tried = {path: (desired.get(path, after[path]).digest,
-                    same_file(before.get(path), known.acked.get(path)))
-             for path in moved}
+    unjudged = {path: file for path, file in before.items()
+                if file.kind and path not in known.states}
+    moves = dict(known.moves)
+    for path in moved:
+        move, proven = moves.get(path, Move()), known.acked.get(path)
+        blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
+        moves[path] = move._replace(times=move.times + 1, blame=(blame or after[path]).digest)
+    named = known.named | paths_in((file.content for file in before.values()),
+                                   after.keys() - desired.keys())
+    came = frozenset[str]()
+    if any(unjudged[path].kind in REFERENCE_KINDS for path in unjudged.keys() - set(moved)):
+        came = known.came | (things(after) - things(before))
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path not in gone and path not in tried},
-        moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
-        tried={**known.tried, **tried},
-        leaving=(known.leaving & leaving) | paths_in(
-            (file.content for file in before.values()), leaving) if leaving else frozenset(),
-        wary=any(file.kind and path not in known.states for path, file in before.items()),
-        came=known.came | (newly_there(before, after) if before and (known.gone or any(
-            file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
-            for path, file in before.items())) else frozenset()),
-    )
+                if path in after and path not in moved},
+        moves={path: move for path, move in moves.items() if path in after},
+        named=named.intersection(after), came=came, doubt=known.doubt or bool(unjudged))
 
 
-def newly_there(before: Files, after: Files) -> frozenset[str]:
-    """The clusters and files that came with a publication."""
-    clusters = [cluster_names(files[path] for path in moved_paths(before, after) if path in files)
-                for files in (after, before)]
-    return (clusters[0] - clusters[1]) | (after.keys() - before.keys())
+def things(files: Files) -> frozenset[str]:
+    """The clusters and files there are."""
+    return cluster_names(files.values()).union(files)
+
+
+def named_things(file: File, files: Files) -> frozenset[str]:
+    """The clusters and files there are, of those that a reference names."""
+    return mentioned(file.content, cluster_names(files.values())) \
+        | paths_in([file.content], files.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now,
-                          gone=False)
+    moves = {path: Move(blame=move.blame) for path, move in known.moves.items()}
+    return known._replace(states=unread, moves=moves, counts={}, doubt=True, back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
     """Envoy ended. If it was on bytes that no Envoy ACKed, and again soon after it came back, then
     these bytes end it: they count as NACKed. Returns the paths of those."""
-    unproven = {path: file for path, file in files.items()
-                if file.kind and not same_file(known.acked.get(path), file)
-                and known.states.get(path) != UNREAD}
-    suspects = frozenset((path, file.digest) for path, file in unproven.items())
-    again = not known.blind and bool(suspects & known.suspects) and now - known.back_at <= END_BOUND
-    known = known._replace(suspects=suspects, gone=True)
+    unproven = tuple(path for path, file in files.items()
+                     if file.kind and not same_file(known.acked.get(path), file)
+                     and known.states.get(path) != UNREAD)
+    suspects = frozenset((path, files[path].digest) for path in unproven)
+    again = not known.blind and suspects & known.suspects and now - known.back_at <= END_BOUND
+    known = after_meeting(known, known.back_at)
     if not again:
-        return known, ()
+        return known._replace(suspects=suspects), ()
     nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
-    return known._replace(nacks={**known.nacks, **nacks}, suspects=frozenset()), tuple(unproven)
+    return known._replace(nacks={**known.nacks, **nacks}, suspects=frozenset()), unproven
 
 
 def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     """What the counts tell about each published file that is not judged yet.
 
-    Of a process that was never looked at before the first look is believed only when the second
-    one agrees: Envoy may have been asked in the moment between a move and its reading. So it is
-    after a publication that did not wait for the judgement of the one before.
+    While in doubt, a look is believed only when the next one agrees: Envoy may have been asked in
+    the moment between a move and its reading.
     """
-    lasting = ("cluster_manager.cds", "listener_manager.lds")  # they live as long as Envoy does
-    if known.counts and any(look.counts.get(scope, Counts()).attempt < known.counts[scope].attempt
-                            for scope in lasting if scope in known.counts):
-        known = after_meeting(known, known.back_at)
-    if known.counts is None or known.wary:
-        known = known._replace(counts=known.counts or {}, wary=False)
-        return known, Outcome(pending=tuple(p for p in files if files[p].kind))
+    if known.doubt:
+        pending = tuple(path for path, file in files.items() if file.kind)
+        return known._replace(doubt=False), Outcome(pending=pending)
+    told: dict[str, str] = {}
     open_scopes: set[str] = set()
-    found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
-                                   HIDDEN: []}
     for path, file in files.items():
         if not file.kind or known.states.get(path) in (ACKED, NACKED):
             continue
@@ -3358,21 +3339,21 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        state = judged(known, look, read_by, known.moves.get(path, 1))
-        found[state].append(path)
-        if state == PENDING:
+        told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
+        if told[path] == PENDING:
             open_scopes |= set(read_by)
-    for path in rejected_unnamed(known, files, look, found[UNREAD]):
-        found[UNREAD].remove(path)
-        found[NACKED].append(path)
+    told |= dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED)
+    found = {state: tuple(path for path in told if told[path] == state)
+             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
-               **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
+        moves={path: move if told.get(path) == PENDING else  # what is mixed is notified once more
+               move._replace(times=int(told.get(path) == MIXED),
+                             late=move.late and told.get(path) != ACKED)
+               for path, move in known.moves.items()},
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-        late=known.late.difference(found[ACKED]),
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3380,35 +3361,32 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
-    known = known._replace(came=known.came if found[PENDING] else frozenset())
-    pending = tuple(path for path in found[PENDING] if path not in known.late)
-    return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
-                                          tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
+    if not found[PENDING]:
+        known = known._replace(came=frozenset())
+    waits = tuple(path for path in found[PENDING] if not known.moves.get(path, Move()).late)
+    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
+                                          waits)
 
 
 def rejected_unnamed(
-    known: Known, files: Files, look: Look, unread: Sequence[str]
+    known: Known, files: Files, look: Look, told: Mapping[str, str]
 ) -> list[str]:
-    """Those of the files that nobody seems to read which explain a subscription that only fails:
-    their text does not show the name for which Envoy asks."""
-    failing = {scope for scope, counts in look.counts.items()
-               if counts.failed and not counts.success}
-    kinds = {files[path].kind for path in unread if path not in known.acked} if failing else set()
-    if not kinds:
+    """Those of the first files that nobody seems to read which explain a subscription that only
+    fails: their text does not show the name for which Envoy asks."""
+    failing = [scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success]
+    if not failing:
         return []
-    for path, file in files.items():
-        if file.kind in kinds and path not in unread:
-            failing.difference_update(
-                scopes_of(file.kind, resource_names(path, file, files), look.counts))
-            if known.states.get(path) == NACKED and path not in known.acked:
-                kinds.discard(file.kind)  # this one explains it
-    kinds = {kind for kind in kinds for scope in failing
-             if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
-    return [path for path in unread if path not in known.acked and files[path].kind in kinds]
+    explained = {files[path].kind for path, state in {**known.states, **told}.items()
+                 if path in files and state in (NACKED, PENDING)}
+    kinds = {kind for kind, (begin, middle) in SCOPES.items() for scope in failing
+             if kind not in explained and scope.startswith(begin) and middle in scope}
+    return [path for path, state in told.items()
+            if state == UNREAD and files[path].kind in kinds and path not in known.acked]
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
-    """What became of one file, by the scopes of those who read it; UNKNOWN: mixed counts.
+    """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
     """
@@ -3416,16 +3394,16 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         return HIDDEN if look.hidden else UNREAD if look.live else PENDING
     told = set()
     for scope in read_by:
-        now, before = look.counts[scope], (known.counts or {}).get(scope, Counts())
+        now, before = look.counts[scope], known.counts.get(scope, Counts())
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = moves if scope in (known.counts or {}) else 1  # a new one reads what there is
-        if now.attempt - before.attempt < expected:
+        # A new one reads what there is.
+        if now.attempt - before.attempt < (max(moves, 1) if scope in known.counts else 1):
             told.add(PENDING)
         else:
-            told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
-    return next(state for state in (NACKED, UNKNOWN, PENDING, ACKED) if state in told)
+            told.add(ACKED if not failed else NACKED if not success else MIXED)
+    return next(state for state in (NACKED, MIXED, PENDING, ACKED) if state in told)
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
@@ -3435,7 +3413,7 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
     nack = nacks.get(path)
     if nack and (is_nacked(file, nack) or not same_file(known.acked.get(path), file)):
         del nacks[path]
-        if file.kind in ("cds", "eds", "sds"):
+        if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
     return known._replace(acked={**known.acked, path: file}, nacks=nacks,
@@ -3451,23 +3429,15 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
 
 
 def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
-    """A NACK blames the desired bytes, unless others that no Envoy ACKed were united with them."""
-    shown = files[path].digest
-    desired, clean = known.tried.get(path, (shown, True))
-    blamed = desired if clean or path not in known.acked else shown
+    """A NACK of the bytes that are published, and of those that the move was for."""
+    file, old = files[path], known.nacks.get(path)
+    blame = known.moves.get(path, Move()).blame or file.digest
     stood: frozenset[str] = frozenset()
-    old = known.nacks.get(path)
-    if old and is_nacked(files[path], old):
+    if old and is_nacked(file, old):
         stood = old.stood
-    elif files[path].kind in REFERENCE_KINDS:
-        stood = named_things(files[path], files) - known.came
-    return Nack(blamed, shown, files[path].kind, reason, stood)
-
-
-def named_things(file: File, files: Files) -> frozenset[str]:
-    """The clusters and files there are, of those that a reference names."""
-    return mentioned(file.content, cluster_names(files.values())) \
-        | paths_in([file.content], files.keys())
+    elif file.kind in REFERENCE_KINDS:
+        stood = named_things(file, files) - known.came
+    return Nack(blame, file.digest, file.kind, reason, stood)
 
 
 def settled(known: Known, files: Files) -> Known:
@@ -3480,23 +3450,29 @@ def settled(known: Known, files: Files) -> Known:
 
 def retried(known: Known, desired: Files, published: Files) -> Known:
     """Without the NACKs of files that are gone, and of references for which clusters or files came
-    that they name. What is desired again leaves no more."""
-    gone = [path for path, nack in known.nacks.items()
-            if (path not in desired and path not in published)
-            or ((file := desired.get(path)) is not None and file.digest == nack.digest
-                and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    leaving = known.leaving.difference(desired)
-    if not gone and leaving == known.leaving:
-        return known
-    nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
-    return known._replace(nacks=nacks, leaving=leaving)
+    that they name."""
+    def is_over(path: str, nack: Nack) -> bool:
+        file = desired.get(path)
+        if file is None:
+            return path not in published
+        return (file.kind in REFERENCE_KINDS and file.digest == nack.digest
+                and not named_things(file, published) <= nack.stood)
+
+    return known._replace(nacks={path: nack for path, nack in known.nacks.items()
+                                 if not is_over(path, nack)})
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    return known._replace(late=known.late | set(late)), late
+    moves = {path: known.moves.get(path, Move())._replace(late=True) for path in late}
+    return known._replace(moves={**known.moves, **moves}), late
+
+
+def is_awaited(known: Known, path: str) -> bool:
+    """Whether a step waits for what Envoy makes of a file: not once nobody read it in time."""
+    return known.states.get(path) != UNREAD and not known.moves.get(path, Move()).late
 
 
 def is_read(known: Known, path: str) -> bool:
@@ -3504,7 +3480,7 @@ def is_read(known: Known, path: str) -> bool:
     only drains."""
     state = known.states.get(path)
     read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
-    return read and path not in known.leaving
+    return read and path not in known.named
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -3530,9 +3506,8 @@ def likely_cause(file: File, files: Files) -> str:
             parse_json(file.content)
         except ValueError as error:
             return f"not valid JSON: {why(error).partition(': ')[2]}"
-    named = {each.decode("utf-8", "replace") for each in
-             re.findall(rb"/current/([-._a-zA-Z0-9/]+)", file.content)}
-    missing = sorted(named - files.keys())
+    named = {place.partition(f"/{CURRENT}/")[2] for place in places_in(file.content)}
+    missing = sorted(named - {""} - files.keys())
     return f"it names {shortened(missing)}, which is not published" if missing else ""
 
 
@@ -3542,17 +3517,18 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for
-    a connection that nobody answered, ("meet", None) for one to another process, ("blind", reason)
-    for one whose counters do not tell, ("look", Look) for each answer to `ask`, and ("silent",
-    reason) where there is none in time.
+    A connection that is kept tells when its process ends. `wake` gets ("connected", None) for a
+    new one, ("meet", None) once its process answered, ("blind", why) where what answers is not
+    Envoy, ("look", Look) for each answer to `ask`, ("silent", why) where there is none in time,
+    ("end", why) when nothing listens or the connection ended, and ("closed", why) for the end of
+    one that nobody answered.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._hidden, self._deaf, self._live = "", False, False
+        self._filtered = self._live = self._hot = False
         self._rejected, self._reason = 0, ""
 
     def ask(self) -> None:
@@ -3563,145 +3539,124 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        ended_at, gone, refused = -1.0, False, False
+        ended_at, refused = -END_BOUND, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
-                if not gone:
+                if not refused and ended_at < 0:
                     self._wake("end", f"{self.url}: {why(error)}")
                 refused = True
             else:
-                with kept.sock:
-                    met = self._stay(kept, ended_at)
+                with kept:
+                    met = self._stay(kept)
                 # A process that dies still accepts connections for a moment: the end of one that
                 # nobody answered counts only if there was none to be had before it.
                 self._wake("end" if met or refused else "closed",
                            f"{self.url}: the connection ended")
                 ended_at, refused = time.monotonic(), False
-            gone = True
-            time.sleep(PROBE)
+            time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connect(self) -> socket.socket:
         parts = urllib.parse.urlsplit(self.url)
-        host, port = parts.hostname or "127.0.0.1", parts.port or 80
-        connection = http.client.HTTPConnection(host, port, timeout=ANSWER_BOUND)
         if parts.scheme != "unix":
-            connection.connect()
-            return connection
-        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(ANSWER_BOUND)
+            place = (parts.hostname or "127.0.0.1", parts.port or 80)
+            return socket.create_connection(place, ANSWER_BOUND)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(ANSWER_BOUND)
         try:
-            connection.sock.connect(parts.path)
+            sock.connect(parts.path)
         except OSError:
-            connection.sock.close()
+            sock.close()
             raise
-        return connection
+        return sock
 
-    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> bool:
+    def _stay(self, kept: socket.socket) -> bool:
         """Meet the process behind a connection, and answer questions until the connection ends.
-
-        A process that was up before the last connection ended is the one that was met then. Returns
-        whether it answered.
-        """
+        Returns whether it answered."""
         self._wake("connected", None)
-        met = False
-        while True:
+        self.ask()
+        met, end = False, kept.fileno()
+        while end not in select.select([end, self._read], [], [])[0]:
+            os.read(self._read, 4096)
             try:
                 if not met:
-                    uptime = self._meet()
+                    self._meet()
                     met = True
-                    if ended_at < 0 or uptime < time.monotonic() - ended_at + 2.0:
-                        self._live, self._rejected, self._reason = False, 0, ""
-                        self._wake("meet", None)
-                    self.ask()
-                if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
-                    return met
-                os.read(self._read, 4096)
+                    self._wake("meet", None)
                 self._wake("look", self._look())
-            except (OSError, http.client.HTTPException, AdminError) as error:
-                if select.select([kept.sock], [], [], 0)[0] or (
-                        not met and isinstance(error, ConnectionError)):
-                    return met  # its end is why
+            except (OSError, AdminError) as error:
+                if not met and isinstance(error, ConnectionError):
+                    break
+                if select.select([end], [], [], 0)[0]:
+                    continue  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
+                    select.select([end], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
+                    self.ask()
+        return met
 
-    def _meet(self) -> float:
-        """The uptime of this process in seconds; whether its counters can tell is noted."""
-        info = self._get("/server_info")
-        uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
-        if uptime is None:
+    def _meet(self) -> None:
+        if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
             raise AdminError(NOT_ENVOY)
-        self._hidden, self._deaf = "", False
-        self._restarted_hot(re.search(r'"restart_epoch": [1-9]', info) is not None)
-        if not self._deaf and '"stats_matcher"' in self._get(STATS_MATCHER):
-            self._hidden = "its stats_matcher leaves the counters out"
-        return float(uptime[1])
-
-    def _restarted_hot(self, hot: bool) -> None:
-        """Such an Envoy counts the events of its parent too. The connection that is kept may be
-        the parent's, so each look asks."""
-        if hot and not self._deaf:
-            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
-            self._deaf, self._hidden = True, "it was restarted hot, and counts for its parent too"
+        self._filtered = '"stats_matcher"' in self._get(STATS_MATCHER)
+        self._live, self._rejected, self._reason = False, 0, ""
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
-        self._restarted_hot(gauges.get("server.hot_restart_epoch", 0) > 0)
-        counts = {} if self._deaf else counts
+        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
+        # The kept connection may be that of a parent, whose events its child counts.
+        before, self._hot = self._hot, gauges.get("server.hot_restart_epoch", 0) > 0
+        if self._hot:
+            counts, hidden = {}, "it was restarted hot, and counts for its parent too"
+            if not before:
+                self._wake("warning", "Envoy was restarted hot: start it with "
+                                      "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
-        return Look(counts, self._live, self._hidden,
+        return Look(counts, self._live, hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
+        where = path.partition("?")[0]
+        late = TimeoutError(f"{where}: no end of the answer in time")
         deadline = time.monotonic() + ANSWER_BOUND
-        connection = self._connect()
-        with connection.sock as sock, Answering(sock, deadline) as answering:
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = self._connect()
+        timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
+        timer.daemon = True
+        timer.start()
+        try:
             connection.request("GET", path)
-            response = http.client.HTTPResponse(answering, method="GET")  # type: ignore[arg-type]
-            body = bytearray()
-            try:
-                response.begin()
-                while part := response.read1(1 << 16):
-                    body += part
-                    if len(body) > ANSWER_BYTES:
-                        raise TimeoutError
-            except TimeoutError:
-                text = f"{path.partition('?')[0]}: no end of the answer in time"
-                raise TimeoutError(text) from None
-            except http.client.HTTPException:
+            response = connection.getresponse()
+            body = response.read(ANSWER_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            if time.monotonic() >= deadline:
+                raise late from None
+            if isinstance(error, http.client.HTTPException):
                 raise AdminError(NOT_ENVOY) from None
+            raise
+        finally:
+            timer.cancel()
+            connection.close()
+        if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
+            raise late
         if response.status not in (200, 503):  # /ready is 503 until Envoy is live
-            raise AdminError(f"{path.partition('?')[0]}: HTTP {response.status}")
+            raise AdminError(f"{where}: HTTP {response.status}")
         return body.decode("utf-8", "replace")
 
 
-class Answering(io.RawIOBase):
-    """What comes over a socket until a deadline. (The time limit of a socket is for each read: who
-    sends headers byte by byte is within it for ever.)"""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-        if time.monotonic() >= self._deadline:
-            raise TimeoutError
-        return self._sock.recv_into(buffer)
+def cut(sock: socket.socket) -> None:
+    """End what goes on over a socket, from any thread. (Its time limit is for each read: who sends
+    an answer byte by byte is within it for ever.)"""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
@@ -3723,12 +3678,12 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
 def listener_errors(text: str) -> str:
     """Why Envoy rejected listeners, in its own words, cut where they would quote the content."""
     try:
-        rows = json_object(parse_json(text)).get("configs") or []
-        details = {json_object(json_object(row).get("error_state")).get("details") for row in rows}
-    except (ValueError, TypeError):
+        details = {row["error_state"]["details"] for row in parse_json(text)["configs"]
+                   if "error_state" in row}
+        words = {re.split(r"[\[{\n\"]", detail, maxsplit=1)[0][:REASON_LENGTH].strip(" :,(")
+                 for detail in details}
+    except (ValueError, TypeError, LookupError):
         return ""
-    words = {re.split(r"[\[{\n\"]", detail, maxsplit=1)[0][:REASON_LENGTH].strip(" :,(")
-             for detail in details if isinstance(detail, str)}
     return "; ".join(sorted(words - {""}))[: 2 * REASON_LENGTH]
 
 
@@ -4477,7 +4432,7 @@ class Loop:
         before, files = self.output.published, step.files
         moved = [*moved_paths(before, files), *again]
         awaited = {files[path].kind for path in moved
-                   if self.known.states.get(path) != UNREAD and path not in self.known.late}
+                   if is_awaited(self.known, path)}
         try:
             self.output.keep_acked(self.known.acked, files)
             paths = self.output.publish(files, again)

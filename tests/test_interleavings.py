@@ -175,21 +175,20 @@ class State:
     def _normalize(self) -> None:
         """Counters grow for ever; only differences and zeros matter."""
         counts, before = self.envoy.counts, self.known.counts
-        if before is None:
+        rows, lowered = dict(counts), {}
+        if self.known.doubt and not before:
             rows = {scope: total(min(now.success, 3), min(now.failed, 3))
                     for scope, now in counts.items()}
-        else:
-            rows, lowered = dict(counts), {}
-            for scope, old in before.items():
-                now = counts.get(scope)
-                if now is None or now.success < old.success or now.failed < old.failed:
-                    lowered[scope] = total(min(old.success, 2), min(old.failed, 2))
-                    continue
-                low = lowered[scope] = total(min(old.success, 1), min(old.failed, 1))
-                rows[scope] = total(low.success + min(3, now.success - old.success),
-                                    low.failed + min(3, now.failed - old.failed))
-            if lowered != before:
-                self.know(self.known._replace(counts=lowered))
+        for scope, old in before.items():
+            now = counts.get(scope)
+            if now is None or now.success < old.success or now.failed < old.failed:
+                lowered[scope] = total(min(old.success, 2), min(old.failed, 2))
+                continue
+            low = lowered[scope] = total(min(old.success, 1), min(old.failed, 1))
+            rows[scope] = total(low.success + min(3, now.success - old.success),
+                                low.failed + min(3, now.failed - old.failed))
+        if lowered != before:
+            self.know(self.known._replace(counts=lowered))
         if rows != counts:
             self.own_envoy().counts = rows
 
@@ -197,8 +196,7 @@ class State:
 def key_of(known: Known) -> int:
     return hash((
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
-        None if known.counts is None else frozenset(known.counts.items()),
-        frozenset(known.moves.items()), frozenset(known.tried.items()), *known[6:],
+        frozenset(known.moves.items()), frozenset(known.counts.items()), *known[5:],
     ))
 
 
@@ -386,11 +384,11 @@ class Explorer:
         """Loop._advance and Loop._desired."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
-               frozenset(known.nacks.items()), frozenset(known.states.items()), known.leaving)
+               frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)
         if key not in self.plans:
             self.plans[key] = self._plan(published, known, self.world.targets[state.wanted])
         nacks, step, desired = self.plans[key]
-        return known._replace(nacks=nacks.nacks, leaving=nacks.leaving), step, desired
+        return known._replace(nacks=nacks.nacks), step, desired
 
     def _plan(self, published: Files, known: Known, wanted: Files) -> tuple[Known, Step | None,
                                                                             Files]:
@@ -478,7 +476,7 @@ class Explorer:
     def look(self, state: State) -> None:
         """Loop._take_look and Loop._plan_look."""
         look = state.envoy.look("it keeps none" if self.world.hidden else "")
-        state.first = state.known.counts is None or state.known.wary
+        state.first = state.known.doubt
         mended = set(state.known.nacks)
         known, outcome = loader.after_look(state.known, state.published, look)
         state.know(known)
@@ -837,7 +835,7 @@ def dropped(desired: Files, published: Files, is_read: Callable[[str], bool]) ->
 
 FAULTS = {
     "1: what bytes that are kept name goes": (
-        "refused", {"keep_needed": lambda *_: False}, "which it lacks"),
+        "refused", {"with_named": lambda result, *_: dict(result)}, "which it lacks"),
     "2: a listener is never tried again": (
         "listener", {"retried": never_tried_again}, "other listeners"),
     "3: endpoints wait while a cluster warms": (
