@@ -2961,9 +2961,9 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what is remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""  # the same as it is on disk
+        self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
         self._lock = -1
@@ -3005,13 +3005,12 @@ class Output:
             self._notify(changed)
             os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        others = [entry for entry in self._snapshots() if entry != self.snapshot
-                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
-        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
-        self._before = max(others, key=times.__getitem__, default="")
+        complete = [entry for entry in self._snapshots() if entry != self.snapshot
+                    and version_of(self._load(entry)) == entry[2:18]]
+        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in complete}
+        self._before = max(complete, key=times.__getitem__, default="")
         self.prune()
-        if os.path.islink(self._path(LINK)):
-            os.unlink(self._path(LINK))
+        remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
@@ -3057,13 +3056,8 @@ class Output:
                 return name
             attempt += 1
             name = f"{wanted}.{attempt}"
-        os.mkdir(self._path(name), 0o755)
-        made = {""}
+        self._own_parents(name, files)
         for path, file in files.items():
-            for directory in reversed(list(parents(path))):
-                if directory not in made:
-                    os.mkdir(self._path(name, directory), 0o755)
-                    made.add(directory)
             old, new = self._path(self.snapshot, path), self._path(name, path)
             if not (same_file(self.published.get(path), file) and linked(old, new)):
                 write_file(new, file.content, file.mode)
@@ -3087,7 +3081,7 @@ class Output:
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
         self._notify(changed)  # 6
-        unlink_if_there(self._path(MARKER))  # 7
+        remove(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
@@ -3096,10 +3090,13 @@ class Output:
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 8: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay. What cannot be removed is named."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
-                remove_tree(self._path(entry))
+                try:
+                    remove(self._path(entry))
+                except OSError as error:
+                    log.warning("left-over stays: %s", why(error))
 
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
@@ -3118,93 +3115,80 @@ class Output:
         """Replace what is remembered, by rename. The source and kind of each file comes along, of
         those that are about to be published too."""
         files = {**self.published, **coming}
-        self.state = {**state, "version": __version__,
-                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
-        text = json.dumps(self.state, sort_keys=True).encode()
-        if text == self._remembered:
+        state = {**state, "version": __version__,
+                 "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        if state == self.state:
             return
         self._own_parents(STATE)
-        new = self._path(f"{STATE_FILE}.new")
-        unlink_if_there(new)
-        write_file(new, text, 0o644)
-        if is_directory(self._path(STATE_FILE)):
-            remove_tree(self._path(STATE_FILE))
-        os.rename(new, self._path(STATE_FILE))
-        self._remembered = text
+        place, new = self._path(STATE_FILE), self._path(f"{STATE_FILE}.new")
+        remove(new)
+        write_file(new, json.dumps(state).encode(), 0o644)
+        if is_directory(place):
+            remove(place)
+        os.rename(new, place)
+        self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
         """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
         no others."""
-        needed = {path.replace("/", "%"): path for path, file in acked.items()
+        needed = {path: file for path, file in acked.items()
                   if not (same_file(self.published.get(path), file)
                           and same_file(files.get(path), file))}
-        there = self._kept()
-        if needed:
+        changed = [path for path in {**self._kept, **needed}
+                   if path not in needed or self._kept.get(path) != needed[path].digest]
+        if changed:
             self._own_parents(STATE, ["acked/"])
-        for name, path in needed.items():
-            place, file = self._path(ACKED_FILES, name), acked[path]
-            if holds(place, file):
+        for path in changed:
+            place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
+            self._kept[path] = ""  # whatever becomes of the next calls
+            remove(place)
+            if file is None:
+                del self._kept[path]
                 continue
-            unlink_if_there(place)
             shown = same_file(self.published.get(path), file)
             if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
-        for name in there - needed.keys():
-            os.unlink(self._path(ACKED_FILES, name))
+            self._kept[path] = file.digest
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {path: file for path, file in self.published.items()
-                 if file.digest == digests.get(path)}
-        room = SNAPSHOT_BYTES
-        for name in self._kept():
-            path = name.replace("%", "/")
-            file = self._file(path, self._path(ACKED_FILES, name), room)
-            room -= len(file.content) if file is not None else 0
-            if file is not None and file.digest == digests.get(path, file.digest):
-                found[path] = file
-        return found
-
-    def _kept(self) -> set[str]:
-        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
-        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
+        kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
+        self._kept = {path: file.digest for path, file in kept.items()}
+        acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
+        return acked | {path: file for path, file in kept.items()
+                        if file.digest == digests.get(path, file.digest)}
 
     def _read_state(self) -> None:
         """What was remembered; nothing where it is not JSON or another version wrote it."""
-        self.state, self._remembered = {}, b""
         there = is_directory(self._path(STATE))
         found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
         try:
             state = json_object(parse_json(found[0])) if found else {}
-        except ValueError as error:
-            log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return
-        if found and state.get("version") == __version__:
-            self.state, self._remembered = state, found[0]
+        except ValueError:
+            state = {}
+        self.state = state if state.get("version") == __version__ else {}
 
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
-        """The file of a path as it is on disk; None where there is no regular one to be read."""
-        found = read_file(place, min(most, FILE_BYTES))
-        if found is None:
-            return None
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
-        file = file_of(found[0], source, found[1])
-        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
-
-    def _load(self, name: str) -> dict[str, File]:
-        files, room = dict[str, File](), SNAPSHOT_BYTES
-        for path, place in walk(self._path(name)):
-            file = None if any(map(key_problem, path.split("/"))) else self._file(path, place, room)
-            if file is not None:
-                files[path] = file
-                room -= len(file.content)
+    def _load(self, name: str, slash: str = "/") -> dict[str, File]:
+        """The regular files of a directory, and of each what is remembered."""
+        rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
+        for entry, place in walk(self._path(name)):
+            parts = entry.split(slash)
+            if any(map(key_problem, parts)) or not (found := read_file(place, room)):
+                continue
+            path, (content, mode) = "/".join(parts), found
+            match rows.get(path):
+                case [str(source), str(kind)] if kind in ("", *KINDS.values()):
+                    pass
+                case _:
+                    source, kind = "disk", ""
+            files[path] = file_of(content, source, mode, kind_of(content) or kind)
+            room -= len(content)
         return files
 
     def _damage(self, name: str, files: Files) -> list[str]:
@@ -3217,7 +3201,7 @@ class Output:
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
         for place in (self._path(CURRENT, each) for each in directories):
-            if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True) and os.path.isdir(place):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
@@ -3227,7 +3211,7 @@ class Output:
         try:
             os.symlink(target, self._path(LINK))
         except FileExistsError:  # of a process that died: a fixed name must not wedge
-            os.unlink(self._path(LINK))
+            remove(self._path(LINK))
             os.symlink(target, self._path(LINK))
         os.rename(self._path(LINK), self._path(relative))
 
@@ -3302,12 +3286,18 @@ def is_directory(place: str) -> bool:
         return False
 
 
-def unlink_if_there(place: str) -> None:
-    """A directory that somebody else made there goes too."""
-    if is_directory(place):
-        remove_tree(place)
-    with contextlib.suppress(FileNotFoundError):
+def remove(place: str) -> None:
+    """Remove what is there, if anything is. A link is removed, never followed: nothing outside of
+    the output directory is touched."""
+    try:
         os.unlink(place)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        for _, each in walk(place):
+            os.unlink(each)
+        for directory, _, _ in os.walk(place, topdown=False):
+            os.rmdir(directory)
 
 
 def linked(old: str, new: str) -> bool:
@@ -3338,7 +3328,7 @@ def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     try:
         number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > min(most, FILE_BYTES):
             os.close(number)
             return None
         with open(number, "rb") as stream:
@@ -3377,23 +3367,6 @@ def make_directories(place: str) -> None:
         make_directories(os.path.dirname(place))
         with contextlib.suppress(FileExistsError):
             os.mkdir(place, 0o755)
-
-
-def remove_tree(place: str) -> None:
-    """Remove a directory; what cannot be removed is named and stays.
-
-    A link is removed, never followed: nothing outside of the output directory is touched.
-    """
-    try:
-        if not is_directory(place):
-            os.unlink(place)
-            return
-        for _, each in walk(place):
-            os.unlink(each)
-        for directory, _, _ in os.walk(place, topdown=False):
-            os.rmdir(directory)
-    except OSError as error:
-        log.warning("left-over stays: %s", why(error))
 
 
 # ---------------------------------------------------------------------------------------------
