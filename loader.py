@@ -4027,12 +4027,10 @@ class Log:
         """A warning about something persistent: once, and again every five minutes; else debug."""
         now = self._clock()
         with self._lock:
-            past = self._outages.setdefault(topic, {})
-            for old in [old for old, at in past.items() if now - at >= REMINDER]:
-                del past[old]
+            past = self._outages.get(topic, {})
+            past = {each: at for each, at in past.items() if now - at < REMINDER}
             due = message not in past and len(past) < OUTAGE_LINES
-            if due:
-                past[message] = now
+            self._outages[topic] = {**past, message: now} if due else past
         self._write("warning" if due else "debug", message, **fields)
 
     def recovered(self, topic: str, message: str) -> None:
@@ -4066,29 +4064,29 @@ class Log:
 
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, the longest of its texts are cut."""
-    when = timestamp(time.time())
-    texts = {"message": message, **{name: plain_value(value) for name, value in fields.items()}}
+    the same as a JSON object. Where it is too long, its long texts are cut."""
+    when, most = timestamp(time.time()), LINE_BYTES
     while True:
+        texts = {name: plain_value(value, most) for name, value in fields.items()}
+        said = plain_value(message, most)
         if form == "json":
-            line = json.dumps({"time": when, "level": level, **texts})
+            line = json.dumps({"time": when, "level": level, "message": said, **texts})
         else:
-            said = message if message.isprintable() else json.dumps(message)
-            pairs = (f" {name}={text_value(texts[name])}" for name in fields)
+            pairs = (f" {name}={text_value(text)}" for name, text in texts.items())
+            said = said if said.isprintable() else json.dumps(said)
             line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
         if len(encoded) <= LINE_BYTES:
             return encoded
-        longest = max(texts, key=lambda name: len(str(texts[name])))
-        texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
-        message = str(texts["message"])
+        most //= 2
 
 
-def plain_value(value: object) -> Json:
-    """A number stays, a sequence is joined by commas, the rest is its str()."""
-    if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
-        return value  # not NaN nor infinite, which JSON does not have
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+def plain_value(value: object, most: int) -> Json:
+    """A number stays (not NaN nor infinite, which JSON does not have); the rest is its str()."""
+    if value is None or (isinstance(value, (int, float)) and value - value == 0):
+        return value
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def text_value(value: Json) -> str:
@@ -4144,7 +4142,8 @@ METRICS = (
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BUCKET_TEXTS = {bound: f'_bucket{{le="{bound}"}}' for bound in BUCKETS}
+BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
+                '_bucket{le="+Inf"}': float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = tuple[str, ...]
@@ -4160,8 +4159,7 @@ class Metrics:
         self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
         for name, kind, _, labels in METRICS:
             if kind == "histogram":
-                suffixes = (*BUCKET_TEXTS.values(), '_bucket{le="+Inf"}', "_sum", "_count")
-                self._series[name] = dict.fromkeys(suffixes, 0.0)
+                self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
             elif kind == "counter" and not labels:
                 self.add(name, by=0)
         self.set("xds_loader_info", 1, (version,))
@@ -4186,11 +4184,10 @@ class Metrics:
         """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
-            for bound, text in BUCKET_TEXTS.items():
+            for text, bound in BUCKET_TEXTS.items():
                 series[text] += seconds <= bound
             series["_sum"] += seconds
             series["_count"] += 1
-            series['_bucket{le="+Inf"}'] += 1
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
