@@ -2971,10 +2971,9 @@ class Output:
     # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader; False while another one is.
-
-        flock(2) on the directory itself: no lock file that another user's init container left.
-        """
+        """Create the directory if need be and be its only loader, for the life of the process;
+        False while another one is. flock(2) on the directory itself: no lock file that another
+        user's init container left."""
         make_directories(self.root)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2983,11 +2982,6 @@ class Output:
         except BlockingIOError:
             return False
         return True
-
-    def unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     def recover(self) -> list[str]:
         """Make good whatever the last process, or the last failure, left; what was done, in words.
@@ -4306,23 +4300,16 @@ class Listener:
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         self.status = Status({}, last_turn=time.monotonic())
         self.clients: dict[int, Client] = {}  # by descriptor, oldest first
-        self._recorded, self._stopped = recorded, False
+        self._recorded = recorded
         self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
         self._socket, self._poll = listening_socket(host, port), select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self.port: int = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped = True
-        with contextlib.suppress(OSError):  # stopped before
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._thread.join()
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        while not self._stopped:
-            for number, _ in self._poll.poll(TICK * 1000):
+        while True:
+            for number, _ in self._poll.poll(TICK * 1000 if self.clients else None):
                 if number not in self.clients:
                     self._accept()
                     continue
@@ -4334,9 +4321,6 @@ class Listener:
             for place, (number, client) in enumerate([*self.clients.items()]):
                 if place < crowd or client.end < now:
                     self._close(number)
-        for number in [*self.clients]:
-            self._close(number)
-        self._socket.close()
 
     def _accept(self) -> None:
         try:
@@ -4528,9 +4512,6 @@ class Loop:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
             self._check_stop.set()
-            self.output.unlock()
-            if self._listener is not None:
-                self._listener.stop()
         self._end_asking("ended before")
         if self._once and not done:
             raise LoaderError("ended by a signal before there was a snapshot to publish")

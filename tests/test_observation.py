@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +69,9 @@ def talk(port: int, sent: bytes, timeout: float = 5.0) -> bytes:
 
 
 @pytest.fixture
-def listener() -> Iterator[Any]:
-    server = loader.Listener("127.0.0.1", 0, loader.Metrics("1.2.3"))
-    yield server
-    server.stop()
+def listener() -> Any:
+    """It serves for the life of the process."""
+    return loader.Listener("127.0.0.1", 0, loader.Metrics("1.2.3"))
 
 
 def a_status(**changes: Any) -> Any:
@@ -317,7 +316,6 @@ held.pop().close()
 client.sendall(b"GET /healthz HTTP/1.1\\r\\n\\r\\n")
 client.settimeout(5)
 assert client.recv(100).startswith(b"HTTP/1.0 200"), "no answer"
-server.stop()  # a daemon thread that wakes at the interpreter's end needs a descriptor
 """
     run_python(script)
 
@@ -335,21 +333,6 @@ def run_python(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_it_stops_at_once_even_with_clients(listener: Any) -> None:
-    others = [loader.Listener("127.0.0.1", 0, loader.Metrics("1")) for _ in range(5)]
-    began = time.monotonic()
-    for other in others:
-        other.stop()
-    assert time.monotonic() - began < 2 * loader.TICK
-    with socket.create_connection(("127.0.0.1", listener.port)) as sock:
-        listener.stop()
-        sock.settimeout(5)
-        with contextlib.suppress(ConnectionResetError):
-            assert sock.recv(1) == b""
-    with pytest.raises(OSError):
-        ask(listener.port, "/healthz")
-
-
 def test_an_address_in_use_is_one_line(listener: Any) -> None:
     with pytest.raises(loader.LoaderError) as caught:
         loader.Listener("127.0.0.1", listener.port, loader.Metrics("1"))
@@ -363,12 +346,9 @@ def test_an_address_in_use_is_one_line(listener: Any) -> None:
 
 def test_without_an_address_it_listens_on_every_one() -> None:
     server = loader.Listener("", 0, loader.Metrics("1"))
-    try:
-        assert ask(server.port, "/healthz").status == 200
-        if socket.has_dualstack_ipv6():
-            assert ask(server.port, "/healthz", host="::1").status == 200
-    finally:
-        server.stop()
+    assert ask(server.port, "/healthz").status == 200
+    if socket.has_dualstack_ipv6():
+        assert ask(server.port, "/healthz", host="::1").status == 200
 
 
 @pytest.mark.parametrize(
