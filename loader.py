@@ -2985,9 +2985,7 @@ class Output:
 
     def recover(self) -> list[str]:
         """Make good whatever the last process, or the last failure, left; what was done, in words.
-
-        Afterwards `published` is what the disk shows, and every link and notification is right.
-        """
+        Afterwards `published` is what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         self.published, self.snapshot = self.peek(), self._switched()
@@ -3001,17 +2999,15 @@ class Output:
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
         complete = [entry for entry in self._snapshots() if entry != self.snapshot
                     and version_of(self._load(entry)) == entry[2:18]]
-        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in complete}
-        self._before = max(complete, key=times.__getitem__, default="")
+        self._before = max(complete, default="",
+                           key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
         self.prune()
         remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything.
-
-        A loader that lives may prune what is being read: then the switch has moved on.
-        """
+        """What is published, read without a lock and without touching anything. A loader that
+        lives may prune what is being read: then the switch has moved on."""
         self._read_state()
         while True:
             name = self._switched()
@@ -3026,11 +3022,8 @@ class Output:
     # -- publishing ---------------------------------------------------------------------------
 
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
-        """The files that can be in `current/`, and a warning for each that cannot.
-
-        A directory there is never removed (Envoy's watch is bound to it), so a file of its name
-        cannot come; nor can a file below a foreign file.
-        """
+        """The files that can be in `current/`, and a warning for each that cannot: a directory
+        there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
         blocked = {}
         for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
@@ -3189,7 +3182,8 @@ class Output:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
-        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
+        wrong = [path for path, file in files.items()
+                 if read_file(self._path(name, path)) != (file.content, file.mode)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
@@ -3315,27 +3309,18 @@ def write_file(place: str, content: bytes, mode: int) -> None:
 
 
 def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read.
-
-    Others may write to the volume: no link is followed, and no FIFO is waited for.
-    """
+    """Content and mode of a regular file; None where there is none that can be read: it is written
+    anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > min(most, FILE_BYTES):
-            os.close(number)
-            return None
-        with open(number, "rb") as stream:
-            return stream.read(most), stat.S_IMODE(status.st_mode)
+        with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
+            status = os.fstat(stream.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_size <= min(most, FILE_BYTES):
+                return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None  # not readable is as good as not there: it is written anew
-
-
-def holds(place: str, file: File) -> bool:
-    """Whether this very file is on disk there."""
-    return read_file(place) == (file.content, file.mode)
+    return None
 
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
@@ -4229,7 +4214,7 @@ class Status(NamedTuple):
     files: Files  # of the snapshot; replaced with it, never changed in place
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
-    states: Mapping[str, str] = {}  # path -> acked, nacked, unknown or unread
+    states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
     missing: tuple[str, ...] = ()  # sources waited for
     stale: tuple[str, ...] = ()  # sources that show their last good state
     started: bool = False  # Envoy has ACKed what it needs to serve
@@ -4237,9 +4222,7 @@ class Status(NamedTuple):
     turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
 
     def paths(self, state: str) -> list[str]:
-        """The files in this state; one that has none is unknown."""
-        states = {**dict.fromkeys(self.files, "unknown"), **self.states}
-        return sorted(path for path, its in states.items() if its == state)
+        return sorted(path for path, its in self.states.items() if its == state)
 
 
 Answer = tuple[int, str, bytes]
@@ -4269,7 +4252,7 @@ def snapshot_answer(status: Status) -> Answer:
         row: dict[str, Json] = {"path": path, "source": file.source}
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({**row, "state": status.states.get(path, "unknown")})
+        rows.append({**row, "state": status.states[path]})
     body = {"version": status.version or None,
             "published_at": timestamp(status.published_at) if status.version else None,
             "files": rows,

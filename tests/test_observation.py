@@ -85,7 +85,8 @@ def a_status(**changes: Any) -> Any:
         files,
         version="ab12cd34",
         published_at=1_700_000_000.25,
-        states={"rds.yaml": "acked", "eds/x.yaml": "nacked", "note": "unread"},
+        states={"rds.yaml": "acked", "eds/x.yaml": "nacked", "note": "unread",
+                "sds/demo_web.yaml": "unknown"},
         missing=("configmap demo/absent",),
         stale=("services",),
         last_turn=time.monotonic(),
@@ -250,7 +251,7 @@ def test_a_client_that_never_reads_is_gone_after_its_time(
 ) -> None:
     monkeypatch.setattr(loader, "CONNECTION_TIME", 0.3)
     files = {f"{n:06}": loader.file_of(b"", "services") for n in range(30_000)}
-    listener.status = a_status(files=files)
+    listener.status = a_status(files=files, states=dict.fromkeys(files, "unknown"))
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", listener.port))
