@@ -3036,13 +3036,15 @@ class Output:
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        wanted = f"..{version_of(files)}"
-        name, attempt = wanted, 0
-        while os.path.lexists(self._path(name)):
-            if not self._damage(name, files):
-                return name
-            attempt += 1
-            name = f"{wanted}.{attempt}"
+        version = version_of(files)
+        for attempt in itertools.count():
+            name = f"..{version}.{attempt}" if attempt else f"..{version}"
+            try:
+                os.mkdir(self._path(name), 0o755)
+                break
+            except FileExistsError:
+                if not self._damage(name, files):
+                    return name
         self._own_parents(name, files)
         for path, file in files.items():
             old, new = self._path(self.snapshot, path), self._path(name, path)
@@ -3063,7 +3065,7 @@ class Output:
             if self._is_ours(path):
                 os.unlink(self._path(CURRENT, path))
         self._links.difference_update(gone)
-        self._own_parents(CURRENT, changed)
+        self._own_parents(CURRENT, files.keys() - self.published.keys())
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
@@ -3124,7 +3126,7 @@ class Output:
         changed = [path for path in {**self._kept, **needed}
                    if path not in needed or self._kept.get(path) != needed[path].digest]
         if changed:
-            self._own_parents(STATE, ["acked/"])
+            self._own_parents(ACKED_FILES)
         for path in changed:
             place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
             self._kept[path] = ""  # whatever becomes of the next calls
@@ -3213,10 +3215,10 @@ class Output:
         """Whether what is in `current/` is a link that we made."""
         return read_link(self._path(CURRENT, path)) == link_target(path)
 
-    def _own_parents(self, top: str, paths: Iterable[str] = ()) -> None:
-        """Real directories at `top` and above the paths in it, never replaced if they are."""
-        below = {f"{top}/{parent}" for path in paths for parent in parents(path)}
-        for place in map(self._path, (top, *sorted(below))):
+    def _own_parents(self, top: str, paths: Iterable[str] = ("",)) -> None:
+        """Real directories above these paths below `top`, never replaced if they are."""
+        needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
+        for place in map(self._path, sorted(needed)):
             if is_directory(place):
                 continue
             if os.path.islink(place):
@@ -3230,7 +3232,7 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        self._own_parents(CURRENT, self.published)
+        self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
