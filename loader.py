@@ -4329,11 +4329,9 @@ class Listener:
             yield select.POLLIN
             block = client.recv(HEAD_MAX - len(head))
             head += block
-        words = head.partition(b"\n")[0].decode("latin-1").split()
-        if len(words) == 3 and words[0] == "GET" and words[2].startswith("HTTP/1."):
-            code, form, body = self.answer(words[1].partition("?")[0])
-        else:
-            code, form, body = text_answer(400, "not a GET of HTTP/1.1")
+        asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
+        bad = text_answer(400, "not a GET of HTTP/1.1")
+        code, form, body = self.answer(asked[1]) if asked else bad
         fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
         line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
         left = memoryview((line + fields).encode() + body)
@@ -4350,18 +4348,15 @@ class Listener:
             return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        if path not in ("/metrics", "/snapshot"):
-            return text_answer(404, "not found")
-        until, kept = self._kept.get(path, (0.0, None))
-        if kept and began < until:
-            return kept
-        if path == "/snapshot":
-            kept = snapshot_answer(status)
-        else:
-            kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-        now = time.monotonic()
-        self._kept[path] = now + REUSED * (now - began), kept
-        return kept
+        until, answer = self._kept.get(path, (0.0, text_answer(404, "not found")))
+        if path in ("/metrics", "/snapshot") and began >= until:
+            if path == "/snapshot":
+                answer = snapshot_answer(status)
+            else:
+                answer = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+            now = time.monotonic()
+            self._kept[path] = now + REUSED * (now - began), answer
+        return answer
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
