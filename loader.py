@@ -2682,9 +2682,9 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what is remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""  # the same as it is on disk
+        self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
         self._lock = -1
@@ -2692,10 +2692,9 @@ class Output:
     # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader; False while another one is.
-
-        flock(2) on the directory itself: no lock file that another user's init container left.
-        """
+        """Create the directory if need be and be its only loader, for the life of the process;
+        False while another one is. flock(2) on the directory itself: no lock file that another
+        user's init container left."""
         make_directories(self.root)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2705,16 +2704,9 @@ class Output:
             return False
         return True
 
-    def unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
     def recover(self) -> list[str]:
         """Make good whatever the last process, or the last failure, left; what was done, in words.
-
-        Afterwards `published` is what the disk shows, and every link and notification is right.
-        """
+        Afterwards `published` is what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         self.published, self.snapshot = self.peek(), self._switched()
@@ -2726,20 +2718,17 @@ class Output:
             self._notify(changed)
             os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        others = [entry for entry in self._snapshots() if entry != self.snapshot
-                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
-        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
-        self._before = max(others, key=times.__getitem__, default="")
+        complete = [entry for entry in self._snapshots() if entry != self.snapshot
+                    and version_of(self._load(entry)) == entry[2:18]]
+        self._before = max(complete, default="",
+                           key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
         self.prune()
-        if os.path.islink(self._path(LINK)):
-            os.unlink(self._path(LINK))
+        remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything.
-
-        A loader that lives may prune what is being read: then the switch has moved on.
-        """
+        """What is published, read without a lock and without touching anything. A loader that
+        lives may prune what is being read: then the switch has moved on."""
         self._read_state()
         while True:
             name = self._switched()
@@ -2754,11 +2743,8 @@ class Output:
     # -- publishing ---------------------------------------------------------------------------
 
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
-        """The files that can be in `current/`, and a warning for each that cannot.
-
-        A directory there is never removed (Envoy's watch is bound to it), so a file of its name
-        cannot come; nor can a file below a foreign file.
-        """
+        """The files that can be in `current/`, and a warning for each that cannot: a directory
+        there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
         blocked = {}
         for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
@@ -2771,20 +2757,17 @@ class Output:
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        wanted = f"..{version_of(files)}"
-        name, attempt = wanted, 0
-        while os.path.lexists(self._path(name)):
-            if not self._damage(name, files):
-                return name
-            attempt += 1
-            name = f"{wanted}.{attempt}"
-        os.mkdir(self._path(name), 0o755)
-        made = {""}
+        version = version_of(files)
+        for attempt in itertools.count():
+            name = f"..{version}.{attempt}" if attempt else f"..{version}"
+            try:
+                os.mkdir(self._path(name), 0o755)
+                break
+            except FileExistsError:
+                if not self._damage(name, files):
+                    return name
+        self._own_parents(name, files)
         for path, file in files.items():
-            for directory in reversed(list(parents(path))):
-                if directory not in made:
-                    os.mkdir(self._path(name, directory), 0o755)
-                    made.add(directory)
             old, new = self._path(self.snapshot, path), self._path(name, path)
             if not (same_file(self.published.get(path), file) and linked(old, new)):
                 write_file(new, file.content, file.mode)
@@ -2803,12 +2786,12 @@ class Output:
             if self._is_ours(path):
                 os.unlink(self._path(CURRENT, path))
         self._links.difference_update(gone)
-        self._own_parents(CURRENT, changed)
+        self._own_parents(CURRENT, files.keys() - self.published.keys())
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
         self._notify(changed)  # 6
-        unlink_if_there(self._path(MARKER))  # 7
+        remove(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
@@ -2817,10 +2800,13 @@ class Output:
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 8: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay. What cannot be removed is named."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
-                remove_tree(self._path(entry))
+                try:
+                    remove(self._path(entry))
+                except OSError as error:
+                    log.warning("left-over stays: %s", why(error))
 
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
@@ -2839,106 +2825,94 @@ class Output:
         """Replace what is remembered, by rename. The source and kind of each file comes along, of
         those that are about to be published too."""
         files = {**self.published, **coming}
-        self.state = {**state, "version": __version__,
-                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
-        text = json.dumps(self.state, sort_keys=True).encode()
-        if text == self._remembered:
+        state = {**state, "version": __version__,
+                 "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        if state == self.state:
             return
         self._own_parents(STATE)
-        new = self._path(f"{STATE_FILE}.new")
-        unlink_if_there(new)
-        write_file(new, text, 0o644)
-        if is_directory(self._path(STATE_FILE)):
-            remove_tree(self._path(STATE_FILE))
-        os.rename(new, self._path(STATE_FILE))
-        self._remembered = text
+        place, new = self._path(STATE_FILE), self._path(f"{STATE_FILE}.new")
+        remove(new)
+        write_file(new, json.dumps(state).encode(), 0o644)
+        if is_directory(place):
+            remove(place)
+        os.rename(new, place)
+        self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
         """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
         no others."""
-        needed = {path.replace("/", "%"): path for path, file in acked.items()
+        needed = {path: file for path, file in acked.items()
                   if not (same_file(self.published.get(path), file)
                           and same_file(files.get(path), file))}
-        there = self._kept()
-        if needed:
-            self._own_parents(STATE, ["acked/"])
-        for name, path in needed.items():
-            place, file = self._path(ACKED_FILES, name), acked[path]
-            if holds(place, file):
+        changed = [path for path in {**self._kept, **needed}
+                   if path not in needed or self._kept.get(path) != needed[path].digest]
+        if changed:
+            self._own_parents(ACKED_FILES)
+        for path in changed:
+            place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
+            self._kept[path] = ""  # whatever becomes of the next calls
+            remove(place)
+            if file is None:
+                del self._kept[path]
                 continue
-            unlink_if_there(place)
             shown = same_file(self.published.get(path), file)
             if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
-        for name in there - needed.keys():
-            os.unlink(self._path(ACKED_FILES, name))
+            self._kept[path] = file.digest
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {path: file for path, file in self.published.items()
-                 if file.digest == digests.get(path)}
-        room = SNAPSHOT_BYTES
-        for name in self._kept():
-            path = name.replace("%", "/")
-            file = self._file(path, self._path(ACKED_FILES, name), room)
-            room -= len(file.content) if file is not None else 0
-            if file is not None and file.digest == digests.get(path, file.digest):
-                found[path] = file
-        return found
-
-    def _kept(self) -> set[str]:
-        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
-        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
+        kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
+        self._kept = {path: file.digest for path, file in kept.items()}
+        acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
+        return acked | {path: file for path, file in kept.items()
+                        if file.digest == digests.get(path, file.digest)}
 
     def _read_state(self) -> None:
         """What was remembered; nothing where it is not JSON or another version wrote it."""
-        self.state, self._remembered = {}, b""
         there = is_directory(self._path(STATE))
         found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
         try:
             state = json_object(parse_json(found[0])) if found else {}
-        except ValueError as error:
-            log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return
-        if found and state.get("version") == __version__:
-            self.state, self._remembered = state, found[0]
+        except ValueError:
+            state = {}
+        self.state = state if state.get("version") == __version__ else {}
 
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
-        """The file of a path as it is on disk; None where there is no regular one to be read."""
-        found = read_file(place, min(most, FILE_BYTES))
-        if found is None:
-            return None
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
-        file = file_of(found[0], source, found[1])
-        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
-
-    def _load(self, name: str) -> dict[str, File]:
-        files, room = dict[str, File](), SNAPSHOT_BYTES
-        for path, place in walk(self._path(name)):
-            file = None if any(map(key_problem, path.split("/"))) else self._file(path, place, room)
-            if file is not None:
-                files[path] = file
-                room -= len(file.content)
+    def _load(self, name: str, slash: str = "/") -> dict[str, File]:
+        """The regular files of a directory, and of each what is remembered."""
+        rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
+        for entry, place in walk(self._path(name)):
+            parts = entry.split(slash)
+            if any(map(key_problem, parts)) or not (found := read_file(place, room)):
+                continue
+            path, (content, mode) = "/".join(parts), found
+            match rows.get(path):
+                case [str(source), str(kind)] if kind in ("", *KINDS.values()):
+                    pass
+                case _:
+                    source, kind = "disk", ""
+            files[path] = file_of(content, source, mode, kind_of(content) or kind)
+            room -= len(content)
         return files
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
-        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
+        wrong = [path for path, file in files.items()
+                 if read_file(self._path(name, path)) != (file.content, file.mode)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
         for place in (self._path(CURRENT, each) for each in directories):
-            if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True) and os.path.isdir(place):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
@@ -2948,7 +2922,7 @@ class Output:
         try:
             os.symlink(target, self._path(LINK))
         except FileExistsError:  # of a process that died: a fixed name must not wedge
-            os.unlink(self._path(LINK))
+            remove(self._path(LINK))
             os.symlink(target, self._path(LINK))
         os.rename(self._path(LINK), self._path(relative))
 
@@ -2962,10 +2936,10 @@ class Output:
         """Whether what is in `current/` is a link that we made."""
         return read_link(self._path(CURRENT, path)) == link_target(path)
 
-    def _own_parents(self, top: str, paths: Iterable[str] = ()) -> None:
-        """Real directories at `top` and above the paths in it, never replaced if they are."""
-        below = {f"{top}/{parent}" for path in paths for parent in parents(path)}
-        for place in map(self._path, (top, *sorted(below))):
+    def _own_parents(self, top: str, paths: Iterable[str] = ("",)) -> None:
+        """Real directories above these paths below `top`, never replaced if they are."""
+        needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
+        for place in map(self._path, sorted(needed)):
             if is_directory(place):
                 continue
             if os.path.islink(place):
@@ -2979,7 +2953,7 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        self._own_parents(CURRENT, self.published)
+        self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
@@ -3023,12 +2997,18 @@ def is_directory(place: str) -> bool:
         return False
 
 
-def unlink_if_there(place: str) -> None:
-    """A directory that somebody else made there goes too."""
-    if is_directory(place):
-        remove_tree(place)
-    with contextlib.suppress(FileNotFoundError):
+def remove(place: str) -> None:
+    """Remove what is there, if anything is. A link is removed, never followed: nothing outside of
+    the output directory is touched."""
+    try:
         os.unlink(place)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        for _, each in walk(place):
+            os.unlink(each)
+        for directory, _, _ in os.walk(place, topdown=False):
+            os.rmdir(directory)
 
 
 def linked(old: str, new: str) -> bool:
@@ -3052,27 +3032,18 @@ def write_file(place: str, content: bytes, mode: int) -> None:
 
 
 def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read.
-
-    Others may write to the volume: no link is followed, and no FIFO is waited for.
-    """
+    """Content and mode of a regular file; None where there is none that can be read: it is written
+    anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            os.close(number)
-            return None
-        with open(number, "rb") as stream:
-            return stream.read(most), stat.S_IMODE(status.st_mode)
+        with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
+            status = os.fstat(stream.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_size <= min(most, FILE_BYTES):
+                return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None  # not readable is as good as not there: it is written anew
-
-
-def holds(place: str, file: File) -> bool:
-    """Whether this very file is on disk there."""
-    return read_file(place) == (file.content, file.mode)
+    return None
 
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
@@ -3098,23 +3069,6 @@ def make_directories(place: str) -> None:
         make_directories(os.path.dirname(place))
         with contextlib.suppress(FileExistsError):
             os.mkdir(place, 0o755)
-
-
-def remove_tree(place: str) -> None:
-    """Remove a directory; what cannot be removed is named and stays.
-
-    A link is removed, never followed: nothing outside of the output directory is touched.
-    """
-    try:
-        if not is_directory(place):
-            os.unlink(place)
-            return
-        for _, each in walk(place):
-            os.unlink(each)
-        for directory, _, _ in os.walk(place, topdown=False):
-            os.rmdir(directory)
-    except OSError as error:
-        log.warning("left-over stays: %s", why(error))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3719,12 +3673,10 @@ class Log:
         """A warning about something persistent: once, and again every five minutes; else debug."""
         now = self._clock()
         with self._lock:
-            past = self._outages.setdefault(topic, {})
-            for old in [old for old, at in past.items() if now - at >= REMINDER]:
-                del past[old]
+            past = self._outages.get(topic, {})
+            past = {each: at for each, at in past.items() if now - at < REMINDER}
             due = message not in past and len(past) < OUTAGE_LINES
-            if due:
-                past[message] = now
+            self._outages[topic] = {**past, message: now} if due else past
         self._write("warning" if due else "debug", message, **fields)
 
     def recovered(self, topic: str, message: str) -> None:
@@ -3758,29 +3710,29 @@ class Log:
 
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, the longest of its texts are cut."""
-    when = timestamp(time.time())
-    texts = {"message": message, **{name: plain_value(value) for name, value in fields.items()}}
+    the same as a JSON object. Where it is too long, its long texts are cut."""
+    when, most = timestamp(time.time()), LINE_BYTES
     while True:
+        texts = {name: plain_value(value, most) for name, value in fields.items()}
+        said = plain_value(message, most)
         if form == "json":
-            line = json.dumps({"time": when, "level": level, **texts})
+            line = json.dumps({"time": when, "level": level, "message": said, **texts})
         else:
-            said = message if message.isprintable() else json.dumps(message)
-            pairs = (f" {name}={text_value(texts[name])}" for name in fields)
+            pairs = (f" {name}={text_value(text)}" for name, text in texts.items())
+            said = said if said.isprintable() else json.dumps(said)
             line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
         if len(encoded) <= LINE_BYTES:
             return encoded
-        longest = max(texts, key=lambda name: len(str(texts[name])))
-        texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
-        message = str(texts["message"])
+        most //= 2
 
 
-def plain_value(value: object) -> Json:
-    """A number stays, a sequence is joined by commas, the rest is its str()."""
-    if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
-        return value  # not NaN nor infinite, which JSON does not have
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+def plain_value(value: object, most: int) -> Json:
+    """A number stays (not NaN nor infinite, which JSON does not have); the rest is its str()."""
+    if value is None or (isinstance(value, (int, float)) and value - value == 0):
+        return value
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def text_value(value: Json) -> str:
@@ -3836,7 +3788,8 @@ METRICS = (
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BUCKET_TEXTS = {bound: f'_bucket{{le="{bound}"}}' for bound in BUCKETS}
+BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
+                '_bucket{le="+Inf"}': float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = tuple[str, ...]
@@ -3852,8 +3805,7 @@ class Metrics:
         self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
         for name, kind, _, labels in METRICS:
             if kind == "histogram":
-                suffixes = (*BUCKET_TEXTS.values(), '_bucket{le="+Inf"}', "_sum", "_count")
-                self._series[name] = dict.fromkeys(suffixes, 0.0)
+                self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
             elif kind == "counter" and not labels:
                 self.add(name, by=0)
         self.set("xds_loader_info", 1, (version,))
@@ -3878,11 +3830,10 @@ class Metrics:
         """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
-            for bound, text in BUCKET_TEXTS.items():
+            for text, bound in BUCKET_TEXTS.items():
                 series[text] += seconds <= bound
             series["_sum"] += seconds
             series["_count"] += 1
-            series['_bucket{le="+Inf"}'] += 1
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
@@ -3930,7 +3881,7 @@ class Status(NamedTuple):
     files: Files  # of the snapshot; replaced with it, never changed in place
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
-    states: Mapping[str, str] = {}  # path -> acked, nacked, unknown or unread
+    states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
     missing: tuple[str, ...] = ()  # sources waited for
     stale: tuple[str, ...] = ()  # sources that show their last good state
     started: bool = False  # Envoy has ACKed what it needs to serve
@@ -3938,9 +3889,7 @@ class Status(NamedTuple):
     turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
 
     def paths(self, state: str) -> list[str]:
-        """The files in this state; one that has none is unknown."""
-        states = {**dict.fromkeys(self.files, "unknown"), **self.states}
-        return sorted(path for path, its in states.items() if its == state)
+        return sorted(path for path, its in self.states.items() if its == state)
 
 
 Answer = tuple[int, str, bytes]
@@ -3970,7 +3919,7 @@ def snapshot_answer(status: Status) -> Answer:
         row: dict[str, Json] = {"path": path, "source": file.source}
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({**row, "state": status.states.get(path, "unknown")})
+        rows.append({**row, "state": status.states[path]})
     body = {"version": status.version or None,
             "published_at": timestamp(status.published_at) if status.version else None,
             "files": rows,
@@ -4001,23 +3950,16 @@ class Listener:
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         self.status = Status({}, last_turn=time.monotonic())
         self.clients: dict[int, Client] = {}  # by descriptor, oldest first
-        self._recorded, self._stopped = recorded, False
+        self._recorded = recorded
         self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
         self._socket, self._poll = listening_socket(host, port), select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self.port: int = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped = True
-        with contextlib.suppress(OSError):  # stopped before
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._thread.join()
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        while not self._stopped:
-            for number, _ in self._poll.poll(TICK * 1000):
+        while True:
+            for number, _ in self._poll.poll(TICK * 1000 if self.clients else None):
                 if number not in self.clients:
                     self._accept()
                     continue
@@ -4029,9 +3971,6 @@ class Listener:
             for place, (number, client) in enumerate([*self.clients.items()]):
                 if place < crowd or client.end < now:
                     self._close(number)
-        for number in [*self.clients]:
-            self._close(number)
-        self._socket.close()
 
     def _accept(self) -> None:
         try:
@@ -4055,11 +3994,9 @@ class Listener:
             yield select.POLLIN
             block = client.recv(HEAD_MAX - len(head))
             head += block
-        words = head.partition(b"\n")[0].decode("latin-1").split()
-        if len(words) == 3 and words[0] == "GET" and words[2].startswith("HTTP/1."):
-            code, form, body = self.answer(words[1].partition("?")[0])
-        else:
-            code, form, body = text_answer(400, "not a GET of HTTP/1.1")
+        asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
+        bad = text_answer(400, "not a GET of HTTP/1.1")
+        code, form, body = self.answer(asked[1]) if asked else bad
         fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
         line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
         left = memoryview((line + fields).encode() + body)
@@ -4076,18 +4013,15 @@ class Listener:
             return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        if path not in ("/metrics", "/snapshot"):
-            return text_answer(404, "not found")
-        until, kept = self._kept.get(path, (0.0, None))
-        if kept and began < until:
-            return kept
-        if path == "/snapshot":
-            kept = snapshot_answer(status)
-        else:
-            kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-        now = time.monotonic()
-        self._kept[path] = now + REUSED * (now - began), kept
-        return kept
+        until, answer = self._kept.get(path, (0.0, text_answer(404, "not found")))
+        if path in ("/metrics", "/snapshot") and began >= until:
+            if path == "/snapshot":
+                answer = snapshot_answer(status)
+            else:
+                answer = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+            now = time.monotonic()
+            self._kept[path] = now + REUSED * (now - began), answer
+        return answer
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -4223,9 +4157,6 @@ class Loop:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
             self._check_stop.set()
-            self.output.unlock()
-            if self._listener is not None:
-                self._listener.stop()
         self._end_asking("ended before")
         if self._once and not done:
             raise LoaderError("ended by a signal before there was a snapshot to publish")

@@ -88,11 +88,11 @@ class Memory(Output):
         super().__init__("/nowhere")
         self.state, self.published, self._kept_files = dict(state), published, kept
 
-    def _kept(self) -> set[str]:
-        return {path.replace("/", "%") for path in self._kept_files}
+    def _path(self, *parts: str) -> str:
+        return "/"  # it is a directory, and nothing else is asked of it
 
-    def _file(self, path: str, place: str, most: int = 0) -> File | None:
-        return self._kept_files.get(path)
+    def _load(self, name: str, slash: str = "") -> dict[str, File]:
+        return dict(self._kept_files)
 
 
 class Burnt(NamedTuple):
