@@ -19,6 +19,7 @@ import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Response, Stream
+from tests.support.busy import within
 from tests.support.loader import Loader, wait_files, wait_until
 from tests.support.tuned import tuned
 
@@ -325,12 +326,11 @@ def test_selectors_are_read_in_linear_time(name: str) -> None:
 def test_files_are_read_in_linear_time(run_loader: RunLoader, tmp_path: Path, text: str) -> None:
     path = tmp_path / "objects.json"
     path.write_text(text)
-    began = time.monotonic()
-    done = run_loader(*ONCE, "--from-file", str(path), server=None)
+    with within(5):
+        done = run_loader(*ONCE, "--from-file", str(path), server=None)
     assert done.returncode == 1, done.stderr
     assert str(path) in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 5
 
 
 def test_a_file_has_a_bound(common: list[str], tmp_path: Path) -> None:

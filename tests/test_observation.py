@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support.apiserver import ApiServer
+from tests.support.busy import in_time, within
 from tests.support.loader import COMMAND, Loader, wait_until
 from tests.support.ports import held_port
 
@@ -243,7 +244,9 @@ def test_a_client_that_dawdles_is_gone_after_its_time(
             while time.monotonic() - began < 5 and (sent or sock.recv(1)):
                 sock.sendall(b"x")
                 time.sleep(0.005)
-    assert 0.2 < time.monotonic() - began < 2
+    took = time.monotonic() - began
+    assert took > 0.2
+    in_time(took, 2)
 
 
 def test_a_client_that_never_reads_is_gone_after_its_time(
@@ -691,10 +694,9 @@ def test_a_blocked_stderr_drops_lines_whole_and_counts_them() -> None:
     log = loader.Log(writing)
     log.configure("json", "info")
     before = errors_of("log")
-    began = time.monotonic()
-    for number in range(300):
-        log.info("x" * 1000, number=number)
-    assert time.monotonic() - began < 1
+    with within(1):
+        for number in range(300):
+            log.info("x" * 1000, number=number)
     dropped = errors_of("log") - before
     assert 200 < dropped < 300
     received = os.read(reading, 1 << 20)
@@ -857,7 +859,7 @@ def test_a_hundred_clients_and_half_open_ones_hold_up_no_publication(
         ended.set()
         for thread in threads:
             thread.join(10)
-    assert statistics.median(delays) < 0.25  # this test's own 100 threads are most of it
+    in_time(statistics.median(delays), 0.25)  # this test's own 100 threads are most of it
     running.process.stop(within=1.0)
     for sock in silent:
         sock.close()

@@ -21,7 +21,7 @@ import pytest
 import loader
 
 # On a disk each publication takes some ms more than in memory.
-PUBLICATIONS = {"disk": 400, "tmpfs": 1_000, "overlay": 1_000}
+PUBLICATIONS = {"disk": 200, "tmpfs": 600, "overlay": 500}
 if os.environ.get("SOAK"):
     PUBLICATIONS = dict.fromkeys(PUBLICATIONS, 10_000)
 FILES = [f"file{number}" for number in range(4)] + [f"eds/file{number}" for number in range(4)]

@@ -22,6 +22,7 @@ import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Request, Rule
+from tests.support.busy import in_time, within
 from tests.support.loader import Loader, wait_files, wait_until
 from tests.support.tls import Authority
 
@@ -133,52 +134,6 @@ def test_odd_but_right_answers(
     wait_text(out, "1")
 
 
-WRONG = {
-    "no JSON": k8s.Response(200, b"<html>a portal</html>", {"Content-Type": "text/html"}),
-    "JSON of something else": k8s.Response(200, b'{"kind":"APIVersions","versions":["v1"]}'),
-    "a JSON list": k8s.Response(200, b"[1, 2]"),
-    "half of it": k8s.Cut(20),
-    "more promised": k8s.WrongLength(10),
-    "no HTTP": k8s.Raw(b"SSH-2.0-OpenSSH_9\r\n"),
-    "nothing": k8s.Drop(),
-    "a reset": k8s.Drop(reset=True),
-    "invalid UTF-8": k8s.Response(200, b'{"kind":"ConfigMapList","items":[{"a":"\xff"}]}'),
-    "404 in plain text": k8s.Response(404, b"404 page not found\n", {"Content-Type": "text/plain"}),
-    "401": k8s.failure(401, "Unauthorized"),
-    "403": k8s.failure(403, "Forbidden", "configmaps is forbidden"),
-    "500": k8s.failure(500, "InternalError", "etcdserver: leader changed"),
-    "503": k8s.Response(503, b"upstream connect error"),
-    "429": k8s.failure(429, "TooManyRequests", "", {"Retry-After": "30"}),
-}
-
-
-@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_answer_ends_one_run(
-    run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    """One clear line, exit 1, soon; and nothing is published."""
-    api.fail_next("GET", fault, times=100)
-    start = time.monotonic()
-    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert time.monotonic() - start < 4
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "envoy-xds" in done.stderr or f"127.0.0.1:{api.port}" in done.stderr
-    assert not (out / "..data").exists()
-
-
-@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_answer_only_delays_a_sidecar(
-    start_loader: StartLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    if isinstance(fault, k8s.Response) and "Retry-After" in fault.headers:
-        fault = fault._replace(headers={"Retry-After": "1"})
-    api.fail_next("GET", fault)
-    start_loader(*WATCH)
-    wait_text(out, "1")
-
-
 @pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
 def test_a_transient_refusal_is_asked_again(
     run_loader: RunLoader, api: ApiServer, out: Path, code: int
@@ -213,9 +168,8 @@ def test_a_refusal_is_not_final_for_a_sidecar(
 
 def test_an_unreachable_server_is_named(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
     api.stop()
-    start = time.monotonic()
-    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert time.monotonic() - start < 4
+    with within(4):
+        done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
     assert done.returncode == 1
     assert f"127.0.0.1:{api.port}" in done.stderr
     assert not out.exists() or not (out / "..data").exists()
@@ -669,7 +623,9 @@ def test_retry_after_is_honoured(start_loader: StartLoader, api: ApiServer, out:
     start_loader(*WATCH)
     first = api.requests.wait_for(is_list)
     second = api.requests.wait_for(is_list, count=2)
-    assert 1.9 <= second.time - first.time < 4
+    waited = second.time - first.time
+    assert waited >= 1.9
+    in_time(waited, 4)
     wait_text(out, "1")
 
 
@@ -951,11 +907,9 @@ def test_it_ends_while_nobody_accepts(start_loader: StartLoader, scheme: str, mo
             server=None,
         )  # fmt: skip
         connection, _ = deaf.accept()
-        with connection:
-            start = time.monotonic()
+        with connection, within(1):
             loader.process.send_signal(signal.SIGTERM)
             code = loader.wait(5)
-            assert time.monotonic() - start < 1
         assert "Traceback" not in loader.log
         if mode == "--watch":
             assert code == 0

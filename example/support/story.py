@@ -99,7 +99,7 @@ class Story:
         self._draw(lines())
         self._drawn = 0
 
-    def until(self, condition: Callable[[], object], message: str, timeout: float = 10.0) -> float:
+    def until(self, condition: Callable[[], object], message: str, timeout: float = 30.0) -> float:
         """Wait; the time when it was so."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -164,6 +164,8 @@ class Story:
         self.say(self._bold("It goes on running. In another terminal:"))
         for line in [*lines, *self._logs()]:
             self.say(f"  {line}")
+        # A shell starts what is in its background with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.say("Ctrl-C ends it.")
         try:
             signal.pause()
