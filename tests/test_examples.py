@@ -130,8 +130,12 @@ def test_what_a_pod_with_envoy_and_loader_has(folder: Path) -> None:
             if envoy:
                 assert container["startupProbe"]["httpGet"]["path"] == "/startz", path
                 assert "--disable-hot-restart" in container["args"], path
+                assert container["startupProbe"]["httpGet"]["port"] == 9902, path
             if own and "--watch" in container["args"]:
                 assert "--envoy-admin=unix:/var/run/envoy-admin/admin.sock" in container["args"]
+                # as in the chart: commands of one page work on the next
+                assert "--listen=:9902" in container["args"], path
+                assert container["name"] == "loader", path
 
 
 def test_images_have_the_version_of_the_loader() -> None:
