@@ -90,12 +90,14 @@ class Machine(NamedTuple):
 
 
 def bootstrap_of(name: str, machine: Machine) -> str:
-    """The recipe's bootstrap; that of RTDS is another layer in the one above it."""
+    """The recipe's bootstrap; those of EDS and RTDS are completed by the one above them."""
     text = machine.mapped(yaml_of(name)[0].text)
-    if name != "rtds":
+    above = {"eds": "cds", "rtds": "disk"}.get(name)
+    if above is None:
         return text
-    above = yaml.safe_load(machine.mapped(yaml_of("disk")[0].text))
-    return yaml.safe_dump({**above, **yaml.safe_load(text)})
+    own = yaml.safe_load(text)
+    static = yaml.safe_load(machine.mapped(yaml_of(above)[0].text))["static_resources"]
+    return yaml.safe_dump({**own, "static_resources": {**static, **own.get("static_resources", {})}})
 
 
 FORMS = {"path": "", "watched_directory": "/srv/runtime"}
