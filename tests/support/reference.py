@@ -93,7 +93,7 @@ the loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `pref
 | exit code | when |
 | --- | --- |
 | 0 | the snapshot is published (`--onetime`), or it was asked to end (SIGTERM, SIGINT) |
-| 1 | it tried and could not: one line says what, where and what to do |
+| 1 | it tried and could not: one line names what, where and what to do |
 | 2 | bad input: one line, before any request and before anything is touched |
 
 SIGHUP makes it check the files on disk and ask the API server now.
