@@ -1,6 +1,6 @@
 """The samples of docs/metrics.md and docs/on-disk.md: what a real loader shows and makes.
 
-Compared word for word (JSON value for value), but for times, durations and the port of the API server.
+Compared word for word (JSON value for value), but for times and durations.
 """
 
 from __future__ import annotations
