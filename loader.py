@@ -514,9 +514,8 @@ SUSPICIOUS_SILENCE = 30.0
 
 RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
 
-# `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
-# 20 ms after a restart though it means 200: these are asked again for a second, and a little more,
-# so that a Retry-After of 1 fits.
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
 ONE_TRY_SECONDS = 1.25
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
@@ -653,7 +652,7 @@ class Reflector(threading.Thread):
             if now - began >= WATCH_SHORT:
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
-                self._failures = 1
+                self._failures = min(self._failures, 1)
         self._count("ended")
         if now - began < WATCH_SHORT:
             self._asked.wait(self._delay())
@@ -794,13 +793,16 @@ def requirements(selector: str) -> list[Requirement]:
     """The requirements of a label selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`,
     `a`, `!a`, with commas between); UsageError for what is none."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
-    if not re.fullmatch(f"(?:{REQUIREMENT})*", text):
-        raise UsageError(f"{selector[:200]!r} is not a valid label selector")
     found: list[Requirement] = []
-    for absent, label, operator, value, words, values in re.findall(REQUIREMENT, text):
+    pattern, position = re.compile(REQUIREMENT), 0
+    while position < len(text):
+        if not (match := pattern.match(text, position)):
+            raise UsageError(f"{selector[:200]!r} is not a valid label selector")
+        absent, label, operator, value, words, values = match.groups("")
         chosen = [word.strip() for word in (values or value).split(",")]
         holds = not absent and operator != "!=" and words != "notin"
         found.append((absent or label, chosen if operator or words else None, holds))
+        position = match.end()
     return found
 
 
