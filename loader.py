@@ -905,7 +905,7 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # the same there, as in Go's types; a wrong type or value raises ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
-IPV4, IPV6, FQDN = "ipv4", "ipv6", "fqdn"
+IPV4, IPV6 = "ipv4", "ipv6"
 SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
@@ -1038,8 +1038,8 @@ def service_port_from(port: Json, headless: bool) -> ServicePort:
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
-    if family not in (IPV4, IPV6, FQDN):
-        raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
+    if family not in SOCKET_FAMILIES:
+        raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
     return EndpointSlice(
         name=member(metadata, "name", str),
         service=(member(metadata, "namespace", str),
@@ -1064,11 +1064,10 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
         try:  # one that Envoy cannot parse would cost it the whole file
-            if family != FQDN:
-                socket.inet_pton(SOCKET_FAMILIES[family], address)
+            socket.inet_pton(SOCKET_FAMILIES[family], address)
         except (OSError, TypeError, ValueError):
             raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
-        yield Endpoint(str(address), state, zone, node, zones)
+        yield Endpoint(address, state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
@@ -1292,7 +1291,6 @@ EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 # a file that Envoy reads on its main thread.
 PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
-ANNOTATION_LENGTH = 10_000
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
 NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
@@ -1469,9 +1467,6 @@ def unique_clusters(
     return kept
 
 
-# -- load assignments --------------------------------------------------------------------------
-
-
 def locality_of(config: Config, zone: str, node: str, labels: Mapping[str, str]
                 ) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
@@ -1553,16 +1548,11 @@ def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) 
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        if found.family == FQDN:
-            yield f"endpoints of slice {found.name} are left out: host names, no addresses"
-        elif not (found.ports and all(number for _, number in found.ports)):
+        if not (found.ports and all(number for _, number in found.ports)):
             yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
-    there = {found.family for found in used} - {FQDN}
+    there = {found.family for found in used}
     if there and not there & set(families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
-
-
-# -- routes ------------------------------------------------------------------------------------
 
 
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
@@ -1581,19 +1571,18 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         return None
     route = Route((service.namespace, service.name), service.created, ())
     try:
-        if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
-            raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
         default = service_dns_name(service, config.route_suffix)
         asked = comma_separated((given.get("hosts") or default).lower())
-        hosts = [host for host in asked if may_have(service, host, config.route_suffix)]
-        if wrong := sorted(set(asked).difference(hosts)):
+        hosts = [host for host in asked[:HOSTS_MOST]
+                 if may_have(service, host, config.route_suffix)]
+        route = route._replace(hosts=hosts)
+        if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
             problems.append(f"{ours}hosts: left out: {first_of(wrong)}: not a valid host name (no "
                             f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
-        route = route._replace(hosts=hosts[:HOSTS_MOST])
+        if not hosts or len(asked) > HOSTS_MOST:
+            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
         if given.get("route", "true") != "true":
             raise ValueError(f'{ours}route: "true" or "false" expected')
-        if not 0 < len(hosts) <= HOSTS_MOST:
-            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} hosts expected, not {len(hosts)}")
         prefixes = route_prefixes(given, ours)
         port = route_port(service, given.get("port", ""), f"{ours}port")
         names = [cluster.name for cluster in clusters if cluster.port == port]
@@ -1628,15 +1617,14 @@ def may_have(service: Service, host: str, suffix: str) -> bool:
 def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
     services = comma_separated(given.get("grpc", ""))
-    paths = [given.get("prefix") or ("" if services else "/")]
+    paths = list(filter(None, [given.get("prefix") or ("" if services else "/")]))
+    if len(services) + len(paths) > PREFIXES_MOST:
+        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
     for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
                                  ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
-        if wrong := [text for text in texts if text and not re.fullmatch(pattern, text)]:
+        if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
             raise ValueError(f"{ours}{what}: {first_of(wrong)}")
-    found = {f"/{service}/" for service in services}.union(filter(None, paths))
-    if len(found) > PREFIXES_MOST:
-        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
-    return sorted(found)
+    return sorted({f"/{service}/" for service in services}.union(paths))
 
 
 def route_port(service: Service, wanted: str, where: str) -> ServicePort:
