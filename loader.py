@@ -900,9 +900,8 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # Objects
 # ---------------------------------------------------------------------------------------------
 #
-# What the Kubernetes API gives, reduced to what is rendered: five thousand Services of ten
-# endpoints are held at once. `*_from` read the raw JSON of one object. Null, absent and empty are
-# the same there, as in Go's types; a wrong type or value raises ValueError that names the member.
+# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike
+# there, as in Go's types; a wrong type or value raises ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
 IPV4, IPV6 = "ipv4", "ipv6"
@@ -911,11 +910,12 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
+Texts = Mapping[str, str]  # labels, annotations
+
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `label` names it in a cluster's name: its name, else its number.
-    `dns_number` is the port where DNS leads: the target port of a headless Service, 0 for a name.
-    """
+    """One port of a Service. `label` is its name, else its number. `dns_number` is the port where
+    DNS leads: for a headless Service the target port, 0 for one that has a name."""
 
     name: str
     label: str
@@ -936,8 +936,8 @@ class Service(NamedTuple):
     headless: bool
     external_name: str | None
     family: str
-    labels: dict[str, str]
-    annotations: dict[str, str]
+    labels: Texts
+    annotations: Mapping[str, str]
 
 
 class Endpoint(NamedTuple):
@@ -961,12 +961,11 @@ class EndpointSlice(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """All that is rendered; of Nodes the labels. Unchanged values are the same from call to call.
-    """
+    """All that is rendered; of Nodes the labels."""
 
     services: Mapping[Key, Service]
     slices: Sequence[EndpointSlice]
-    nodes: Mapping[str, Mapping[str, str]]
+    nodes: Mapping[str, Texts]
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
@@ -1312,10 +1311,7 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 
 
 class Cluster(NamedTuple):
-    """One cluster to be: everything that does not depend on endpoints.
-
-    `host` is what DNS is asked for; empty where the endpoints come from slices.
-    """
+    """One cluster without its endpoints. `host` is what DNS is asked for, empty for slices."""
 
     name: str
     port: ServicePort
@@ -1437,9 +1433,8 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
                                      "http2_protocol_options": {}},
         }}
     if protocol in TLS_PORTS:
-        names = [{"san_type": "DNS", "matcher": {"exact": host}}]
-        validation = {"trusted_ca": {"filename": trusted_ca},
-                      "match_typed_subject_alt_names": names}
+        validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
+            {"san_type": "DNS", "matcher": {"exact": host}}]}
         alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
@@ -1452,8 +1447,8 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
 def unique_clusters(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name that of the oldest Service exists: with a name template without
-    the namespace nobody takes another's. Envoy would use the last, in silence."""
+    """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
+    the name template has no namespace. Envoy would use the last, in silence."""
     owners: dict[str, tuple[Key, Cluster]] = {}
     kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
     for key in by_age:
@@ -1467,8 +1462,7 @@ def unique_clusters(
     return kept
 
 
-def locality_of(config: Config, zone: str, node: str, labels: Mapping[str, str]
-                ) -> tuple[str, ...]:
+def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
@@ -1479,7 +1473,7 @@ def locality_of(config: Config, zone: str, node: str, labels: Mapping[str, str]
     return tuple(found)
 
 
-def own_zone(config: Config, node: str, nodes: Mapping[str, Mapping[str, str]]) -> str:
+def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str:
     """The zone to prefer; "": none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
         return config.prefer_zone or ""
@@ -1489,13 +1483,11 @@ def own_zone(config: Config, node: str, nodes: Mapping[str, Mapping[str, str]]) 
 
 def assignment_of(
     cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str,
-    nodes: Mapping[str, Mapping[str, str]],
+    nodes: Mapping[str, Texts],
 ) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
-
-    Hints count only if all ready endpoints have them: Kubernetes gives none to one that
-    terminates, which must not take them from the others at every rolling update.
-    """
+    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
+    count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
+    must not take them from the others at every rolling update."""
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
@@ -1537,8 +1529,7 @@ def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[st
 
 
 def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
-    udp = "UDP" if protocol == "UDP" else ""
-    where = present(protocol=udp, address=address, port_value=port)
+    where = present(protocol="UDP" if protocol == "UDP" else "", address=address, port_value=port)
     return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
@@ -1557,11 +1548,8 @@ def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) 
 
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
              ) -> Route | None:
-    """What the annotations of a Service ask for; None if nothing. What is wrong is named.
-
-    A Service that is not routed for another error still claims its hosts: a typing error must not
-    hand a host over to the Service of another namespace.
-    """
+    """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
+    an error still claims its hosts: a typing error must not hand them to another namespace."""
     ours = f"{config.annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
@@ -1927,7 +1915,7 @@ class Renderer:
         resources: list[bytes] = []
         labels, counts = by_node_label(config), Counter[str]()
         for key, clusters in self._clusters.items():
-            own, nodes = slices.get(key, []), dict[str, Mapping[str, str]]()
+            own, nodes = slices.get(key, []), dict[str, Texts]()
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
@@ -2011,7 +1999,7 @@ class Renderer:
 
     def _service(
         self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
-        slices: Sequence[EndpointSlice], zone: str, nodes: Mapping[str, Mapping[str, str]],
+        slices: Sequence[EndpointSlice], zone: str, nodes: Mapping[str, Texts],
     ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster in clusters if not cluster.host]
