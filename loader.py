@@ -83,6 +83,10 @@ class File(NamedTuple):
     source: str
     mode: int = 0o644
 
+    def __repr__(self) -> str:
+        """Without the content, which may be a key."""
+        return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
+
 
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
@@ -816,22 +820,22 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # Objects
 # ---------------------------------------------------------------------------------------------
 #
-# What the Kubernetes API gives, reduced to what is rendered: five thousand Services of ten
-# endpoints are held at once. `*_from` read the raw JSON of one object. Null, absent and empty are
-# the same there, as in Go's types; a wrong type or value raises ValueError that names the member.
+# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike
+# there, as in Go's types; a wrong type or value raises ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
-IPV4, IPV6, FQDN = "ipv4", "ipv6", "fqdn"
+IPV4, IPV6 = "ipv4", "ipv6"
 SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 
+Texts = Mapping[str, str]  # labels, annotations
+
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `label` names it in a cluster's name: its name, else its number.
-    `dns_number` is the port where DNS leads: the target port of a headless Service, 0 for a name.
-    """
+    """One port of a Service. `label` is its name, else its number. `dns_number` is the port where
+    DNS leads: for a headless Service the target port, 0 for one that has a name."""
 
     name: str
     label: str
@@ -852,8 +856,8 @@ class Service(NamedTuple):
     headless: bool
     external_name: str | None
     family: str
-    labels: dict[str, str]
-    annotations: dict[str, str]
+    labels: Texts
+    annotations: Mapping[str, str]
 
 
 class Endpoint(NamedTuple):
@@ -877,12 +881,11 @@ class EndpointSlice(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """All that is rendered; of Nodes the labels. Unchanged values are the same from call to call.
-    """
+    """All that is rendered; of Nodes the labels."""
 
     services: Mapping[Key, Service]
     slices: Sequence[EndpointSlice]
-    nodes: Mapping[str, Mapping[str, str]]
+    nodes: Mapping[str, Texts]
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
@@ -954,8 +957,8 @@ def service_port_from(port: Json, headless: bool) -> ServicePort:
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
-    if family not in (IPV4, IPV6, FQDN):
-        raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
+    if family not in SOCKET_FAMILIES:
+        raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
     return EndpointSlice(
         name=member(metadata, "name", str),
         service=(member(metadata, "namespace", str),
@@ -980,11 +983,10 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
         try:  # one that Envoy cannot parse would cost it the whole file
-            if family != FQDN:
-                socket.inet_pton(SOCKET_FAMILIES[family], address)
+            socket.inet_pton(SOCKET_FAMILIES[family], address)
         except (OSError, TypeError, ValueError):
             raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
-        yield Endpoint(str(address), state, zone, node, zones)
+        yield Endpoint(address, state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
@@ -1208,7 +1210,6 @@ EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 # a file that Envoy reads on its main thread.
 PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
-ANNOTATION_LENGTH = 10_000
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
 NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
@@ -1230,10 +1231,7 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 
 
 class Cluster(NamedTuple):
-    """One cluster to be: everything that does not depend on endpoints.
-
-    `host` is what DNS is asked for; empty where the endpoints come from slices.
-    """
+    """One cluster without its endpoints. `host` is what DNS is asked for, empty for slices."""
 
     name: str
     port: ServicePort
@@ -1355,9 +1353,8 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
                                      "http2_protocol_options": {}},
         }}
     if protocol in TLS_PORTS:
-        names = [{"san_type": "DNS", "matcher": {"exact": host}}]
-        validation = {"trusted_ca": {"filename": trusted_ca},
-                      "match_typed_subject_alt_names": names}
+        validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
+            {"san_type": "DNS", "matcher": {"exact": host}}]}
         alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
@@ -1370,8 +1367,8 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
 def unique_clusters(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name that of the oldest Service exists: with a name template without
-    the namespace nobody takes another's. Envoy would use the last, in silence."""
+    """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
+    the name template has no namespace. Envoy would use the last, in silence."""
     owners: dict[str, tuple[Key, Cluster]] = {}
     kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
     for key in by_age:
@@ -1385,11 +1382,7 @@ def unique_clusters(
     return kept
 
 
-# -- load assignments --------------------------------------------------------------------------
-
-
-def locality_of(config: Config, zone: str, node: str, labels: Mapping[str, str]
-                ) -> tuple[str, ...]:
+def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
@@ -1400,7 +1393,7 @@ def locality_of(config: Config, zone: str, node: str, labels: Mapping[str, str]
     return tuple(found)
 
 
-def own_zone(config: Config, node: str, nodes: Mapping[str, Mapping[str, str]]) -> str:
+def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str:
     """The zone to prefer; "": none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
         return config.prefer_zone or ""
@@ -1410,13 +1403,11 @@ def own_zone(config: Config, node: str, nodes: Mapping[str, Mapping[str, str]]) 
 
 def assignment_of(
     cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str,
-    nodes: Mapping[str, Mapping[str, str]],
+    nodes: Mapping[str, Texts],
 ) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
-
-    Hints count only if all ready endpoints have them: Kubernetes gives none to one that
-    terminates, which must not take them from the others at every rolling update.
-    """
+    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
+    count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
+    must not take them from the others at every rolling update."""
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
@@ -1458,8 +1449,7 @@ def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[st
 
 
 def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
-    udp = "UDP" if protocol == "UDP" else ""
-    where = present(protocol=udp, address=address, port_value=port)
+    where = present(protocol="UDP" if protocol == "UDP" else "", address=address, port_value=port)
     return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
@@ -1469,25 +1459,17 @@ def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) 
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        if found.family == FQDN:
-            yield f"endpoints of slice {found.name} are left out: host names, no addresses"
-        elif not (found.ports and all(number for _, number in found.ports)):
+        if not (found.ports and all(number for _, number in found.ports)):
             yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
-    there = {found.family for found in used} - {FQDN}
+    there = {found.family for found in used}
     if there and not there & set(families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
-# -- routes ------------------------------------------------------------------------------------
-
-
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
              ) -> Route | None:
-    """What the annotations of a Service ask for; None if nothing. What is wrong is named.
-
-    A Service that is not routed for another error still claims its hosts: a typing error must not
-    hand a host over to the Service of another namespace.
-    """
+    """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
+    an error still claims its hosts: a typing error must not hand them to another namespace."""
     ours = f"{config.annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
@@ -1497,19 +1479,18 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         return None
     route = Route((service.namespace, service.name), service.created, ())
     try:
-        if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
-            raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
         default = service_dns_name(service, config.route_suffix)
         asked = comma_separated((given.get("hosts") or default).lower())
-        hosts = [host for host in asked if may_have(service, host, config.route_suffix)]
-        if wrong := sorted(set(asked).difference(hosts)):
+        hosts = [host for host in asked[:HOSTS_MOST]
+                 if may_have(service, host, config.route_suffix)]
+        route = route._replace(hosts=hosts)
+        if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
             problems.append(f"{ours}hosts: left out: {first_of(wrong)}: not a valid host name (no "
                             f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
-        route = route._replace(hosts=hosts[:HOSTS_MOST])
+        if not hosts or len(asked) > HOSTS_MOST:
+            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
         if given.get("route", "true") != "true":
             raise ValueError(f'{ours}route: "true" or "false" expected')
-        if not 0 < len(hosts) <= HOSTS_MOST:
-            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} hosts expected, not {len(hosts)}")
         prefixes = route_prefixes(given, ours)
         port = route_port(service, given.get("port", ""), f"{ours}port")
         names = [cluster.name for cluster in clusters if cluster.port == port]
@@ -1544,15 +1525,14 @@ def may_have(service: Service, host: str, suffix: str) -> bool:
 def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
     services = comma_separated(given.get("grpc", ""))
-    paths = [given.get("prefix") or ("" if services else "/")]
+    paths = list(filter(None, [given.get("prefix") or ("" if services else "/")]))
+    if len(services) + len(paths) > PREFIXES_MOST:
+        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
     for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
                                  ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
-        if wrong := [text for text in texts if text and not re.fullmatch(pattern, text)]:
+        if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
             raise ValueError(f"{ours}{what}: {first_of(wrong)}")
-    found = {f"/{service}/" for service in services}.union(filter(None, paths))
-    if len(found) > PREFIXES_MOST:
-        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
-    return sorted(found)
+    return sorted({f"/{service}/" for service in services}.union(paths))
 
 
 def route_port(service: Service, wanted: str, where: str) -> ServicePort:
@@ -1806,7 +1786,7 @@ class Renderer:
         resources: list[bytes] = []
         labels = by_node_label(config)
         for key, clusters in self._clusters.items():
-            own, nodes = slices.get(key, []), dict[str, Mapping[str, str]]()
+            own, nodes = slices.get(key, []), dict[str, Texts]()
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
@@ -1890,7 +1870,7 @@ class Renderer:
 
     def _service(
         self, key: Key, clusters: Sequence[tuple[Cluster, str]], slices: Sequence[EndpointSlice],
-        zone: str, nodes: Mapping[str, Mapping[str, str]],
+        zone: str, nodes: Mapping[str, Texts],
     ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster, mode in clusters if mode != DNS]

@@ -196,7 +196,7 @@ def test_a_wrong_weight_counts_as_none(weight: str) -> None:
         *(([routed(hosts=host)], {}, f"{host!a}: not a valid host name")
           for host in ("a*b", "*.a.*", "a..b", "ä.example", "*80", "*a", "a*", "**", ".a", "a.")),
         ([routed(hosts="a" * 254)], {}, "not a valid host name"),
-        ([routed(hosts=",")], {}, "is not routed: xds-loader/hosts: 1 to 32 hosts expected, not 0"),
+        ([routed(hosts=",")], {}, "is not routed: xds-loader/hosts: 1 to 32 valid hosts expected"),
         ([routed(prefix="x")], {}, "is not routed: xds-loader/prefix: not the beginning of a path"),
         ([routed(prefix="/x\ny")], {}, "not the beginning of a path: '/x\\ny'"),
         ([routed(prefix="/x?y=1")], {}, "not the beginning of a path: '/x?y=1'"),
@@ -377,9 +377,6 @@ def test_the_worst_annotations_are_one_short_line(annotations: dict[str, str]) -
     found = renderer().render(raw)
     [warning] = [line for line in found.warnings if "demo/web" in line and NO_SLICE not in line]
     assert len(warning) < 500
-    # Not even looked at where it is too long.
-    long = max(map(len, annotations.values())) > 10_000
-    assert ("an annotation is longer than 10000 characters" in warning) == long
     assert len(found.files["rds.yaml"].content) < 1_500
     assert seconds(lambda: renderer().render(raw)) < 0.5
 

@@ -325,10 +325,6 @@ def test_endpoints(slices: list[Object], config: Object, wanted: list[str], mode
     ("slices", "warning"),
     [
         (
-            [endpoint_slice("demo/web", endpoint("web.example"), family="FQDN")],
-            "endpoints of slice web-fqdn are left out: host names, no addresses",
-        ),
-        (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={})],
             "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
@@ -781,7 +777,8 @@ def test_a_malformed_service_is_rejected(change: Object, error: str) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"addressType": "IPX"}, "addressType: not IPv4, IPv6 or FQDN"),
+        ({"addressType": "IPX"}, "addressType: Envoy needs IPv4 or IPv6, not 'ipx'"),
+        ({"addressType": "FQDN", "endpoints": [{"addresses": ["web.example"]}]}, "not 'fqdn'"),
         ({"endpoints": [{"addresses": ["10.0.0"]}]}, "addresses: not an ipv4 address: '10.0.0'"),
         ({"endpoints": [{"addresses": ["fd00::1"]}]}, "addresses: not an ipv4 address"),
         ({"endpoints": [{"addresses": [7]}]}, "addresses: not an ipv4 address: 7"),
