@@ -1613,8 +1613,7 @@ def virtual_host(host: str, routes: Sequence[Route]
 # addresses, durations. Everything else is quoted as in JSON, in one line.
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
-    r"[a-z_/][a-z0-9_./-]*\Z|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+\Z|[0-9]+s\Z"
-)
+    r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
 # What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -1660,9 +1659,7 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
 
 
 def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """One element of a list: "yaml" for people, at the indent; "json" for Envoy, which reads it
-    five times faster.
-    """
+    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
     lines: list[str] = []
@@ -1672,20 +1669,24 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
 
 def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    version = hashlib.sha256(b"".join(resources)).hexdigest()[:16]
+    body = (b",\n" if fmt == "json" else b"").join(resources)
+    version = hashlib.sha256(body).hexdigest()[:16]
     if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":[\n'
-        return head.encode() + b",\n".join(resources) + b"\n]}\n"
+        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":['
+        return b"%s\n%s\n]}\n" % (head.encode(), body)
     notes = "".join(f"# {line}\n" for line in comment.splitlines())
     head = f'{notes}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return head.encode() + (b"\n" + b"".join(resources) if resources else b" []\n")
+    return b"%s\n%s" % (head.encode(), body) if resources else f"{head} []\n".encode()
 
 
-def rendered_clusters(content: bytes) -> list[bytes] | None:
-    """The clusters in CDS that response() wrote in YAML; None if somebody else wrote a byte."""
-    parts = content.removesuffix(b"\n").split(b"\n- ")[1:]
-    clusters = [b"- %s\n" % part for part in parts]
-    return clusters if response("yaml", CDS_COMMENT, CLUSTER_TYPE, clusters) == content else None
+def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
+    """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
+    texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
+    if response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
+        return None
+    names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
+    return {json.loads(name) if name[0] == '"' else name: text
+            for name, text in zip(names, texts, strict=True)}
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
@@ -1700,10 +1701,8 @@ def modes_on_disk(files: Files) -> dict[str, str]:
 
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
-    that a user may have on this node.
-
-    Each file is one to Envoy, two while its cluster warms, and all Envoys of one user on the node
-    share the limit. Envoy aborts when it is passed.
+    that a user may have on this node. Envoys share these, need one for a file and two while its
+    cluster warms, and abort when there are no more.
     """
     if config.eds_budget is not None:
         return config.eds_budget
@@ -1715,25 +1714,22 @@ def inotify_budget(config: Config) -> int:
 
 
 class Memo:
-    """Results of a function by key, each as long as its arguments are equal; unchanged ones are the
-    same objects, so comparing ends at their identity. What was not asked for between two calls of
-    `forget` is forgotten.
+    """A function, called for many keys at once; a result is used again where the arguments equal
+    those of the last time. Unchanged ones are the same objects, so comparing ends at identity.
     """
 
     def __init__(self, function: Callable[..., Json]) -> None:
         self._function = function
-        self._old: dict[object, tuple[object, Json]] = {}
-        self._new: dict[object, tuple[object, Json]] = {}
+        self._known: dict[Any, tuple[tuple[object, ...], Json]] = {}
 
-    def get(self, key: object, *arguments: object) -> Json:
-        found = self._new.get(key) or self._old.get(key)
-        if found is None or found[0] != arguments:
-            found = (arguments, self._function(*arguments))
-        self._new[key] = found
-        return found[1]
-
-    def forget(self) -> None:
-        self._old, self._new = self._new, {}
+    def __call__(self, calls: Mapping[Any, tuple[object, ...]]) -> dict[Any, Json]:
+        known, self._known = self._known, {}
+        for key, arguments in calls.items():
+            found = known.get(key)
+            if found is None or found[0] != arguments:
+                found = (arguments, self._function(*arguments))
+            self._known[key] = found
+        return {key: result for key, (_, result) in self._known.items()}
 
 
 class Rendering(NamedTuple):
@@ -1747,11 +1743,9 @@ class Rendering(NamedTuple):
 
 
 class Renderer:
-    """Renders Services again and again; a change in one of them renders that one.
-
-    `endpoints` is the mode, `fmt` "yaml" or "json", `current_dir` the absolute path under which
-    Envoy reads, `budget` as inotify_budget() has it. `modes` are those of the clusters on disk when
-    the loader started: they stay, within the budget.
+    """Renders Services again and again; a change in one of them renders that one. `current_dir` is
+    the absolute path under which Envoy reads; `modes`, of the clusters on disk when the loader
+    started, stay within the budget.
     """
 
     def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
@@ -1764,17 +1758,18 @@ class Renderer:
         self._modes = {**modes, **dict.fromkeys(on_eds[budget:], INLINE)} if kept else {}
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
-        self._plan_warnings: list[str] = []
+        self._routes, self._warnings = b"", list[str]()
         self._splits: tuple[str, ...] = ()
         self._plans = Memo(lambda service: plan_service(service, config, endpoints))
         self._hosts, self._rendered = Memo(self._host), Memo(self._service)
-        self._cds, self._rds = Memo(self._file), file_of(b"", SERVICES_SOURCE)
+        self._files = Memo(self._file)
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         if objects.services != self._services:
-            self._plan(dict(sorted(objects.services.items())), other_files)
-        config, warnings = self._config, list(self._plan_warnings)
+            self._services = dict(sorted(objects.services.items()))
+            self._plan(self._services, other_files)
+        config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
         if config.prefer_zone and not zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
@@ -1782,29 +1777,31 @@ class Renderer:
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
             slices.setdefault(found.service, []).append(found)
-        files: dict[str, File] = {}
-        resources: list[bytes] = []
-        labels = by_node_label(config)
+        labels, calls = by_node_label(config), {}
         for key, clusters in self._clusters.items():
             own, nodes = slices.get(key, []), dict[str, Texts]()
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
-            texts, eds, problems = self._rendered.get(key, key, clusters, own, zone, nodes)
+            calls[key] = (key, clusters, own, zone, nodes)
+        files: dict[str, File] = {}
+        resources: list[bytes] = []
+        for key, (texts, eds, problems) in self._rendered(calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
-        self._rendered.forget()
-        files[f"cds.{self._fmt}"] = self._cds.get("", CDS_COMMENT, CLUSTER_TYPE, resources)
-        files[f"rds.{self._fmt}"] = self._rds
+        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        files |= self._files({
+            f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
+            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
         modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
         return Rendering(files, tuple(sorted(warnings)), self._splits,
                          {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
-    def _plan(self, services: dict[Key, Service], other_files: int) -> None:
-        """What follows from the Services alone: which clusters exist, their modes, the routes."""
-        plans = {key: self._plans.get(key, service) for key, service in services.items()}
+    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
+        """What follows from the Services alone: their clusters, with modes, and the routes."""
+        plans = self._plans({key: (service,) for key, service in services.items()})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         kept = unique_clusters(plans, by_age, problems)
@@ -1819,34 +1816,27 @@ class Renderer:
                 problems[key].append("is not routed: it has no cluster of its own")
                 route = route._replace(cluster="")
             routes += [route] if route else []
-        hosts, elements = routes_by_host(routes, problems), []
+        hosts = self._hosts({host: (host, routed) for host, routed
+                             in sorted(routes_by_host(routes, problems).items())})
         splits: dict[Key, list[str]] = {}
-        for host in sorted(hosts):
-            text, found, shared = self._hosts.get(host, host, hosts[host])
-            elements.append(text)
+        for _, found, shared in hosts.values():
             for key, problem in found:
                 problems[key].append(problem)
             for key, split in shared:
                 splits.setdefault(key, []).append(split)
         self._splits = tuple(service_line(key, splits[key]) for key in splits)
-        comment = RDS_COMMENT.format(prefix=self._config.annotation_prefix)
-        self._rds = self._file(comment, ROUTE_TYPE, [self._route_configuration(elements)])
-        self._plan_warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
+        self._routes = self._route_configuration([text for text, *_ in hosts.values()])
+        self._warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
-            self._plan_warnings = ["--services: no Service matches the selector"]
+            self._warnings = ["--services: no Service matches the selector"]
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
         if inlined and self._endpoints == AUTO:
-            self._plan_warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in "
-                                       f"CDS: {shortened(inlined)}")
-        self._plans.forget()
-        self._hosts.forget()
-        self._services = services
+            self._warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
+                                  f"{shortened(inlined)}")
 
     def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
-        """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
-
-        A cluster that flips would be a new one to Envoy, with new connections and health.
-        """
+        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
+        would be new to Envoy, with new connections and health."""
         modes = {name: self._modes.get(name, self._endpoints) for name in names}
         if self._endpoints == AUTO:
             free = self._budget - sum(mode == EDS for mode in modes.values())
@@ -1868,10 +1858,9 @@ class Renderer:
             return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
         return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
 
-    def _service(
-        self, key: Key, clusters: Sequence[tuple[Cluster, str]], slices: Sequence[EndpointSlice],
-        zone: str, nodes: Mapping[str, Texts],
-    ) -> tuple[list[bytes], dict[str, File], list[str]]:
+    def _service(self, key: Key, clusters: Sequence[tuple[Cluster, str]],
+                 slices: Sequence[EndpointSlice], zone: str, nodes: Mapping[str, Texts]
+                 ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster, mode in clusters if mode != DNS]
         problems = list(endpoint_problems(by_slices[0].families, slices)) if by_slices else []
@@ -1913,13 +1902,11 @@ class Renderer:
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-# OpenSSL's reasons for a key of another certificate: of the same type; of another one.
-KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
-    """The SDS files of a Secret, by path in the snapshot. ValueError, without content, if anything
+    """The SDS files of a Secret. ValueError, without content, if anything
     is wrong with it: the caller keeps the last ones, all of them. The raw object must not be kept:
     an annotation often holds the key again.
     """
@@ -1947,7 +1934,7 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     files = {}
     for stem, resource in resources.items():
         content = response(form, source, SDS_TYPE, [element(form, resource)])
-        files[f"sds/{stem}.{form}"] = file_of(content, source, mode)
+        files[f"{stem}.{form}"] = file_of(content, source, mode)
     return Keys(files)
 
 
@@ -1982,9 +1969,7 @@ def secret_problems(cert: bytes, key: bytes, ca: bytes) -> list[str]:
 
 
 def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
-    a comment.
-    """
+    """What is wrong with a chain or a bundle of CAs, "" if nothing; other text is a comment."""
     if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
         return "holds a private key, which belongs into tls.key alone"
     try:  # (a comment may be in any encoding)
@@ -1995,10 +1980,9 @@ def certificates_problem(pem: bytes) -> str:
 
 
 def pair_problem(cert: bytes, key: bytes) -> str:
-    """What is wrong with the key of a certificate, "" if nothing.
-
-    OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS) Envoy judges the pair itself.
+    """What is wrong with the key of a certificate, "" if nothing. OpenSSL reads pairs from files
+    only: anonymous memory has a name in /proc, and the key touches no disk. Where there is none
+    (macOS) Envoy judges the pair itself.
     """
     try:
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
@@ -2006,11 +1990,10 @@ def pair_problem(cert: bytes, key: bytes) -> str:
             # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
             tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
-        if error.reason in KEY_MISMATCHES:
-            return "is not the key of the first certificate in tls.crt"
         if b"ENCRYPTED" in key:
             return "is encrypted, and Envoy is given no passphrase"
-        return "is not readable as a PEM private key"
+        reason = error.reason or "not readable"  # OpenSSL's, such as KEY_VALUES_MISMATCH
+        return f"is not the key of the first certificate in tls.crt ({reason})"
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
     return ""
@@ -2095,19 +2078,8 @@ def configmap_from(item: dict[str, Any]) -> Keys:
 class Named(NamedTuple):
     """A ConfigMap or Secret that an option names, and the directory that its files go to."""
 
-    kind: str  # "configmap" or "secret"
-    namespace: str
-    name: str
-    directory: str = ""
-
-    @property
-    def source(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
-
-    @property
-    def query(self) -> Query:
-        resource = SECRETS if self.kind == "secret" else CONFIGMAPS
-        return Query(resource, self.namespace, self.name)
+    query: Query
+    directory: str
 
 
 class Wanted(NamedTuple):
@@ -2115,6 +2087,7 @@ class Wanted(NamedTuple):
 
     files: Files
     notes: list[str]  # what is wrong with single objects
+    splits: list[str]  # shares of routes, which is nothing wrong
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
@@ -2126,16 +2099,15 @@ class Wanted(NamedTuple):
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
-    """All files of the layers, the later ones winning, and a warning for each that lost.
-
-    A file where another source has a directory cannot be on disk beside it: it is left out.
+    """All files of the layers, the later ones winning, and a warning for each that lost. A file
+    where another source has a directory cannot be on disk beside it: it is left out.
     """
     files: dict[str, File] = {}
     warnings = []
     for layer in layers:
         for path, file in layer.items():
-            lost = files.get(path)
-            if lost is not None and lost.source != file.source:
+            lost = files.get(path, file)
+            if lost.source != file.source:
                 warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
                                 f"{file.source}")
             files[path] = file
@@ -2156,13 +2128,16 @@ def counted(file: File) -> str:
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
-    """A file without a type URL is what was published there before, else what its name says.
-
-    That is CDS with no cluster left, or a file that Envoy will not be able to parse.
-    """
+    """A file without a type URL (CDS with no cluster left, or what Envoy will not be able to parse)
+    is what was published there before, else what its name says."""
     stem = path.rpartition("/")[2].partition(".")[0]
     kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
     return file if file.kind == kind else file._replace(kind=kind)
+
+
+PARSERS: dict[Resource, Callable[..., Any]] = {
+    CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
+    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
 
 
 class Sources:
@@ -2175,48 +2150,42 @@ class Sources:
         self._selected: Query | None = None
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
-        self.rendering: Rendering | None = None
-        self.budget = inotify_budget(config)
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
-        options = self._options
-        from_secret = functools.partial(
-            secret_from, form=options.format, mode=options.secret_mode)
+        options, budget = self._options, inotify_budget(self._config)
+        metrics.set("xds_loader_inotify_instances_budget", budget)
         for named in (*options.configmap, *options.secret):
-            directory = "sds" if named.kind == "secret" else named.directory
-            owned = {path: file for path, file in published.items()
-                     if file.source == named.source and path.rpartition("/")[0] == directory}
+            source = str(named.query)
+            owned = {path: file for path, file in published.items() if file.source == source
+                     and path.rpartition("/")[0] == named.directory}
             if owned:
                 self._kept[named] = owned
-            self._reflect(named.query, from_secret if named.kind == "secret" else configmap_from)
+            self._reflect(named.query)
         if options.configmap_selector is not None:
             self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
-            self._reflect(self._selected, configmap_from)
+            self._reflect(self._selected)
         if options.services is None:
             return
         self._renderer = Renderer(
-            self._config,
-            endpoints=options.endpoints,
-            fmt=options.format,
+            self._config, endpoints=options.endpoints, fmt=options.format,
             current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
-            node_name=options.node_name,
-            budget=self.budget,
-            modes=modes_on_disk(published),
-        )
+            node_name=options.node_name, budget=budget, modes=modes_on_disk(published))
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
-            self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
-            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from)
+            self._reflect(Query(SERVICES, namespace, labels=options.services))
+            self._reflect(Query(ENDPOINTSLICES, namespace))
         if needs_nodes(self._config):
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
-            self._reflect(Query(NODES, name=own), node_from)
+            self._reflect(Query(NODES, name=own))
 
-    def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
+    def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-        options = self._options
+        options, parse = self._options, PARSERS[query.resource]
+        if query.resource is SECRETS:
+            parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
         mode, interval = options.mode, options.sync_interval
         if mode == "once" and options.timeout:
             mode, interval = "poll", ONETIME_POLL
@@ -2239,10 +2208,10 @@ class Sources:
         selector in order of name, ConfigMaps in the order in which they were named."""
         for query, reflector in list(self._reflectors.items()):
             if reflector.absent:  # the API server has no EndpointSlices
-                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
+                self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
-            files={}, missing=[], stale=[],
+            files={}, splits=[], missing=[], stale=[],
             notes=[bad for r in reflectors for bad in r.bad.values()],
             unknown=[str(r.query) for r in reflectors if not r.synced],
             failed=[r.trouble for r in reflectors if r.failed],
@@ -2259,9 +2228,12 @@ class Sources:
                 layers.append(configmap.files)
         layers += [self._named(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
-            self.rendering = self._render(self._renderer, layers)
-            wanted.notes.extend(self.rendering.warnings)
-            layers.insert(0, self.rendering.files)
+            rendering = self._render(self._renderer, layers)
+            metrics.replace("xds_loader_clusters", {
+                (mode,): count for mode, count in rendering.clusters.items()})
+            wanted.notes.extend(rendering.warnings)
+            wanted.splits.extend(rendering.splits)
+            layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
@@ -2269,7 +2241,8 @@ class Sources:
 
     def _named(self, named: Named, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        key, reflector = (named.namespace, named.name), self._reflectors[named.query]
+        query, reflector = named.query, self._reflectors[named.query]
+        key, source = (query.namespace, query.name), str(query)
         found = None if key in reflector.bad else reflector.objects().get(key)
         prefix = f"{named.directory}/" if named.directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
@@ -2277,14 +2250,14 @@ class Sources:
         if files or (found and not self._kept.get(named)):
             self._kept[named] = files
         elif named not in self._kept:
-            wanted.missing.append(named.source)
-            if self._file and (hint := self._file.elsewhere(named.query)):
+            wanted.missing.append(source)
+            if self._file and (hint := self._file.elsewhere(query)):
                 wanted.notes.append(hint)
         else:
             there = found or key in reflector.bad
             state = "has no usable files" if there else "does not exist any more"
-            wanted.notes.append(f"{named.source} {state}: its last files stay published")
-            wanted.stale.append(named.source)
+            wanted.notes.append(f"{source} {state}: its last files stay published")
+            wanted.stale.append(source)
         return self._kept.get(named, {})
 
     def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
@@ -2381,23 +2354,18 @@ class Clusters(NamedTuple):
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
 def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    try:
-        if file.content[:1] == b"{":
+    if file.content[:1] == b"{":
+        try:
             frame = parse_json(file.content)
-            rows = [(str(each["name"]), json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode())
-                    for each in frame.pop("resources", [])]
-        else:
-            blocks = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-            if blocks is None:
-                return None
-            frame = None
-            names = [block.split(b"\n")[1].partition(b": ")[2] for block in blocks]
-            rows = [(parse_json(name) if name[:1] == b'"' else name.decode(), block)
-                    for name, block in zip(names, blocks, strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return Clusters(frame, dict(rows)) if len(dict(rows)) == len(rows) else None
+            resources = frame.pop("resources", [])
+            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
+                                                   ensure_ascii=False).encode()
+                     for each in resources}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return Clusters(frame, texts) if len(texts) == len(resources) else None
+    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+    return None if rendered is None else Clusters(None, rendered)
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -4166,7 +4134,6 @@ class Loop:
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
         self.known = known_from(self.output)
-        metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
         self._switched_at = self.output.switched_at()
         self.sources.start(self.output.published)
         self._check_at = time.monotonic() + options.sync_interval
@@ -4559,8 +4526,7 @@ class Loop:
             waiting = [f"waiting for {source}: it does not exist" for source in wanted.missing]
             quiet = self._once and not self.options.timeout  # the error that ends it says so
             self._note("sources", [*wanted.notes, *([] if quiet else waiting)])
-            if self.sources.rendering is not None:
-                self._note("splits", self.sources.rendering.splits, "info")
+            self._note("splits", wanted.splits, "info")
             if wanted.complete:
                 self._note("foreign", [
                     f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
@@ -4599,9 +4565,6 @@ class Loop:
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
-        if self.sources.rendering is not None:
-            metrics.replace("xds_loader_clusters", {
-                (mode,): count for mode, count in self.sources.rendering.clusters.items()})
 
     # -- one-time runs ------------------------------------------------------------------------
 
@@ -4731,7 +4694,7 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    for split in loop.sources.rendering.splits if loop.sources.rendering else ():
+    for split in wanted.splits:
         log.info("%s", split)
     paths = sorted({*files, *published})
     if options.diff:
@@ -4854,10 +4817,11 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Named:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
-    return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
+    namespace = namespace_name(namespace) if slash else ""
+    return Named(Query(resource, namespace, object_name(name)), directory)
 
 
 def named_configmap(text: str) -> Named:
@@ -4866,7 +4830,7 @@ def named_configmap(text: str) -> Named:
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named_secret(name, "configmap", directory)
+    return named_secret(name, CONFIGMAPS, directory)
 
 
 def label_selector(text: str) -> str:
@@ -5086,7 +5050,9 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     namespace = values.get("namespace") or default_namespace(environ)
     for kind in ("configmap", "secret"):
         named = values.get(kind, ())
-        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
+        values[kind] = tuple(
+            it if it.query.namespace else it._replace(query=it.query._replace(namespace=namespace))
+            for it in named)
     from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
     if not from_file and "apiserver" not in values:
         values["apiserver"] = default_apiserver(environ)

@@ -34,6 +34,7 @@ from tests.support.apiserver import ApiServer, Rule
 NOW = datetime.datetime(2025, 6, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
 UNREADABLE = "holds no PEM certificate, or one that is not readable"
+MISMATCH = "tls.key is not the key of the first certificate in tls.crt"
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 
@@ -142,7 +143,7 @@ def test_a_tls_secret_is_two_files_that_envoy_reads(form: str, kind: str) -> Non
     obj = api_object(kind=kind, tls_crt=chain, tls_key=key, ca_crt=ca)
     files, problems = loader.secret_from(obj, form, 0o600)
     assert problems == ()
-    assert list(files) == [f"sds/demo_web-tls.{form}", f"sds/demo_web-tls_ca.{form}"]
+    assert list(files) == [f"demo_web-tls.{form}", f"demo_web-tls_ca.{form}"]
     pair, trusted = (envoy_secret(file.content, form) for file in files.values())
     assert pair.name == "demo/web-tls"
     assert source_bytes(pair.tls_certificate.certificate_chain) == chain
@@ -160,14 +161,14 @@ def test_the_mode_goes_to_both_files() -> None:
 
 
 def test_a_ca_alone_and_an_empty_ca() -> None:
-    assert list(files_of(ca_crt=a_chain()[2])) == ["sds/demo_web-tls_ca.yaml"]
+    assert list(files_of(ca_crt=a_chain()[2])) == ["demo_web-tls_ca.yaml"]
     files = files_of(tls_crt=a_pair().cert, tls_key=a_pair().key, ca_crt=b"")
-    assert list(files) == ["sds/demo_web-tls.yaml"]
+    assert list(files) == ["demo_web-tls.yaml"]
 
 
 def test_the_version_follows_the_content() -> None:
     def version(**data: Any) -> str:
-        content = files_of(**data)["sds/demo_web-tls.yaml"].content
+        content = files_of(**data)["demo_web-tls.yaml"].content
         found = yaml.safe_load(content)["version_info"]
         assert isinstance(found, str)
         return found
@@ -206,7 +207,7 @@ COMMENTED = {
 def test_pem_arrives_byte_for_byte(variant: str, form: str) -> None:
     cert, key = COMMENTED[variant](a_pair().cert), COMMENTED[variant](a_pair().key)
     files = files_of(form, tls_crt=cert, tls_key=key)
-    pair = envoy_secret(files[f"sds/demo_web-tls.{form}"].content, form).tls_certificate
+    pair = envoy_secret(files[f"demo_web-tls.{form}"].content, form).tls_certificate
     assert source_bytes(pair.certificate_chain) == cert
     assert source_bytes(pair.private_key) == key
 
@@ -218,7 +219,7 @@ def test_pem_arrives_byte_for_byte(variant: str, form: str) -> None:
 @settings(max_examples=200, deadline=None)
 def test_any_text_around_the_blocks_arrives(before: str, after: bytes) -> None:
     ca = before.encode() + b"\n" + a_pair().cert + after
-    content = files_of(ca_crt=ca)["sds/demo_web-tls_ca.yaml"].content
+    content = files_of(ca_crt=ca)["demo_web-tls_ca.yaml"].content
     assert source_bytes(envoy_secret(content).validation_context.trusted_ca) == ca
 
 
@@ -241,9 +242,10 @@ def test_the_older_key_formats() -> None:
 def test_a_pair_that_does_not_match() -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     problem = problems_of(tls_crt=a_pair().cert, tls_key=pem_of(other))
-    assert problem.endswith("tls.key is not the key of the first certificate in tls.crt")
+    assert problem.endswith(f"{MISMATCH} (KEY_VALUES_MISMATCH)")
     problem = problems_of(tls_crt=a_pair().cert, tls_key=a_pair("rsa2048").key)
-    assert problem.endswith("tls.key is not the key of the first certificate in tls.crt")
+    reasons = ("KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+    assert problem.endswith(tuple(f"{MISMATCH} ({reason})" for reason in reasons))
 
 
 def test_a_chain_in_the_wrong_order() -> None:
@@ -272,9 +274,9 @@ def test_garbage() -> None:
     for bad in (b"garbage", cert[:-40], cert + cert[:99], cert.replace(b"\nMII", b"\n!II"),
                 block(b"\x30\x03abc"), cert + block(b"abc"), cert.replace(b"\n", b"\n ")):
         assert problems_of(tls_crt=bad, tls_key=key).endswith(f"tls.crt {UNREADABLE}")
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=b"garbage")
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=key[:-60])
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=cert)
+    assert f"{MISMATCH} (not readable)" in problems_of(tls_crt=cert, tls_key=b"garbage")
+    assert f"{MISMATCH} (" in problems_of(tls_crt=cert, tls_key=key[:-60])
+    assert f"{MISMATCH} (not readable)" in problems_of(tls_crt=cert, tls_key=cert)
     assert f"ca.crt {UNREADABLE}" in problems_of(ca_crt=b"\xff\x00")
 
 
@@ -453,7 +455,7 @@ def encrypted_key() -> bytes:
 
 
 def test_redaction() -> None:
-    content = files_of(tls_crt=a_pair().cert, tls_key=a_pair().key)["sds/demo_web-tls.yaml"].content
+    content = files_of(tls_crt=a_pair().cert, tls_key=a_pair().key)["demo_web-tls.yaml"].content
     assert loader.redacted(content) == b"# [redacted: %d bytes]\n" % len(content)
     assert loader.redacted(content, content) == loader.redacted(content)
     assert loader.redacted(content, content[::-1]) == (

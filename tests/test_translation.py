@@ -1095,8 +1095,9 @@ def test_rendered_yaml_is_split_and_joined() -> None:
     def joined(*clusters: bytes) -> bytes:
         return loader.response("yaml", loader.CDS_COMMENT, loader.CLUSTER_TYPE, clusters)
 
-    assert joined(*split) == one.content
-    union = joined(*split, *other)
+    assert list(split) == ["demo/a/http", "demo/b/http"]
+    assert joined(*split.values()) == one.content
+    union = joined(*split.values(), *other.values())
     found = r.content_of("cds.yaml", loader.file_of(union, ""))
     assert [each["name"] for each in found["resources"]] == [
         *("demo/a/http", "demo/b/http", "demo/c/http")
@@ -1104,7 +1105,7 @@ def test_rendered_yaml_is_split_and_joined() -> None:
     versions = {yaml.safe_load(each)["version_info"] for each in (one.content, union)}
     assert len(versions) == 2
     empty = render().files["cds.yaml"].content
-    assert (loader.rendered_clusters(empty), joined()) == ([], empty)
+    assert (loader.rendered_clusters(empty), joined()) == ({}, empty)
     # Whatever else somebody wrote is left as it is.
     for foreign in (b"", b"resources: []\n", one.content[20:], one.content + b"more: 1\n",
                     one.content[:-1], one.content.replace(b"  name", b"\tname"), b"# x\n" * 9,
