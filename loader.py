@@ -3050,8 +3050,6 @@ STATS = "/stats?" + urllib.parse.urlencode({
     "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
               r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
-
-
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 
@@ -3088,22 +3086,21 @@ class Move(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What Envoy made of the files, as far as it is known. A value: each fact makes a new one.
+    """What Envoy made of the files, as far as it is known. A value: each fact makes a new one."""
 
-    `acked` are the last bytes that any Envoy ACKed; the rest is about the Envoy process of now.
-    """
-
-    acked: Files = {}  # noqa: RUF012
-    nacks: Mapping[str, Nack] = {}
+    acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
+    nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
+    # The Envoy process of now:
     states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
     moves: Mapping[str, Move] = {}
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
-    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
-    named: frozenset[str] = frozenset()  # paths by published files: no bootstrap needs these
-    suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
-    back_at: float = 0.0  # when the process of now was met
     blind: bool = False  # its counters do not tell
+    back_at: float = 0.0  # when it was met
+    # Before it:
+    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
+    named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
+    suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
 
 
 class Outcome(NamedTuple):
@@ -3172,10 +3169,10 @@ def after_publication(
     known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
-    moved = [*moved_paths(before, after), *again]
-    unjudged = {path: file for path, file in before.items()
-                if file.kind and path not in known.states}
-    moves = dict(known.moves)
+    moved = {*moved_paths(before, after), *again}
+    open_kinds = {path: file.kind for path, file in before.items()
+                  if file.kind and path not in known.states}
+    moves = {path: move for path, move in known.moves.items() if path in after}
     for path in moved:
         move, proven = moves.get(path, Move()), known.acked.get(path)
         blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
@@ -3183,13 +3180,13 @@ def after_publication(
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
     came = frozenset[str]()
-    if any(unjudged[path].kind in REFERENCE_KINDS for path in unjudged.keys() - set(moved)):
+    if any(open_kinds[path] in REFERENCE_KINDS for path in open_kinds.keys() - moved):
         came = known.came | (things(after) - things(before))
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and path not in moved},
-        moves={path: move for path, move in moves.items() if path in after},
-        named=named.intersection(after), came=came, doubt=known.doubt or bool(unjudged))
+        moves=moves, named=named.intersection(after), came=came,
+        doubt=known.doubt or bool(open_kinds))
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3218,11 +3215,11 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
                      and known.states.get(path) != UNREAD)
     suspects = frozenset((path, files[path].digest) for path in unproven)
     again = not known.blind and suspects & known.suspects and now - known.back_at <= END_BOUND
+    blamed = unproven if again else ()
+    for path in blamed:
+        known = with_nack(known, path, files, "Envoy ended twice on it")
     known = after_meeting(known, known.back_at)
-    if not again:
-        return known._replace(suspects=suspects), ()
-    nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
-    return known._replace(nacks={**known.nacks, **nacks}, suspects=frozenset()), unproven
+    return known._replace(suspects=frozenset() if again else suspects), blamed
 
 
 def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
@@ -3234,6 +3231,34 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     if known.doubt:
         pending = tuple(path for path, file in files.items() if file.kind)
         return known._replace(doubt=False), Outcome(pending=pending)
+    told, open_scopes = told_by(known, files, look)
+    found = {state: tuple(path for path in told if told[path] == state)
+             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
+    moves = {path: move._replace(times=int(told[path] == MIXED),  # it will be notified once more
+                                 late=move.late and told[path] != ACKED)
+             for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
+    known = known._replace(
+        blind=bool(look.hidden),
+        counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
+                for scope, counts in look.counts.items()},
+        moves={**known.moves, **moves},
+        states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
+    )
+    for path in found[ACKED]:
+        known = with_ack(known, path, files)
+    for path in found[NACKED]:
+        reason = look.reason if files[path].kind == "lds" else ""
+        reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
+        known = with_nack(known, path, files, reason)
+    if not found[PENDING]:
+        known = known._replace(came=frozenset())
+    waits = tuple(path for path in found[PENDING] if is_awaited(known, path))
+    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
+                                          waits)
+
+
+def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set[str]]:
+    """What became of the files that are not judged yet; the scopes that have something to come."""
     told: dict[str, str] = {}
     open_scopes: set[str] = set()
     for path, file in files.items():
@@ -3246,30 +3271,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
         if told[path] == PENDING:
             open_scopes |= set(read_by)
-    told |= dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED)
-    found = {state: tuple(path for path in told if told[path] == state)
-             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    known = known._replace(
-        blind=bool(look.hidden),
-        counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
-                for scope, counts in look.counts.items()},
-        moves={path: move if told.get(path) == PENDING else  # what is mixed is notified once more
-               move._replace(times=int(told.get(path) == MIXED),
-                             late=move.late and told.get(path) != ACKED)
-               for path, move in known.moves.items()},
-        states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-    )
-    for path in found[ACKED]:
-        known = with_ack(known, path, files)
-    for path in found[NACKED]:
-        reason = look.reason if files[path].kind == "lds" else ""
-        reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
-        known = with_nack(known, path, files, reason)
-    if not found[PENDING]:
-        known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if not known.moves.get(path, Move()).late)
-    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
-                                          waits)
+    return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
 
 
 def rejected_unnamed(
@@ -3302,8 +3304,8 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        # A new one reads what there is.
-        if now.attempt - before.attempt < (max(moves, 1) if scope in known.counts else 1):
+        expected = max(moves, 1) if scope in known.counts else 1  # a new one reads what there is
+        if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else MIXED)
@@ -3326,22 +3328,18 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     """Envoy rejected these bytes. If they are its last good ones, something else is wrong."""
-    known = known._replace(states={**known.states, path: NACKED})
-    if path in known.nacks and same_file(known.acked.get(path), files[path]):
-        return known
-    return known._replace(nacks={**known.nacks, path: nack_of(known, path, files, reason)})
-
-
-def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
-    """A NACK of the bytes that are published, and of those that the move was for."""
     file, old = files[path], known.nacks.get(path)
-    blame = known.moves.get(path, Move()).blame or file.digest
-    stood: frozenset[str] = frozenset()
+    known = known._replace(states={**known.states, path: NACKED})
+    if old and same_file(known.acked.get(path), file):
+        return known
+    stood = frozenset[str]()
     if old and is_nacked(file, old):
         stood = old.stood
     elif file.kind in REFERENCE_KINDS:
         stood = named_things(file, files) - known.came
-    return Nack(blame, file.digest, file.kind, reason, stood)
+    blame = known.moves.get(path, Move()).blame or file.digest
+    nack = Nack(blame, file.digest, file.kind, reason, stood)
+    return known._replace(nacks={**known.nacks, path: nack})
 
 
 def settled(known: Known, files: Files) -> Known:
@@ -3403,13 +3401,14 @@ def to_retry(known: Known, files: Files) -> list[str]:
 
 def likely_cause(file: File, files: Files) -> str:
     """What a glance at a file shows; "" where it shows nothing."""
-    if not file.content.strip():
+    text = file.content.strip()
+    if not text:
         return "the file is empty"
-    if file.content.lstrip()[:1] == b"{":
-        try:
-            parse_json(file.content)
-        except ValueError as error:
-            return f"not valid JSON: {why(error).partition(': ')[2]}"
+    try:
+        if text[:1] == b"{":
+            parse_json(text)
+    except ValueError as error:
+        return f"not valid JSON: {why(error).partition(': ')[2]}"
     named = {place.partition(f"/{CURRENT}/")[2] for place in places_in(file.content)}
     missing = sorted(named - {""} - files.keys())
     return f"it names {shortened(missing)}, which is not published" if missing else ""
@@ -3567,15 +3566,11 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     """Of /stats, one `name: value` a line: the counts by scope, and the other figures by name."""
     counts: dict[str, list[int]] = {}
     figures: dict[str, int] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(": ")
-        if not (value.isascii() and value.isdigit() and len(value) < 19):
-            continue
-        scope, _, leaf = name.rpartition(".")
+    for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
         if leaf in LEAVES:
             counts.setdefault(scope, [0, 0, 0])[LEAVES[leaf]] += int(value)
         else:
-            figures[name] = int(value)
+            figures[f"{scope}.{leaf}"] = int(value)
     return {scope: Counts(*values) for scope, values in counts.items() if values[0]}, figures
 
 

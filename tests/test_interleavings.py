@@ -843,6 +843,8 @@ FAULTS = {
         "refused", {"with_named": lambda result, *_: dict(result)}, "which it lacks"),
     "2: a listener is never tried again": (
         "listener", {"retried": never_tried_again}, "other listeners"),
+    "2: nor is one whose NACK is older than its cluster": (
+        "listener", {"things": lambda _: frozenset()}, "other listeners"),
     "3: endpoints wait while a cluster warms": (
         "endpoints, never warm",
         {"WAITING_STEPS": loader.WAITING_STEPS | {loader.CHILDREN, loader.CLUSTERS}}, "wait"),
