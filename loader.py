@@ -2947,7 +2947,7 @@ def is_directory(place: str) -> bool:
         return False
 
 
-def remove(place: str) -> None:
+def remove(place: str, depth: int = DEPTH) -> None:
     """Remove what is there, if anything is. A link is removed, never followed: nothing outside of
     the output directory is touched."""
     try:
@@ -2955,10 +2955,11 @@ def remove(place: str) -> None:
     except FileNotFoundError:
         pass
     except IsADirectoryError:
-        for _, each in walk(place):
-            os.unlink(each)
-        for directory, _, _ in os.walk(place, topdown=False):
-            os.rmdir(directory)
+        if not depth:
+            raise
+        for name in sorted(os.listdir(place)):
+            remove(f"{place}/{name}", depth - 1)
+        os.rmdir(place)
 
 
 def linked(old: str, new: str) -> bool:
