@@ -444,7 +444,8 @@ MANY = 50_000
 WORST = ["1" * MANY, "1m" * MANY + "!", "a" * MANY + "!", "a-" * MANY, "a." * MANY, ":" * MANY,
          "[" + "0" * MANY, "//" * MANY, "http://" + "a." * MANY + ":x", "http://" + "x@" * MANY,
          "0" * MANY, "-" * MANY, " " * MANY, "'" * (MANY + 1), "a=b," * MANY + "!",
-         "a in (" * MANY, "(" * MANY, "_" * MANY]  # fmt: skip
+         "a in (" * MANY, "a in (" + "b," * MANY, "a in (" + "b" * MANY,
+         "a" + " " * MANY + "=", "(" * MANY, "_" * MANY]  # fmt: skip
 
 
 def test_every_value_is_parsed_in_linear_time() -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Response, Stream
@@ -296,27 +295,6 @@ def test_no_server_makes_a_source_wait_for_years(
 # -- patterns
 
 SIZE = 200_000
-WORST = {
-    "spaces": "a" + " " * SIZE + "!",
-    "spaces before": "a," + " " * SIZE + "=",
-    "a label that does not end": "a" + "-" * SIZE,
-    "letters": "a" * SIZE + "!",
-    "requirements": "a," * (SIZE // 2),
-    "values": "a in (" + "b," * (SIZE // 2),
-    "one value": "a in (" + "b" * SIZE,
-    "parentheses": "a in " + "(" * SIZE,
-}
-
-
-@pytest.mark.parametrize("name", WORST)
-def test_selectors_are_read_in_linear_time(name: str) -> None:
-    began = time.process_time()
-    with pytest.raises(loader.UsageError):
-        loader.requirements(WORST[name])
-    loader.requirements(",".join(["a in (b, c)"] * (SIZE // 12)))
-    assert time.process_time() - began < 2
-
-
 @pytest.mark.parametrize(
     "text",
     [" " * SIZE, "[" * SIZE, '{"kind":"List"}' + "\n" * SIZE + "x", "\\" * SIZE,

@@ -70,12 +70,16 @@ TYPES: tuple[Any, ...] = (
     "x", [[]], {"rds.yaml": 1, "../../token": [], "..data/x": {}, "": None},
     {"rds.yaml": ["x", "no such kind"]}, {"rds.yaml": ["x", ["eds"]]},
     {"rds.yaml": ["a", "b", "eds", "d", [1, []]], "../x": ["a", "b", "c", "d", []]},
+    {"rds.yaml": ["s", "no-kind"], "../../other/a": "x", "/etc/hostname": ["s", "cds"]},
     {"rds.yaml": ["\ud800", "\ud800"], "\ud800": ["a", "b", "c", "\ud800", ["\ud800"]]},
 )  # fmt: skip
 STATES: dict[str, bytes] = {
     "deep": b'{"version":' + b"[" * 200_000,
     "just deep enough": b'{"files":' + b"[" * 900 + b"]" * 900 + b"}",
+    "deep objects": b'{"acked":' * 50_000,
+    "empty": b"",
     "no object": b"[1]",
+    "another version": b'{"version": "0", "nacked": {"rds.yaml": ["x", "x", "x", "x"]}}',
     "not UTF-8": b"\xff\xfe{",
     "spaces": b" " * 1_000_000,
     "huge": b"[" + b"[]," * 6_000_000 + b"1]",
@@ -93,12 +97,15 @@ def test_a_planted_state_ends_no_loader(
 ) -> None:
     put(api)
     assert run_loader(*ONCE).returncode == 0
-    (out / "..state/loader.json").write_bytes(STATES[name])
+    state = out / "..state/loader.json"
+    state.write_bytes(STATES[name])
     with Envoy() as envoy:
         running = start_loader(*WATCH, "--envoy-admin", envoy.url)
         wait_until(lambda: "stats" in envoy.asked)
         put(api, "2")
-        wait_files(out, {"rds.yaml": "2"}, 10)
+        wait_files(out, {"rds.yaml": "2"})
+        wait_until(lambda: state.read_bytes() != STATES[name])
+        assert json.loads(state.read_bytes())["version"] == loader.__version__
         assert running.resident() < 120 << 20
         running.stop(within=5)
     assert "Traceback" not in running.log
@@ -121,7 +128,7 @@ def planted(place: Path, kind: str) -> None:
         bound.bind(place.name)
         os.chdir(here)
     elif kind == "sparse":
-        for number in range(12):
+        for number in range(4):
             place.with_name(f"{place.name}{number}").touch()
             os.truncate(place.with_name(f"{place.name}{number}"), 60 << 20)
     elif kind == "deep":
@@ -330,6 +337,7 @@ def all_patterns() -> dict[str, tuple[str, str | bytes]]:
 
 PARTS = (
     " ", "\t", "\n", " \n", "a", "A", "-", "- ", "_", ".", "/", "a/", "/a", "a.", "a-", "-.", "0",
+    "a.a-", "1.2.", "0x0.",
     '"', '\\"', "'", "\\/", "{", "[", "name", "name ", "name:", "name: ", "cluster_name",
     "alt_stat_name", "path", "path: ", "\nresources:", "\nresources:\n ", "\n  - name", "- match",
     "# \n", "- \n", "type.googleapis.com/", "type.googleapis.com/envoy.a", "/current/", "0x",

@@ -204,7 +204,8 @@ def test_polling_goes_at_its_interval(start_loader: StartLoader, api: ApiServer,
     start_loader("--configmap", "envoy-xds", "--sync-interval", "300ms")
     first = api.requests.wait_for(is_list)
     last = api.requests.wait_for(is_list, count=5)
-    assert 0.9 < last.time - first.time < 3
+    assert last.time - first.time > 0.9
+    in_time(last.time - first.time, 3)
 
 
 # -- watch
@@ -633,13 +634,13 @@ def test_retry_after_is_honoured(start_loader: StartLoader, api: ApiServer, out:
 def test_an_api_server_that_fails_is_not_hammered(
     start_loader: StartLoader, api: ApiServer, code: int
 ) -> None:
-    """Backoff from 0.5 s, doubled and jittered: in 4 s these are about 4 requests."""
+    """Backoff from 0.5 s, doubled, less jitter of a half at the most."""
     api.fail_next("GET", k8s.failure(code, "Scripted"), times=1000)
     start_loader(*WATCH)
-    first = api.requests.wait_for(is_list)
-    api.requests.wait_for(is_list, count=3, timeout=10)
-    time.sleep(max(0.0, first.time + 4 - time.monotonic()))
-    assert 3 <= len(api.requests) <= 8
+    first, second, third = (api.requests.wait_for(is_list, count=n).time for n in (1, 2, 3))
+    assert second - first > 0.2
+    assert third - second > 0.4
+    assert len(api.requests) == 3
 
 
 def test_a_failed_connection_is_not_hammered_either(watching: Loader, api: ApiServer) -> None:
@@ -672,9 +673,11 @@ def test_watches_that_end_after_an_event_are_backed_off_from(
         api.fail_next("watch=", k8s.Stream([line], "clean"))
     start_loader(*WATCH)
     first = api.requests.wait_for(is_watch)
-    wait_text(out, "2", first.time + 0.25 - time.monotonic())  # less than any pause
-    last = api.requests.wait_for(is_watch, count=7, timeout=8)
-    assert 2 < last.time - first.time < 7, "half a second to a second apart"
+    api.requests.wait_for(is_watch, count=2)
+    assert int((out / "current/rds.yaml").read_text()) >= 2, "it is there before the pause is over"
+    last = api.requests.wait_for(is_watch, count=5)
+    assert last.time - first.time > 1.4
+    in_time(last.time - first.time, 4.5, "five watches, half a second to a second apart,")
 
 
 @pytest.mark.parametrize("server", ["api", "api_tls"])
