@@ -166,7 +166,7 @@ class Story:
         self.say(self._bold("It goes on running. In another terminal, in this directory:"))
         for line in [*lines, *self._loaders()]:
             self.say(f"  {line}")
-        self.say(f"Ctrl-C here ends it, or elsewhere: kill {os.getpid()}")
+        self.say("Ctrl-C ends it.")
         try:
             signal.pause()
         except KeyboardInterrupt:
@@ -192,7 +192,7 @@ class Story:
                     ]
                 log = proxy.envoy.log_file
                 commands.append(f"tail -f {log}    # its Envoy: why it rejects a file")
-        return commands
+        return [*commands, "# To end all of it", f"kill {os.getpid()}    # or Ctrl-C there"]
 
     def __enter__(self) -> Story:
         return self
