@@ -194,7 +194,7 @@ class Story:
                     ]
                 log = proxy.envoy.log_file
                 commands.append(f"tail -f {log}    # its Envoy: why it rejects a file")
-        return commands
+        return [*commands, "# To end all of it", f"kill {os.getpid()}    # or Ctrl-C there"]
 
     def __enter__(self) -> Story:
         return self
