@@ -873,8 +873,9 @@ class Endpoint(NamedTuple):
 class EndpointSlice(NamedTuple):
     """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
 
+    namespace: str
     name: str
-    service: Key
+    service: str
     family: str
     ports: tuple[tuple[str, int], ...]
     endpoints: tuple[Endpoint, ...]
@@ -960,9 +961,9 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
     if family not in SOCKET_FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
     return EndpointSlice(
+        namespace=member(metadata, "namespace", str),
         name=member(metadata, "name", str),
-        service=(member(metadata, "namespace", str),
-                 member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
+        service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
         ports=tuple((member(port, "name", str), port_number(port, "port"))
                     for port in member(obj, "ports", list)),
@@ -1259,7 +1260,7 @@ class ServicePlan(NamedTuple):
     problems: tuple[str, ...]
 
 
-def service_line(key: Key, problems: Sequence[str]) -> str:
+def warning_line(key: Key, problems: Sequence[str]) -> str:
     """One line for one Service, whatever there is to say about it."""
     line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
     return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
@@ -1393,35 +1394,41 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
     return tuple(found)
 
 
-def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str:
-    """The zone to prefer; "": none, or the own Node is not known or has no zone."""
+def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
+    """The zone to prefer; None: none, or the own Node is not known or has no zone."""
     if config.prefer_zone is not True:
-        return config.prefer_zone or ""
+        return config.prefer_zone or None
     labels = nodes.get(node, {})
-    return locality_of(config, labels.get("topology.kubernetes.io/zone", ""), node, labels)[1]
+    default = labels.get("topology.kubernetes.io/zone", "")
+    return locality_of(config, default, node, labels)[1] or None
 
 
-def assignment_of(
-    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str,
-    nodes: Mapping[str, Texts],
-) -> dict[str, Json]:
+class View(NamedTuple):
+    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
+
+    config: Config
+    zone: str | None
+    nodes: Mapping[str, Texts]
+
+
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if config.include_not_ready else DRAINING
+    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
     best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
         numbers = {number for name, number in found.ports if number and name == cluster.port.name}
         for endpoint in found.endpoints if numbers else ():
             if endpoint.state <= worst:
-                labels = nodes.get(endpoint.node, {})
-                locality = locality_of(config, endpoint.zone, endpoint.node, labels)
+                labels = view.nodes.get(endpoint.node, {})
+                locality = locality_of(view.config, endpoint.zone, endpoint.node, labels)
                 zones = endpoint.hints if hinted and endpoint.hints else locality[1:2]
-                far = int(preferred != "" and preferred not in zones)
+                far = int(view.zone is not None and view.zone not in zones)
                 packed = socket.inet_pton(family, endpoint.address)
                 seen = (endpoint.state, far, locality, endpoint.address)
                 for key in [(rank, packed, number) for number in numbers]:
@@ -1453,7 +1460,8 @@ def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str,
     return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
-def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) -> Iterator[str]:
+def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
+                      ) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
     if not slices:
         yield "has no EndpointSlice, so it has no endpoints"
@@ -1462,7 +1470,7 @@ def endpoint_problems(families: Sequence[str], slices: Sequence[EndpointSlice]) 
         if not (found.ports and all(number for _, number in found.ports)):
             yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
     there = {found.family for found in used}
-    if there and not there & set(families):
+    if there and not there & set(clusters[0].families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
@@ -1771,12 +1779,12 @@ class Renderer:
             self._plan(self._services, other_files)
         config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
-        if config.prefer_zone and not zone:
+        if zone is None and config.prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
-            slices.setdefault(found.service, []).append(found)
+            slices.setdefault((found.namespace, found.service), []).append(found)
         labels, calls = by_node_label(config), {}
         for key, clusters in self._clusters.items():
             own, nodes = slices.get(key, []), dict[str, Texts]()
@@ -1790,7 +1798,7 @@ class Renderer:
             resources += texts
             files |= eds
             if problems:
-                warnings.append(service_line(key, problems))
+                warnings.append(warning_line(key, problems))
         comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
         files |= self._files({
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
@@ -1824,9 +1832,9 @@ class Renderer:
                 problems[key].append(problem)
             for key, split in shared:
                 splits.setdefault(key, []).append(split)
-        self._splits = tuple(service_line(key, splits[key]) for key in splits)
+        self._splits = tuple(warning_line(key, splits[key]) for key in splits)
         self._routes = self._route_configuration([text for text, *_ in hosts.values()])
-        self._warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
+        self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._warnings = ["--services: no Service matches the selector"]
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
@@ -1859,11 +1867,11 @@ class Renderer:
         return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
 
     def _service(self, key: Key, clusters: Sequence[tuple[Cluster, str]],
-                 slices: Sequence[EndpointSlice], zone: str, nodes: Mapping[str, Texts]
+                 slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Texts]
                  ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster, mode in clusters if mode != DNS]
-        problems = list(endpoint_problems(by_slices[0].families, slices)) if by_slices else []
+        problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
         resources, files = [], {}
         for cluster, mode in clusters:
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
@@ -1873,7 +1881,7 @@ class Renderer:
                     problems.append(f"the number of the target port of {cluster.port.label} is not "
                                     f"known, so there is no endpoint")
             else:
-                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
+                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
             if mode == EDS:
                 path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
@@ -2087,7 +2095,6 @@ class Wanted(NamedTuple):
 
     files: Files
     notes: list[str]  # what is wrong with single objects
-    splits: list[str]  # shares of routes, which is nothing wrong
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
@@ -2148,6 +2155,7 @@ class Sources:
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
         self._selected: Query | None = None
+        self._splits: tuple[str, ...] = ()  # of routes, as they were logged last
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
@@ -2211,7 +2219,7 @@ class Sources:
                 self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
-            files={}, splits=[], missing=[], stale=[],
+            files={}, missing=[], stale=[],
             notes=[bad for r in reflectors for bad in r.bad.values()],
             unknown=[str(r.query) for r in reflectors if not r.synced],
             failed=[r.trouble for r in reflectors if r.failed],
@@ -2232,7 +2240,10 @@ class Sources:
             metrics.replace("xds_loader_clusters", {
                 (mode,): count for mode, count in rendering.clusters.items()})
             wanted.notes.extend(rendering.warnings)
-            wanted.splits.extend(rendering.splits)
+            for split in rendering.splits:
+                if split not in self._splits:
+                    log.info("%s", split)
+            self._splits = rendering.splits
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
@@ -4508,11 +4519,11 @@ class Loop:
 
     # -- words --------------------------------------------------------------------------------
 
-    def _note(self, topic: str, notes: Iterable[str], level: str = "warning") -> None:
-        """Name each thing once, for as long as it lasts."""
+    def _note(self, topic: str, notes: Iterable[str]) -> None:
+        """Warn once of each thing, for as long as it lasts."""
         lasting = frozenset(notes)
         for note in sorted(lasting - self._noted.get(topic, frozenset())):
-            getattr(log, level)("%s", note)
+            log.warning("%s", note)
         self._noted[topic] = lasting
 
     def _report(self) -> None:
@@ -4522,7 +4533,6 @@ class Loop:
             waiting = [f"waiting for {source}: it does not exist" for source in wanted.missing]
             quiet = self._once and not self.options.timeout  # the error that ends it says so
             self._note("sources", [*wanted.notes, *([] if quiet else waiting)])
-            self._note("splits", wanted.splits, "info")
             if wanted.complete:
                 self._note("foreign", [
                     f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
@@ -4690,8 +4700,6 @@ def preview(options: Options, config: Config) -> int:
     files, published = wanted.files, loop.output.peek() if options.diff else {}
     for note in (*wanted.notes, *json_warnings(files)):
         log.warning("%s", note)
-    for split in wanted.splits:
-        log.info("%s", split)
     paths = sorted({*files, *published})
     if options.diff:
         texts = [difference(path, published.get(path), files.get(path)) for path in paths]

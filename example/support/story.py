@@ -168,7 +168,7 @@ class Story:
             self.say(f"  {line}")
         # A shell starts what is in its background with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.say(f"Ctrl-C here ends it, or elsewhere: kill {os.getpid()}")
+        self.say("Ctrl-C ends it.")
         try:
             signal.pause()
         except KeyboardInterrupt:
