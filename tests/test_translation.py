@@ -6,9 +6,7 @@ Every rendering of this file is also read with Envoy's own message types (`rende
 from __future__ import annotations
 
 import copy
-import itertools
 import random
-import re
 from typing import Any
 
 import pytest
@@ -121,8 +119,7 @@ def test_the_second_of_two_clusters_of_one_name_is_left_out() -> None:
     assert list(clusters(found)) == ["web/http"]
     assert "eds/a_web_http.yaml" in found.files
     assert found.warnings == (
-        "service b/web: port http is left out: service a/web has a cluster of the same name, "
-        "web/http",
+        "service b/web: port http is left out: service a/web has a cluster named web/http",
     )
 
 
@@ -139,7 +136,7 @@ def test_sctp_is_skipped_and_named_and_udp_has_udp_addresses() -> None:
     )
     assert list(clusters(found)) == ["demo/dns/dns"]
     assert found.warnings == (
-        "service demo/dns: port 'x' is left out: Envoy supports TCP and UDP",
+        "service demo/dns: port 'x' is left out: the first 256 TCP and UDP ports are rendered",
     )
     address = assignment(found, "demo/dns/dns")["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     assert address == {
@@ -326,24 +323,20 @@ def test_endpoints(slices: list[Object], config: Object, wanted: list[str], mode
     ("slices", "warning"),
     [
         (
-            [endpoint_slice("demo/web", endpoint("web.example"), family="FQDN")],
-            "endpoints of slice web-fqdn are left out: host names, where Envoy needs addresses",
-        ),
-        (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={})],
-            "endpoints of slice web-ipv4 are left out: it has no ports",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [{**endpoint_slice("demo/web", endpoint("10.0.0.1")), "ports": None}],
-            "endpoints of slice web-ipv4 are left out: it has no ports",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": None})],
-            "endpoints of slice web-ipv4 are left out: its port http has no number",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": 0})],
-            "endpoints of slice web-ipv4 are left out: its port http has no number",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("fd00::1"), family="IPv6")],
@@ -502,7 +495,8 @@ def test_a_target_port_that_nobody_knows_is_named() -> None:
     found = rendered(headless, endpoints="dns")
     assert shown(found) == []
     assert found.warnings == (
-        "service demo/web: the number of its target port web is not known, so there is no endpoint",
+        "service demo/web: the number of the target port of http is not known, so there is no "
+        "endpoint",
     )
 
 
@@ -768,10 +762,9 @@ def test_http2_keeps_what_base_says_of_http() -> None:
         ({"spec": {"ports": [{"port": "80"}]}}, "port: int expected, not str"),
         ({"spec": {"ports": [{"port": True}]}}, "port: int expected, not bool"),
         ({"spec": {"ports": [{"port": 70000}]}}, "port: a port is between 1 and 65535"),
-        ({"spec": {"ports": [{"name": "x"}]}}, "port: a Service port needs a number"),
         ({"spec": {"ports": [{"name": "../x", "port": 1}]}}, "name: not a DNS label"),
         ({"spec": {"ports": [{"port": 1, "targetPort": -1}]}}, "targetPort: a port is between"),
-        ({"spec": {"clusterIP": "\ud800"}}, "clusterIP: not a Unicode text"),
+        ({"spec": {"clusterIP": "\ud800"}}, "surrogates not allowed"),
     ],
 )
 def test_a_malformed_service_is_rejected(change: Object, error: str) -> None:
@@ -782,10 +775,11 @@ def test_a_malformed_service_is_rejected(change: Object, error: str) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"addressType": "IPX"}, "addressType: not IPv4, IPv6 or FQDN"),
+        ({"addressType": "IPX"}, "addressType: Envoy needs IPv4 or IPv6, not 'ipx'"),
+        ({"addressType": "FQDN", "endpoints": [{"addresses": ["web.example"]}]}, "not 'fqdn'"),
         ({"endpoints": [{"addresses": ["10.0.0"]}]}, "addresses: not an ipv4 address: '10.0.0'"),
         ({"endpoints": [{"addresses": ["fd00::1"]}]}, "addresses: not an ipv4 address"),
-        ({"endpoints": [{"addresses": [7]}]}, "addresses: not an ipv4 address: '7'"),
+        ({"endpoints": [{"addresses": [7]}]}, "addresses: not an ipv4 address: 7"),
         ({"endpoints": [{"addresses": ["\0"]}]}, "addresses: not an ipv4 address"),
         ({"endpoints": [{"conditions": {"ready": "no"}}]}, "ready: bool expected, not str"),
         ({"endpoints": [{"zone": 3}]}, "zone: str expected, not int"),
@@ -973,36 +967,6 @@ def test_a_store_that_is_changed_in_place_is_seen() -> None:
 
 # ------------------------------------------------------------------------------------------
 # Hostile texts
-
-
-PATTERNS = {
-    name: value
-    for name in dir(loader)
-    if name.isupper() and isinstance(value := getattr(loader, name), str | bytes)
-    and name in ("DNS_LABEL", "DNS_NAME", "SURROGATES", "LOCAL_NAME", "HOST_NAME", "ROUTE_HOST",
-                 "ROUTE_PREFIX", "GRPC_SERVICE", "PLAIN_SCALAR", "UNPRINTABLE",
-                 "NAME_TEMPLATE")
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_patterns_are_linear(name: str) -> None:
-    """200 KB of what each is worst at, ended by what does not fit."""
-    assert len(PATTERNS) == 11
-    pattern = re.compile(PATTERNS[name])
-    parts = ["a", "a.", "a-", "-", ".", "0", "0.", "1.2.", "/", "a.a-", "*", " ", '"', '\\"', "_",
-             "0x", "0x0.", "localhost.", "ip6-", "{port}", "\n",
-             "# \n", "- \n", "  x\n", "\ud800"]  # fmt: skip
-    ours = '# x\nversion_info: "0123456789abcdef"\ntype_url: x\nresources:\n'
-    heads = ["", "a", "*.", "/", ours]
-    for head, part in itertools.product(heads, parts):
-        text: Any = head + part * (200_000 // len(part)) + "\n!"
-        if isinstance(pattern.pattern, bytes):
-            text = text.encode("utf-8", "surrogatepass")
-        assert seconds(lambda text=text: pattern.fullmatch(text)) < 0.5, (head, part)  # type: ignore[misc]
-        assert seconds(lambda text=text: pattern.match(text)) < 0.5, (head, part)  # type: ignore[misc]
-    if name in ("SURROGATES", "UNPRINTABLE"):
-        assert seconds(lambda: re.search(str(PATTERNS[name]), "a" * 200_000)) < 0.5
 
 
 def test_long_texts_are_not_kept() -> None:
