@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.support.busy import REASON
 from tests.support.envoy import OLDEST, Config, Envoy, envoy_path, oldest_envoy
 from tests.support.loader import Loader, run
 from tests.support.ports import released
+from tests.support.stage import Stage
+from tests.support.steady import Upstreams
 from tests.support.tls import Authority
 
 NAMESPACE = "demo"
@@ -24,6 +27,7 @@ NO_OLDEST = f"Envoy {OLDEST} is not installed"
 StartLoader = Callable[..., Loader]
 RunLoader = Callable[..., subprocess.CompletedProcess[str]]
 StartEnvoy = Callable[..., Envoy]
+NewStage = Callable[..., Any]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -172,3 +176,28 @@ def start_envoy(tmp_path: Path) -> Iterator[StartEnvoy]:
             return stack.enter_context(envoy)
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
+    with Upstreams(tmp_path_factory.mktemp("upstreams"), 6) as found:
+        yield found
+
+
+@pytest.fixture
+def new_stage(api: ApiServer, out: Path, upstreams: Upstreams) -> Iterator[NewStage]:
+    """`new_stage(watched=True)`: Envoy, loader and API server; nothing runs yet."""
+    out.mkdir()
+    with contextlib.ExitStack() as stack:
+
+        def make(kind: type[Stage] = Stage, place: str = "", **options: Any) -> Any:
+            (out / place).mkdir(exist_ok=True)
+            return stack.enter_context(kind(api, out / place, upstreams, **options))
+
+        yield make
+
+
+@pytest.fixture
+def stage(new_stage: NewStage) -> Stage:
+    found: Stage = new_stage()
+    return found

@@ -6,15 +6,14 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 
 import loader
+from tests.conftest import NewStage
 from tests.support.admin import Odd, Relay
-from tests.support.apiserver import ApiServer
 from tests.support.busy import in_time
 from tests.support.disk import Inotify, fingerprint, wait_converged
 from tests.support.envoy import (
@@ -30,23 +29,9 @@ from tests.support.load import Poller
 from tests.support.loader import wait_until
 from tests.support.long import times
 from tests.support.stage import Stage, routes
-from tests.support.steady import Upstreams
 from tests.support.tuned import tuned
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
-
-
-@pytest.fixture(scope="module")
-def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
-    with Upstreams(tmp_path_factory.mktemp("upstreams"), 3) as found:
-        yield found
-
-
-@pytest.fixture
-def stage(api: ApiServer, out: Path, upstreams: Upstreams) -> Iterator[Stage]:
-    out.mkdir()
-    with Stage(api, out, upstreams) as found:
-        yield found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,37 +237,36 @@ def test_a_bad_file_alone_and_mixed_with_good_ones(row: str, stage: Stage) -> No
 
 @pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
 def test_the_oldest_envoy_tells_the_same(
-    watched: bool, api: ApiServer, out: Path, upstreams: Upstreams, envoy_binary: str
+    watched: bool, envoy_binary: str, new_stage: NewStage
 ) -> None:
     """Of each kind a file that it rejects, then a change of all steps, with a killed Envoy."""
-    out.mkdir()
-    with Stage(api, out, upstreams, watched=watched, binary=envoy_binary) as stage:
-        stage.start()
-        for row in ("cds: one bad cluster", "rds: a host twice", "eds: empty", "lds: bad yaml"):
-            bad = TABLE[row]
-            stage.patch({bad.path: bad.content(stage, "bad")})
-            stage.log.wait_log(f"ERROR Envoy NACKed {bad.path}")
-            stage.await_files(stage.files())
-            stage.patch({bad.path: stage.files()[bad.path]})
-            stage.await_acked()
-        new = eds_cluster("n", stage.source("eds-n.yaml"))
-        port = stage.upstreams.ports[2]
-        with Poller(f"http://127.0.0.1:{stage.port}/e", interval=0.0) as poller:
-            poller.wait_body("v1")
-            stage.patch({
-                "cds.yaml": response("cluster", stage.cluster_a(), new, version="n"),
-                "eds-n.yaml": response("assignment", assignment("n", port)),
-                "rds.yaml": response("routes", routes({"/": "a", "/e": "n"}), version="n"),
-                "eds-e.yaml": None,
-            })  # fmt: skip
-            wait_until(lambda: stage.read("eds-e.yaml") is None)
-            poller.wait_body("v2")
-            assert not poller.failed
-        for step in STEPS[1:]:
-            stage.log.wait_log(f"step={step} .*ack=yes")
-        stage.envoy.restart(kill=True)
+    stage: Stage = new_stage(watched=watched, binary=envoy_binary)
+    stage.start()
+    for row in ("cds: one bad cluster", "rds: a host twice", "eds: empty", "lds: bad yaml"):
+        bad = TABLE[row]
+        stage.patch({bad.path: bad.content(stage, "bad")})
+        stage.log.wait_log(f"ERROR Envoy NACKed {bad.path}")
+        stage.await_files(stage.files())
+        stage.patch({bad.path: stage.files()[bad.path]})
         stage.await_acked()
-        stage.await_served("v0", "v2", "v0")
+    new = eds_cluster("n", stage.source("eds-n.yaml"))
+    port = stage.upstreams.ports[2]
+    with Poller(f"http://127.0.0.1:{stage.port}/e", interval=0.0) as poller:
+        poller.wait_body("v1")
+        stage.patch({
+            "cds.yaml": response("cluster", stage.cluster_a(), new, version="n"),
+            "eds-n.yaml": response("assignment", assignment("n", port)),
+            "rds.yaml": response("routes", routes({"/": "a", "/e": "n"}), version="n"),
+            "eds-e.yaml": None,
+        })  # fmt: skip
+        wait_until(lambda: stage.read("eds-e.yaml") is None)
+        poller.wait_body("v2")
+        assert not poller.failed
+    for step in STEPS[1:]:
+        stage.log.wait_log(f"step={step} .*ack=yes")
+    stage.envoy.restart(kill=True)
+    stage.await_acked()
+    stage.await_served("v0", "v2", "v0")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -579,39 +563,36 @@ def test_a_loader_that_starts_again_does_not_disturb(asked: bool, stage: Stage) 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
 def test_both_start_at_once_on_an_empty_directory(
-    watched: bool, api: ApiServer, out: Path, upstreams: Upstreams
+    watched: bool, new_stage: NewStage
 ) -> None:
     """As a kubelet does it that starts Envoy again whenever it ends: it ends well, each time."""
     for attempt in range(3):
-        own = out / str(attempt)
-        own.mkdir(parents=True)
-        with Stage(api, own, upstreams, watched=watched) as stage:
-            stage.patch(stage.files())
-            stage.start_loader()
-            for _ in range(50):
-                with contextlib.suppress(RuntimeError):  # Envoy exited: a file is missing
-                    stage.envoy.start()
-                    break
-            stage.await_served("v0", "v1", "v0")
-            stage.await_acked(15)
-            stage.patch({"eds-e.yaml": stage.endpoints(2)})
-            stage.await_served("v0", "v2", "v0")
-            counts = stage.envoy.stats(COUNTS)
-            assert not any(counts.values()), counts
-
-
-def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Upstreams) -> None:
-    """Envoy starts once /readyz says 200: it never ends, and has everything at once."""
-    out.mkdir()
-    with Stage(api, out, upstreams) as stage:
-        stage.start_loader()
-        wait_until(lambda: stage.log.count_log("waiting for configmap"), 5, "it waits")
-        assert stage.asked("/readyz")[0] == 503
+        stage: Stage = new_stage(place=str(attempt), watched=watched)
         stage.patch(stage.files())
-        wait_until(lambda: stage.asked("/readyz")[0] == 200, 5, "ready")
-        stage.envoy.start()
-        assert stage.served() == ("v0", "v1", "v0")
+        stage.start_loader()
+        for _ in range(50):
+            with contextlib.suppress(RuntimeError):  # Envoy exited: a file is missing
+                stage.envoy.start()
+                break
+        stage.await_served("v0", "v1", "v0")
         stage.await_acked(15)
+        stage.patch({"eds-e.yaml": stage.endpoints(2)})
+        stage.await_served("v0", "v2", "v0")
+        counts = stage.envoy.stats(COUNTS)
+        assert not any(counts.values()), counts
+        stage.stack.close()
+
+
+def test_a_native_sidecar_is_waited_for(stage: Stage) -> None:
+    """Envoy starts once /readyz says 200: it never ends, and has everything at once."""
+    stage.start_loader()
+    wait_until(lambda: stage.log.count_log("waiting for configmap"), 5, "it waits")
+    assert stage.asked("/readyz")[0] == 503
+    stage.patch(stage.files())
+    wait_until(lambda: stage.asked("/readyz")[0] == 200, 5, "ready")
+    stage.envoy.start()
+    assert stage.served() == ("v0", "v1", "v0")
+    stage.await_acked(15)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -621,12 +602,10 @@ def test_a_native_sidecar_is_waited_for(api: ApiServer, out: Path, upstreams: Up
 @pytest.mark.parametrize("seed", range(1, 1 + times(2, long=12)))
 @pytest.mark.parametrize("watched", [False, True], ids=["path", "watched_directory"])
 def test_no_request_is_lost_over_random_good_and_bad_changes(
-    watched: bool, seed: int, api: ApiServer, out: Path, upstreams: Upstreams
+    watched: bool, seed: int, new_stage: NewStage
 ) -> None:
     """Up to two bad files and good ones in each change, most of them before the last is settled."""
-    out.mkdir()
-    with Stage(api, out, upstreams, watched=watched) as stage:
-        good_and_bad(random.Random(seed), stage)
+    good_and_bad(random.Random(seed), new_stage(watched=watched))
 
 
 def good_and_bad(rng: random.Random, stage: Stage) -> None:

@@ -8,13 +8,12 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import loader
-from tests.support.apiserver import ApiServer
+from tests.conftest import NewStage
 from tests.support.busy import in_time, within
 from tests.support.disk import wait_converged
 from tests.support.envoy import (
@@ -30,26 +29,12 @@ from tests.support.load import Poller
 from tests.support.loader import run, wait_until
 from tests.support.ports import held_port
 from tests.support.stage import Stage, routes
-from tests.support.steady import Upstreams
 from tests.support.tuned import tuned
 
 pytestmark = [pytest.mark.envoy, pytest.mark.xdist_group("inotify")]
 
 BROKEN = "resources: {"
 GOOD = ("v0", "v1", "v0")  # what Stage serves
-
-
-@pytest.fixture(scope="module")
-def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
-    with Upstreams(tmp_path_factory.mktemp("upstreams"), 3) as found:
-        yield found
-
-
-@pytest.fixture
-def stage(api: ApiServer, out: Path, upstreams: Upstreams) -> Iterator[Stage]:
-    out.mkdir()
-    with Stage(api, out, upstreams) as found:
-        yield found
 
 
 def clusters(stage: Stage, *extra: Config, a: bool = True, mark: str = "") -> str:
@@ -150,44 +135,38 @@ class WithoutServer(Filtered):
     prefixes = ("server.",)
 
 
-def test_fault_04_what_a_stats_matcher_hides_is_unknown(
-    api: ApiServer, out: Path, upstreams: Upstreams
-) -> None:
-    out.mkdir()
-    with Deaf(api, out, upstreams) as stage:
-        stage.patch(stage.files())
-        stage.start_loader("--step-delay", "100ms")
-        wait_until(lambda: (out / "current/lds.yaml").exists())
-        stage.envoy.start()
-        stage.log.wait_log("WARNING .*rds.yaml.* unknown.*stats_matcher")
-        since = len(stage.log.lines)
-        bad = clusters(stage, bad_cluster())
-        stage.patch({"cds.yaml": bad, "rds.yaml": to(x="a")})
-        stage.log.wait_log("published .*rds.yaml.* ack=unknown", since=since)
-        stage.await_files({"cds.yaml": bad, "rds.yaml": to(x="a")})
-        time.sleep(0.5)
-        found = stage.states()
-        assert found == {"eds-e.yaml": "acked"} | dict.fromkeys(
-            ("cds.yaml", "lds.yaml", "rds.yaml"), "unknown"
-        )
-        assert stage.asked("/startz")[0] == 200
-        # What it does tell counts.
-        stage.patch({"eds-e.yaml": BROKEN})
-        stage.log.wait_log("NACKed eds-e.yaml")
-        assert stage.log.count_log("does not answer|ack=yes .*rds") == 0
+def test_fault_04_what_a_stats_matcher_hides_is_unknown(new_stage: NewStage) -> None:
+    stage: Deaf = new_stage(Deaf)
+    stage.patch(stage.files())
+    stage.start_loader("--step-delay", "100ms")
+    wait_until(lambda: (stage.out / "current/lds.yaml").exists())
+    stage.envoy.start()
+    stage.log.wait_log("WARNING .*rds.yaml.* unknown.*stats_matcher")
+    since = len(stage.log.lines)
+    bad = clusters(stage, bad_cluster())
+    stage.patch({"cds.yaml": bad, "rds.yaml": to(x="a")})
+    stage.log.wait_log("published .*rds.yaml.* ack=unknown", since=since)
+    stage.await_files({"cds.yaml": bad, "rds.yaml": to(x="a")})
+    time.sleep(0.5)
+    found = stage.states()
+    assert found == {"eds-e.yaml": "acked"} | dict.fromkeys(
+        ("cds.yaml", "lds.yaml", "rds.yaml"), "unknown"
+    )
+    assert stage.asked("/startz")[0] == 200
+    # What it does tell counts.
+    stage.patch({"eds-e.yaml": BROKEN})
+    stage.log.wait_log("NACKed eds-e.yaml")
+    assert stage.log.count_log("does not answer|ack=yes .*rds") == 0
 
 
-def test_fault_04_nothing_of_the_server_is_needed(
-    api: ApiServer, out: Path, upstreams: Upstreams
-) -> None:
-    out.mkdir()
-    with WithoutServer(api, out, upstreams) as stage:
-        stage.start()
-        stage.patch({"rds.yaml": BROKEN})
-        stage.log.wait_log("NACKed rds.yaml")
-        stage.patch({"rds.yaml": to(x="a")})
-        stage.await_acked()
-        assert stage.log.count_log("does not answer|unknown: ") == 0
+def test_fault_04_nothing_of_the_server_is_needed(new_stage: NewStage) -> None:
+    stage: WithoutServer = new_stage(WithoutServer)
+    stage.start()
+    stage.patch({"rds.yaml": BROKEN})
+    stage.log.wait_log("NACKed rds.yaml")
+    stage.patch({"rds.yaml": to(x="a")})
+    stage.await_acked()
+    assert stage.log.count_log("does not answer|unknown: ") == 0
 
 
 class Half(Stage):
@@ -205,26 +184,23 @@ class Half(Stage):
         return config
 
 
-def test_fault_05_one_of_two_subscriptions_is_not_enough(
-    api: ApiServer, out: Path, upstreams: Upstreams
-) -> None:
-    out.mkdir()
-    with Half(api, out, upstreams) as stage:
-        stage.start()
-        stage.patch({"rds.yaml": to(x="e")})
-        wait_until(lambda: stage.get("/x") == "v1")
-        stage.log.wait_log("WARNING Envoy did not read rds.yaml in time")
-        stage.log.wait_log("published .*changed=rds.yaml.* ack=unknown")
-        assert stage.get("/x", stage.second_port) == "v0"
-        assert stage.states()["rds.yaml"] == "unknown"
-        # One NACK is a NACK.
-        stage.patch({"rds.yaml": BROKEN})
-        stage.log.wait_log("NACKed rds.yaml")
-        # Nobody waits for it a second time.
-        with within(1.5):
-            for i in range(3):
-                stage.patch({"eds-e.yaml": stage.endpoints(2 - i % 2)})
-                stage.await_files({"eds-e.yaml": stage.endpoints(2 - i % 2)})
+def test_fault_05_one_of_two_subscriptions_is_not_enough(new_stage: NewStage) -> None:
+    stage: Half = new_stage(Half)
+    stage.start()
+    stage.patch({"rds.yaml": to(x="e")})
+    wait_until(lambda: stage.get("/x") == "v1")
+    stage.log.wait_log("WARNING Envoy did not read rds.yaml in time")
+    stage.log.wait_log("published .*changed=rds.yaml.* ack=unknown")
+    assert stage.get("/x", stage.second_port) == "v0"
+    assert stage.states()["rds.yaml"] == "unknown"
+    # One NACK is a NACK.
+    stage.patch({"rds.yaml": BROKEN})
+    stage.log.wait_log("NACKed rds.yaml")
+    # Nobody waits for it a second time.
+    with within(1.5):
+        for i in range(3):
+            stage.patch({"eds-e.yaml": stage.endpoints(2 - i % 2)})
+            stage.await_files({"eds-e.yaml": stage.endpoints(2 - i % 2)})
 
 
 def test_fault_05_a_file_that_nobody_reads_is_not_acked(stage: Stage) -> None:
@@ -418,30 +394,27 @@ def may_limit_inotify() -> bool:
 
 
 @pytest.mark.skipif(not may_limit_inotify(), reason="no user namespaces here")
-def test_fault_14_bytes_that_end_envoy_are_nacked(
-    api: ApiServer, out: Path, upstreams: Upstreams
-) -> None:
-    out.mkdir()
-    with Mortal(api, out, upstreams) as stage:
-        stage.patch(stage.files())
-        stage.start_loader()
-        wait_until(lambda: (out / "current/lds.yaml").exists())
-        stage.live()
-        stage.await_acked()
-        more = {f"eds-m{i}.yaml": response("assignment", assignment(f"m{i}", 1)) for i in range(4)}
-        extra = [eds_cluster(f"m{i}", stage.source(f"eds-m{i}.yaml")) for i in range(4)]
-        stage.patch({"cds.yaml": clusters(stage, *extra), "rds.yaml": to(m="m1"), **more})
-        stage.log.wait_log("ERROR Envoy NACKed cds.yaml .*: Envoy ended twice on it", 30)
-        stage.await_served(*GOOD, timeout=20)
-        ended = stage.ended
-        assert 2 <= ended <= 8
-        wait_until(lambda: stage.states().get("cds.yaml") == "nacked")
-        time.sleep(2.0)
-        assert stage.ended == ended
-        stage.await_files({"cds.yaml": stage.files()["cds.yaml"]})
-        stage.patch({"cds.yaml": clusters(stage, mark="mended"), "rds.yaml": to(x="e")})
-        wait_until(lambda: stage.get("/x") == "v1")
-        assert stage.ended == ended
+def test_fault_14_bytes_that_end_envoy_are_nacked(new_stage: NewStage) -> None:
+    stage: Mortal = new_stage(Mortal)
+    stage.patch(stage.files())
+    stage.start_loader()
+    wait_until(lambda: (stage.out / "current/lds.yaml").exists())
+    stage.live()
+    stage.await_acked()
+    more = {f"eds-m{i}.yaml": response("assignment", assignment(f"m{i}", 1)) for i in range(4)}
+    extra = [eds_cluster(f"m{i}", stage.source(f"eds-m{i}.yaml")) for i in range(4)]
+    stage.patch({"cds.yaml": clusters(stage, *extra), "rds.yaml": to(m="m1"), **more})
+    stage.log.wait_log("ERROR Envoy NACKed cds.yaml .*: Envoy ended twice on it", 30)
+    stage.await_served(*GOOD, timeout=20)
+    ended = stage.ended
+    assert 2 <= ended <= 8
+    wait_until(lambda: stage.states().get("cds.yaml") == "nacked")
+    time.sleep(2.0)
+    assert stage.ended == ended
+    stage.await_files({"cds.yaml": stage.files()["cds.yaml"]})
+    stage.patch({"cds.yaml": clusters(stage, mark="mended"), "rds.yaml": to(x="e")})
+    wait_until(lambda: stage.get("/x") == "v1")
+    assert stage.ended == ended
 
 
 def test_fault_15_onetime_leaves_out_what_was_nacked(stage: Stage) -> None:

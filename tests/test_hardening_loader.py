@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from tests.support.apiserver import ApiServer
 from tests.support.envoy import response
 from tests.support.loader import ROOT, wait_files, wait_until
 from tests.support.stage import Stage
-from tests.support.steady import Upstreams
 
 ONCE = ("--onetime", "--configmap", "envoy-xds")
 WATCH = ("--watch", "--configmap", "envoy-xds")
@@ -412,13 +411,6 @@ def test_no_digest_of_a_secret_is_remembered() -> None:
 
 # ------------------------------------------------------------------------------------------
 # What Envoy's reasons quote (the real Envoy)
-
-
-@pytest.fixture
-def stage(api: ApiServer, out: Path, tmp_path: Path) -> Iterator[Stage]:
-    out.mkdir()
-    with Upstreams(tmp_path / "upstreams", 3) as upstreams, Stage(api, out, upstreams) as found:
-        yield found
 
 
 @pytest.mark.envoy

@@ -11,7 +11,7 @@ The last tests switch the order off and see requests fail: else the others would
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from tests.support.long import LONG, times
 from tests.support.scenes import (
     FAULTS,
     KINDS,
+    Scene,
     Services,
     Trial,
     assert_none_failed,
@@ -55,16 +56,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
-    with Upstreams(tmp_path_factory.mktemp("upstreams"), 6) as found:
-        yield found
-
-
 @pytest.fixture
-def client(api: ApiServer) -> Iterator[Client]:
-    with contextlib.closing(Client(api.url, "token-1")) as found:
-        yield found
+def new_scene(api: ApiServer, out: Path, upstreams: Upstreams) -> Iterator[Callable[..., Scene]]:
+    """`new_scene("json", 1)`: a kind, and a seed; it is not begun yet."""
+    with contextlib.closing(Client(api.url, "token-1")) as client:
+        yield lambda kind, seed, place="": KINDS[kind](
+            seed, api, client, out / place, upstreams.ports
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -74,15 +72,12 @@ def client(api: ApiServer) -> Iterator[Client]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_request_is_lost_without_asking_envoy(
     kind: str,
-    api: ApiServer,
-    client: Client,
-    out: Path,
+    new_scene: Callable[..., Scene],
     tmp_path: Path,
-    upstreams: Upstreams,
     start_loader: StartLoader,
     start_envoy: StartEnvoy,
 ) -> None:
-    scene = KINDS[kind](1, api, client, out, upstreams.ports)
+    scene = new_scene(kind, 1)
     scene.begin()
     loader = start_loader(*scene.arguments(tmp_path), "--step-delay", f"{STEP_DELAY}s")
     scene.settle()
@@ -92,7 +87,7 @@ def test_no_request_is_lost_without_asking_envoy(
     assert_none_failed(total, scene, loader)
     for envoy in envoys:
         assert_served(envoy, scene)
-    wait_converged(out)
+    wait_converged(scene.out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,16 +99,13 @@ def test_no_request_is_lost_without_asking_envoy(
 def test_no_request_is_lost_when_envoy_is_asked(
     kind: str,
     watched: bool,
-    api: ApiServer,
-    client: Client,
-    out: Path,
+    new_scene: Callable[..., Scene],
     tmp_path: Path,
-    upstreams: Upstreams,
     start_loader: StartLoader,
     start_envoy: StartEnvoy,
 ) -> None:
     for seed in range(times(1, long=2)):
-        scene = KINDS[kind](seed, api, client, out / str(seed), upstreams.ports)
+        scene = new_scene(kind, seed, str(seed))
         scene.checked = True
         scene.begin()
         one = scene.front(watched=watched)
@@ -137,16 +129,13 @@ def test_no_request_is_lost_when_envoy_is_asked(
 def test_nothing_is_lost_nor_stuck_whatever_befalls(
     fault: str,
     watched: bool,
-    api: ApiServer,
-    client: Client,
-    out: Path,
+    new_scene: Callable[..., Scene],
     tmp_path: Path,
     token_file: Path,
-    upstreams: Upstreams,
     envoy_binary: str,
 ) -> None:
     """Within a step, on the oldest Envoy as well. What a killed Envoy was serving fails with it."""
-    scene = KINDS["json"](3, api, client, out, upstreams.ports)
+    scene = new_scene("json", 3)
     scene.checked = True
     scene.begin()
     relayed = "silent" in fault
@@ -168,18 +157,15 @@ def test_nothing_is_lost_nor_stuck_whatever_befalls(
 @pytest.mark.parametrize("kind", ["json", "services"])
 def test_without_order_requests_are_lost(
     kind: str,
-    api: ApiServer,
-    client: Client,
-    out: Path,
+    new_scene: Callable[..., Scene],
     tmp_path: Path,
     token_file: Path,
-    upstreams: Upstreams,
     start_envoy: StartEnvoy,
 ) -> None:
-    scene = KINDS[kind](1, api, client, out, upstreams.ports)
+    scene = new_scene(kind, 1)
     scene.begin()
     unordered = str(ROOT / "tests/support/unordered.py")
-    common = ("--namespace", "demo", "--token-file", str(token_file), "--apiserver", api.url)
+    common = ("--namespace", "demo", "--token-file", str(token_file), "--apiserver", scene.api.url)
     prefix = [*COMMAND[:-1], unordered]
     with Loader([*common, *scene.arguments(tmp_path)], prefix=prefix):
         scene.settle()

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from example.support.cluster import Cluster, Proxy
 from example.support.pods import Servers
@@ -199,12 +198,7 @@ class Story:
     def __enter__(self) -> Story:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None and self._commands:
             self.claim("every command of the README was run", False, self._commands)
         for poller in self._pollers:

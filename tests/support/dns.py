@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from types import TracebackType
 from typing import Any
 
 
@@ -46,12 +45,7 @@ class Resolver:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # A close alone does not wake a thread in recvfrom; an empty datagram does.
         self._socket.sendto(b"", self._socket.getsockname())
         self._thread.join(5)

@@ -162,9 +162,20 @@ class Poller(Closing):
     def failed(self) -> list[Answer]:
         return [answer for answer in self.answers if not 200 <= answer.status < 300]
 
-    def counts(self, last: int = 0) -> Counter[str]:
-        """How often each body came, in the last so many answers (0: all)."""
-        return Counter(answer.body for answer in self.answers[-last:])
+    def counts(self) -> Counter[str]:
+        """How often each body came."""
+        return Counter(answer.body for answer in self.answers)
+
+    def next(self, count: int) -> Counter[str]:
+        """How often each body comes in so many answers to requests from now on."""
+        start = len(self.answers) + 1  # without the one that is under way
+        deadline = Deadline(WAIT)
+        with self._changed:
+            while not self._changed.wait_for(
+                lambda: len(self._answers) >= start + count, deadline.left()
+            ):
+                assert not deadline.over(), f"{len(self._answers) - start} of {count} answers"
+            return Counter(answer.body for answer in self._answers[start : start + count])
 
     def wait_body(self, body: str, timeout: float = WAIT, *, after: float = 0.0) -> Answer:
         """The first answer with this body (and later than `after`)."""

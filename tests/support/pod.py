@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from tests.support.apiserver import ApiServer, Rule
@@ -153,12 +152,7 @@ class Pod:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self.loader is not None:
             error.add_note(f"the loader's log:\n{self.loader.log}")
         if error is not None and (self.root / "envoy.log").exists():
