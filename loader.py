@@ -1126,19 +1126,16 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def config_error(path: str, what: str) -> UsageError:
-    return UsageError(f"--config: {path}: {what}")
-
-
 def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
     if type(schema) is tuple:
         schema = schema[type(value) is list]
     if type(schema) is Rule:
         if not schema.holds(value):
-            raise config_error(path, f"{schema.expected} expected")
+            raise UsageError(f"{path}: {schema.expected} expected")
     elif type(value) is not type(schema):
-        raise config_error(path, f"{'a list' if type(schema) is list else 'an object'} expected")
+        kind = "a list" if type(schema) is list else "an object"
+        raise UsageError(f"{path}: {kind} expected")
     elif type(schema) is list:
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
@@ -1148,7 +1145,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
             if key not in schema:
                 known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
-                raise config_error(where, own if schema is PATCH else known)
+                raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
         if None in schema:
             config_check(value, schema[None], path)
@@ -1156,7 +1153,7 @@ def config_check(value: Json, schema: Json, path: str) -> None:
 
 def config_from(document: Json) -> Config:
     """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
-    config_check(document, SCHEMA, "$")
+    config_check(document, SCHEMA, "--config: $")
     chosen = {}
     for section, value in document.items():
         for key, item in value.items() if type(value) is dict else [(section, value)]:
@@ -1293,8 +1290,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {first_of(left_out)} is left out: the first {PORTS_MOST} TCP "
                             f"and UDP ports are rendered")
-        found = [plan_cluster(service, port, config, endpoints) for port in kept]
-        clusters = [cluster for cluster in found if cluster]
+        planned = (plan_cluster(service, port, config, endpoints) for port in kept)
+        clusters = [cluster for cluster in planned if cluster]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     route = route_of(service, clusters, config, problems)

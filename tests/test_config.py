@@ -296,6 +296,29 @@ def test_a_key_that_is_there_twice_is_an_error() -> None:
         json.loads(text, object_pairs_hook=loader.unique_keys)
 
 
+def test_the_own_zone_needs_the_name_of_the_own_node(
+    run_loader: RunLoader, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"endpoint": {"prefer_zone": true}}')
+    done = run_loader("--onetime", "--services", "*", "--config", str(config))
+    assert done.returncode == 2
+    assert "--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME" in done.stderr
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[" * 100_000, '{"cluster": NaN}', '{"x": 1e999}'])
+def test_a_file_that_is_no_configuration_is_one_line(
+    run_loader: RunLoader, tmp_path: Path, text: str | None
+) -> None:
+    config = tmp_path / "config.json"
+    if text is not None:
+        config.write_text(text)
+    done = run_loader("--onetime", "--services", "*", "--config", str(config))
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert "--config" in line
+
+
 CONFIG_KEYS = st.sampled_from(
     ["cluster", "endpoint", "route", "base", "overrides", "match", "merge", "name", "families",
      "locality", "zone", "label", "prefer_zone", "transport_socket", "typed_config", "x"]

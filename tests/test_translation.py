@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loader
+from tests.conftest import RunLoader
 from tests.support import rendering as r
 from tests.support.rendering import (
     Object,
@@ -350,6 +353,24 @@ def test_what_gives_no_endpoint_is_named(slices: list[Object], warning: str) -> 
     found = rendered(service(), *slices)
     assert shown(found) == []
     assert found.warnings == (f"service demo/web: {warning}",)
+
+
+def test_a_slice_of_host_names_is_left_out_and_named(
+    run_loader: RunLoader, tmp_path: Path, out: Path
+) -> None:
+    names = endpoint_slice("demo/web", endpoint("web.example"), family="FQDN")
+    addresses = endpoint_slice("demo/web", endpoint("10.0.0.1"))
+    items = [{"kind": "Service", **service()}]
+    items += [{"kind": "EndpointSlice", **one} for one in (names, addresses)]
+    source = tmp_path / "objects.json"
+    source.write_text(json.dumps({"kind": "List", "items": items}))
+    done = run_loader("--onetime", "--services", "*", "--from-file", str(source), server=None)
+    assert done.returncode == 0, done.stderr
+    text = "endpointslice demo/web-fqdn: addressType: Envoy needs IPv4 or IPv6, not 'fqdn'"
+    assert f"WARNING {text}" in done.stderr
+    [resource] = yaml.safe_load((out / "current/eds/demo_web_http.yaml").read_text())["resources"]
+    assert "10.0.0.1" in str(resource)
+    assert "web.example" not in str(resource)
 
 
 def test_an_unnamed_port_is_joined_with_the_unnamed_one() -> None:
