@@ -3526,37 +3526,32 @@ class Admin(threading.Thread):
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
-        where = path.partition("?")[0]
-        late = TimeoutError(f"{where}: no end of the answer in time")
-        deadline = time.monotonic() + ANSWER_BOUND
+        where, deadline = path.partition("?")[0], time.monotonic() + ANSWER_BOUND
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self._connect()
+        connection.sock.settimeout(None)
         timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
         timer.daemon = True
         timer.start()
         try:
             connection.request("GET", path)
             response = connection.getresponse()
-            body = response.read(ANSWER_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
-            if time.monotonic() >= deadline:
-                raise late from None
-            if isinstance(error, http.client.HTTPException):
-                raise AdminError(NOT_ENVOY) from None
-            raise
+            status, body = response.status, response.read(ANSWER_BYTES + 1)
+        except http.client.HTTPException:
+            status, body = 0, b""  # it speaks something else, or was cut off
         finally:
             timer.cancel()
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
-            raise late
-        if response.status not in (200, 503):  # /ready is 503 until Envoy is live
-            raise AdminError(f"{where}: HTTP {response.status}")
+            raise TimeoutError(f"{where}: no end of the answer in time")
+        if status not in (200, 503):  # /ready is 503 until Envoy is live
+            raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
 
 
 def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread. (Its time limit is for each read: who sends
-    an answer byte by byte is within it for ever.)"""
+    """End what goes on over a socket, from any thread. (A time limit of a socket is for each read:
+    who sends an answer byte by byte is within it for ever.)"""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
