@@ -31,7 +31,9 @@ NewStage = Callable[..., Any]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Whatever starts an Envoy is marked so. On another Python only loaders are started."""
+    """Whatever starts an Envoy is marked so. On another Python only loaders are started. What
+    takes long comes first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
     others = []
     for item in items:

@@ -239,6 +239,7 @@ def littered(forks: Forks) -> Contents:
     return {**OLD, "gone": "damaged"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [nothing, published, littered])
 def test_death_at_each_call(forks: Forks, prepare: Callable[[Forks], Contents]) -> None:
     """Of the first publication; of one in which files change, come and go, in a subdirectory too
@@ -315,6 +316,7 @@ def failures(calls: tuple[Call, ...]) -> Iterator[tuple[int, Call, int]]:
             yield at, call, numbers[at % len(numbers)]
 
 
+@pytest.mark.slow
 def test_each_call_of_a_one_time_run_fails(forks: Forks) -> None:
     """Exit 1 and one line, or 0 and the new files; the next run converges."""
     published(forks)
@@ -425,6 +427,7 @@ def test_each_call_of_a_living_sidecar_fails_once(sidecar: Sidecar) -> None:
     sidecar.wait_converged()
 
 
+@pytest.mark.slow
 def test_from_each_call_on_everything_fails_for_a_while(sidecar: Sidecar) -> None:
     """Recovery fails too, another change comes meanwhile: nothing of it is forgotten."""
     changing = [call for call in sidecar.publication() if call.changes]
@@ -497,6 +500,7 @@ def references_hold(out: Path) -> tuple[frozenset[str], str]:
         return clusters, name
 
 
+@pytest.mark.slow
 def test_death_at_each_call_of_an_ordered_publication(forks: Forks) -> None:
     """Between the steps too: the next loader goes on where it was, and no reference breaks."""
     old, new = steps("blue"), steps("green")

@@ -89,6 +89,7 @@ def test_the_first_event_of_a_quiet_time_is_published_at_once(
     in_time(sorted(took)[10], loader.DEBOUNCE_GATHER / 2, "a change that nobody gathered")
 
 
+@pytest.mark.slow
 def test_a_configmap_rewritten_without_a_pause_starves_nobody(
     start_loader: StartLoader, api: ApiServer, out: Path
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +21,19 @@ from tests.support.busy import WAIT, Deadline
 ROOT = Path(__file__).resolve().parents[2]
 # The loader runs on another Python than the tests where LOADER_PYTHON names one.
 PYTHON = os.environ.get("LOADER_PYTHON") or sys.executable
+
+def _compiled() -> str:
+    """Byte code, as the image runs it; to compile the source takes longer than all of a start."""
+    directory = tempfile.mkdtemp(prefix="loader-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    script = "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)"
+    source, place = str(ROOT / "loader.py"), f"{directory}/loader.pyc"
+    subprocess.run([PYTHON, "-I", "-S", "-c", script, source, place, source], check=True)
+    return place
+
+
 # -I and -S: no site-packages, no PYTHONPATH, no current directory.
-COMMAND = [PYTHON, "-I", "-S", str(ROOT / "loader.py")]
+COMMAND = [PYTHON, "-I", "-S", _compiled()]
 
 T = TypeVar("T")
 
