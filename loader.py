@@ -51,6 +51,7 @@ import stat
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -4455,6 +4456,14 @@ LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a director
 SILENT, MET, BLIND = "silent", "met", "blind"  # there, and answers not, or well, or not as Envoy
 STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
+DISK_HINTS: Mapping[int | None, str] = {
+    errno.EACCES: "run init container, loader and Envoy as one user",
+    errno.EPERM: "run init container, loader and Envoy as one user",
+    errno.EROFS: "mount a writable volume there",
+    errno.ENOSPC: "make room: a snapshot needs what its changed files need",
+    errno.EMFILE: "raise the limit of open files",
+}
+
 
 class Wakes:
     """The news for the main thread, and a wait for them that a signal ends.
@@ -4486,8 +4495,8 @@ class Wakes:
 class Asked(NamedTuple):
     """The publication that Envoy is asked about; the next one waits for its end."""
 
-    moved: Sequence[str]
-    fields: Mapping[str, object]  # of its line in the log
+    moved: tuple[str, ...]  # xDS files
+    fields: Mapping[str, object] | None  # of its line in the log
     at: float
     until: float  # when it ends whatever Envoy did
 
@@ -4501,16 +4510,14 @@ class Asking:
         self.asked: Asked | None = None
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
-        self.unsaved = False  # there is something that a restart is to know
         self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self.notes: list[str] = []
+        self.unsaved = False  # there is something that a restart is to know
         self.admin: Admin | None = None
-        self._output, self._look = output, Look()
-        self._pause = STEP_DELAY if step_delay is None else step_delay
-        self._given = step_delay is not None
+        self._output, self._step_delay, self._look = output, step_delay, Look()
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
         self._asked_at, self._look_pause = 0.0, LOOK_FIRST
-        self._silent_since = 0.0
+        self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
         self._started = False
 
     def start(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -4518,7 +4525,7 @@ class Asking:
         self.admin = Admin(url, wake)
         self.admin.start()
         if self._output.published:
-            self._await((), {}, ANSWER_BOUND)
+            self._await(ANSWER_BOUND)
 
     @property
     def started(self) -> bool:
@@ -4535,15 +4542,16 @@ class Asking:
         if step not in WAITING_STEPS:
             return now
         since = self.waits_since = self.waits_since or now
-        pause = min(self._moved_at[step] + self._pause, since + STEP_DELAYS * self._pause)
+        delay = STEP_DELAY if self._step_delay is None else self._step_delay
+        pause = min(self._moved_at[step] + delay, since + STEP_DELAYS * delay)
         if self.link not in (MET, SILENT):
             return pause
         if self._look.warming and now < since + WARM_BOUND:
             self.look_at = self.look_at or now
             return since + WARM_BOUND
-        if not unjudged(self.known, self._output.published, step):
-            return pause if self._given else now
-        return max(pause, self._silent_since + SILENT_BOUND) if self.link == SILENT else pause
+        if unjudged(self.known, self._output.published, step):
+            return max(pause, self._silent_until)
+        return now if self._step_delay is None else pause
 
     # -- a publication --------------------------------------------------------------------------
 
@@ -4558,17 +4566,18 @@ class Asking:
             self._moved_at[REMOVALS] = now
         self.known = after_publication(known, before, after, desired, again)
 
-    def ask_about(self, moved: Sequence[str], fields: Mapping[str, object]) -> None:
+    def ask_about(self, moved: Iterable[str], fields: Mapping[str, object]) -> None:
         """Ask what became of a publication; its line in the log comes with the answer."""
-        silent = self.link == SILENT
-        late = silent and time.monotonic() >= self._silent_since + SILENT_BOUND
-        if self.link in (MET, SILENT) and not late:
-            self._await(moved, fields, ASK_BOUND[not silent])
+        if self.link == MET or time.monotonic() < self._silent_until:
+            files = self._output.published
+            self._await(ASK_BOUND[self.link == MET],
+                        tuple(path for path in moved if files[path].kind), fields)
             self._ask()
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _await(self, moved: Sequence[str], fields: Mapping[str, object], bound: float) -> None:
+    def _await(self, bound: float, moved: tuple[str, ...] = (),
+               fields: Mapping[str, object] | None = None) -> None:
         now = time.monotonic()
         self.asked = Asked(moved, fields, now, now + bound)
 
@@ -4598,9 +4607,8 @@ class Asking:
         self._look_pause = LOOK_FIRST
         if asked is None or not asked.fields:
             return
-        took, states, files = time.monotonic() - asked.at, self.known.states, self._output.published
-        found = {states.get(path, UNKNOWN) for path in asked.moved
-                 if path in files and files[path].kind}
+        took, states = time.monotonic() - asked.at, self.known.states
+        found = {states.get(path, UNKNOWN) for path in asked.moved}
         if not ack:
             metrics.observe("xds_loader_ack_duration_seconds", took)
             ack = "yes" if ACKED in found and found <= {ACKED, UNREAD} else "unknown"
@@ -4626,10 +4634,10 @@ class Asking:
                 self.look_at = now + LOOK_LAST
             case "meet":
                 self._meet(MET, now)
-                self.known = after_meeting(self.known, self.known.back_at or now)
+                self.known = after_meeting(self.known, self.known.back_at)
                 self._started, self._look_pause = False, LOOK_FIRST
                 if self.asked is None:
-                    self._await((), {}, ANSWER_BOUND)
+                    self._await(ANSWER_BOUND)
             case "look":
                 self._meet(MET, now)
                 log.recovered("envoy", "Envoy answers")
@@ -4646,7 +4654,8 @@ class Asking:
 
     def _meet(self, link: str, now: float) -> None:
         self.link = link
-        self._silent_since = (self._silent_since or now) if link == SILENT else 0.0
+        since = self._silent_until or now + SILENT_BOUND
+        self._silent_until = since if link == SILENT else 0.0
 
     def _take_look(self, look: Look, now: float) -> None:
         """What Envoy made of the published files."""
@@ -4757,12 +4766,11 @@ class Loop:
         self._wanted: Wanted | None = None  # None: to be composed
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
         self._event_at = time.monotonic()  # of the first event that is not composed
-        self._newest = 0.0  # the last event
         self._published_at = 0.0  # monotonic; 0: nothing yet
         self._switched_at = 0.0  # Unix time of the snapshot
         self._step_at = 0.0  # when the step that waits may be published
         self._check_at = 0.0  # when the files on disk are checked
-        self._retry_at, self._failures = 0.0, 0  # of the disk
+        self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
 
@@ -4797,7 +4805,8 @@ class Loop:
             signal.signal(number, lambda number, _: self._signalled(number))
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
-            self._listener = Listener(*self.options.listen, metrics)
+            host, port = self.options.listen
+            self._listener = Listener(host, port, metrics)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if deadline is not None and time.monotonic() >= deadline:
@@ -4861,12 +4870,13 @@ class Loop:
 
     def _await(self, until: float) -> None:
         """Sleep until something happens; afterwards everything that happened is taken in."""
-        self._newest = 0.0
-        self._take(self.wakes.take(until - time.monotonic()))
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET:
-            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
-            while time.monotonic() < end and (more := self.wakes.take(DEBOUNCE_QUIET)):
-                self._take(more)
+        news = self.wakes.take(until - time.monotonic())
+        self._take(news)
+        burst = self._published_at + DEBOUNCE_QUIET
+        if any(what == "objects" and at < burst for what, at in news):
+            end = time.monotonic() + DEBOUNCE_GATHER
+            while time.monotonic() < end and (news := self.wakes.take(DEBOUNCE_QUIET)):
+                self._take(news)
 
     def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
         """Take in what happened; nothing is published here."""
@@ -4876,7 +4886,7 @@ class Loop:
                     raise news
                 case "objects":
                     self._event_at = self._event_at if self._wanted is None else news
-                    self._wanted, self._newest = None, news
+                    self._wanted = None
                 case "trouble" | "recovered" | "stop":
                     pass  # the turn that follows sees it
                 case "refresh":
@@ -4910,23 +4920,15 @@ class Loop:
                 self._remember()
             while self.asking.asked is None and not self.stopping and self._advance():
                 pass
-            self._failures = 0
+            self._backoff = BACKOFF_FIRST
         except OSError as error:
-            delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
-            self._failures += 1
-            self._retry_at = time.monotonic() + delay
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(delay, 1))
+            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self._retry_at = time.monotonic() + self._backoff
+            self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
     def _disk_trouble(self, error: OSError) -> str:
-        one_user = "run init container, loader and Envoy as one user"
-        hint = {
-            errno.EACCES: one_user,
-            errno.EPERM: one_user,
-            errno.EROFS: "mount a writable volume there",
-            errno.ENOSPC: "make room: a snapshot needs what its changed files need",
-            errno.EMFILE: "raise the limit of open files",
-        }.get(error.errno or 0, "the last snapshot goes on serving")
+        hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
         return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
 
     def _check_disk(self) -> None:
@@ -5046,14 +5048,12 @@ class Loop:
                   for path, file in files.items()}
         states |= {path: NACKED for path, nack in asking.known.nacks.items()
                    if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        version = self.output.snapshot[2:]
         self._listener.status = Status(
-            files=files,
-            version=self.output.snapshot[2:],
-            published_at=self._switched_at,
-            states=states,
+            files, version, self._switched_at, states,
             missing=(*wanted.missing, *wanted.unknown),
             stale=(*wanted.stale, *self.sources.trouble()) if files else (),
-            started=bool(self.output.snapshot) and asking.started,
+            started=bool(version) and asking.started,
             last_turn=time.monotonic(),
             turn_bound=2 * self.options.sync_interval + 60.0,
         )
@@ -5061,8 +5061,7 @@ class Loop:
             (path,): 1.0 for path, state in states.items() if state == UNKNOWN and asking.admin})
         metrics.replace("xds_loader_nacked_files", {
             (path,): 1.0 for path, state in states.items() if state == NACKED})
-        metrics.replace("xds_loader_snapshot_info",
-                        {(self.output.snapshot[2:],): 1.0} if files else {})
+        metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
         metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
         metrics.set("xds_loader_inotify_instances_used",
@@ -5359,8 +5358,20 @@ class Option(NamedTuple):
     repeats: bool = False
 
     @property
+    def attribute(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
     def variable(self) -> str:
-        return "XDS_LOADER_" + self.name.upper().replace("-", "_")
+        return f"XDS_LOADER_{self.attribute.upper()}"
+
+    @property
+    def value(self) -> Any:
+        """What it has where it is not given; None where `default` says it in words."""
+        if self.repeats or not self.metavar:
+            return () if self.repeats else False
+        with contextlib.suppress(ValueError):
+            return self.parse(self.default) if self.default else None
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
@@ -5434,35 +5445,12 @@ NO_POD = "https://kubernetes"  # the API server where the environment names none
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
-class Options(NamedTuple):
-    """What was asked for, parsed and checked."""
+class Options(types.SimpleNamespace):
+    """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    configmap: tuple[Named, ...] = ()
-    configmap_selector: str | None = None
-    services: str | None = None
-    services_namespace: tuple[str, ...] = ()
-    secret: tuple[Named, ...] = ()
-    namespace: str = "default"
-    access: Access = Access()
-    from_file: str = ""
-    config: str = ""
-    endpoints: str = "auto"
-    format: str = "yaml"
-    output_dir: str = "/srv/runtime"
-    mode: str = "poll"  # or watch, once
-    dry_run: bool = False
-    diff: bool = False
-    sync_interval: float = 60.0
-    secret_mode: int = 0o600
-    timeout: float = 0.0
-    envoy_admin: str = ""  # http://... or unix:/path
-    step_delay: float | None = None  # None where it is not given
-    check_cmd: tuple[str, ...] = ()
-    listen: tuple[str, int] | None = None
-    log_format: str = "text"
-    log_level: str = "info"
-    node_name: str = ""
-    warnings: tuple[str, ...] = ()
+    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
+    `warnings`.
+    """
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -5495,7 +5483,9 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
+def given_values(
+    words: Mapping[str, list[str]], environ: Mapping[str, str]
+) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     values: dict[str, Any] = {}
     for option in OPTIONS:
@@ -5505,55 +5495,57 @@ def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[s
             texts = text.split() if option.repeats else [text] if text else []
         found = [value_of(where, option.parse, text) for text in texts]
         if found:
-            attribute = option.name.replace("-", "_")
-            values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
+            values[option.attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
     return values
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(command_line_words(argv), environ)
-    check_combination(values)
-    warnings = []
-    if "trafficsplit_api_version" in values:
-        warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    given = given_values(command_line_words(argv), environ)
+    options = Options(**{option.attribute: option.value for option in OPTIONS} | given)
+    options.step_delay = given.get("step_delay")  # None: only where Envoy is not asked
+    once = options.onetime or options.dry_run
+    check_combination(options, once)
+    options.mode = "watch" if options.watch and not options.from_file else "poll"
+    if once:  # it asks nobody, and serves nothing
+        options.mode, options.listen, options.envoy_admin = "once", None, None
+    options.namespace = options.namespace or default_namespace(environ)
+    for named in ("configmap", "secret"):
+        setattr(options, named, tuple(
+            each._replace(namespace=each.namespace or options.namespace)
+            for each in getattr(options, named)))
+    if not options.from_file:
+        options.apiserver = options.apiserver or default_apiserver(environ)
+    options.access = Access(**{name: value for name, value in vars(options).items()
+                               if name in Access._fields and value})
+    options.node_name = environ.get("NODE_NAME", "")
+    options.warnings = []
+    if options.trafficsplit_api_version is not None:
+        options.warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any "
+                                "more")
     known = {option.variable for option in OPTIONS}
     unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
                and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     if unknown:
-        warnings.append(f"no option has the environment variable {shortened(unknown)}")
-    namespace = values.get("namespace") or default_namespace(environ)
-    for kind in ("configmap", "secret"):
-        named = values.get(kind, ())
-        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
-    from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
-    if not from_file and "apiserver" not in values:
-        values["apiserver"] = default_apiserver(environ)
-    access = Access(**{name: values[name] for name in Access._fields if values.get(name)})
-    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
-    if mode == "once":  # it asks nobody, and serves nothing
-        values |= {"listen": None, "envoy_admin": ""}
-    values |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings),
-               "node_name": environ.get("NODE_NAME", "")}
-    return Options(**{name: values[name] for name in Options._fields if name in values})
+        options.warnings.append(f"no option has the environment variable {shortened(unknown)}")
+    return options
 
 
-def check_combination(values: Mapping[str, Any]) -> None:
+def check_combination(options: Options, once: bool) -> None:
     """Combinations that make no sense, before any request."""
-    once = values.get("onetime") or values.get("dry_run")
-    services, from_file = "services" in values, values.get("from_file")
-    sources = ("configmap", "configmap_selector", "services", "secret")
-    pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
+    services = options.services is not None
+    selected = services or options.configmap_selector is not None
+    pair = bool(options.client_cert) == bool(options.client_key)
     for holds, text in (
-        (any(source in values for source in sources),
+        (options.configmap or options.secret or selected,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
-        (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
-        (once or from_file != "-", "--from-file - needs --onetime"),
-        (pair or from_file, "--client-cert and --client-key belong together"),
-        (services or "services_namespace" not in values, "--services-namespace needs --services"),
-        (services or not values.get("config"), "--config needs --services"),
-        (values.get("output_dir", "x"), "--output-dir is empty"),
-        (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
+        (options.dry_run or not options.diff, "--diff needs --dry-run"),
+        (once or options.from_file != "-", "--from-file - needs --onetime"),
+        (pair or options.from_file, "--client-cert and --client-key belong together"),
+        (services or not options.services_namespace, "--services-namespace needs --services"),
+        (services or not options.config, "--config needs --services"),
+        (options.output_dir, "--output-dir is empty"),
+        (options.sync_interval >= 0.001, "--sync-interval must be at least 1ms"),
     ):
         if not holds:
             raise UsageError(text)
