@@ -4453,7 +4453,10 @@ STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is publ
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
-SILENT, MET, BLIND = "silent", "met", "blind"  # there, and answers not, or well, or not as Envoy
+# Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
+SILENT, MET, BLIND = "silent", "met", "blind"
+LINKS = {"connected": SILENT, "silent": SILENT, "meet": MET, "look": MET, "blind": BLIND,
+         "end": "", "closed": ""}  # by what Admin found
 STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
 DISK_HINTS: Mapping[int | None, str] = {
@@ -4599,20 +4602,20 @@ class Asking:
                 self.known = known
                 log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
                             "name this path?", shortened(late))
-        self.end("unknown")
+        self.end()
 
-    def end(self, ack: str) -> None:
-        """The line of the publication that was asked about; without `ack` the states tell it."""
+    def end(self, *, told: bool = False) -> None:
+        """The line of the publication that was asked about, when Envoy told all or nobody waits."""
         asked, self.asked = self.asked, None
         self._look_pause = LOOK_FIRST
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - asked.at, self.known.states
         found = {states.get(path, UNKNOWN) for path in asked.moved}
-        if not ack:
+        if told:
             metrics.observe("xds_loader_ack_duration_seconds", took)
-            ack = "yes" if ACKED in found and found <= {ACKED, UNREAD} else "unknown"
-        ack = "no" if NACKED in found else ack
+        all_read = told and ACKED in found and found <= {ACKED, UNREAD}
+        ack = "no" if NACKED in found else "yes" if all_read else "unknown"
         unread = [path for path in asked.moved if states.get(path) == UNREAD]
         log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
                  **({"unread": shortened(unread)} if unread else {}))
@@ -4621,41 +4624,31 @@ class Asking:
 
     def take(self, what: str, news: Any) -> None:
         """Take in what Admin found."""
-        now, before = time.monotonic(), self.link
-        match what:
-            case "warning":
-                log.warning("%s", news)
-            case "connected":
-                self.known = self.known._replace(back_at=now)
-                self._meet(SILENT, now)
-            case "silent":
-                log.outage("envoy", f"Envoy does not answer: {news}")
-                self._meet(SILENT, now)
-                self.look_at = now + LOOK_LAST
-            case "meet":
-                self._meet(MET, now)
-                self.known = after_meeting(self.known, self.known.back_at)
-                self._started, self._look_pause = False, LOOK_FIRST
-                if self.asked is None:
-                    self._await(ANSWER_BOUND)
-            case "look":
-                self._meet(MET, now)
-                log.recovered("envoy", "Envoy answers")
-                self._take_look(news, now)
-            case "end" | "closed" | "blind":
-                log.outage("envoy", f"Envoy is not asked: {news}")
-                self._meet(BLIND if what == "blind" else "", now)
-                self.look_at = 0.0
-                if what == "end" and before in (MET, SILENT):
-                    self._started = False
-                    self.known, blamed = after_end(self.known, self._output.published, now)
-                    self._tell_nacks(blamed)
-                self.end("unknown")
-
-    def _meet(self, link: str, now: float) -> None:
-        self.link = link
-        since = self._silent_until or now + SILENT_BOUND
-        self._silent_until = since if link == SILENT else 0.0
+        now, before, self.link = time.monotonic(), self.link, LINKS[what]
+        silent_until = self._silent_until or now + SILENT_BOUND
+        self._silent_until = silent_until if self.link == SILENT else 0.0
+        if what == "connected":
+            self.known = self.known._replace(back_at=now)
+        elif what == "silent":
+            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.look_at = now + LOOK_LAST
+        elif what == "meet":
+            self.known = after_meeting(self.known, self.known.back_at)
+            self._started, self._look_pause = False, LOOK_FIRST
+            if self.asked is None:
+                self._await(ANSWER_BOUND)
+        elif what == "look":
+            log.recovered("envoy", "Envoy answers")
+            self.look_at = 0.0
+            self._take_look(news, now)
+        else:
+            log.outage("envoy", f"Envoy is not asked: {news}")
+            self.look_at = 0.0
+            if what == "end" and before in (MET, SILENT):
+                self._started = False
+                self.known, blamed = after_end(self.known, self._output.published, now)
+                self._tell_nacks(blamed)
+            self.end()
 
     def _take_look(self, look: Look, now: float) -> None:
         """What Envoy made of the published files."""
@@ -4677,16 +4670,16 @@ class Asking:
                                 for path, file in files.items() if file.kind in STARTING_KINDS)
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self.asked is not None and (outcome.nacks or not waiting):
-            self.end("")  # a rollback does not wait for the other files
+            self.end(told=True)  # a rollback does not wait for the other files
         unknown = any(file.kind and path not in states for path, file in files.items())
-        self._plan_look(now, waiting or unknown or bool(look.warming) or not self._started)
+        if waiting or unknown or look.warming or not self._started:
+            self._plan_look(now)
+        else:
+            self._look_pause = LOOK_FIRST
 
-    def _plan_look(self, now: float, open_: bool) -> None:
-        """When to look again: soon while something waits, ever more seldom while all it can do is
-        to become known, and else never."""
-        if not open_:
-            self.look_at, self._look_pause = 0.0, LOOK_FIRST
-            return
+    def _plan_look(self, now: float) -> None:
+        """Look again: soon while something waits, ever more seldom while all it can do is to
+        become known."""
         soon = self.asked is not None or self.waits_since
         last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
         self._look_pause = min(self._look_pause * 1.5, last)
@@ -4710,13 +4703,12 @@ class Asking:
 class Check:
     """--check-cmd, which runs beside the loop, once for each version."""
 
-    def __init__(self, command: Sequence[str], output: Output,
+    def __init__(self, command: Sequence[str] | None, output: Output,
                  wake: Callable[[str, object], None]) -> None:
-        self.running = False
-        self.refusal = ""  # of the version that was checked last
+        self.running, self.refusal = False, ""  # of the version that was checked last
         self.stop = threading.Event()
         self._command, self._output, self._wake = command, output, wake
-        self._version = ""  # that is or was checked
+        self._version = ""
         self._accepted: Files | None = None
 
     def passed(self, desired: Files) -> Files | None:
@@ -4737,14 +4729,15 @@ class Check:
         elif not self.running:
             self._output.staged = self._output.stage(desired)
             self.running, self.refusal, self._version = True, "", version
-            place = f"{self._output.root}/{self._output.staged}"
-            threading.Thread(target=self._run, args=(place,), name="check", daemon=True).start()
+            threading.Thread(target=self._run, args=(self._command,), daemon=True).start()
         return {**base, **fresh} if base else None
 
-    def _run(self, place: str) -> None:
-        self._wake("checked", run_check(self._command, place, self.stop))
+    def _run(self, command: Sequence[str]) -> None:
+        place = f"{self._output.root}/{self._output.staged}"
+        self._wake("checked", run_check(command, place, self.stop))
 
     def end(self, refusal: str) -> None:
+        """It has accepted the staged files, or not."""
         self.running, self.refusal, self._output.staged = False, refusal, ""
         if refusal:
             metrics.add("xds_loader_errors_total", ("check",))
@@ -4792,10 +4785,7 @@ class Loop:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
             self.check.stop.set()
-            self.output.unlock()
-            if self._listener is not None:
-                self._listener.stop()
-        self.asking.end("ended before")
+        self.asking.end()
         return 0
 
     def _open(self, deadline: float | None) -> None:
@@ -4887,8 +4877,6 @@ class Loop:
                 case "objects":
                     self._event_at = self._event_at if self._wanted is None else news
                     self._wanted = None
-                case "trouble" | "recovered" | "stop":
-                    pass  # the turn that follows sees it
                 case "refresh":
                     log.info("SIGHUP: checking and publishing now")
                     self.sources.refresh()
@@ -4896,7 +4884,9 @@ class Loop:
                     self._retry_at = min(self._retry_at, self._check_at)
                 case "checked":
                     self.check.end(news)
-                case _:
+                case "warning":
+                    log.warning("%s", news)
+                case _ if what in LINKS:
                     self.asking.take(what, news)
 
     # -- turning ------------------------------------------------------------------------------
@@ -4958,7 +4948,7 @@ class Loop:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            if not self._published_at:
+            if not self._published_at and self._wanted and same_files(published, self._wanted.files):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
