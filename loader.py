@@ -4948,7 +4948,8 @@ class Loop:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            if not self._published_at and self._wanted and same_files(published, self._wanted.files):
+            whole = self._wanted is not None and same_files(published, self._wanted.files)
+            if whole and not self._published_at:  # not even the first time
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
