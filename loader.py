@@ -4777,7 +4777,7 @@ class Loop:
             self._open(deadline if once else None)
             if once:
                 self._publish_once(deadline)
-            while not (once or self.stopping):
+            while not self.stopping and not once:
                 self._turn()
                 self._report()
                 self._await(self._next_at())
@@ -4949,7 +4949,7 @@ class Loop:
         if step is None:
             asking.waits_since = 0.0
             whole = self._wanted is not None and same_files(published, self._wanted.files)
-            if whole and not self._published_at:  # not even the first time
+            if whole and not self._published_at:  # a start
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
@@ -5040,7 +5040,7 @@ class Loop:
         states |= {path: NACKED for path, nack in asking.known.nacks.items()
                    if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
         version = self.output.snapshot[2:]
-        self._listener.status = Status(
+        self._listener.status = status = Status(
             files, version, self._switched_at, states,
             missing=(*wanted.missing, *wanted.unknown),
             stale=(*wanted.stale, *self.sources.trouble()) if files else (),
@@ -5048,10 +5048,9 @@ class Loop:
             last_turn=time.monotonic(),
             turn_bound=2 * self.options.sync_interval + 60.0,
         )
-        metrics.replace("xds_loader_unknown_files", {
-            (path,): 1.0 for path, state in states.items() if state == UNKNOWN and asking.admin})
-        metrics.replace("xds_loader_nacked_files", {
-            (path,): 1.0 for path, state in states.items() if state == NACKED})
+        unknown = status.paths(UNKNOWN) if asking.admin else ()
+        metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
         metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
@@ -5156,14 +5155,14 @@ def preview(options: Options, config: Config) -> int:
     loop.sources.start(loop.output.published)
     files = loop.composed(time.monotonic() + options.timeout).files
     loop.note("json", json_warnings(files))
-    published = loop.output.published if options.diff else {}
-    if options.diff and not published:
-        log.warning("%s: nothing is published there, so every file is new", loop.output.root)
-    paths = sorted({*files, *published})
     if options.diff:
-        texts = [difference(path, published.get(path), files.get(path)) for path in paths]
+        published = loop.output.published
+        if not published:
+            log.warning("%s: nothing is published there, so every file is new", loop.output.root)
+        texts = [difference(path, published.get(path), files.get(path))
+                 for path in sorted({*files, *published})]
     else:
-        texts = [b"\n" + preview_text(path, files[path]) for path in paths]
+        texts = [b"\n" + preview_text(path, file) for path, file in sorted(files.items())]
     if any(texts) or not options.diff:
         print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
     if options.check_cmd:
@@ -5474,9 +5473,7 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def given_values(
-    words: Mapping[str, list[str]], environ: Mapping[str, str]
-) -> dict[str, Any]:
+def given_values(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     values: dict[str, Any] = {}
     for option in OPTIONS:
