@@ -4948,9 +4948,8 @@ class Loop:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            sidecar = self.options.mode != "once"
-            whole = self._wanted is not None and same_files(published, self._wanted.files)
-            if sidecar and whole and not self._published_at:  # a start
+            at_start = not self._published_at and self.options.mode != "once"
+            if at_start and self._wanted and same_files(published, self._wanted.files):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
