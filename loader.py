@@ -4442,7 +4442,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
 # The loop
 # ---------------------------------------------------------------------------------------------
 #
-# News (an event, an answer of Envoy, a signal) -> compose -> plan -> publish -> ask Envoy.
+# One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
+# ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
 # Debounce: an event of a quiet time is published at once. One that comes within QUIET of the last
 # publication may belong to a burst, which is gathered until nothing came for QUIET, for GATHER at
@@ -4700,50 +4701,6 @@ class Asking:
                       "no other ACKed bytes", source=files[path].source)
 
 
-class Check:
-    """--check-cmd, which runs beside the loop, once for each version."""
-
-    def __init__(self, command: Sequence[str] | None, output: Output,
-                 wake: Callable[[str, object], None]) -> None:
-        self.running, self.refusal = False, ""  # of the version that was checked last
-        self.stop = threading.Event()
-        self._command, self._output, self._wake = command, output, wake
-        self._version = ""
-        self._accepted: Files | None = None
-
-    def passed(self, desired: Files) -> Files | None:
-        """What it lets pass: all, or what it accepted last with endpoints and secrets of now; None
-        where there is nothing yet."""
-        if not self._command:
-            return desired
-        base = self._output.published if self._accepted is None else self._accepted
-        fresh = {path: file for path, file in desired.items()
-                 if path in base and file.kind in ("eds", "sds")}
-        version = version_of(desired)
-        known = version == self._version and not self.running
-        if same_files({**base, **fresh}, desired) or (known and not self.refusal):
-            self._accepted = desired
-            return desired
-        if known:
-            self._output.prune()  # what was staged for it
-        elif not self.running:
-            self._output.staged = self._output.stage(desired)
-            self.running, self.refusal, self._version = True, "", version
-            threading.Thread(target=self._run, args=(self._command,), daemon=True).start()
-        return {**base, **fresh} if base else None
-
-    def _run(self, command: Sequence[str]) -> None:
-        place = f"{self._output.root}/{self._output.staged}"
-        self._wake("checked", run_check(command, place, self.stop))
-
-    def end(self, refusal: str) -> None:
-        """It has accepted the staged files, or not."""
-        self.running, self.refusal, self._output.staged = False, refusal, ""
-        if refusal:
-            metrics.add("xds_loader_errors_total", ("check",))
-            log.error("%s; the last snapshot stays published", refusal, version=self._version)
-
-
 class Loop:
     """The main thread: waits, composes, plans, publishes, and takes in what Envoy made of it."""
 
@@ -4784,7 +4741,7 @@ class Loop:
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
-            self.check.stop.set()
+            self.check.stop()
         self.asking.end()
         return 0
 
@@ -5143,6 +5100,58 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     text = "[redacted]" if secret else printed.decode("utf-8", "replace").strip()
     last = text.splitlines()[-1][:300] if text else "no output"
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
+
+
+class Check:
+    """--check-cmd, which runs beside the loop, once for each version."""
+
+    def __init__(self, command: Sequence[str] | None, output: Output,
+                 wake: Callable[[str, object], None]) -> None:
+        self.running: threading.Thread | None = None
+        self.refusal = ""  # of the version that was checked last
+        self._version = ""
+        self._accepted: Files | None = None
+        self._command, self._output, self._wake = command, output, wake
+        self._stop = threading.Event()
+
+    def passed(self, desired: Files) -> Files | None:
+        """What it lets pass: all, or what it accepted last with endpoints and secrets of now; None
+        where there is nothing yet."""
+        if not self._command:
+            return desired
+        base = self._output.published if self._accepted is None else self._accepted
+        fresh = {path: file for path, file in desired.items()
+                 if path in base and file.kind in ("eds", "sds")}
+        version = version_of(desired)
+        known = version == self._version and not self.running
+        if same_files({**base, **fresh}, desired) or (known and not self.refusal):
+            self._accepted = desired
+            return desired
+        if known:
+            self._output.prune()  # what was staged for it
+        elif not self.running:
+            self._output.staged = self._output.stage(desired)
+            self.refusal, self._version = "", version
+            self.running = threading.Thread(target=self._run, args=(self._command,), daemon=True)
+            self.running.start()
+        return {**base, **fresh} if base else None
+
+    def _run(self, command: Sequence[str]) -> None:
+        place = f"{self._output.root}/{self._output.staged}"
+        self._wake("checked", run_check(command, place, self._stop))
+
+    def end(self, refusal: str) -> None:
+        """It has accepted the staged files, or not."""
+        self.running, self.refusal, self._output.staged = None, refusal, ""
+        if refusal:
+            metrics.add("xds_loader_errors_total", ("check",))
+            log.error("%s; the last snapshot stays published", refusal, version=self._version)
+
+    def stop(self) -> None:
+        """No command outlives the loader."""
+        self._stop.set()
+        if self.running:
+            self.running.join(0.5)  # seconds
 
 
 def preview(options: Options, config: Config) -> int:

@@ -101,6 +101,15 @@ def test_a_signal_ends_a_check_at_once() -> None:
     assert time.monotonic() - began < 0.5
 
 
+def test_no_check_outlives_the_loader(start_loader: StartLoader, api: ApiServer) -> None:
+    mark = f"3600.{time.time_ns()}"
+    api.configmap("demo", "a", {"a": "1"})
+    loader = start_loader("--watch", "--configmap", "a", "--check-cmd", f"sleep {mark}")
+    wait_until(lambda: len(processes_with(mark)) > 1, message="the check beside the loader")
+    loader.stop(within=1.0)
+    assert not processes_with(mark)
+
+
 # -- the preview
 
 
