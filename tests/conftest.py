@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,21 @@ RunLoader = Callable[..., subprocess.CompletedProcess[str]]
 StartEnvoy = Callable[..., Envoy]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever starts an Envoy is marked so."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whatever starts an Envoy is marked so. On another Python only loaders are started."""
+
+    others = []
     for item in items:
-        if "start_envoy" in getattr(item, "fixturenames", ()):
+        assert isinstance(item, pytest.Function)
+        if "start_envoy" in item.fixturenames:
             item.add_marker(pytest.mark.envoy)
+        if os.environ.get("LOADER_PYTHON") and {"start_loader", "run_loader", "run"}.isdisjoint(
+            [*item.fixturenames, *item.function.__code__.co_names]
+        ):
+            others.append(item)
+    if others:
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -109,7 +120,8 @@ def _arguments(
 def start_loader(api: ApiServer, common: list[str], authority: Authority) -> Iterator[StartLoader]:
     """`start_loader("--watch", "--configmap", "x")`: running, ended when the test ends.
 
-    `server=` another API server (None: no --apiserver at all); `env=` environment variables.
+    `server=` another API server (None: no --apiserver at all); `env=` environment variables;
+    `prefix=` words before the command.
     """
     with contextlib.ExitStack() as stack:
 
@@ -118,8 +130,10 @@ def start_loader(api: ApiServer, common: list[str], authority: Authority) -> Ite
             server: ApiServer | None = api,
             env: Mapping[str, str] | None = None,
             cwd: Path | None = None,
+            prefix: Sequence[str] = (),
         ) -> Loader:
-            loader = Loader(_arguments(common, args, server, authority), env, cwd=cwd)
+            arguments = _arguments(common, args, server, authority)
+            loader = Loader(arguments, env, cwd=cwd, prefix=prefix)
             stack.callback(loader.kill)
             return stack.enter_context(loader)
 
@@ -137,9 +151,10 @@ def run_loader(api: ApiServer, common: list[str], authority: Authority) -> RunLo
         stdin: str | None = None,
         cwd: Path | None = None,
         timeout: float = 30.0,
+        prefix: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
         arguments = _arguments(common, args, server, authority)
-        return run(arguments, env, stdin=stdin, cwd=cwd, timeout=timeout)
+        return run(arguments, env, stdin=stdin, cwd=cwd, timeout=timeout, prefix=prefix)
 
     return once
 

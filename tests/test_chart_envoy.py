@@ -190,11 +190,19 @@ def routes_of(status: int) -> Object:
 def test_a_new_pod_whose_envoy_rejects_the_files_never_becomes_ready(
     tmp_path: Path, authority: Authority
 ) -> None:
-    class Impatient(Pod):
-        patience = 3.0
+    class Refused(Pod):
+        def await_probe(self, container: Object, kind: str) -> None:
+            if (container["name"], kind) == ("envoy", "startupProbe"):
+                assert self.loader is not None
+                self.loader.wait_log("ERROR Envoy NACKed rds.yaml")
+                action = container[kind]["httpGet"]
+                for _ in range(20):
+                    assert self.ask(action["port"], action["path"]).status == 503
+                raise RuntimeError("it is not started")
+            super().await_probe(container, kind)
 
-    with pytest.raises(TimeoutError, match="envoy: startupProbe"):
-        Impatient(render({"xds": routes_of(999)}), tmp_path, authority).__enter__()
+    with pytest.raises(RuntimeError, match="it is not started"):
+        Refused(render({"xds": routes_of(999)}), tmp_path, authority).__enter__()
 
 
 def test_a_dead_loader_takes_no_envoy_out(tmp_path: Path, authority: Authority) -> None:

@@ -14,7 +14,7 @@ import os
 import select
 import shutil
 import signal
-import sys
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,14 +22,14 @@ from typing import NamedTuple
 
 import pytest
 
-import loader
 from tests.support import disk
 from tests.support.apiserver import ApiServer
-from tests.support.crash import ERRORS, Call, Plan, arm
+from tests.support.crash import ERRORS, Call, Plan, Run
 from tests.support.disk import IN_MOVED_TO, Inotify
-from tests.support.loader import ROOT, Loader, snapshot, wait_until
+from tests.support.loader import COMMAND, ROOT, Loader, environment, snapshot, wait_until
 
 Contents = Mapping[str, str]
+CRASH = str(ROOT / "tests/support/crash.py")
 
 OLDER = {"keep": "k", "change": "0", "eds/keep": "k", "eds/change": "0"}
 OLD = {
@@ -43,7 +43,7 @@ NEW = {
 NEWER = {**NEW, "change": "3"}
 
 
-# -- a loader in a fork: as a process of its own, without the 50 ms that an interpreter takes
+# -- a loader in a fork of a small process: without the 50 ms that an interpreter takes
 
 
 class Ended(NamedTuple):
@@ -70,56 +70,39 @@ def objects(contents: Contents) -> tuple[str, list[str]]:
 
 
 class Forks:
-    """Runs of `loader.main`, each in a fork, on a directory that can be put back as it was."""
+    """Runs of the loader, each in a fork, on a directory that can be put back as it was."""
 
-    def __init__(self, out: Path, scratch: Path) -> None:
+    def __init__(self, server: subprocess.Popen[str], out: Path, scratch: Path) -> None:
         self.out = out
+        assert server.stdin is not None
+        assert server.stdout is not None
+        self._runs, self._statuses = server.stdin, server.stdout
         self._scratch = scratch
         self._log, self._calls = scratch / "log", scratch / "calls"
 
-    def start(self, contents: Contents, plan: Plan, *more: str) -> int:
+    def start(self, contents: Contents, plan: Plan, *more: str) -> None:
         text, args = objects(contents)
         path = self._scratch / "objects.json"
         path.write_text(text)
         args += ["--namespace", "demo", "--output-dir", str(self.out), "--from-file", str(path),
                  "--step-delay", "1ms", *more]  # fmt: skip
-        pid = os.fork()
-        if pid:
-            return pid
-        try:  # the child: it never returns
-            number = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.dup2(number, 1)
-            os.dup2(number, 2)
-            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-            loader.log = loader.Log()
-            trace = os.open(self._calls, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            write = os.write
+        run = Run(args, str(self.out), plan, str(self._log), str(self._calls))
+        print(json.dumps(run), file=self._runs, flush=True)
 
-            def seen(call: Call) -> None:
-                write(trace, f"{call.name}\t{call.path}\n".encode())
+    def is_over(self, timeout: float = 0.0) -> bool:
+        return bool(select.select([self._statuses], [], [], timeout)[0])
 
-            arm(str(self.out), plan, seen)
-            os._exit(loader.main(args))
-        except BaseException as error:
-            os.write(2, f"Traceback of the fork: {error!r}\n".encode())
-            os._exit(99)
-
-    def ended(self, pid: int, timeout: float = 20.0) -> Ended:
-        watch = os.pidfd_open(pid)
-        late = not select.select([watch], [], [], timeout)[0]
-        os.close(watch)
-        if late:
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+    def ended(self) -> Ended:
+        assert self.is_over(60.0), f"the fork still runs:\n{self._log.read_text()}"
+        status = int(self._statuses.readline())
         log = self._log.read_text()
-        assert not late, f"the fork still ran after {timeout} s:\n{log}"
         assert "Traceback" not in log, log
         rows = [line.split("\t") for line in self._calls.read_text().splitlines()]
-        calls = tuple(Call(name, path) for name, path in rows)
-        return Ended(os.waitstatus_to_exitcode(status), calls, log)
+        return Ended(status, tuple(Call(name, path) for name, path in rows), log)
 
     def once(self, contents: Contents, plan: Plan = Plan()) -> Ended:  # noqa: B008
-        return self.ended(self.start(contents, plan, "--onetime"))
+        self.start(contents, plan, "--onetime")
+        return self.ended()
 
     def publish(self, contents: Contents) -> tuple[Call, ...]:
         """A run in which nothing goes wrong."""
@@ -136,9 +119,17 @@ class Forks:
 
 
 @pytest.fixture
-def forks(tmp_path: Path) -> Forks:
+def forks(tmp_path: Path) -> Iterator[Forks]:
     (tmp_path / "runtime").mkdir()
-    return Forks(tmp_path / "runtime", tmp_path)
+    server = subprocess.Popen(
+        [*COMMAND[:-1], CRASH, COMMAND[-1]], env=environment(), start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield Forks(server, tmp_path / "runtime", tmp_path)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # with a fork that hangs
+        server.communicate()
 
 
 # -- what must hold
@@ -308,7 +299,8 @@ def test_after_a_death_at_each_call_the_source_of_each_file_is_known(forks: Fork
             shown = {str(path.relative_to(home)): path.read_bytes()
                      for path in home.rglob("*") if path.is_file()}  # fmt: skip
             named = objects(dict.fromkeys(shown, ""))[1]
-            done = forks.ended(forks.start({}, Plan(), "--onetime", *named))
+            forks.start({}, Plan(), "--onetime", *named)
+            done = forks.ended()
             assert (done.status, snapshot(forks.out)) == (0, shown), done.log
 
 
@@ -360,11 +352,10 @@ class Sidecar:
         self.contents: Contents = {}
         self.plan(Plan())
         self.change()
-        crash = str(ROOT / "tests/support/crash.py")
         self.loader = Loader(
             [*common, "--apiserver", api.url, "--watch", "--sync-interval", "1h",
              "--step-delay", "1ms", "--configmap", "both", "--configmap", "both:eds"],
-            prefix=[sys.executable, "-I", "-S", crash, str(self.plan_file), str(out)],
+            prefix=[*COMMAND[:-1], CRASH, str(self.plan_file), str(out)],
         )  # fmt: skip
 
     def plan(self, plan: Plan) -> None:
@@ -520,11 +511,10 @@ def test_death_at_each_call_of_an_ordered_publication(forks: Forks) -> None:
         states = set()
         with watched(forks.out) as seen, blamed("after", call):
             for plan in (Plan(number, "after"), Plan()):
-                pid = forks.start(new, plan, "--onetime")
-                while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                forks.start(new, plan, "--onetime")
+                while not forks.is_over(0.0005):
                     states.add(references_hold(forks.out))
-                    time.sleep(0.0005)
-                assert forks.ended(pid).status == (0 if plan.at < 0 else -signal.SIGKILL)
+                assert forks.ended().status == (0 if plan.at < 0 else -signal.SIGKILL)
                 states.add(references_hold(forks.out))
             assert states >= {(frozenset(["green"]), "green")}
             check_notified(seen.events(), forks.out, old, new)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import loader
 from tests.support.apiserver import ApiServer
+from tests.support.busy import in_time, within
 from tests.support.disk import wait_converged
 from tests.support.envoy import (
     Config,
@@ -108,6 +110,8 @@ def test_fault_02_a_listener_is_tried_again_once_its_cluster_is_there(stage: Sta
 
 
 def test_fault_03_endpoints_inside_cds_do_not_wait_for_a_cluster_that_warms(stage: Stage) -> None:
+    assert loader.WARM_BOUND == 5.0
+    stage.prefix = tuned({"WARM_BOUND": 2.0})
     stage.start()
     with socket.create_server(("127.0.0.1", 0)) as mute:
         warming = silent_cluster("w", mute.getsockname()[1])
@@ -117,9 +121,9 @@ def test_fault_03_endpoints_inside_cds_do_not_wait_for_a_cluster_that_warms(stag
         with Poller(f"http://127.0.0.1:{stage.port}/") as poller:
             began = time.monotonic()
             stage.patch({"cds.yaml": clusters(stage, warming, moved, a=False)})
-            assert poller.wait_body("v2").time - began < 0.5
-            assert stage.read("rds.yaml") == stage.files()["rds.yaml"]  # it waits, 5 s at most
-            stage.await_files({"rds.yaml": to(w="w")}, 8)
+            in_time(poller.wait_body("v2").time - began, 0.5)
+            assert stage.read("rds.yaml") == stage.files()["rds.yaml"]  # it waits, for a while
+            stage.await_files({"rds.yaml": to(w="w")})
             assert not poller.failed
 
 
@@ -217,21 +221,19 @@ def test_fault_05_one_of_two_subscriptions_is_not_enough(
         stage.patch({"rds.yaml": BROKEN})
         stage.log.wait_log("NACKed rds.yaml")
         # Nobody waits for it a second time.
-        began = time.monotonic()
-        for i in range(3):
-            stage.patch({"eds-e.yaml": stage.endpoints(2 - i % 2)})
-            stage.await_files({"eds-e.yaml": stage.endpoints(2 - i % 2)})
-        assert time.monotonic() - began < 1.5
+        with within(1.5):
+            for i in range(3):
+                stage.patch({"eds-e.yaml": stage.endpoints(2 - i % 2)})
+                stage.await_files({"eds-e.yaml": stage.endpoints(2 - i % 2)})
 
 
 def test_fault_05_a_file_that_nobody_reads_is_not_acked(stage: Stage) -> None:
     stage.start()
     for mark in "ab":
         lonely = response("assignment", assignment(f"x{mark}", 1))
-        began = time.monotonic()
-        stage.patch({"eds-x.yaml": lonely, "rds.yaml": to(**{mark: "e"})})
-        stage.await_files({"rds.yaml": to(**{mark: "e"})})
-        assert time.monotonic() - began < 1.0
+        with within(1.0):
+            stage.patch({"eds-x.yaml": lonely, "rds.yaml": to(**{mark: "e"})})
+            stage.await_files({"rds.yaml": to(**{mark: "e"})})
         wait_until(lambda: stage.states().get("eds-x.yaml") == "unread")
         stage.patch({"eds-x.yaml": lonely + "\n"})
         stage.log.wait_log("published .*changed=eds-x.yaml.* ack=unknown .* unread=eds-x.yaml")
@@ -243,7 +245,7 @@ def test_fault_05_a_file_that_nobody_reads_is_not_acked(stage: Stage) -> None:
 
 def test_fault_06_a_rollback_does_not_wait_for_check_cmd(stage: Stage, tmp_path: Path) -> None:
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\nsleep 2\n")
+    slow.write_text("#!/bin/sh\nsleep 1\n")
     slow.chmod(0o755)
     stage.patch(stage.files())
     stage.start_loader("--check-cmd", str(slow))
@@ -252,9 +254,8 @@ def test_fault_06_a_rollback_does_not_wait_for_check_cmd(stage: Stage, tmp_path:
     stage.await_acked()
     stage.patch({"rds.yaml": BROKEN})
     stage.log.wait_log("NACKed rds.yaml")
-    began = time.monotonic()
-    stage.await_files(stage.files())
-    assert time.monotonic() - began < 0.5
+    with within(0.5):
+        stage.await_files(stage.files())
 
 
 def test_fault_06_a_rollback_does_not_wait_for_the_sources(stage: Stage) -> None:
@@ -282,10 +283,9 @@ def test_fault_09_a_note_beside_the_routes_costs_no_pause(stage: Stage) -> None:
     time.sleep(1.1)
     for i in range(3):
         changed = {"note.txt": str(i), "rds.yaml": to(**{f"x{i}": "a"})}
-        began = time.monotonic()
-        stage.patch(changed)
-        stage.await_files(changed)
-        assert time.monotonic() - began < 0.5
+        with within(0.5):
+            stage.patch(changed)
+            stage.await_files(changed)
 
 
 def test_fault_11_a_thousand_eds_files_cost_one_look(stage: Stage) -> None:
@@ -467,8 +467,8 @@ def test_fault_15_onetime_goes_by_the_steps(stage: Stage) -> None:
     assert stage.loader
     stage.loader.stop()
     with Poller(f"http://127.0.0.1:{stage.port}/", interval=0.0) as poller:
-        for i in range(4):
-            new = cluster(f"n{i}", stage.upstreams.ports[i % 3])
+        for i in range(2):
+            new = cluster(f"n{i}", stage.upstreams.ports[1 + i])
             files = {
                 "cds.yaml": response("cluster", stage.cluster_e(), stage.cluster_a(), new),
                 "rds.yaml": response("routes", routes({"/": f"n{i}", "/e": "e"})),
@@ -477,7 +477,7 @@ def test_fault_15_onetime_goes_by_the_steps(stage: Stage) -> None:
             done = run([*stage.arguments(), "--onetime", "--step-delay", "200ms"])
             assert done.returncode == 0, done.stderr
             stage.await_files(files, 0.1)
-            poller.wait_body(f"v{i % 3}")
+            poller.wait_body(f"v{1 + i}")
         assert not poller.failed
 
 
@@ -500,8 +500,10 @@ def test_fault_16_another_envoy_may_nack_what_one_took(stage: Stage) -> None:
     assert stage.asked("/startz")[0] == 200
 
 
-@pytest.mark.parametrize("seconds", [2.2, 4.0])
+@pytest.mark.parametrize("seconds", [0.6, 1.2])
 def test_fault_17_an_envoy_that_stalls_is_waited_for(seconds: float, stage: Stage) -> None:
+    """Beyond the bounds of an answer, which are a quarter of the usual here."""
+    stage.prefix = tuned({"ANSWER_BOUND": 0.25, "ASK_BOUND": (0.25, 0.5)})
     stage.start()
     new = cluster("n", stage.upstreams.ports[2])
     wanted = {
@@ -527,9 +529,10 @@ def test_fault_17_an_envoy_that_stalls_is_waited_for(seconds: float, stage: Stag
 
 
 def test_an_end_is_not_delayed_by_an_envoy_that_stalls(stage: Stage) -> None:
+    stage.prefix = tuned({"ANSWER_BOUND": 0.5, "ASK_BOUND": (0.5, 1.0)})
     stage.start()
     with stage.envoy.paused():
-        for seconds in (0.0, 1.2, 2.5):  # asked, silent, waited for
+        for seconds in (0.0, 0.6, 1.3):  # asked, silent, waited for
             stage.patch({"cds.yaml": clusters(stage, mark=str(seconds)), "rds.yaml": to(x="a")})
             time.sleep(seconds)
             assert stage.loader
@@ -591,8 +594,8 @@ def test_what_cannot_be_written_down_ends_nobody(stage: Stage) -> None:
 def test_a_clock_that_jumps_disturbs_nothing(stage: Stage) -> None:
     """Days ahead and back between two looks at it."""
     stage.patch(stage.files())
+    stage.prefix = tuned(clock=True)
     stage.start_loader()
-    stage.restart_loader(prefix=tuned(clock=True))
     wait_until(lambda: (stage.out / "current/lds.yaml").exists())
     stage.envoy.start()
     stage.await_acked()

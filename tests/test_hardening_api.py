@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import loader
 from tests.conftest import RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Response, Stream
+from tests.support.busy import within
 from tests.support.loader import Loader, wait_files, wait_until
 from tests.support.tuned import tuned
 
@@ -96,9 +96,10 @@ def test_no_echo_of_the_token_reaches_the_log(
         api.fail_next("GET", SHOWN[place](text))
         done = run_loader(*ONCE, "--log-level", "debug")
         assert done.returncode == 1
-        assert "quotes the token" in done.stderr, (name, done.stderr)
+        quoted = "quotes the token" in done.stderr
+        assert quoted == (place == "message"), "of other texts nothing is shown"
         assert ("redirect" in done.stderr) == (place == "redirect"), "and the advice stays"
-        for part in (SECRET[:12], SECRET[-12:], text[-40:-20]):
+        for part in (SECRET[:12], SECRET[-12:], text[:12], text[-40:-20]):
             assert part not in done.stderr, name
 
 
@@ -125,6 +126,7 @@ def deep(start: bytes, end: bytes = b"") -> bytes:
 TOO_DEEP: dict[str, k8s.Fault] = {
     "an error page": Response(503, b"[" * DEEP),
     "an error that is JSON": Response(503, deep(b'{"message":', b"}")),
+    "an error in half a character": Response(503, b'{"message":"\\ud800"}'),
     "a list": Response(200, deep(b'{"kind":"ConfigMapList","items":[', b"]}")),
     "an event": Stream([deep(b'{"type":"MODIFIED","object":', b"}\n")]),
     "a Location": k8s.redirect("http://" + "[" * 60_000),
@@ -293,27 +295,6 @@ def test_no_server_makes_a_source_wait_for_years(
 # -- patterns
 
 SIZE = 200_000
-WORST = {
-    "spaces": "a" + " " * SIZE + "!",
-    "spaces before": "a," + " " * SIZE + "=",
-    "a label that does not end": "a" + "-" * SIZE,
-    "letters": "a" * SIZE + "!",
-    "requirements": "a," * (SIZE // 2),
-    "values": "a in (" + "b," * (SIZE // 2),
-    "one value": "a in (" + "b" * SIZE,
-    "parentheses": "a in " + "(" * SIZE,
-}
-
-
-@pytest.mark.parametrize("name", WORST)
-def test_selectors_are_read_in_linear_time(name: str) -> None:
-    began = time.process_time()
-    with pytest.raises(loader.UsageError):
-        loader.requirements(WORST[name])
-    loader.requirements(",".join(["a in (b, c)"] * (SIZE // 12)))
-    assert time.process_time() - began < 2
-
-
 @pytest.mark.parametrize(
     "text",
     [" " * SIZE, "[" * SIZE, '{"kind":"List"}' + "\n" * SIZE + "x", "\\" * SIZE,
@@ -323,12 +304,11 @@ def test_selectors_are_read_in_linear_time(name: str) -> None:
 def test_files_are_read_in_linear_time(run_loader: RunLoader, tmp_path: Path, text: str) -> None:
     path = tmp_path / "objects.json"
     path.write_text(text)
-    began = time.monotonic()
-    done = run_loader(*ONCE, "--from-file", str(path), server=None)
+    with within(5):
+        done = run_loader(*ONCE, "--from-file", str(path), server=None)
     assert done.returncode == 1, done.stderr
     assert str(path) in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 5
 
 
 def test_a_file_has_a_bound(common: list[str], tmp_path: Path) -> None:

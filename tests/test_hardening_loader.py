@@ -70,12 +70,16 @@ TYPES: tuple[Any, ...] = (
     "x", [[]], {"rds.yaml": 1, "../../token": [], "..data/x": {}, "": None},
     {"rds.yaml": ["x", "no such kind"]}, {"rds.yaml": ["x", ["eds"]]},
     {"rds.yaml": ["a", "b", "eds", "d", [1, []]], "../x": ["a", "b", "c", "d", []]},
+    {"rds.yaml": ["s", "no-kind"], "../../other/a": "x", "/etc/hostname": ["s", "cds"]},
     {"rds.yaml": ["\ud800", "\ud800"], "\ud800": ["a", "b", "c", "\ud800", ["\ud800"]]},
 )  # fmt: skip
 STATES: dict[str, bytes] = {
     "deep": b'{"version":' + b"[" * 200_000,
     "just deep enough": b'{"files":' + b"[" * 900 + b"]" * 900 + b"}",
+    "deep objects": b'{"acked":' * 50_000,
+    "empty": b"",
     "no object": b"[1]",
+    "another version": b'{"version": "0", "nacked": {"rds.yaml": ["x", "x", "x", "x"]}}',
     "not UTF-8": b"\xff\xfe{",
     "spaces": b" " * 1_000_000,
     "huge": b"[" + b"[]," * 6_000_000 + b"1]",
@@ -93,12 +97,15 @@ def test_a_planted_state_ends_no_loader(
 ) -> None:
     put(api)
     assert run_loader(*ONCE).returncode == 0
-    (out / "..state/loader.json").write_bytes(STATES[name])
+    state = out / "..state/loader.json"
+    state.write_bytes(STATES[name])
     with Envoy() as envoy:
         running = start_loader(*WATCH, "--envoy-admin", envoy.url)
         wait_until(lambda: "stats" in envoy.asked)
         put(api, "2")
-        wait_files(out, {"rds.yaml": "2"}, 10)
+        wait_files(out, {"rds.yaml": "2"})
+        wait_until(lambda: state.read_bytes() != STATES[name])
+        assert json.loads(state.read_bytes())["version"] == loader.__version__
         assert running.resident() < 120 << 20
         running.stop(within=5)
     assert "Traceback" not in running.log
@@ -121,7 +128,7 @@ def planted(place: Path, kind: str) -> None:
         bound.bind(place.name)
         os.chdir(here)
     elif kind == "sparse":
-        for number in range(40):
+        for number in range(4):
             place.with_name(f"{place.name}{number}").touch()
             os.truncate(place.with_name(f"{place.name}{number}"), 60 << 20)
     elif kind == "deep":
@@ -237,9 +244,9 @@ def test_loopback_is_127_8_and_no_name_that_looks_like_it(
     host: str, sent: bool, token_file: Path
 ) -> None:
     access = loader.Access(f"http://{host}:1", str(token_file), "")
-    api = loader.Api(access, lambda verb, code: None)
+    api = loader.Api(access)
     with pytest.raises(loader.LoaderError) as error:
-        api.list(loader.Query(loader.CONFIGMAPS, "demo"), 0, print)
+        api.list(loader.Query(loader.CONFIGMAPS, "demo"), print)
     assert ("plain HTTP" in str(error.value)) != sent, error.value
 
 
@@ -308,10 +315,11 @@ def test_a_name_template_without_the_namespace_takes_no_cluster(
 # ------------------------------------------------------------------------------------------
 # Every pattern that sees foreign text
 
-SIZE = 200_000
+SIZE = 40_000
 OPERATORS = {"pattern", r"rf'\\+?(?:0|(?:{part})+)'", "part"}  # see test_command_line.py
 
 
+@functools.cache
 def all_patterns() -> dict[str, tuple[str, str | bytes]]:
     """Each call of `re` as written: its function, and the pattern."""
     tree = ast.parse((ROOT / "loader.py").read_text())
@@ -322,13 +330,14 @@ def all_patterns() -> dict[str, tuple[str, str | bytes]]:
     for text, function in calls.items():
         with contextlib.suppress(NameError):
             found[text] = function, eval(text, dict(vars(loader)))  # our own source
-    assert len(found) > 35
+    assert len(found) > 25
     assert len(calls.keys() - found.keys()) <= len(OPERATORS), calls.keys() - found.keys()
     return found
 
 
 PARTS = (
     " ", "\t", "\n", " \n", "a", "A", "-", "- ", "_", ".", "/", "a/", "/a", "a.", "a-", "-.", "0",
+    "a.a-", "1.2.", "0x0.",
     '"', '\\"', "'", "\\/", "{", "[", "name", "name ", "name:", "name: ", "cluster_name",
     "alt_stat_name", "path", "path: ", "\nresources:", "\nresources:\n ", "\n  - name", "- match",
     "# \n", "- \n", "type.googleapis.com/", "type.googleapis.com/envoy.a", "/current/", "0x",
@@ -344,7 +353,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 @pytest.mark.parametrize("text", all_patterns())
 def test_every_pattern_is_linear(text: str) -> None:
-    """200 KB of its worst cost no more than 40 plain passes over as much."""
+    """40 KB of its worst cost no more than 40 plain passes over as much, where what is quadratic
+    takes a second."""
     function, source = all_patterns()[text]
     pattern = re.compile(source)
     if function == "compile":
@@ -366,10 +376,10 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
     "statistics": loader.names_of_resource,
     "clusters": lambda text: loader.eds_clusters_of(loader.file_of(text, "x", kind="cds")),
-    "our own CDS": lambda text: loader.eds_clusters(
+    "our own CDS": lambda text: loader.modes_on_disk(
         {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
-    "yaml": lambda text: loader.yaml_text(text.decode()),
+    "yaml": lambda text: loader.yaml_scalar(text.decode()),
     "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
     "errors": lambda text: loader.listener_errors(text.decode()),
     "statistics of Envoy": lambda text: loader.parse_stats(text.decode()),

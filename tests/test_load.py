@@ -18,6 +18,7 @@ import loader
 from tests.conftest import StartLoader
 from tests.support import disk
 from tests.support.apiserver import ApiServer
+from tests.support.busy import in_time
 from tests.support.loader import Loader, wait_until
 
 PORTS = [{"name": "http", "port": 80, "protocol": "TCP"}]
@@ -65,8 +66,8 @@ def test_a_thousand_events_in_a_second_are_a_handful_of_publications(
     )
     count = published(running) - before
     print(f"1,000 events in {ended - began:.2f} s: {count} publications, last {late * 1e3:.0f} ms")
-    assert count <= 60
-    assert late < 0.5
+    assert count <= 60 * max(1.0, ended - began)
+    in_time(late, 0.5)
 
 
 def test_the_first_event_of_a_quiet_time_is_published_at_once(
@@ -85,13 +86,13 @@ def test_the_first_event_of_a_quiet_time_is_published_at_once(
         wait_until(lambda: read(out / "current/k") == str(number))  # noqa: B023
         took.append(time.monotonic() - began)
     print(f"change to file: median {sorted(took)[10] * 1e3:.1f} ms")
-    assert sorted(took)[10] < loader.DEBOUNCE_GATHER / 2, "nobody gathered"
+    in_time(sorted(took)[10], loader.DEBOUNCE_GATHER / 2, "a change that nobody gathered")
 
 
 def test_a_configmap_rewritten_without_a_pause_starves_nobody(
     start_loader: StartLoader, api: ApiServer, out: Path
 ) -> None:
-    """10 s: its changes go on appearing, so do those of others, and nothing grows."""
+    """5 s: its changes go on appearing, so do those of others, and nothing grows."""
     api.configmap("demo", "busy", {"busy": "0" + " " * 4096})
     api.configmap("demo", "calm", {"calm": "0"})
     running = start_loader("--watch", "--configmap", "busy", "--configmap", "calm")
@@ -101,7 +102,7 @@ def test_a_configmap_rewritten_without_a_pause_starves_nobody(
     resident: list[int] = []
     files: list[int] = []
     began = time.monotonic()
-    while time.monotonic() < began + 10:
+    while time.monotonic() < began + 5 or number < 3_000:
         number += 1
         api.configmap("demo", "busy", {"busy": f"{number}" + " " * 4096})
         if number % 50 == 0:
@@ -155,7 +156,7 @@ def test_a_thousand_configmaps_by_selector_are_one_connection(
     assert len(lists) == 2, "1,000 objects are two pages of 500"
     assert api.connections_total == 1
     assert running.resident() < 60 << 20
-    assert sorted(took)[5] < 0.5
+    in_time(sorted(took)[5], 0.5)
     for number in range(0, 1_000, 2):
         api.delete("ConfigMap", "demo", f"m{number}")
     wait_until(lambda: len(os.listdir(out / "current")) == 500, 10)
@@ -195,5 +196,5 @@ def test_services_that_roll_all_at_once(
     print(f"{services * 5} slices in {ended - began:.1f} s: {count} publications, last after "
           f"{late:.2f} s, {running.resident() / 2**20:.0f} MB")  # fmt: skip
     assert count <= 10 * (ended - began + late) + 10
-    assert late < 10
+    in_time(late, 10)
     assert running.resident() < 128 << 20

@@ -25,7 +25,6 @@ from tests.support.loader import COMMAND, ROOT, Loader
 from tests.support.long import LONG, times
 from tests.support.scenes import (
     FAULTS,
-    FLUSH,
     KINDS,
     Services,
     Trial,
@@ -88,7 +87,7 @@ def test_no_request_is_lost_without_asking_envoy(
     loader = start_loader(*scene.arguments(tmp_path), "--step-delay", f"{STEP_DELAY}s")
     scene.settle()
     fronts = [scene.front(watched=i % 2 == 0) for i in range(6)]
-    envoys = [start_envoy(each.config, args=FLUSH) for each in fronts]
+    envoys = [start_envoy(each.config) for each in fronts]
     total = loaded(scene, fronts, CHANGES // 3, stall=STEP_DELAY * 0.8)
     assert_none_failed(total, scene, loader)
     for envoy in envoys:
@@ -120,7 +119,7 @@ def test_no_request_is_lost_when_envoy_is_asked(
         one = scene.front(watched=watched)
         loader = start_loader(*scene.arguments(tmp_path), "--envoy-admin", one.admin_url)
         scene.settle()
-        envoy = start_envoy(one.config, args=FLUSH)
+        envoy = start_envoy(one.config)
         loader.wait_log(r" answers")
         total = loaded(scene, [one], CHANGES, stall=ANSWER_BOUND * 0.8)
         assert_none_failed(total, scene, loader)
@@ -186,6 +185,6 @@ def test_without_order_requests_are_lost(
         scene.settle()
         fronts = [scene.front(watched=i % 2 == 0) for i in range(6)]
         for each in fronts:
-            start_envoy(each.config, args=FLUSH)
+            start_envoy(each.config)
         total = loaded(scene, fronts, max(CHANGES // 2, 10))
     assert total.failed > 0

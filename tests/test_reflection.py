@@ -22,6 +22,7 @@ import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Request, Rule
+from tests.support.busy import in_time, within
 from tests.support.loader import Loader, wait_files, wait_until
 from tests.support.tls import Authority
 
@@ -133,52 +134,6 @@ def test_odd_but_right_answers(
     wait_text(out, "1")
 
 
-WRONG = {
-    "no JSON": k8s.Response(200, b"<html>a portal</html>", {"Content-Type": "text/html"}),
-    "JSON of something else": k8s.Response(200, b'{"kind":"APIVersions","versions":["v1"]}'),
-    "a JSON list": k8s.Response(200, b"[1, 2]"),
-    "half of it": k8s.Cut(20),
-    "more promised": k8s.WrongLength(10),
-    "no HTTP": k8s.Raw(b"SSH-2.0-OpenSSH_9\r\n"),
-    "nothing": k8s.Drop(),
-    "a reset": k8s.Drop(reset=True),
-    "invalid UTF-8": k8s.Response(200, b'{"kind":"ConfigMapList","items":[{"a":"\xff"}]}'),
-    "404 in plain text": k8s.Response(404, b"404 page not found\n", {"Content-Type": "text/plain"}),
-    "401": k8s.failure(401, "Unauthorized"),
-    "403": k8s.failure(403, "Forbidden", "configmaps is forbidden"),
-    "500": k8s.failure(500, "InternalError", "etcdserver: leader changed"),
-    "503": k8s.Response(503, b"upstream connect error"),
-    "429": k8s.failure(429, "TooManyRequests", "", {"Retry-After": "30"}),
-}
-
-
-@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_answer_ends_one_run(
-    run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    """One clear line, exit 1, soon; and nothing is published."""
-    api.fail_next("GET", fault, times=100)
-    start = time.monotonic()
-    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert time.monotonic() - start < 4
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert "envoy-xds" in done.stderr or f"127.0.0.1:{api.port}" in done.stderr
-    assert not (out / "..data").exists()
-
-
-@pytest.mark.parametrize("fault", WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_answer_only_delays_a_sidecar(
-    start_loader: StartLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    if isinstance(fault, k8s.Response) and "Retry-After" in fault.headers:
-        fault = fault._replace(headers={"Retry-After": "1"})
-    api.fail_next("GET", fault)
-    start_loader(*WATCH)
-    wait_text(out, "1")
-
-
 @pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
 def test_a_transient_refusal_is_asked_again(
     run_loader: RunLoader, api: ApiServer, out: Path, code: int
@@ -213,9 +168,8 @@ def test_a_refusal_is_not_final_for_a_sidecar(
 
 def test_an_unreachable_server_is_named(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
     api.stop()
-    start = time.monotonic()
-    done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert time.monotonic() - start < 4
+    with within(4):
+        done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
     assert done.returncode == 1
     assert f"127.0.0.1:{api.port}" in done.stderr
     assert not out.exists() or not (out / "..data").exists()
@@ -250,7 +204,8 @@ def test_polling_goes_at_its_interval(start_loader: StartLoader, api: ApiServer,
     start_loader("--configmap", "envoy-xds", "--sync-interval", "300ms")
     first = api.requests.wait_for(is_list)
     last = api.requests.wait_for(is_list, count=5)
-    assert 0.9 < last.time - first.time < 3
+    assert last.time - first.time > 0.9
+    in_time(last.time - first.time, 3)
 
 
 # -- watch
@@ -472,17 +427,6 @@ def test_no_probe_where_nothing_failed(watching: Loader, api: ApiServer, out: Pa
     assert len(api.requests) == 5
 
 
-def test_half_open_connections_are_probed_by_the_kernel(watching: Loader, api: ApiServer) -> None:
-    """A peer that vanished sends no FIN: TCP keepalive is on, for the watch above all."""
-    timers = []
-    for line in Path(f"/proc/{watching.pid}/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[2].rpartition(":")[2], 16) == api.port and fields[3] == "01":
-            timers.append(fields[5].partition(":")[0])
-    assert timers
-    assert set(timers) == {"02"}, timers
-
-
 def test_the_server_is_away_for_a_while(watching: Loader, api: ApiServer, out: Path) -> None:
     """It costs nothing but freshness."""
     api.stop()
@@ -680,7 +624,9 @@ def test_retry_after_is_honoured(start_loader: StartLoader, api: ApiServer, out:
     start_loader(*WATCH)
     first = api.requests.wait_for(is_list)
     second = api.requests.wait_for(is_list, count=2)
-    assert 1.9 <= second.time - first.time < 4
+    waited = second.time - first.time
+    assert waited >= 1.9
+    in_time(waited, 4)
     wait_text(out, "1")
 
 
@@ -688,13 +634,13 @@ def test_retry_after_is_honoured(start_loader: StartLoader, api: ApiServer, out:
 def test_an_api_server_that_fails_is_not_hammered(
     start_loader: StartLoader, api: ApiServer, code: int
 ) -> None:
-    """Backoff from 0.5 s, doubled and jittered: in 4 s these are about 4 requests."""
+    """Backoff from 0.5 s, doubled, less jitter of a half at the most."""
     api.fail_next("GET", k8s.failure(code, "Scripted"), times=1000)
     start_loader(*WATCH)
-    first = api.requests.wait_for(is_list)
-    api.requests.wait_for(is_list, count=3, timeout=10)
-    time.sleep(max(0.0, first.time + 4 - time.monotonic()))
-    assert 3 <= len(api.requests) <= 8
+    first, second, third = (api.requests.wait_for(is_list, count=n).time for n in (1, 2, 3))
+    assert second - first > 0.2
+    assert third - second > 0.4
+    assert len(api.requests) == 3
 
 
 def test_a_failed_connection_is_not_hammered_either(watching: Loader, api: ApiServer) -> None:
@@ -727,9 +673,11 @@ def test_watches_that_end_after_an_event_are_backed_off_from(
         api.fail_next("watch=", k8s.Stream([line], "clean"))
     start_loader(*WATCH)
     first = api.requests.wait_for(is_watch)
-    wait_text(out, "2", first.time + 0.25 - time.monotonic())  # less than any pause
-    last = api.requests.wait_for(is_watch, count=7, timeout=8)
-    assert 2 < last.time - first.time < 7, "half a second to a second apart"
+    api.requests.wait_for(is_watch, count=2)
+    assert int((out / "current/rds.yaml").read_text()) >= 2, "it is there before the pause is over"
+    last = api.requests.wait_for(is_watch, count=5)
+    assert last.time - first.time > 1.4
+    in_time(last.time - first.time, 4.5, "five watches, half a second to a second apart,")
 
 
 @pytest.mark.parametrize("server", ["api", "api_tls"])
@@ -876,7 +824,7 @@ def test_a_file_of_endpoints_without_slices(
     assert "10.1.1.1" in (out / "current/cds.yaml").read_text()
     slices = loader.Query(loader.ENDPOINTSLICES, "demo")
     with pytest.raises(loader.ApiError, match="no EndpointSlice") as failed:
-        loader.FileSource(str(path), "demo").list(slices, 0, print)
+        loader.FileSource(str(path), "demo").list(slices, print)
     assert failed.value.status == 404
 
 
@@ -962,11 +910,9 @@ def test_it_ends_while_nobody_accepts(start_loader: StartLoader, scheme: str, mo
             server=None,
         )  # fmt: skip
         connection, _ = deaf.accept()
-        with connection:
-            start = time.monotonic()
+        with connection, within(1):
             loader.process.send_signal(signal.SIGTERM)
             code = loader.wait(5)
-            assert time.monotonic() - start < 1
         assert "Traceback" not in loader.log
         if mode == "--watch":
             assert code == 0

@@ -177,47 +177,6 @@ def test_what_has_the_name_of_a_snapshot_is_removed_not_followed(
     assert not os.path.lexists(name)
 
 
-def odd_state(out: Path, **fields: object) -> str:
-    return json.dumps({"version": loader.__version__, **fields})
-
-
-ODD: dict[str, str | Callable[[Path], str]] = {
-    "empty": "",
-    "no JSON": "{",
-    "no object": "[1]",
-    "not UTF-8": "\udcff",
-    "deep": "[" * 100_000,
-    "deep objects": '{"acked":' * 50_000,
-    "another version": json.dumps({"version": "0", "nacked": {"rds.yaml": ["x"] * 4}}),
-    "wrong types": lambda out: odd_state(out, acked=[1], nacked=2, files="x"),
-    "wrong rows": lambda out: odd_state(
-        out, acked={"rds.yaml": 3, "../../x": "y"}, files={"rds.yaml": [1, {}], "x": 7},
-        nacked={"rds.yaml": ["1"] * 5, "a": [None] * 4 + [[None]], "../up": ["1"] * 4 + [[]]}),
-    "a kind that is none": lambda out: odd_state(out, files={"rds.yaml": ["s", "no-kind"]}),
-    "paths that leave": lambda out: odd_state(
-        out, files={"../../x": ["s", "cds"]}, acked={"../../other/a": digest(SECRET),
-                                                      "/etc/hostname": "x"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_an_odd_state_file_is_no_obstacle(
-    start_loader: StartLoader, run_loader: RunLoader, api: ApiServer, out: Path, fake: FakeEnvoy,
-    odd: str | Callable[[Path], str],
-) -> None:  # fmt: skip
-    api.configmap("demo", "envoy-xds", {"rds.yaml": "1"})
-    assert run_loader(*ONCE).returncode == 0
-    text = odd if isinstance(odd, str) else odd(out)
-    state_file(out).write_bytes(text.encode("utf-8", "surrogateescape"))
-    running = start_loader(*WATCH, "--envoy-admin", fake.url)
-    api.wait_watches(1)
-    api.configmap("demo", "envoy-xds", {"rds.yaml": "2"})
-    wait_files(out, {"rds.yaml": "2"})
-    wait_until(lambda: "nacked" in remembered(out))
-    running.stop()
-    assert "Traceback" not in running.log
-
-
 def state_fifo(out: Path, _: Path) -> None:
     state_file(out).unlink()
     os.mkfifo(state_file(out))
@@ -341,6 +300,7 @@ def test_nothing_new_from_envoy_touches_nothing_that_is_remembered(
     running = start_loader(*WATCH, "--envoy-admin", fake.url)
     wait_until(lambda: state_file(out).exists() and remembered(out).get("acked"))
     running.stop()
+    api.wait_watches(0)
     before = disk.fingerprint(out)
     with Inotify(out, out / "..state", out / "current", mask=0xFFF & ~0x31) as seen:
         running = start_loader(*WATCH, "--envoy-admin", fake.url, "--listen", "127.0.0.1:0",

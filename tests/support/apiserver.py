@@ -37,7 +37,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 from tests.support.closing import Closing
 from tests.support.ports import hold
 
@@ -310,7 +310,7 @@ class Transcript(Sequence[Request]):
     def wait_for(
         self,
         predicate: Callable[[Request], bool],
-        timeout: float = 5.0,
+        timeout: float = WAIT,
         *,
         count: int = 1,
         since: int = 0,
@@ -912,7 +912,7 @@ class ApiServer(Closing):
         with self._lock:
             return len(self._watches)
 
-    def wait_watches(self, count: int, timeout: float = 5.0) -> None:
+    def wait_watches(self, count: int, timeout: float = WAIT) -> None:
         def open_now() -> bool:
             return len(self._watches) == count
 

@@ -1,17 +1,20 @@
 """Whether others want this machine's processors too, and what a test does about it.
 
-A bound on time is for a quiet machine. Where the machine is busy, waiting goes on for longer, and
-what can only be measured on a quiet one is skipped, with a reason that the summary counts.
+What must come is waited for with patience. A bound on time is for a quiet machine: where it is
+broken on a busy one the test is skipped, with a reason that the summary counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 REASON = "the machine is busy"
-MORE = 5.0  # times as long
+MORE, MOST = 5.0, 60.0  # times as long, and as many seconds at the most
+WAIT = 30.0  # seconds for what must come, and comes in milliseconds
 
 
 def busy() -> str:
@@ -34,11 +37,11 @@ def _pressure() -> float:
 
 
 class Deadline:
-    """Over after so many seconds; on a busy machine after `MORE` times as many."""
+    """Over after so many seconds; on a busy machine after `MORE` times as many, or `MOST`."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
-        self._last = time.monotonic() + seconds * MORE
+        self._last = time.monotonic() + max(seconds, min(seconds * MORE, MOST))
 
     def left(self) -> float:
         """Seconds, for something that waits by itself until it asks again."""
@@ -57,3 +60,18 @@ def skip_if_busy(what: str) -> None:
 
     if found := busy():
         pytest.skip(f"{REASON} ({found}): {what}")
+
+
+def in_time(took: float, seconds: float, what: object = "it") -> None:
+    """Assert that something took less than so many seconds."""
+    if took >= seconds:
+        skip_if_busy(f"{what} took {took:.3f} s")
+        raise AssertionError(f"{what} took {took:.3f} s, not less than {seconds}")
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What happens here takes less."""
+    began = time.monotonic()
+    yield
+    in_time(time.monotonic() - began, seconds)

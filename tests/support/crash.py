@@ -1,11 +1,16 @@
 """Filesystem calls that fail, and processes that die in them, at a place that the test chooses.
 
-`arm` patches `os` (and `open`) in this very process: call it in a fork, or run a loader as
+`arm` patches `os` (and `open`) in this very process. Run one loader as
 
     python -I -S tests/support/crash.py PLAN ROOT python -I -S LOADER ARGUMENTS...
 
 which (a prefix to the usual command) reads its plan from the file PLAN again whenever that
-changes. Only calls on paths below ROOT count. A death is SIGKILL: nothing is tidied up.
+changes, or many, one after the other, each in a fork of a small process, as
+
+    python -I -S tests/support/crash.py LOADER
+
+which takes a `Run` in each line (JSON), and answers with its status. Only calls on paths below
+ROOT count. A death is SIGKILL: nothing is tidied up.
 """
 
 from __future__ import annotations
@@ -184,23 +189,62 @@ def arm(root: str, plan: Plan, seen: Callable[[Call], None] = lambda call: None)
     return faults
 
 
-def main(argv: list[str]) -> int:
-    plan_file, root, _, _, _, module, *arguments = argv
-    sys.path.insert(0, os.path.dirname(module))
-    import loader
+class Run(NamedTuple):
+    """One run of the loader: what goes wrong below `root`, and where log and calls are written."""
 
-    # A retry shall not cost the test half a second.
-    loader.BACKOFF_FIRST, loader.BACKOFF_LAST = 0.01, 0.05
-    trace = os.open(f"{plan_file}.calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    args: list[str]
+    root: str
+    plan: Plan
+    log: str
+    calls: str
+
+
+def recorder(place: str, flags: int) -> Callable[[Call], None]:
+    """Writes each call into a file."""
+    trace = os.open(place, os.O_WRONLY | os.O_CREAT | flags, 0o644)
     write = os.write
 
     def seen(call: Call) -> None:
         write(trace, f"{call.name}\t{call.path}\n".encode("utf-8", "surrogateescape"))
 
-    faults = arm(root, Plan(), seen)
+    return seen
+
+
+def serve() -> None:
+    """A fork for each line of stdin; its status, as Popen has it, on stdout."""
+    import loader
+
+    for line in sys.stdin:
+        args, root, plan, log, calls = json.loads(line)
+        pid = os.fork()
+        if not pid:  # it never returns
+            try:
+                number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                os.dup2(number, 1)
+                os.dup2(number, 2)
+                arm(root, Plan(*plan), recorder(calls, os.O_TRUNC))
+                os._exit(loader.main(args))
+            except BaseException as error:
+                os.write(2, f"Traceback of the fork: {error!r}\n".encode())
+                os._exit(99)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) == 2:
+        sys.path.insert(0, os.path.dirname(argv[1]))
+        serve()
+        return 0
+    plan_file, root, _, _, _, module, *arguments = argv[1:]
+    sys.path.insert(0, os.path.dirname(module))
+    import loader
+
+    # A retry shall not cost the test half a second.
+    loader.BACKOFF_FIRST, loader.BACKOFF_LAST = 0.01, 0.05
+    faults = arm(root, Plan(), recorder(f"{plan_file}.calls", os.O_APPEND))
     faults.plan_file = plan_file
     return loader.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv))

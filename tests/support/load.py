@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 from tests.support.closing import Closing
 
 _SCRIPT = """
@@ -166,7 +166,7 @@ class Poller(Closing):
         """How often each body came, in the last so many answers (0: all)."""
         return Counter(answer.body for answer in self.answers[-last:])
 
-    def wait_body(self, body: str, timeout: float = 5.0, *, after: float = 0.0) -> Answer:
+    def wait_body(self, body: str, timeout: float = WAIT, *, after: float = 0.0) -> Answer:
         """The first answer with this body (and later than `after`)."""
         found: list[Answer] = []
 

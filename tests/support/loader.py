@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tests.support.busy import Deadline
+from tests.support.busy import WAIT, Deadline
 
 ROOT = Path(__file__).resolve().parents[2]
 # The loader runs on another Python than the tests where LOADER_PYTHON names one.
@@ -37,10 +37,11 @@ def run(
     stdin: str | None = None,
     cwd: Path | None = None,
     timeout: float = 30.0,
+    prefix: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """One run to its end."""
     return subprocess.run(
-        [*COMMAND, *args],
+        [*prefix, *COMMAND, *args],
         env=environment(env),
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
@@ -54,7 +55,7 @@ def run(
 
 
 def wait_until(
-    condition: Callable[[], T], timeout: float = 5.0, message: str = "the condition"
+    condition: Callable[[], T], timeout: float = WAIT, message: str = "the condition"
 ) -> T:
     """What `condition` gives as soon as it is true-ish; asked every 2 ms."""
     deadline = Deadline(timeout)
@@ -81,7 +82,7 @@ def snapshot(output_dir: Path) -> dict[str, bytes]:
     return found
 
 
-def wait_files(output_dir: Path, files: Mapping[str, str | bytes], timeout: float = 5.0) -> None:
+def wait_files(output_dir: Path, files: Mapping[str, str | bytes], timeout: float = WAIT) -> None:
     """Until `current/` shows exactly these files."""
     wanted = {
         name: text.encode() if isinstance(text, str) else text for name, text in files.items()
@@ -155,7 +156,7 @@ class Loader:
     def count_log(self, pattern: str) -> int:
         return sum(1 for line in self.lines if re.search(pattern, line))
 
-    def wait_log(self, pattern: str, timeout: float = 5.0, *, since: int = 0) -> re.Match[str]:
+    def wait_log(self, pattern: str, timeout: float = WAIT, *, since: int = 0) -> re.Match[str]:
         """The first match in a line of the log (from line `since` on)."""
         found: list[re.Match[str]] = []
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,12 +70,18 @@ def render(
 
     The loader's image, which every release must name, is added where the values have none.
     """
-    import helm_python as helm  # the examples use this module too, and run without Helm
-
     given = dict(values or {})
     if chart == CHART:
         loader = given.get("loader", {})
         given["loader"] = {**loader, "image": {"repository": IMAGE, **loader.get("image", {})}}
+    return copy.deepcopy(_rendered(json.dumps(given), name, namespace, chart))
+
+
+@functools.lru_cache(50)
+def _rendered(values: str, name: str, namespace: str, chart: Path) -> Release:
+    import helm_python as helm  # the examples use this module too, and run without Helm
+
+    given = json.loads(values)
     with helm.Chart.load(chart) as loaded:
         loaded.validate_schema(given)
         files = loaded.render(given, name=name, namespace=namespace)
@@ -89,10 +98,19 @@ def render(
 
 def validate(obj: Object, version: str) -> None:
     """Raises when this version of Kubernetes rejects `obj`, for unknown fields as well."""
-    import kubernetes_validate
-
     if obj["kind"] not in CUSTOM:
-        kubernetes_validate.validate(obj, version, strict=True)
+        _validator()(obj, version, strict=True)
+
+
+@functools.cache
+def _validator() -> Callable[..., object]:
+    import kubernetes_validate.utils as library
+
+    # Else it reads a megabyte of schemas for each object.
+    library.schema_contents = functools.cache(library.schema_contents)
+    library.all_versions = functools.cache(library.all_versions)
+    validate: Callable[..., object] = library.validate
+    return validate
 
 
 def containers(pod: Object) -> list[Object]:

@@ -42,7 +42,6 @@ from tests.support.worlds import (
 )
 
 NAME = "envoy-xds"
-FLUSH = ("--file-flush-interval-msec", "50")  # of the log of failures
 
 
 class Scene:
@@ -264,9 +263,7 @@ class Trial:
             self.relay = Relay(self.front.admin_url)
             self.stack.callback(self.relay.close)
             self.options += ["--envoy-admin", self.relay.url]
-        self.envoy = Envoy(
-            self.front.config, home / "envoy", args=FLUSH, start=False, binary=binary
-        )
+        self.envoy = Envoy(self.front.config, home / "envoy", start=False, binary=binary)
         self.stack.callback(self.envoy.stop)
         self.loader = self.new_loader()
 

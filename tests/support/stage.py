@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.apiserver import ApiServer, Client
+from tests.support.busy import WAIT
 from tests.support.envoy import (
     Config,
     Envoy,
@@ -71,6 +72,7 @@ class Stage:
         self.stack.callback(self.envoy.stop)
         self.loader: Loader | None = None
         self.options: tuple[str, ...] = ()
+        self.prefix: Sequence[str] = ()  # words before the loader's command
 
     # -- what is served
 
@@ -138,11 +140,11 @@ class Stage:
             *("--apiserver", self.api.url, "--token-file", str(self.token)),
         )
 
-    def restart_loader(self, *, kill: bool = True, prefix: Sequence[str] = ()) -> Loader:
+    def restart_loader(self, *, kill: bool = True) -> Loader:
         """A new process with the same options."""
         if self.loader is not None:
             self.loader.kill() if kill else self.loader.stop()
-        self.loader = Loader(self.options, prefix=prefix)
+        self.loader = Loader(self.options, prefix=self.prefix)
         self.stack.callback(self.loader.kill)
         return self.loader
 
@@ -167,7 +169,7 @@ class Stage:
             return {row["path"]: row["state"] for row in rows}
         return {}
 
-    def await_acked(self, timeout: float = 10.0) -> None:
+    def await_acked(self, timeout: float = WAIT) -> None:
         """Until Envoy has ACKed every file that it reads."""
 
         def acked() -> bool:
@@ -176,7 +178,7 @@ class Stage:
 
         wait_until(acked, timeout, "everything ACKed")
 
-    def await_files(self, wanted: Mapping[str, str], timeout: float = 10.0) -> None:
+    def await_files(self, wanted: Mapping[str, str], timeout: float = WAIT) -> None:
         """Until these paths have these contents; others do not matter."""
         what = f"{sorted(wanted)} as wanted in {self.out}"
         wait_until(lambda: all(self.read(p) == text for p, text in wanted.items()), timeout, what)
@@ -204,7 +206,7 @@ class Stage:
         """What answers at `/`, at `/e` and at the listener of its own."""
         return self.get("/"), self.get("/e"), self.get("/", self.extra_port)
 
-    def await_served(self, *wanted: str, timeout: float = 5.0) -> None:
+    def await_served(self, *wanted: str, timeout: float = WAIT) -> None:
         def seen() -> bool:
             with contextlib.suppress(OSError):
                 return self.served() == wanted
