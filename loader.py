@@ -47,6 +47,7 @@ import stat
 import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -3978,6 +3979,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
 # ---------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------
+#
+# One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
+# ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
 # Debounce: an event of a quiet time is published at once. One that comes within QUIET of the last
 # publication may belong to a burst, which is gathered until nothing came for QUIET, for GATHER at
@@ -3988,17 +3992,23 @@ STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is publ
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
+# Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
+SILENT, MET, BLIND = "silent", "met", "blind"
+LINKS = {"connected": SILENT, "silent": SILENT, "meet": MET, "look": MET, "blind": BLIND,
+         "end": "", "closed": ""}  # by what Admin found
+STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
-class Wake(NamedTuple):
-    """What wakes the main thread: why, when (monotonic), and the news."""
-
-    what: str
-    at: float
-    news: object = None
+DISK_HINTS: Mapping[int | None, str] = {
+    errno.EACCES: "run init container, loader and Envoy as one user",
+    errno.EPERM: "run init container, loader and Envoy as one user",
+    errno.EROFS: "mount a writable volume there",
+    errno.ENOSPC: "make room: a snapshot needs what its changed files need",
+    errno.EMFILE: "raise the limit of open files",
+}
 
 
 class Wakes:
-    """A queue for the main thread, and a wait on it that a signal ends.
+    """The news for the main thread, and a wait for them that a signal ends.
 
     A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
     sets a flag that nobody looks at. To the pipe the interpreter itself writes
@@ -4006,35 +4016,227 @@ class Wakes:
     """
 
     def __init__(self) -> None:
-        self._wakes: deque[Wake] = deque()
+        self._news: deque[tuple[str, Any]] = deque()
         self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def put(self, what: str, at: float = 0.0, news: object = None) -> None:
-        """Add a wake, from any thread."""
-        self._wakes.append(Wake(what, at or time.monotonic(), news))
-        try:
+    def put(self, what: str, news: object = None) -> None:
+        """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
+        self._news.append((what, time.monotonic() if news is None else news))
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
-        except BlockingIOError:
-            pass  # a full pipe wakes as well
 
-    def get(self, seconds: float) -> Wake | None:
-        """The next wake, waiting up to so many seconds; None where none came."""
+    def take(self, seconds: float) -> list[tuple[str, Any]]:
+        """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
-        while not self._wakes:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([self._read], [], [], left)[0]:
-                return None
-            os.read(self._read, 4096)  # there may be more bytes than wakes
-        return self._wakes.popleft()
+        while not self._news and (left := until - time.monotonic()) > 0:
+            if select.select([self._read], [], [], left)[0]:
+                os.read(self._read, 4096)  # there may be more bytes than news
+        return [self._news.popleft() for _ in range(len(self._news))]
 
 
 class Asked(NamedTuple):
     """The publication that Envoy is asked about; the next one waits for its end."""
 
-    moved: tuple[str, ...]
-    fields: Mapping[str, object]  # of its line in the log
+    moved: tuple[str, ...]  # xDS files
+    fields: Mapping[str, object] | None  # of its line in the log
     at: float
     until: float  # when it ends whatever Envoy did
+
+
+class Asking:
+    """What Envoy makes of the publications (`known`), and when the next step may follow them."""
+
+    def __init__(self, output: Output, step_delay: float | None) -> None:
+        self.known = Known()
+        self.link = ""  # SILENT, MET or BLIND; "": there is nobody to ask
+        self.asked: Asked | None = None
+        self.waits_since = 0.0  # of a step whose time has not come
+        self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
+        self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self.notes: list[str] = []
+        self.unsaved = False  # there is something that a restart is to know
+        self.admin: Admin | None = None
+        self._output, self._step_delay, self._look = output, step_delay, Look()
+        self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
+        self._asked_at, self._look_pause = 0.0, LOOK_FIRST
+        self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
+        self._started = False
+
+    def start(self, url: str, wake: Callable[[str, object], None]) -> None:
+        """Ask Envoy from now on; first for its counts of now, before anything moves."""
+        self.admin = Admin(url, wake)
+        self.admin.start()
+        if self._output.published:
+            self._await(ANSWER_BOUND)
+
+    @property
+    def started(self) -> bool:
+        """Whether Envoy has ACKed what it needs to serve, as far as it can be asked."""
+        return self.admin is None or self._started or self.link == BLIND
+
+    def opens_at(self, step: str) -> float:
+        """When a step may be published (monotonic).
+
+        References and removals wait until what went out before them is judged by Envoy, and no
+        cluster warms. Where Envoy is not asked or does not tell, a pause stands for it.
+        """
+        now = time.monotonic()
+        if step not in WAITING_STEPS:
+            return now
+        since = self.waits_since = self.waits_since or now
+        delay = STEP_DELAY if self._step_delay is None else self._step_delay
+        pause = min(self._moved_at[step] + delay, since + STEP_DELAYS * delay)
+        if self.link not in (MET, SILENT):
+            return pause
+        if self._look.warming and now < since + WARM_BOUND:
+            self.look_at = self.look_at or now
+            return since + WARM_BOUND
+        if unjudged(self.known, self._output.published, step):
+            return max(pause, self._silent_until)
+        return now if self._step_delay is None else pause
+
+    # -- a publication --------------------------------------------------------------------------
+
+    def moved(self, before: Files, after: Files, desired: Files, again: Sequence[str]) -> None:
+        """Files moved, some of them `again`."""
+        known, now = self.known, time.monotonic()
+        kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
+                 if is_awaited(known, path)}
+        if kinds & CHILD_KINDS:
+            self._moved_at[REFERENCES] = now
+        if kinds - {""}:
+            self._moved_at[REMOVALS] = now
+        self.known = after_publication(known, before, after, desired, again)
+
+    def ask_about(self, moved: Iterable[str], fields: Mapping[str, object]) -> None:
+        """Ask what became of a publication; its line in the log comes with the answer."""
+        if self.link == MET or time.monotonic() < self._silent_until:
+            files = self._output.published
+            self._await(ASK_BOUND[self.link == MET],
+                        tuple(path for path in moved if files[path].kind), fields)
+            self._ask()
+        else:
+            log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
+
+    def _await(self, bound: float, moved: tuple[str, ...] = (),
+               fields: Mapping[str, object] | None = None) -> None:
+        now = time.monotonic()
+        self.asked = Asked(moved, fields, now, now + bound)
+
+    def _ask(self) -> None:
+        assert self.admin is not None
+        self.look_at, self._asked_at = 0.0, time.monotonic()
+        self.admin.ask()
+
+    def turn(self) -> None:
+        """Look at Envoy if it is time; go on without its answer if it is late."""
+        now = time.monotonic()
+        if self.look_at and now >= self.look_at:
+            self._ask()
+        if self.asked is None or now < self.asked.until:
+            return
+        if self.link == MET and self.asked.moved:
+            known, late = after_bound(self.known, self._output.published, self.asked.moved)
+            if late and not self._look.hidden:
+                self.known = known
+                log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
+                            "name this path?", shortened(late))
+        self.end()
+
+    def end(self, *, told: bool = False) -> None:
+        """The line of the publication that was asked about, when Envoy told all or nobody waits."""
+        asked, self.asked = self.asked, None
+        self._look_pause = LOOK_FIRST
+        if asked is None or not asked.fields:
+            return
+        took, states = time.monotonic() - asked.at, self.known.states
+        found = {states.get(path, UNKNOWN) for path in asked.moved}
+        if told:
+            metrics.observe("xds_loader_ack_duration_seconds", took)
+        all_read = told and ACKED in found and found <= {ACKED, UNREAD}
+        ack = "no" if NACKED in found else "yes" if all_read else "unknown"
+        unread = [path for path in asked.moved if states.get(path) == UNREAD]
+        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+                 **({"unread": shortened(unread)} if unread else {}))
+
+    # -- what Envoy does --------------------------------------------------------------------------
+
+    def take(self, what: str, news: Any) -> None:
+        """Take in what Admin found."""
+        now, before, self.link = time.monotonic(), self.link, LINKS[what]
+        silent_until = self._silent_until or now + SILENT_BOUND
+        self._silent_until = silent_until if self.link == SILENT else 0.0
+        if what == "connected":
+            self.known = self.known._replace(back_at=now)
+        elif what == "silent":
+            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.look_at = now + LOOK_LAST
+        elif what == "meet":
+            self.known = after_meeting(self.known, self.known.back_at)
+            self._started, self._look_pause = False, LOOK_FIRST
+            if self.asked is None:
+                self._await(ANSWER_BOUND)
+        elif what == "look":
+            log.recovered("envoy", "Envoy answers")
+            self.look_at = 0.0
+            self._take_look(news, now)
+        else:
+            log.outage("envoy", f"Envoy is not asked: {news}")
+            self.look_at = 0.0
+            if what == "end" and before in (MET, SILENT):
+                self._started = False
+                self.known, blamed = after_end(self.known, self._output.published, now)
+                self._tell_nacks(blamed)
+            self.end()
+
+    def _take_look(self, look: Look, now: float) -> None:
+        """What Envoy made of the published files."""
+        files, ignored = self._output.published, look.unknown_fields - self._look.unknown_fields
+        if ignored > 0 and self.asked is not None and self.asked.moved:
+            log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
+                        shortened(self.asked.moved))
+        self._look = look
+        self.known, outcome = after_look(self.known, files, look)
+        self._tell_nacks(outcome.nacks)
+        self.unsaved = self.unsaved or bool(outcome.acks)
+        self.mixed += outcome.mixed
+        if not outcome.pending:
+            self.notes = [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays unknown: "
+                          f"{look.hidden}"] if outcome.hidden else []
+        states = self.known.states
+        if look.live and files and not self._started:
+            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+                                for path, file in files.items() if file.kind in STARTING_KINDS)
+        waiting = bool(outcome.pending or outcome.mixed or not look.live)
+        if self.asked is not None and (outcome.nacks or not waiting):
+            self.end(told=True)  # a rollback does not wait for the other files
+        unknown = any(file.kind and path not in states for path, file in files.items())
+        if waiting or unknown or look.warming or not self._started:
+            self._plan_look(now)
+        else:
+            self._look_pause = LOOK_FIRST
+
+    def _plan_look(self, now: float) -> None:
+        """Look again: soon while something waits, ever more seldom while all it can do is to
+        become known."""
+        soon = self.asked is not None or self.waits_since
+        last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
+        self._look_pause = min(self._look_pause * 1.5, last)
+        # A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms: leave it as much room.
+        took = min(now - self._asked_at, LOOK_LAST)  # or it was asked when Envoy was met
+        self.look_at = now + max(self._look_pause, took)
+
+    def _tell_nacks(self, paths: Iterable[str]) -> None:
+        """One line and one count for each file that Envoy rejected."""
+        files = self._output.published
+        for path in sorted(paths):
+            self.unsaved = True
+            back = path in self.known.acked and not same_file(self.known.acked[path], files[path])
+            metrics.add("xds_loader_nacks_total", (files[path].kind,))
+            log.error("Envoy NACKed %s (%s): %s; %s", path, files[path].kind,
+                      self.known.nacks[path].reason,
+                      "rolled back to its last ACKed bytes" if back else "it stays, for there are "
+                      "no other ACKed bytes", source=files[path].source)
 
 
 class Loop:
@@ -4045,73 +4247,54 @@ class Loop:
         self.wakes = Wakes()
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
-        self.known = Known()
+        self.asking = Asking(self.output, options.step_delay)
+        self.check = Check(options.check_cmd, self.output, self.wakes.put)
         self.stopping = False
-        self._once = options.mode == "once"
-        self._pause = STEP_DELAY if options.step_delay is None else options.step_delay
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
-        self._retry_at, self._failures = 0.0, 0  # of the disk
-        self._check_at = 0.0
-        # publications
-        self._event_at = self._newest = self._published_at = 0.0
-        self._switched_at = 0.0  # Unix time
-        self._moved_at = {REFERENCES: time.monotonic(), REMOVALS: time.monotonic()}
-        self._waits_since = 0.0  # of a step whose time has not come
-        self._step_at = 0.0
-        # --check-cmd
-        self._accepted: Files | None = None
-        self._check: tuple[str, str | None] = ("", "")  # version, and why not; None: it still runs
-        self._check_stop = threading.Event()
-        # Envoy
-        self._admin: Admin | None = None
-        self._link = ""  # "", "end", "silent", "meet", "blind"
-        self._asked: Asked | None = None
-        self._look_at, self._look_from, self._look_pause = 0.0, 0.0, LOOK_FIRST
-        self._silent_since = 0.0
-        self._look = Look()
-        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
-        self._unsaved = False  # something that a restart is to know
-        self._started = False
+        self._event_at = time.monotonic()  # of the first event that is not composed
+        self._published_at = 0.0  # monotonic; 0: nothing yet
+        self._switched_at = 0.0  # Unix time of the snapshot
+        self._step_at = 0.0  # when the step that waits may be published
+        self._check_at = 0.0  # when the files on disk are checked
+        self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
-        threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
+        threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
 
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
         deadline = time.monotonic() + self.options.timeout
-        self._event_at = time.monotonic()
+        once = self.options.mode == "once"
         try:
-            self._open(deadline)
-            done = False
-            while not self.stopping and not done:
+            self._open(deadline if once else None)
+            if once:
+                self._publish_once(deadline)
+            while not self.stopping and not once:
                 self._turn()
-                done = self._once and self._finished(deadline) and self._is_published()
                 self._report()
-                if not done:
-                    self._await(self._wait_until(deadline) if self._once else self._check_at)
+                self._await(self._next_at())
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
-            self._check_stop.set()
-        self._end_asking("ended before")
-        if self._once and not done:
-            raise LoaderError("ended by a signal before there was a snapshot to publish")
+            self.check.stop()
+        self.asking.end()
         return 0
 
-    def _open(self, deadline: float) -> None:
+    def _open(self, deadline: float | None) -> None:
+        """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, lambda number, _: self._signalled(number))
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
-        options = self.options
-        if options.listen and not self._once:
-            self._listener = Listener(*options.listen, metrics)
+        if self.options.listen:
+            host, port = self.options.listen
+            self._listener = Listener(host, port, metrics)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
-            if self._once and time.monotonic() >= deadline:
+            if deadline is not None and time.monotonic() >= deadline:
                 raise LoaderError(text)
             log.outage("lock", f"{text}; waiting for its end")
             self._report()
@@ -4122,224 +4305,116 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self.known = known_from(self.output)
         self._switched_at = self.output.switched_at()
+        self._check_at = time.monotonic() + self.options.sync_interval
+        self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
-        self._check_at = time.monotonic() + options.sync_interval
-        if options.envoy_admin and not self._once:
-            self._admin = Admin(options.envoy_admin,
-                                lambda what, news: self.wakes.put(what, news=news))
-            self._admin.start()
-            if self.output.published:  # Envoy's counts of now, before anything moves
-                self._asked = Asked((), {}, time.monotonic(), time.monotonic() + ANSWER_BOUND)
+        if self.options.envoy_admin:
+            self.asking.start(self.options.envoy_admin, self.wakes.put)
 
-    def _signalled(self, number: int) -> None:
-        self.stopping = self.stopping or number != signal.SIGHUP
-        self.wakes.put("signal", news=number)
+    def _publish_once(self, deadline: float) -> None:
+        """--onetime: when the sources are complete, publish step by step."""
+        while True:
+            self.composed(deadline)
+            if self.check.refusal:
+                self.output.prune()
+                raise LoaderError(self.check.refusal)
+            while self._advance():
+                pass
+            if not self._step_at and not self.check.running:
+                return
+            self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
+
+    def composed(self, deadline: float) -> Wanted:
+        """The complete files of a one-time run; LoaderError where there will be none."""
+        waits = self.options.timeout > 0
+        while not self.stopping:
+            wanted = self._compose()
+            if wanted.complete:
+                return wanted
+            late = time.monotonic() >= deadline
+            if wanted.failed or (late and (wanted.missing or waits)):
+                raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
+            # Without --timeout each request has bounds of its own.
+            self._await(deadline if waits else time.monotonic() + 60.0)
+            self._wanted = None  # a request may have failed
+        raise LoaderError("ended by a signal before there was a snapshot to publish")
 
     # -- waiting ------------------------------------------------------------------------------
 
+    def _signalled(self, number: int) -> None:
+        self.stopping = self.stopping or number != signal.SIGHUP
+        self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
+
+    def _next_at(self) -> float:
+        """When the loop turns if nothing happens."""
+        asked = self.asking.asked
+        times = (self.asking.look_at, asked.until if asked else self._step_at,
+                 self._retry_at or self._check_at)
+        return min(each for each in times if each)
+
     def _await(self, until: float) -> None:
         """Sleep until something happens; afterwards everything that happened is taken in."""
-        times = [self._look_at, self._asked.until if self._asked else self._step_at]
-        times.append(self._retry_at or until)
-        self._newest = 0.0
-        self._take_all(min(each for each in times if each) - time.monotonic())
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
-            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
-            while time.monotonic() < end and self._take_all(DEBOUNCE_QUIET):
-                pass
+        news = self.wakes.take(until - time.monotonic())
+        self._take(news)
+        burst = self._published_at + DEBOUNCE_QUIET
+        if any(what == "objects" and at < burst for what, at in news):
+            end = time.monotonic() + DEBOUNCE_GATHER
+            while time.monotonic() < end and (news := self.wakes.take(DEBOUNCE_QUIET)):
+                self._take(news)
 
-    def _take_all(self, seconds: float) -> bool:
-        """Take in whatever happens within so many seconds, and all else that is there by then."""
-        first = wake = self.wakes.get(0.0 if self.stopping else seconds)
-        while wake is not None:
-            self._take(wake)
-            wake = self.wakes.get(0.0)
-        return first is not None
-
-    def _take(self, wake: Wake) -> None:
+    def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
         """Take in what happened; nothing is published here."""
-        match wake.what:
-            case "defect":
-                assert isinstance(wake.news, BaseException)
-                raise wake.news
-            case "objects":
-                self._newest = wake.at
-                if self._wanted is not None:
-                    self._event_at = wake.at
-                self._wanted = None
-            case "trouble" if self._once:
-                self._wanted = None  # it has failed
-            case "signal" if wake.news == signal.SIGHUP:
-                log.info("SIGHUP: checking and publishing now")
-                self.sources.refresh()
-                self._retry_at = min(self._retry_at, time.monotonic())
-                self._check_at = time.monotonic()
-            case "look":
-                assert isinstance(wake.news, Look)
-                self._take_look(wake.news)
-            case "warning":
-                log.warning("%s", wake.news)
-            case "connected" | "meet" | "end" | "closed" | "silent" | "blind":
-                self._take_link(wake.what, str(wake.news or ""))
+        for what, news in everything:
+            match what:
+                case "defect":
+                    raise news
+                case "objects":
+                    self._event_at = self._event_at if self._wanted is None else news
+                    self._wanted = None
+                case "refresh":
+                    log.info("SIGHUP: checking and publishing now")
+                    self.sources.refresh()
+                    self._check_at = time.monotonic()
+                    self._retry_at = min(self._retry_at, self._check_at)
+                case "checked":
+                    self.check.end(news)
+                case "warning":
+                    log.warning("%s", news)
+                case _ if what in LINKS:
+                    self.asking.take(what, news)
 
     # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """One decision: what is wanted, and the next snapshots on the way there."""
+        """What is due now, and the next snapshots on the way to what is wanted."""
+        self.asking.turn()
         now = time.monotonic()
-        if self._look_at and now >= self._look_at:
-            self._ask()
-        if self._asked is not None and now >= self._asked.until:
-            self._give_up()
         if self._retry_at > now:
             return
         try:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            if not self._once and now >= self._check_at:
+            if now >= self._check_at:
                 self._check_disk()
-            if self._mixed:
-                self.output.notify_again(self._mixed)
-                self._mixed = ()
-            if self._unsaved:
+            if self.asking.mixed:
+                self.output.notify_again(self.asking.mixed)
+                self.asking.mixed = ()
+            if self.asking.unsaved:
                 self._remember()
-            while self._asked is None and not self.stopping and self._advance():
+            while self.asking.asked is None and not self.stopping and self._advance():
                 pass
-            self._failures = 0
+            self._backoff = BACKOFF_FIRST
         except OSError as error:
-            if self._once:
-                raise
-            delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
-            self._failures += 1
-            self._retry_at = time.monotonic() + delay
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(delay, 1))
+            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self._retry_at = time.monotonic() + self._backoff
+            self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
     def _disk_trouble(self, error: OSError) -> str:
-        one_user = "run init container, loader and Envoy as one user"
-        hint = {
-            errno.EACCES: one_user,
-            errno.EPERM: one_user,
-            errno.EROFS: "mount a writable volume there",
-            errno.ENOSPC: "make room: a snapshot needs what its changed files need",
-            errno.EMFILE: "raise the limit of open files",
-        }.get(error.errno or 0, "the last snapshot goes on serving")
+        hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
         return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
-
-    def _advance(self) -> bool:
-        """Publish the next snapshot if its time has come; whether there may be another one."""
-        published, self._step_at = self.output.published, 0.0
-        step = rollback(published, self.known.acked, self.known.nacks)
-        if step is not None:
-            self._publish(step, step.files)
-            return True
-        found = self._desired(published)
-        if found is None:
-            return False
-        checked, desired = found
-        step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
-        again = to_retry(self.known, published) if step is None else []
-        if again:
-            step = Step(published, REFERENCES)
-        if step is None:
-            self._waits_since = 0.0
-            return False
-        now = time.monotonic()
-        if step.name in WAITING_STEPS:
-            self._waits_since = self._waits_since or now
-            self._step_at = self._opens_at(step, now)
-            if self._step_at > now:
-                return False
-            self._waits_since = 0.0
-        self._publish(step, checked, again)
-        return True
-
-    def _desired(self, published: Files) -> tuple[Files, Files] | None:
-        """What is desired, and what of it is allowed after NACKs; None where it is not known."""
-        if self._wanted is None:
-            self._wanted = self.sources.compose(published)
-        if not self._wanted.complete:
-            return None
-        files, unfit = self.output.fitting(self._wanted.files)
-        self._note("unfit", unfit)
-        files = with_needed(files, published, functools.partial(is_read, self.known))
-        self._note("gone", [f"{path}: its source is gone; its last bytes stay, for Envoy or "
-                            "another file needs it" for path in files
-                            if path not in self._wanted.files])
-        checked = self._checked(files, published)
-        if checked is None:
-            return None
-        self.known = retried(self.known, checked, published)
-        desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
-        self._note("nacked", notes)
-        return checked, desired
-
-    def _opens_at(self, step: Step, now: float) -> float:
-        """When references or removals may be published (monotonic).
-
-        What went out before them is judged by Envoy, and no cluster warms. Where Envoy is not
-        asked or does not tell, a pause since then stands for it.
-        """
-        pause = min(self._moved_at[step.name] + self._pause,
-                    self._waits_since + STEP_DELAYS * self._pause)
-        if self._link not in ("meet", "silent"):
-            return pause
-        if self._look.warming and now < self._waits_since + WARM_BOUND:
-            self._look_at = self._look_at or now
-            return self._waits_since + WARM_BOUND
-        if not unjudged(self.known, self.output.published, step.name):
-            return pause if self.options.step_delay is not None else now
-        if self._silent_since:
-            return max(pause, self._silent_since + SILENT_BOUND)
-        return pause
-
-    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
-        """Publish one snapshot, ask Envoy about it, then tidy up."""
-        before, files = self.output.published, step.files
-        moved = [*moved_paths(before, files), *again]
-        awaited = {files[path].kind for path in moved
-                   if is_awaited(self.known, path)}
-        try:
-            self.output.keep_acked(self.known.acked, files)
-            paths = self.output.publish(files, again)
-        finally:
-            if self.output.published is not before or again:
-                self.known = after_publication(self.known, before, files, desired, again)
-        now, self._switched_at = time.monotonic(), time.time()
-        took, self._published_at = now - self._event_at, now
-        if awaited & CHILD_KINDS:
-            self._moved_at[REFERENCES] = now
-        if awaited - {""}:
-            self._moved_at[REMOVALS] = now
-        metrics.add("xds_loader_publications_total", (step.name,))
-        metrics.add("xds_loader_published_files_total", by=len(paths))
-        metrics.observe("xds_loader_publication_duration_seconds", took)
-        origins = {each[path].source for path in paths for each in (files, before) if path in each}
-        fields = {
-            "version": self.output.snapshot[2:], "step": step.name, "files": len(paths),
-            "changed": shortened(paths), "source": shortened(sorted(origins)),
-            "duration_ms": round(took * 1000, 1),
-        }
-        silent = bool(self._silent_since)
-        if self._link == "meet" or (silent and now < self._silent_since + SILENT_BOUND):
-            patience = ASK_BOUND[not silent]
-            self._asked = Asked(tuple(moved), fields, now, now + patience)
-            self._ask()
-        else:
-            log.info("published", **fields, **({"ack": "unknown"} if self._admin else {}))
-        log.recovered("disk", f"{self.output.root} can be written again")
-        self._remember()
-        self.output.prune()
-
-    def _remember(self) -> None:
-        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self._unsaved = True
-        self.output.keep_acked(self.known.acked, self.output.published)
-        self.output.remember(state_of(self.known))
-        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -4349,257 +4424,147 @@ class Loop:
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
 
-    # -- ACK and NACK -------------------------------------------------------------------------
+    def _advance(self) -> bool:
+        """Publish the next snapshot if its time has come; whether there may be another one."""
+        published, asking, self._step_at = self.output.published, self.asking, 0.0
+        back = rollback(published, asking.known.acked, asking.known.nacks)
+        if back is not None:
+            self._publish(back, back.files)
+            return True
+        wanted = self._checked()
+        if wanted is None:
+            return False
+        asking.known = retried(asking.known, wanted, published)
+        desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
+        self.note("nacked", [*notes, *asking.notes])
+        step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        again = to_retry(asking.known, published) if step is None else []
+        if again:
+            step = Step(published, REFERENCES)
+        if step is None:
+            asking.waits_since = 0.0
+            at_start = not self._published_at and self.options.mode != "once"
+            if at_start and self._wanted and same_files(published, self._wanted.files):
+                self._published_at = time.monotonic()
+                log.info("up to date", version=self.output.snapshot[2:])
+            return False
+        opens_at = asking.opens_at(step.name)
+        if opens_at > time.monotonic():
+            self._step_at = opens_at
+            return False
+        self._publish(step, wanted, again)
+        return True
 
-    def _ask(self) -> None:
-        assert self._admin is not None
-        self._look_at, self._look_from = 0.0, time.monotonic()
-        self._admin.ask()
+    def _compose(self) -> Wanted:
+        """What the sources ask for now."""
+        if self._wanted is None:
+            self._wanted = self.sources.compose(self.output.published)
+        waits = self.options.timeout or self.options.mode != "once"  # else it is an error
+        missing = self._wanted.missing if waits else ()
+        self.note("sources", [*self._wanted.notes,
+                              *(f"waiting for {source}: it does not exist" for source in missing)])
+        return self._wanted
 
-    def _take_link(self, what: str, news: str) -> None:
-        """Envoy is there, gone, there and silent, or not to be understood."""
-        now, before = time.monotonic(), self._link
-        if what == "connected":
-            self.known = self.known._replace(back_at=now)
-            self._link, self._silent_since = "silent", self._silent_since or now
-            return
-        self._link = what
-        if what == "silent":
-            self._silent_since = self._silent_since or now
-            log.outage("envoy", f"Envoy does not answer: {news}")
-            self._look_at = now + LOOK_LAST
-            return
-        self._silent_since = 0.0
-        if what == "meet":
-            self.known = after_meeting(self.known, self.known.back_at or now)
-            self._started, self._look_pause = False, LOOK_FIRST
-            self._asked = self._asked or Asked((), {}, now, now + ANSWER_BOUND)
-            return
-        log.outage("envoy", f"Envoy is not asked: {news}")
-        self._look_at = 0.0
-        if what == "end" and before in ("meet", "silent"):
-            self._started = False
-            self.known, blamed = after_end(self.known, self.output.published, now)
-            self._tell_nacks(blamed)
-            self._unsaved = True
-        self._end_asking("unknown")
+    def _checked(self) -> Files | None:
+        """What is to be published unless Envoy NACKed it; None where that is not known."""
+        wanted, published = self._compose(), self.output.published
+        if not wanted.complete:
+            return None
+        files, unfit = self.output.fitting(wanted.files)
+        files = with_needed(files, published, functools.partial(is_read, self.asking.known))
+        self.note("files", [
+            *unfit,
+            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
+              for path in files if path not in wanted.files),
+            *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+              for path in self.output.foreign if path not in files),
+        ])
+        return self.check.passed(files)
 
-    def _take_look(self, look: Look) -> None:
-        """Envoy answered: what it made of the published files."""
-        now, files = time.monotonic(), self.output.published
-        self._link, self._silent_since = "meet", 0.0
-        log.recovered("envoy", "Envoy answers")
-        ignored = look.unknown_fields - self._look.unknown_fields
-        if ignored > 0 and self._asked is not None and self._asked.moved:
-            log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
-                        shortened(self._asked.moved))
-        self._look = look
-        self.known, outcome = after_look(self.known, files, look)
-        self._tell_nacks(outcome.nacks)
-        self._mixed += outcome.mixed
-        self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
-                              f"unknown: {look.hidden}"] if outcome.hidden else [])
-        if look.live and files and not self._started:
-            self._started = all(
-                self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
-                for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self._asked is not None and (outcome.nacks or not waiting):
-            self._end_asking("")  # a rollback does not wait for the other files
-        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
-        self._plan_look(now, waiting)
+    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
+        """Publish one snapshot, have Envoy asked about it, then tidy up."""
+        before, files = self.output.published, step.files
+        if step.name in WAITING_STEPS:
+            self.asking.waits_since = 0.0
+        try:
+            self.output.keep_acked(self.asking.known.acked, files)
+            paths = self.output.publish(files, again)
+        finally:  # whatever failed, Envoy may have read what was switched to
+            if self.output.published is not before or again:
+                self.asking.moved(before, files, desired, again)
+        self._published_at, self._switched_at = time.monotonic(), time.time()
+        took = self._published_at - self._event_at
+        metrics.add("xds_loader_publications_total", (step.name,))
+        metrics.add("xds_loader_published_files_total", by=len(paths))
+        metrics.observe("xds_loader_publication_duration_seconds", took)
+        origins = {each[path].source for path in paths for each in (files, before) if path in each}
+        self.asking.ask_about([path for path in paths if path in files], {
+            "version": self.output.snapshot[2:], "step": step.name, "files": len(paths),
+            "changed": shortened(paths), "source": shortened(sorted(origins)),
+            "duration_ms": round(took * 1000, 1),
+        })
+        log.recovered("disk", f"{self.output.root} can be written again")
+        self._remember()
+        self.output.prune()
 
-    def _plan_look(self, now: float, waiting: bool) -> None:
-        """When to look again: soon while something waits, ever more seldom while all it can do is
-        to become known, and else never."""
-        unknown = any(file.kind and path not in self.known.states
-                      for path, file in self.output.published.items())
-        if not (waiting or unknown or self._look.warming or not self._started):
-            self._look_at, self._look_pause = 0.0, LOOK_FIRST
-            return
-        soon = self._asked is not None or self._waits_since
-        last = LOOK_LAST if soon else 1.0 if not self._started else LOOK_IDLE
-        self._look_pause = min(self._look_pause * 1.5, last)
-        # A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms: leave it as much room.
-        took = min(now - self._look_from, LOOK_LAST)  # or it was asked when Envoy was met
-        self._look_at = now + max(self._look_pause, took)
-
-    def _give_up(self) -> None:
-        """Envoy did not attempt everything in time: that stays unknown, and the loop goes on."""
-        assert self._asked is not None
-        if self._link == "meet" and not self._silent_since and self._asked.moved:
-            known, late = after_bound(self.known, self.output.published, self._asked.moved)
-            if late and not self._look.hidden:
-                self.known = known
-                log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
-                            "name this path?", shortened(late))
-        self._end_asking("unknown")
-
-    def _end_asking(self, ack: str) -> None:
-        """The line of the publication that was asked about."""
-        asked, self._asked = self._asked, None
-        self._look_pause = LOOK_FIRST
-        if asked is None or not asked.fields:
-            return
-        took = time.monotonic() - asked.at
-        states = {self.known.states.get(path, UNKNOWN) for path in asked.moved
-                  if path in self.output.published and self.output.published[path].kind}
-        if not ack:
-            metrics.observe("xds_loader_ack_duration_seconds", took)
-            ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
-        ack = "no" if NACKED in states else ack
-        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
-                 **({"unread": shortened(unread)} if unread else {}))
-
-    def _tell_nacks(self, paths: Iterable[str]) -> None:
-        """One line and one count for each file that Envoy rejected."""
-        files = self.output.published
-        for path in sorted(paths):
-            back = path in self.known.acked and not same_file(self.known.acked[path], files[path])
-            metrics.add("xds_loader_nacks_total", (files[path].kind,))
-            log.error("Envoy NACKed %s (%s): %s; %s", path, files[path].kind,
-                      self.known.nacks[path].reason,
-                      "rolled back to its last ACKed bytes" if back else "it stays, for there are "
-                      "no other ACKed bytes", source=files[path].source)
-
-    # -- --check-cmd ----------------------------------------------------------------------------
-
-    def _checked(self, desired: Files, published: Files) -> Files | None:
-        """What --check-cmd lets pass: all, or what it accepted last with endpoints and secrets of
-        now. The command runs beside the loop, once for each version."""
-        command = self.options.check_cmd
-        if not command:
-            return desired
-        base = published if self._accepted is None else self._accepted
-        fresh = {path: file for path, file in desired.items()
-                 if path in base and file.kind in ("eds", "sds")}
-        version, (checked, refusal) = version_of(desired), self._check
-        if same_files({**base, **fresh}, desired) or (checked == version and refusal == ""):
-            self._accepted = desired
-            return desired
-        if checked != version and refusal is not None:
-            self._check = (version, None)
-            self.output.staged = self.output.stage(desired)
-            place = f"{self.output.root}/{self.output.staged}"
-            threading.Thread(target=self._run_check, args=(command, place, version),
-                             name="check", daemon=True).start()
-        elif checked == version and refusal:
-            self.output.prune()  # what was staged for the check
-            if self._once:
-                raise LoaderError(refusal)
-        return {**base, **fresh} if base else None
-
-    def _run_check(self, command: Sequence[str], place: str, version: str) -> None:
-        refusal = run_check(command, place, self._check_stop)
-        self._check = (version, refusal)
-        if refusal:
-            metrics.add("xds_loader_errors_total", ("check",))
-            log.error("%s; the last snapshot stays published", refusal, version=version)
-        self.output.staged = ""
-        self.wakes.put("checked")
+    def _remember(self) -> None:
+        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self.asking.unsaved = True
+        self.output.keep_acked(self.asking.known.acked, self.output.published)
+        self.output.remember(state_of(self.asking.known))
+        self.asking.unsaved = False
 
     # -- words --------------------------------------------------------------------------------
 
-    def _note(self, topic: str, notes: Iterable[str]) -> None:
-        """Warn once of each thing, for as long as it lasts."""
-        lasting = frozenset(notes)
-        for note in sorted(lasting - self._noted.get(topic, frozenset())):
+    def note(self, topic: str, notes: Iterable[str]) -> None:
+        """Warn once of each thing for as long as it lasts; a line when it is over."""
+        lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
+        for note in sorted(lasting - before):
             log.warning("%s", note)
+        for note in sorted(before - lasting):
+            log.info("warning over: %s", note.partition(": ")[0])
         self._noted[topic] = lasting
 
     def _report(self) -> None:
-        """Put what is known now before whoever asks over HTTP, and name what is wrong."""
-        wanted, files, known = self._wanted, self.output.published, self.known
-        if wanted is not None:
-            waiting = [f"waiting for {source}: it does not exist" for source in wanted.missing]
-            quiet = self._once and not self.options.timeout  # the error that ends it says so
-            self._note("sources", [*wanted.notes, *([] if quiet else waiting)])
-            if wanted.complete:
-                self._note("foreign", [
-                    f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-                    for path in self.output.foreign if path not in files])
+        """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        states = {path: known.states.get(path, UNKNOWN) if file.kind else UNREAD
+        wanted = self._wanted or Wanted({}, [], [], [], [], [])
+        asking, files = self.asking, self.output.published
+        states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        aim = wanted.files if wanted is not None else {}
-        states |= {path: NACKED for path, nack in known.nacks.items()
-                   if is_nacked(files.get(path), nack) or is_nacked(aim.get(path), nack)}
-        trouble = tuple(self.sources.trouble())
-        self._listener.status = Status(
-            files=files,
-            version=self.output.snapshot[2:],
-            published_at=self._switched_at,
-            states=states,
-            missing=(*wanted.missing, *wanted.unknown) if wanted else (),
-            stale=(*(wanted.stale if wanted else ()), *trouble) if files else (),
-            started=bool(self.output.snapshot) and (self._admin is None or self._started
-                                                    or self._link == "blind"),
+        states |= {path: NACKED for path, nack in asking.known.nacks.items()
+                   if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        version = self.output.snapshot[2:]
+        self._listener.status = status = Status(
+            files, version, self._switched_at, states,
+            missing=(*wanted.missing, *wanted.unknown),
+            stale=(*wanted.stale, *self.sources.trouble()) if files else (),
+            started=bool(version) and asking.started,
             last_turn=time.monotonic(),
             turn_bound=2 * self.options.sync_interval + 60.0,
         )
-        self._count(states)
-
-    def _count(self, states: Mapping[str, str]) -> None:
-        """The gauges of the snapshot that is published."""
-        files = self.output.published
-        metrics.replace("xds_loader_unknown_files", {
-            (path,): 1.0 for path, state in states.items() if state == UNKNOWN and self._admin})
-        metrics.replace("xds_loader_nacked_files", {
-            (path,): 1.0 for path, state in states.items() if state == NACKED})
-        metrics.replace("xds_loader_snapshot_info",
-                        {(self.output.snapshot[2:],): 1.0} if files else {})
+        unknown = status.paths(UNKNOWN) if asking.admin else ()
+        metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
+        metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
 
-    # -- one-time runs ------------------------------------------------------------------------
 
-    def composed(self, deadline: float) -> Wanted:
-        """The complete files of all sources, once; nothing on disk is touched."""
-        published = self.output.peek()
-        self.sources.start(published)
-        while True:
-            if self._wanted is None:
-                self._wanted = self.sources.compose(published)
-            if self._finished(deadline):
-                return self._wanted
-            self._await(self._wait_until(deadline))
-
-    def _wait_until(self, deadline: float) -> float:
-        """Of a one-time run: without --timeout each request has bounds of its own."""
-        waits = self.options.timeout and not (self._wanted and self._wanted.complete)
-        return deadline if waits else time.monotonic() + 60.0
-
-    def _is_published(self) -> bool:
-        """Whether what a one-time run is for is done: no step waits, and no check runs."""
-        return bool(self.output.snapshot) and not self._step_at and self._check[1] is not None
-
-    def _finished(self, deadline: float) -> bool:
-        """Whether the sources of a one-time run are complete; LoaderError if they never will be."""
-        wanted = self._wanted
-        if wanted is None:
-            return False
-        if wanted.complete:
-            return True
-        late = time.monotonic() >= deadline
-        if wanted.failed or (late and (wanted.missing or self.options.timeout)):
-            self._note("sources", wanted.notes)
-            trouble = tuple(self.sources.trouble().values())
-            raise LoaderError(unfinished(wanted, trouble, waited=bool(self.options.timeout)))
-        return False
-
-
-def unfinished(wanted: Wanted, trouble: Sequence[str], *, waited: bool) -> str:
+def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
-    if wanted.failed:
-        return wanted.failed[0]
     if wanted.missing:
-        names = ", ".join(wanted.missing)
-        hint = "create it" if waited else "create it, or wait for it with --timeout"
-        return f"{names}: does not exist or is not usable; {hint}"
-    return trouble[0] if trouble else f"no answer in time for {', '.join(wanted.unknown)}"
+        hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
+        if options.from_file:
+            hint = "--from-file must hold it, in this namespace"
+        return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
+    reasons = (*wanted.failed, *trouble.values(),
+               f"no answer in time for {', '.join(wanted.unknown)}")
+    if options.access.apiserver == NO_POD:
+        return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
+    return reasons[0]
 
 
 # -- what a restart is told --------------------------------------------------------------------
@@ -4672,21 +4637,76 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
+class Check:
+    """--check-cmd, which runs beside the loop, once for each version."""
+
+    def __init__(self, command: Sequence[str] | None, output: Output,
+                 wake: Callable[[str, object], None]) -> None:
+        self.running: threading.Thread | None = None
+        self.refusal = ""  # of the version that was checked last
+        self._version = ""
+        self._accepted: Files | None = None
+        self._command, self._output, self._wake = command, output, wake
+        self._stop = threading.Event()
+
+    def passed(self, desired: Files) -> Files | None:
+        """What it lets pass: all, or what it accepted last with endpoints and secrets of now; None
+        where there is nothing yet."""
+        if not self._command:
+            return desired
+        base = self._output.published if self._accepted is None else self._accepted
+        fresh = {path: file for path, file in desired.items()
+                 if path in base and file.kind in ("eds", "sds")}
+        version = version_of(desired)
+        known = version == self._version and not self.running
+        if same_files({**base, **fresh}, desired) or (known and not self.refusal):
+            self._accepted = desired
+            return desired
+        if known:
+            self._output.prune()  # what was staged for it
+        elif not self.running:
+            self._output.staged = self._output.stage(desired)
+            self.refusal, self._version = "", version
+            self.running = threading.Thread(target=self._run, args=(self._command,), daemon=True)
+            self.running.start()
+        return {**base, **fresh} if base else None
+
+    def _run(self, command: Sequence[str]) -> None:
+        place = f"{self._output.root}/{self._output.staged}"
+        self._wake("checked", run_check(command, place, self._stop))
+
+    def end(self, refusal: str) -> None:
+        """It has accepted the staged files, or not."""
+        self.running, self.refusal, self._output.staged = None, refusal, ""
+        if refusal:
+            metrics.add("xds_loader_errors_total", ("check",))
+            log.error("%s; the last snapshot stays published", refusal, version=self._version)
+
+    def stop(self) -> None:
+        """No command outlives the loader."""
+        self._stop.set()
+        if self.running:
+            self.running.join(0.5)  # seconds
+
+
 def preview(options: Options, config: Config) -> int:
     """--dry-run: print the files, or with --diff what would change; touch nothing."""
     # The kernel ignores signals to process 1 that have no handler: without this one a preview in
     # a container would not end.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
-    wanted = loop.composed(time.monotonic() + options.timeout)
-    files, published = wanted.files, loop.output.peek() if options.diff else {}
-    for note in (*wanted.notes, *json_warnings(files)):
-        log.warning("%s", note)
-    paths = sorted({*files, *published})
+    loop.output.published = loop.output.peek()
+    loop.sources.start(loop.output.published)
+    files = loop.composed(time.monotonic() + options.timeout).files
+    loop.note("json", json_warnings(files))
     if options.diff:
-        texts = [difference(path, published.get(path), files.get(path)) for path in paths]
+        published = loop.output.published
+        if not published:
+            log.warning("%s: nothing is published there, so every file is new", loop.output.root)
+        texts = [difference(path, published.get(path), files.get(path))
+                 for path in sorted({*files, *published})]
     else:
-        texts = [b"\n" + preview_text(path, files[path]) for path in paths]
+        texts = [b"\n" + preview_text(path, file) for path, file in sorted(files.items())]
     if any(texts) or not options.diff:
         print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
     if options.check_cmd:
@@ -4871,8 +4891,20 @@ class Option(NamedTuple):
     repeats: bool = False
 
     @property
+    def attribute(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
     def variable(self) -> str:
-        return "XDS_LOADER_" + self.name.upper().replace("-", "_")
+        return f"XDS_LOADER_{self.attribute.upper()}"
+
+    @property
+    def value(self) -> Any:
+        """What it has where it is not given; None where `default` says it in words."""
+        if self.repeats or not self.metavar:
+            return () if self.repeats else False
+        with contextlib.suppress(ValueError):
+            return self.parse(self.default) if self.default else None
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
@@ -4941,39 +4973,17 @@ SECTIONS = {
     ),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
+NO_POD = "https://kubernetes"  # the API server where the environment names none
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
-class Options(NamedTuple):
-    """What was asked for, parsed and checked."""
+class Options(types.SimpleNamespace):
+    """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    configmap: tuple[Named, ...] = ()
-    configmap_selector: str | None = None
-    services: str | None = None
-    services_namespace: tuple[str, ...] = ()
-    secret: tuple[Named, ...] = ()
-    namespace: str = "default"
-    access: Access = Access()
-    from_file: str = ""
-    config: str = ""
-    endpoints: str = "auto"
-    format: str = "yaml"
-    output_dir: str = "/srv/runtime"
-    mode: str = "poll"  # or watch, once
-    dry_run: bool = False
-    diff: bool = False
-    sync_interval: float = 60.0
-    secret_mode: int = 0o600
-    timeout: float = 0.0
-    envoy_admin: str = ""  # http://... or unix:/path
-    step_delay: float | None = None  # None where it is not given
-    check_cmd: tuple[str, ...] = ()
-    listen: tuple[str, int] | None = None
-    log_format: str = "text"
-    log_level: str = "info"
-    node_name: str = ""
-    warnings: tuple[str, ...] = ()
+    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
+    `warnings`.
+    """
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -5006,7 +5016,7 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
+def given_values(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     values: dict[str, Any] = {}
     for option in OPTIONS:
@@ -5016,55 +5026,58 @@ def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[s
             texts = text.split() if option.repeats else [text] if text else []
         found = [value_of(where, option.parse, text) for text in texts]
         if found:
-            attribute = option.name.replace("-", "_")
-            values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
+            values[option.attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
     return values
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(command_line_words(argv), environ)
-    check_combination(values)
-    warnings = []
-    if "trafficsplit_api_version" in values:
-        warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    given = given_values(command_line_words(argv), environ)
+    options = Options(**{option.attribute: option.value for option in OPTIONS} | given)
+    options.step_delay = given.get("step_delay")  # None: only where Envoy is not asked
+    once = options.onetime or options.dry_run
+    check_combination(options, once)
+    options.mode = "watch" if options.watch and not options.from_file else "poll"
+    if once:  # it asks nobody, and serves nothing
+        options.mode, options.listen, options.envoy_admin = "once", None, None
+    options.namespace = options.namespace or default_namespace(environ)
+    for kind in ("configmap", "secret"):
+        setattr(options, kind, tuple(
+            it if it.query.namespace
+            else it._replace(query=it.query._replace(namespace=options.namespace))
+            for it in getattr(options, kind)))
+    if not options.from_file:
+        options.apiserver = options.apiserver or default_apiserver(environ)
+    options.access = Access(**{name: value for name, value in vars(options).items()
+                               if name in Access._fields and value})
+    options.node_name = environ.get("NODE_NAME", "")
+    options.warnings = []
+    if options.trafficsplit_api_version is not None:
+        options.warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any "
+                                "more")
     known = {option.variable for option in OPTIONS}
     unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
                and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     if unknown:
-        warnings.append(f"no option has the environment variable {shortened(unknown)}")
-    namespace = values.get("namespace") or default_namespace(environ)
-    for kind in ("configmap", "secret"):
-        named = values.get(kind, ())
-        values[kind] = tuple(
-            it if it.query.namespace else it._replace(query=it.query._replace(namespace=namespace))
-            for it in named)
-    from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
-    if not from_file and "apiserver" not in values:
-        values["apiserver"] = default_apiserver(environ)
-    access = Access(**{name: values[name] for name in Access._fields if values.get(name)})
-    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
-    values |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings),
-               "node_name": environ.get("NODE_NAME", "")}
-    return Options(**{name: values[name] for name in Options._fields if name in values})
+        options.warnings.append(f"no option has the environment variable {shortened(unknown)}")
+    return options
 
 
-def check_combination(values: Mapping[str, Any]) -> None:
+def check_combination(options: Options, once: bool) -> None:
     """Combinations that make no sense, before any request."""
-    once = values.get("onetime") or values.get("dry_run")
-    services, from_file = "services" in values, values.get("from_file")
-    sources = ("configmap", "configmap_selector", "services", "secret")
-    pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
+    services = options.services is not None
+    selected = services or options.configmap_selector is not None
+    pair = bool(options.client_cert) == bool(options.client_key)
     for holds, text in (
-        (any(source in values for source in sources),
+        (options.configmap or options.secret or selected,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
-        (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
-        (once or from_file != "-", "--from-file - needs --onetime"),
-        (pair or from_file, "--client-cert and --client-key belong together"),
-        (services or "services_namespace" not in values, "--services-namespace needs --services"),
-        (services or not values.get("config"), "--config needs --services"),
-        (values.get("output_dir", "x"), "--output-dir is empty"),
-        (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
+        (options.dry_run or not options.diff, "--diff needs --dry-run"),
+        (once or options.from_file != "-", "--from-file - needs --onetime"),
+        (pair or options.from_file, "--client-cert and --client-key belong together"),
+        (services or not options.services_namespace, "--services-namespace needs --services"),
+        (services or not options.config, "--config needs --services"),
+        (options.output_dir, "--output-dir is empty"),
+        (options.sync_interval >= 0.001, "--sync-interval must be at least 1ms"),
     ):
         if not holds:
             raise UsageError(text)
@@ -5085,7 +5098,7 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     """The address that every pod is given, else the predecessor's default."""
     host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT")
     if not host:
-        return "https://kubernetes"
+        return NO_POD
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
     return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 

@@ -465,3 +465,12 @@ def test_it_tried_and_could_not(run_loader: RunLoader, api: ApiServer) -> None:
     assert done.returncode == 1
     assert str(api.port) in done.stderr
     assert "Traceback" not in done.stderr
+    assert "kubectl proxy" not in done.stderr
+
+
+def test_outside_a_pod_the_way_in_is_named(run_loader: RunLoader) -> None:
+    done = run_loader("--dry-run", "--configmap", "x", server=None, timeout=20)
+    assert done.returncode == 1
+    assert done.stderr.endswith("outside a pod: `kubectl proxy` and --apiserver "
+                                "http://127.0.0.1:8001\n")
+    assert "at kubernetes: " in done.stderr

@@ -382,7 +382,7 @@ class Explorer:
     # -- the loader, as Loop does it ------------------------------------------------------------
 
     def plan(self, state: State) -> tuple[Known, Step | None, Files]:
-        """Loop._advance and Loop._desired."""
+        """Loop._advance and Loop._checked."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
                frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)
@@ -405,7 +405,7 @@ class Explorer:
         return known, step, found
 
     def opens(self, state: State, step: Step) -> bool:
-        """Loop._opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
+        """Asking.opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
         if step.name not in loader.WAITING_STEPS:
             return True
         if state.link == "silent" or (state.link == "meet" and state.warming):
@@ -455,7 +455,7 @@ class Explorer:
                               and loader.same_file(files.get(path), file))}
 
     def lose(self, state: State) -> None:
-        """Loop._take_link: nothing listens, or the connection ended."""
+        """Asking.take: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
             now = 0.0 if state.ended == "soon" else LATER
             known = state.known._replace(back_at=0.0)
@@ -475,7 +475,7 @@ class Explorer:
         state.waiting = True
 
     def look(self, state: State) -> None:
-        """Loop._take_look and Loop._plan_look."""
+        """Asking._take_look and Asking._plan_look."""
         look = state.envoy.look("it keeps none" if self.world.hidden else "")
         state.first = state.known.doubt
         mended = set(state.known.nacks)
@@ -500,7 +500,7 @@ class Explorer:
             state.blind = False
 
     def give_up(self, state: State) -> None:
-        """Loop._give_up."""
+        """Asking.turn, where it is late."""
         assert state.asked is not None
         if state.link == "meet" and state.asked and not self.world.hidden:
             state.know(loader.after_bound(state.known, state.published, state.asked)[0])
