@@ -2,7 +2,7 @@
 
 It lists, polls or watches ConfigMaps (and if asked Services, EndpointSlices and Secrets) over the
 raw Kubernetes REST API, turns them into the files that Envoy's filesystem xDS reads, and publishes
-them as one atomic snapshot:
+these as one atomic snapshot:
 
     <output-dir>/
       ..<version>/           one snapshot: complete, immutable, made under this name
@@ -11,7 +11,7 @@ them as one atomic snapshot:
         rds.yaml -> ../..data/rds.yaml
       ..state/               what a restart cannot see on disk
 
-What it promises, each with a test:
+What it promises:
 
 * `current/X` always resolves to a complete file of one snapshot.
 * Nothing is published before every source is known; "unknown" never becomes "empty".
@@ -20,12 +20,9 @@ What it promises, each with a test:
 * Clusters come before the routes that name them, and are removed after them.
 * What Envoy rejects (NACK) is rolled back, named, and not tried again until it changes.
 
-Data flows one way, and so do the chapters:
-
-    API objects -> resources -> files -> steps -> disk -> ACK or NACK
-
-Reflector threads own memory; the main thread alone owns the disk; one more thread talks to Envoy's
-admin interface. Only the standard library is used.
+Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
+ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
+talks to Envoy's admin interface. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -37,7 +34,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -51,8 +47,9 @@ import stat
 import sys
 import threading
 import time
+import types
 import urllib.parse
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,8 +75,7 @@ class UsageError(LoaderError):
 class File(NamedTuple):
     """One file of a snapshot: bytes, their SHA-256 in hex, xDS kind, source object, mode.
 
-    `kind` is "cds", "eds", ... or "" for what is not xDS; it is decided once, when files are
-    composed.
+    `kind` is "cds", "eds", ... or "" for what is not xDS, decided once, when files are composed.
     """
 
     content: bytes
@@ -93,11 +89,8 @@ class File(NamedTuple):
         return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
 
 
-Files = Mapping[str, File]
-"""A set of files by their path relative to `current/`, such as `eds/demo_web_http.yaml`."""
-
-Key = tuple[str, str]
-"""Namespace (empty for what has none) and name of a Kubernetes object."""
+Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
+Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
 
 KINDS = {
     b"envoy.config.cluster.v3.Cluster": "cds",
@@ -114,10 +107,8 @@ TYPE_URL = re.compile(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)")
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    for found in TYPE_URL.finditer(content):
-        if found[1] in KINDS:
-            return KINDS[found[1]]
-    return ""
+    urls = (found[1] for found in TYPE_URL.finditer(content))
+    return next((KINDS[url] for url in urls if url in KINDS), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -135,7 +126,7 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 def same_files(one: Files, other: Files) -> bool:
     """Whether two sets of files are the same on disk."""
-    return len(one) == len(other) and all(same_file(other.get(p), f) for p, f in one.items())
+    return one.keys() == other.keys() and not moved_paths(one, other)
 
 
 def moved_paths(before: Files, after: Files) -> list[str]:
@@ -161,7 +152,7 @@ def json_object(value: object) -> dict[str, Json]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_json(text: bytes | str) -> Json:
+def parse_json(text: bytes | bytearray | str) -> Json:
     """json.loads; nesting that is too deep is a ValueError like every other error."""
     try:
         return json.loads(text)
@@ -170,50 +161,45 @@ def parse_json(text: bytes | str) -> Json:
 
 
 def why(error: BaseException) -> str:
-    """An exception as one readable line."""
+    """An exception as one readable line; http.client's without their text, which is a server's."""
+    if isinstance(error, http.client.HTTPException):
+        return type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}"
-    text = " ".join(str(error).split())[:500]
-    name = "" if isinstance(error, LoaderError) else f"{type(error).__name__}: "
-    return f"{name}{text}".rstrip(": ")
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error) if isinstance(error, LoaderError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500].rstrip(": ")
 
 
-def shortened(names: Sequence[str], most: int = 5) -> str:
+def shortened(names: Sequence[str]) -> str:
     """A list for one log line."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 # ---------------------------------------------------------------------------------------------
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# A TCP and TLS handshake; the silence within one answer; one whole answer, from its request to its
-# last byte: no server holds a thread by trickling.
+# Seconds for a handshake; of silence within an answer; for a whole one: no server holds a thread by
+# trickling.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
-# Sizes of answers. A page of 500 objects of 512 KiB each; the text of an error; an event
-# (etcd stores objects of 1.5 MiB).
-LIST_BYTES, ERROR_BYTES, EVENT_BYTES = 256 << 20, 1 << 20, 64 << 20
-
-# Objects in one page of a list, as kubectl asks. And pages in one list: a million objects, beyond
-# which the server is going round in circles.
+# Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
 PAGE, LIST_PAGES = 500, 2_000
 
+# Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
+LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
+
 # An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
-# (etcd was restored) is silent for ever, like a half-open connection: either is probed.
+# (etcd was restored) is silent for ever, like a half-open connection.
 WATCH_SILENCE = 80.0
 
 # The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
 # together do not renew together (client-go: 5 to 10 minutes).
 WATCH_SECONDS = (300, 600)
 
-# Where a token may go over plain HTTP.
-LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"
-
-# What a server may ask us to wait: a year in a header must not stop a source for a year.
-RETRY_AFTER_LAST = 300.0
+RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
+LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
 
 class Access(NamedTuple):
@@ -260,12 +246,15 @@ class Query(NamedTuple):
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
         return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
 
+    @property
+    def place(self) -> str:
+        return f" in namespace {self.namespace}" if self.namespace else ""
+
     def __str__(self) -> str:
         if self.name:
-            scope = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.resource.name.removesuffix('s')} {scope}{self.name}"
-        where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.resource.name}{f' with {self.labels}' if self.labels else ''}{where}"
+            key = "/".join(filter(None, (self.namespace, self.name)))
+            return f"{self.resource.name.removesuffix('s')} {key}"
+        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{self.place}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
@@ -281,23 +270,16 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """The API server answered, and not with what was asked for."""
+    """What was asked for did not come: the status of the answer (0: there was none), and how many
+    seconds the server asks to wait."""
 
-    def __init__(self, status: int, text: str, retry_after: float = 0.0) -> None:
+    def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status, self.retry_after = status, retry_after
 
 
-class Expired(ApiError):
-    """410: the resourceVersion (or the continue token) is too old; only a new list helps."""
-
-
-class Cut(LoaderError):
-    """A connection that ended where it should not have, or was silent for too long."""
-
-
 # What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# what is not JSON. A host name that no resolver accepts (`a..b`) is a ValueError.
+# what is not HTTP. A host name that no resolver accepts (`a..b`) is a ValueError.
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 Response = http.client.HTTPResponse
@@ -306,36 +288,32 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
-    `urllib.request`, which follows redirects.) `count` is called for every answer: (verb, status).
-    """
+    `urllib.request`, which follows redirects.)"""
 
-    def __init__(self, access: Access, count: Callable[[str, str], None]) -> None:
-        self._access, self._count = access, count
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._url = urllib.parse.urlsplit(access.apiserver)
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection = http.client.HTTPConnection("")  # not open
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
 
-    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object that matches, page by page (`limit` 0: in one); the
-        resourceVersion to watch from. What is not plainly such a list is unknown, never empty."""
-        kind = f"{query.resource.kind}List"
-        page = {"limit": str(limit or "")}
+    def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
+        """Call `keep` with each object that matches, page by page; the resourceVersion to watch
+        from. What is not plainly such a list is unknown, never empty."""
+        kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
-            answer: dict[str, Json] = {}
-            with contextlib.suppress(ValueError):
-                answer = json_object(parse_json(self._ask(query, "list", page)[1]))
+            answer = object_in(self._ask(query, "list", page)[1])
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(200, f"{text}; is it a Kubernetes API server?")
+                raise ApiError(f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
             del items  # before the next page is read
             page["continue"] = text_at(answer, "metadata", "continue")
             if not page["continue"]:
                 return text_at(answer, "metadata", "resourceVersion")
-        raise ApiError(200, f"list {query}: {self._url.netloc} sends pages without end")
+        raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
         """Whether `version` is one that this server never reached: its etcd was reset. (It waits
@@ -343,21 +321,36 @@ class Api:
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
-            return False
         except ApiError as error:
-            if error.status == 504:
-                return True
-            raise
+            if error.status != 504:
+                raise
+            return True
+        return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """Open a watch: its events, until the server ends it properly; else Cut, ApiError, or
-        Expired for 410 (a status, or an ERROR event: a real server answers 200 and one event)."""
-        seconds = random.randint(*WATCH_SECONDS)
+        """An event "OPEN" when the server has answered, and then its own, until it ends the watch
+        properly; else ApiError (410: a status or an ERROR event, as a real server sends it)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
-        response, _ = self._ask(query, "watch", {**asked, "timeoutSeconds": str(seconds)})
-        if self._socket is not None:
-            self._socket.settimeout(WATCH_SILENCE)
-        return self._events(query, response, time.monotonic() + seconds + ANSWER_SECONDS)
+        asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
+        response, rest = self._ask(query, "watch", asked)[0], bytearray()
+        try:
+            yield "OPEN", {}
+            # (http.client's readline shows a stream that was cut between chunks as a normal end.)
+            while block := response.read1(1 << 18):
+                rest += block
+                if b"\n" in block:
+                    *lines, rest = rest.split(b"\n")
+                    for line in filter(None, lines):
+                        yield self._event(query, line)
+                if len(rest) > EVENT_BYTES:
+                    raise ValueError("an event does not end")
+            if rest:
+                raise ValueError("cut within an event")
+        except BROKEN as error:
+            raise ApiError(f"watch {query}: cut or silent ({why(error)})") from error
+        finally:
+            if not response.isclosed():
+                self._connection.close()  # it cannot be used for another request
 
     def interrupt(self) -> None:
         """End what goes on, from any thread: the one that reads finds the end of its stream."""
@@ -366,48 +359,7 @@ class Api:
                 # (not SSLSocket's own shutdown: that one makes a plain socket of it)
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = self._socket = None
-
     # -- one answer -------------------------------------------------------------------------
-
-    def _events(self, query: Query, response: Response, until: float) -> Iterator[Event]:
-        """The events in the lines of a watch. (http.client's readline shows a stream that was cut
-        at a chunk boundary as a normal end; `read1` does not.)"""
-        buffer = bytearray()
-        try:
-            while block := response.read1(1 << 18):
-                buffer += block
-                if b"\n" in block:
-                    *lines, rest = bytes(buffer).split(b"\n")
-                    buffer = bytearray(rest)
-                    for line in filter(bytes.strip, lines):
-                        yield self._event(query, line)
-                if len(buffer) > EVENT_BYTES or time.monotonic() > until:
-                    raise ValueError("it does not end")
-            if buffer.strip():
-                raise ValueError("cut within an event")
-        except BROKEN as error:
-            shown = self._quoted(str(error), why(error))
-            raise Cut(f"watch {query}: cut or silent ({shown})") from error
-        finally:
-            if not response.isclosed():
-                self.close()  # it cannot be used for another request
-
-    def _event(self, query: Query, line: bytes) -> Event:
-        event = json_object(parse_json(line))
-        kind, item = event.get("type"), event.get("object")
-        if not isinstance(kind, str) or not isinstance(item, dict):
-            raise ValueError("an event has no type or no object")
-        if kind == "ERROR":
-            code = item.get("code")
-            status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            if item.get("reason") in ("Expired", "Gone"):
-                status = 410
-            raise self._error(query, "watch", status, text_at(item, "message"))
-        return kind, item
 
     def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
         """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
@@ -418,109 +370,96 @@ class Api:
         timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
         timer.daemon = True
         timer.start()
-        code = "none"
+        status = 0
         try:
-            response = self._send(self._url.path.rstrip("/") + query.target(page), headers)
-            code = str(response.status)
-            if response.status != 200:
-                raise self._failure(query, verb, response)
-            return response, b"" if verb == "watch" else body_of(response, LIST_BYTES)
+            connection = self._connected()
+            target = self._url.path.rstrip("/") + query.target(page)
+            connection.request("GET", target, headers=headers)
+            connection.sock.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
+            response = connection.getresponse()
+            status = response.status
+            body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
-            self.close()
-            text = f"{verb} {query} at {self._url.netloc}: {self._quoted(str(error), why(error))}"
-            raise Cut(f"{text}; check --apiserver and --ca-file") from error
+            self._connection.close()
+            text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
+            raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
             timer.cancel()
-            self._count(verb, code)
-
-    def _send(self, target: str, headers: dict[str, str]) -> Response:
-        """Over the open connection if there is one; a server may have closed it meanwhile."""
-        began, kept = time.monotonic(), self._connection
-        if kept is not None and kept.sock is None:
-            kept = None
-        try:
-            connection = kept or self._connect()
-            connection.request("GET", target, headers=headers)
-            connection.sock.settimeout(ANSWER_TIMEOUT)
-            return connection.getresponse()
-        except BROKEN:
-            self.close()
-            if kept is None or time.monotonic() - began > CONNECT_TIMEOUT:
-                raise
-        return self._send(target, headers)
-
-    def _failure(self, query: Query, verb: str, response: Response) -> ApiError:
-        """What an answer other than 200 means: a Kubernetes Status, or whatever text came."""
-        message = ""
-        with contextlib.suppress(*BROKEN):
-            message = body_of(response, ERROR_BYTES).decode("utf-8", "replace")
-            message = text_at(json_object(parse_json(message)), "message")
-        if not response.isclosed():
-            self.close()
-        if 300 <= response.status < 400:
-            where = self._quoted(response.headers.get("Location", ""))
-            message = f"redirects are not followed: correct --apiserver ({where})"
+            metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
+        if status == 200:
+            return response, body
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        return self._error(query, verb, response.status, message, seconds)
+        raise self._refusal(query, verb, status, object_in(body), seconds)
 
-    def _error(self, query: Query, verb: str, status: int, message: str,
-               retry_after: float = 0.0) -> ApiError:
+    def _event(self, query: Query, line: bytes | bytearray) -> Event:
+        event = object_in(line)
+        kind, item = text_at(event, "type"), event.get("object")
+        if not kind or not isinstance(item, dict):
+            raise ValueError("an event has no type or no object")
+        if kind == "ERROR":
+            code: Json = item.get("code")
+            raise self._refusal(query, "watch", code if code in range(400, 600) else 500, item)
+        return kind, item
+
+    def _refusal(self, query: Query, verb: str, status: int, said: dict[str, Json],
+                 retry_after: float = 0.0) -> ApiError:
+        """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
+        other text of a server is shown: it may echo the request, token and all."""
         path = self._access.token_file
-        scope = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name} in {scope}{sent}",
+            403: f"; grant the service account {verb} on {query.resource.name}{query.place}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
+            **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
-        text = f"{verb} {query}: {status} {self._quoted(message)}".rstrip()
-        return (Expired if status == 410 else ApiError)(status, text + hint, retry_after)
+        words = self._quoted(text_at(said, "message")) or http.client.responses.get(status, "")
+        return ApiError(f"{verb} {query}: {status} {words}{hint}", status, retry_after)
 
-    def _quoted(self, text: str, shown: str = "") -> str:
-        """Foreign text (or a line about it) for the log. An error page may echo the request, token
-        and all, in a URL or in base64 too, where three alignments are possible."""
-        forms = {self._token}
-        for shift, first in enumerate((0, 2, 3)):  # characters shared with the text before it
-            encoded = base64.b64encode(bytes(shift) + self._token.encode("latin-1")).decode()
-            forms.add(encoded[first : len(encoded) // 4 * 4 - 4])
-        plain = "".join(urllib.parse.unquote(text).split())
-        seen = plain + plain.replace("-", "+").replace("_", "/")
-        if any(form in seen for form in forms if form):
+    def _quoted(self, text: str) -> str:
+        """A server's text for the log, unless the token is in it: as it is, in a URL or in base64,
+        whose three alignments share their first and last characters with what is beside it."""
+        token, url_safe = self._token.encode("latin-1"), bytes.maketrans(b"-_", b"+/")
+        forms = [token, *(base64.b64encode(bytes(n) + token)[4:-4] for n in range(3))]
+        seen = b"".join(urllib.parse.unquote_to_bytes(text.encode("utf-8", "replace")).split())
+        if any(form and form.translate(url_safe) in seen.translate(url_safe) for form in forms):
             return "[a text that quotes the token]"
-        return shown or " ".join(text.split())[:500]
+        return " ".join(text.split())[:500]
 
     # -- one connection ---------------------------------------------------------------------
 
-    def _connect(self) -> http.client.HTTPConnection:
-        place = self._url.hostname or "", self._url.port
-        made = http.client.HTTPConnection(*place, timeout=CONNECT_TIMEOUT)
+    def _connected(self) -> http.client.HTTPConnection:
+        """The open connection, unless the server has ended it meanwhile; else a new one."""
+        if self._connection.sock is not None:
+            idle = select.poll()
+            idle.register(self._connection.sock, select.POLLIN)
+            if not idle.poll(0):
+                return self._connection
+        self._connection.close()
+        kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if self._url.scheme == "https":
-            context = self._context()
-            made = http.client.HTTPSConnection(*place, timeout=CONNECT_TIMEOUT, context=context)
-        made.connect()
-        self._connection, self._socket = made, made.sock
-        # The kernel notices within about a minute that the other side is gone.
-        made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        made.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        return made
+            kind = functools.partial(http.client.HTTPSConnection, context=self._context())
+        connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
+        connection.connect()
+        self._connection, self._socket = connection, connection.sock
+        return connection
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
         path, url = self._access.token_file, self._url
         try:
-            with open(path, "rb") as stream:
-                token = stream.read(ERROR_BYTES).decode("latin-1").strip()
+            with open(path, encoding="latin-1") as stream:
+                token = stream.read().strip()
         except FileNotFoundError:
             return ""
         except OSError as error:
-            raise LoaderError(f"token file {why(error)}; check --token-file") from None
+            raise ApiError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
-            raise LoaderError(f"token file {path}: not a valid token; check --token-file")
+            raise ApiError(f"token file {path}: not a valid token; check --token-file")
         if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
             text = f"the token in {path} is not sent to {url.netloc} over plain HTTP"
-            raise LoaderError(f"{text}; give --apiserver an https URL")
+            raise ApiError(f"{text}; give --apiserver an https URL")
         return token
 
     def _context(self) -> ssl.SSLContext:
@@ -532,7 +471,7 @@ class Api:
             if access.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
-            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
+            elif where == Access().ca_file and not os.path.exists(where):
                 context.load_default_certs()
             else:
                 context.load_verify_locations(cafile=where)
@@ -542,15 +481,23 @@ class Api:
                 context.load_cert_chain(access.client_cert, access.client_key, password="")
         except OSError as error:  # an SSLError is one
             hint = "check --ca-file, --client-cert and --client-key"
-            raise LoaderError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
+            raise ApiError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
         return context
 
 
-def body_of(response: Response, most: int) -> bytes:
-    """All of an answer; ValueError if that is more than `most` bytes."""
-    body = response.read(most + 1)
-    if len(body) > most:
-        raise ValueError(f"the answer is larger than {most >> 20} MiB")
+def object_in(text: bytes | bytearray) -> dict[str, Json]:
+    """The JSON object that a text is; an empty one for anything else."""
+    try:
+        return json_object(parse_json(text))
+    except ValueError:
+        return {}
+
+
+def body_of(response: Response) -> bytes:
+    """All of an answer; ValueError if that is more than LIST_BYTES."""
+    body = response.read(LIST_BYTES + 1)
+    if len(body) > LIST_BYTES:
+        raise ValueError(f"the answer is larger than {LIST_BYTES >> 20} MiB")
     if response.length:  # with a bound, read() does not raise it
         raise http.client.IncompleteRead(b"", response.length)
     return body
@@ -560,23 +507,21 @@ def body_of(response: Response, most: int) -> bytes:
 # Reflecting
 # ---------------------------------------------------------------------------------------------
 
-# Backoff after failures: exponential, with jitter.
-BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
+BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 
-# A watch that ends sooner than this after it began is followed by a pause: a server or a proxy that
-# ends each at once must not be asked thousands of times a second.
+# A watch that ends sooner is followed by a pause: a server or a proxy that ends each at once must
+# not be asked thousands of times a second.
 WATCH_SHORT = 1.0
 
 # A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
 # proper end after that much silence may hide a new server with an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
 
-# Failures that are answers to a resumed watch, in a row, after which only a list can help.
-RELIST_AFTER = 3
+RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
 
-# `--onetime` without `--timeout` is one try. The API server answers 401, 403, 429 and 5xx for some
-# 20 ms after a restart though it means 200: these are asked again for this long.
-ONE_TRY_SECONDS = 1.0
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
+ONE_TRY_SECONDS = 1.25
 PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
@@ -584,24 +529,22 @@ class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
     `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
-    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of
-    it; an object that it rejects (ValueError) keeps its last good value and is named in `bad`.
-    `patience` is the longest backoff, in seconds. An `optional` resource that the API server
-    answers with 404 at the start counts as synced and `absent`, for good. `wake` is called with
-    "objects", "trouble" or "recovered", and when (monotonic).
+    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of it;
+    what it rejects (ValueError) keeps its last good value and is named in `bad`. EndpointSlices
+    that the API server answers with 404 at the start are `absent`, for good. `wake` is called with
+    "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
-                 client: Api | FileSource, wake: Callable[[str, float], None], *, mode: str,
-                 interval: float, optional: bool, patience: float) -> None:
+                 client: Api | FileSource, wake: Callable[[str], None], mode: str,
+                 interval: float) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
         self.synced = self.absent = self.failed = False
         self.trouble = ""
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake = parse, client, wake
-        self._mode, self._interval, self._optional = mode, interval, optional
-        self._patience, self._topic = patience, str(query)
+        self._mode, self._interval, self._topic = mode, interval, str(query)
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
@@ -613,13 +556,13 @@ class Reflector(threading.Thread):
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
         self._asked.set()
-        if self._watching:
-            self._watching.interrupt()
+        if watching := self._watching:
+            watching.interrupt()
 
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        until, suspect, rejections = time.monotonic() + ONE_TRY_SECONDS, False, 0
+        until, suspect, answers = time.monotonic() + ONE_TRY_SECONDS, False, 0
         api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
         while True:
             try:
@@ -628,7 +571,6 @@ class Reflector(threading.Thread):
                     self._forget("refresh")
                 elif suspect and api and self._version and api.is_future(self.query, self._version):
                     self._forget("future")
-                suspect = False
                 if not api or not self._version:
                     self._relist()
                 if self._mode == "once" or self.absent:
@@ -638,68 +580,54 @@ class Reflector(threading.Thread):
                 else:
                     self._failures = 0
                     self._asked.wait(self._interval)
-                rejections = 0
-            except LoaderError as error:
+                answers = 0
+            except ApiError as error:
                 if self._asked.is_set():
                     continue  # refresh() cut the watch
-                status = getattr(error, "status", 0)
-                suspect = suspect or not status or status >= 500
-                rejections = rejections + 1 if status else 0
-                if isinstance(error, Expired) or (api and rejections >= RELIST_AFTER):
-                    self._forget("expired" if isinstance(error, Expired) else "rejected")
-                    if rejections == 1:
+                suspect, answers = True, answers + 1 if error.status else 0
+                if error.status == 410 or (api and answers >= RELIST_AFTER):
+                    self._forget("expired" if error.status == 410 else "rejected")
+                    if answers == 1:
                         continue
-                delay = self._failure(error)
-                # (a quarter of a second more, so that a Retry-After of 1 fits)
-                late = time.monotonic() + delay > until + 0.25
-                if self._mode == "once" and (late or status not in PASSING):
-                    self.failed = True
-                    self._wake("trouble", time.monotonic())
+                delay = self._delay(error.retry_after)
+                late = time.monotonic() + delay > until
+                self.failed = self._mode == "once" and (late or error.status not in PASSING)
+                self._report(error)
+                if self.failed:
                     return
                 self._asked.wait(delay)
 
-    # -- their parts ------------------------------------------------------------------------
-
     def _forget(self, reason: str) -> None:
         """Drop the version: the next step is a list. The objects stay until it has come."""
-        log.debug("%s: %s, listing anew", self.query, reason)
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
         self._version = ""
+        self._count(reason)
 
     def _relist(self) -> None:
-        """Replace the store by a complete list, so that deletions in a gap are seen. One whose
-        continue token expires midway is asked for again without pages."""
-        try:
-            try:
-                objects, bad, version = self._listed(PAGE)
-            except Expired:
-                objects, bad, version = self._listed(0)
-        except ApiError as error:
-            if error.status != 404 or not self._optional or self.synced:
-                raise
-            log.info("%s: not available here (%s)", self.query, error)
-            objects, bad, version = {}, {}, ""
-            self.absent = True
-        changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
-        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
-        self._recovered()
-        if changed:
-            self._wake("objects", time.monotonic())
-        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
-        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
-
-    def _listed(self, limit: int) -> tuple[dict[Key, Any], dict[Key, str], str]:
-        """A complete list: values by key, what is bad, and the version."""
+        """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
+        version = ""
 
         def keep(item: dict[str, Json]) -> None:
             key = object_key(item)
             if (value := self._value(key, item, bad)) is not None:
                 objects[key] = value
 
-        return objects, bad, self._client.list(self.query, limit, keep)
+        try:
+            version = self._client.list(self.query, keep)
+        except ApiError as error:
+            if error.status != 404 or self.synced or self.query.resource is not ENDPOINTSLICES:
+                raise
+            log.info("%s: not available here (%s)", self.query, error)
+            self.absent = True
+        changed = not self.synced or bad != self.bad or objects != self._objects
+        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
+        self._recovered()
+        if changed:
+            self._wake("objects")
+        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
+        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
         """The value of an object; the old one where nothing that counts changed, or it is bad."""
@@ -715,6 +643,7 @@ class Reflector(threading.Thread):
     def _follow(self, api: Api) -> bool:
         """Watch until the server ends it properly; whether that end wants a closer look."""
         events = api.watch(self.query, self._version)
+        next(events)
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
@@ -722,21 +651,19 @@ class Reflector(threading.Thread):
         try:
             while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
-                self._apply(*event, last)
+                self._apply(*event)
         finally:
-            self._watching = None
-            now = time.monotonic()
+            self._watching, now = None, time.monotonic()
             if now - began >= WATCH_SHORT:
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = min(self._failures, 1)
-        log.debug("watch of %s ended after %.0f s", self.query, now - began)
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, "ended"))
+        self._count("ended")
         if now - began < WATCH_SHORT:
             self._asked.wait(self._delay())
         return now - last >= SUSPICIOUS_SILENCE
 
-    def _apply(self, kind: str, item: dict[str, Json], now: float) -> None:
+    def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
@@ -749,30 +676,32 @@ class Reflector(threading.Thread):
                     self._objects.pop(key, None)
                 else:
                     self._objects[key] = value
-                self._wake("objects", now)
+                self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _recovered(self) -> None:
         if self.trouble:
             self.trouble = ""
             log.recovered(self._topic, f"{self.query}: answered again")
-            self._wake("recovered", time.monotonic())
+            self._wake("trouble")
 
-    def _failure(self, error: LoaderError) -> float:
-        """Log what failed (once, until it is another failure); how long to wait."""
-        status = getattr(error, "status", 0)
-        reason = f"status {status}" if status else "cut" if isinstance(error, Cut) else "error"
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
-        delay = self._delay(getattr(error, "retry_after", 0.0))
+    def _report(self, error: ApiError) -> None:
+        """Log what failed: once, until it is another failure."""
+        self._count(f"status {error.status}" if error.status else "cut")
         self.trouble = str(error)
         if self._mode != "once":  # there the error is the end, and is reported as such
             log.outage(self._topic, self.trouble)
-        self._wake("trouble", time.monotonic())
-        return delay
+        self._wake("trouble")
+
+    def _count(self, reason: str) -> None:
+        log.debug("%s: again (%s)", self.query, reason)
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
 
     def _delay(self, retry_after: float = 0.0) -> float:
-        """Seconds to wait after one more failure; never less than what the server asks for."""
-        ceiling = min(self._patience, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
+        """Seconds to wait after one more failure; never less than what the server asks for. Who
+        polls waits no longer than the interval, or 2 s."""
+        longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
+        ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
 
@@ -788,12 +717,12 @@ class FileSource:
         self._text = b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
-    def list(self, query: Query, limit: int, keep: Callable[[dict[str, Json]], None]) -> str:
+    def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
         wanted, objects = requirements(query.labels), self._objects()
         kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
         if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
-            raise ApiError(404, f"{self._path} holds Endpoints and no EndpointSlice")
+            raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
             namespace, name = object_key(item)
             named = query.namespace in ("", namespace) and query.name in ("", name)
@@ -821,12 +750,9 @@ class FileSource:
                     with open(0 if stdin else self._path, "rb", closefd=not stdin) as stream:
                         self._text = stream.read(LIST_BYTES + 1)
                 objects = objects_of(self._text)
-        except OSError as error:
-            raise LoaderError(f"--from-file {why(error)}") from None
-        except (ValueError, RecursionError) as error:
-            reason = " ".join(str(error)[:200].split())
-            hint = "give the output of `kubectl get ... -o json`"
-            raise LoaderError(f"--from-file {self._path}: {reason}; {hint}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
+            raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
         for item in objects:
             if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
                 item["metadata"]["namespace"] = self._namespace
@@ -838,54 +764,49 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     anything else."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
-    whole, position, objects = text.decode("utf-8-sig"), 0, []
+    whole, position, values = text.decode("utf-8-sig"), 0, []
     decoder, solid = json.JSONDecoder(), re.compile(r"\S")
     while start := solid.search(whole, position):
         value, position = decoder.raw_decode(whole, start.start())
-        objects += single_objects(json_object(value))
-    if not position:  # a file that is just being rewritten; no objects at all is an empty List
+        values.append(json_object(value))
+    if not values:  # a file that is just being rewritten; no objects at all is an empty List
         raise ValueError("is empty")
+    objects = []
+    for value in values:  # which grows by the items of lists
+        kind, items = text_at(value, "kind"), value.get("items") or []
+        if not kind or not isinstance(items, list):
+            raise ValueError("holds something that is not a Kubernetes object")
+        if kind.endswith("List"):
+            values += [{"kind": kind.removesuffix("List"), **json_object(item)} for item in items]
+        elif isinstance(value.get("metadata"), dict):
+            objects.append(value)
     return objects
-
-
-def single_objects(value: dict[str, Json]) -> list[dict[str, Json]]:
-    kind, items = text_at(value, "kind"), value.get("items") or []
-    if not kind or (kind.endswith("List") and not isinstance(items, list)):
-        raise ValueError("holds something that is not a Kubernetes object")
-    if not kind.endswith("List"):
-        return [value] if isinstance(value.get("metadata"), dict) else []
-    one = {"kind": kind.removesuffix("List")}
-    return [each for item in items for each in single_objects({**one, **json_object(item)})]
 
 
 # -- label selectors --------------------------------------------------------------------------
 
 # One requirement of a selector whose words are one space apart, which makes this linear.
+LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
 REQUIREMENT = (
-    r"((?:! )?)([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)"
-    r"(?: (==?|!=)(?: ([-._A-Za-z0-9]+))?| (in|notin) \(((?: [-._A-Za-z0-9]+| ,)*) \))?(?: , |$)"
+    rf"(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)"
+    r"(?: , |$)"
 )
 Requirement = tuple[str, Sequence[str] | None, bool]  # label, values (None: any), whether it holds
 
 
 def requirements(selector: str) -> list[Requirement]:
-    """A label selector as its requirements; UsageError for what is not one.
-
-    The grammar of the Kubernetes page "Labels and Selectors": `a=b`, `a==b`, `a!=b`,
-    `a in (b,c)`, `a notin (b,c)`, `a`, `!a`, with commas between.
-    """
+    """The requirements of a label selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`,
+    `a`, `!a`, with commas between); UsageError for what is none."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
     found: list[Requirement] = []
     pattern, position = re.compile(REQUIREMENT), 0
     while position < len(text):
-        match = pattern.match(text, position)
-        if not match or (match[1] and (match[3] or match[5])):
+        if not (match := pattern.match(text, position)):
             raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-        absent, label, operator, value, words, values = match.groups()
-        chosen = None
-        if operator or words:
-            chosen = [word.strip() for word in (values or value or "").split(",")]
-        found.append((label, chosen, not absent and operator != "!=" and words != "notin"))
+        absent, label, operator, value, words, values = match.groups("")
+        chosen = [word.strip() for word in (values or value).split(",")]
+        holds = not absent and operator != "!=" and words != "notin"
+        found.append((absent or label, chosen if operator or words else None, holds))
         position = match.end()
     return found
 
@@ -900,39 +821,34 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # Objects
 # ---------------------------------------------------------------------------------------------
 #
-# What the Kubernetes API gives, reduced to what is rendered: five thousand Services of ten
-# endpoints are held at once. `*_from` read the raw JSON of one object. Null, absent and empty are
-# the same there, as in Go's types; a wrong type or value raises ValueError that names the member.
+# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike
+# there, as in Go's types; a wrong type or value raises ValueError that names the member.
 
-HEALTHY, DRAINING, UNHEALTHY = range(3)  # of an endpoint, best first
-IPV4, IPV6, FQDN = "ipv4", "ipv6", "fqdn"
+HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
+IPV4, IPV6 = "ipv4", "ipv6"
 SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
-TOPOLOGY_ZONE = "topology.kubernetes.io/zone"
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-SURROGATES = "[\ud800-\udfff]"  # "\ud800" is valid JSON, and not valid UTF-8
+
+Texts = Mapping[str, str]  # labels, annotations
 
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `target` is a number, or the name of a container's port."""
+    """One port of a Service. `label` is its name, else its number. `dns_number` is the port where
+    DNS leads: for a headless Service the target port, 0 for one that has a name."""
 
     name: str
+    label: str
     number: int
     protocol: str
     app_protocol: str
-    target: int | str
-
-    @property
-    def label(self) -> str:
-        """What names the port in a cluster's name: its own name, else its number."""
-        return self.name or str(self.number)
+    dns_number: int
 
 
 class Service(NamedTuple):
     """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
-    one. Of annotations that cannot be ours only the names are kept.
-    """
+    one. Of annotations that cannot be ours only the names are kept."""
 
     namespace: str
     name: str
@@ -941,15 +857,15 @@ class Service(NamedTuple):
     headless: bool
     external_name: str | None
     family: str
-    labels: dict[str, str]
-    annotations: dict[str, str]
+    labels: Texts
+    annotations: Mapping[str, str]
 
 
 class Endpoint(NamedTuple):
     """One address of a slice: state, zone, node, and the zones that topology hints name."""
 
     address: str
-    state: int
+    state: str
     zone: str
     node: str
     hints: tuple[str, ...]
@@ -966,26 +882,17 @@ class EndpointSlice(NamedTuple):
     endpoints: tuple[Endpoint, ...]
 
 
-class Node(NamedTuple):
-    """A Node, for the localities of the endpoints on it."""
-
-    name: str
-    labels: dict[str, str]
-
-
 class Objects(NamedTuple):
-    """All that is rendered. Unchanged values are the same objects from one call to the next."""
+    """All that is rendered; of Nodes the labels."""
 
     services: Mapping[Key, Service]
     slices: Sequence[EndpointSlice]
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, Texts]
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
-    """The member of a raw object; null and absent are the kind's empty value.
-
-    Strings are interned: zones, nodes and names of ports are few and are held thousands of times.
-    """
+    """The member of a raw object; null and absent are the kind's empty value. Strings are interned:
+    zones, nodes and names of ports are few and are held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
@@ -995,9 +902,8 @@ def member(parent: Json, key: str, kind: type) -> Json:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
     if type(value) is not str:
         return value
-    if re.search(SURROGATES, value):
-        raise ValueError(f"{key}: not a Unicode text: {value[:60]!a}")
-    return sys.intern(value) if len(value) <= CACHED_LENGTH else value
+    value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
+    return sys.intern(value) if len(value) <= 128 else value
 
 
 def text_map(parent: Json, key: str) -> dict[str, str]:
@@ -1025,49 +931,43 @@ def dns_label(parent: Json, key: str) -> str:
 def service_from(obj: Json) -> Service:
     """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
-    annotations = text_map(metadata, "annotations")
-    for name in annotations:
-        if name.rpartition("/")[2] not in ROUTE_ANNOTATIONS:
-            annotations[name] = ""
     external = member(spec, "type", str) == "ExternalName"
+    address = member(spec, "externalName" if external else "clusterIP", str)
+    headless = address == "None" and not external
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(service_port_from(port) for port in member(spec, "ports", list)),
-        headless=member(spec, "clusterIP", str) == "None",
-        external_name=member(spec, "externalName", str) if external else None,
+        ports=tuple(service_port_from(port, headless) for port in member(spec, "ports", list)),
+        headless=headless,
+        external_name=address.removesuffix(".") if external else None,
         family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
         labels=text_map(metadata, "labels"),
-        annotations=annotations,
+        annotations={name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
+                     for name, text in text_map(metadata, "annotations").items()},
     )
 
 
-def service_port_from(port: Json) -> ServicePort:
-    number = port_number(port, "port")
-    if not number:
-        raise ValueError("port: a Service port needs a number")
+def service_port_from(port: Json, headless: bool) -> ServicePort:
+    number, protocol = port_number(port, "port"), member(port, "protocol", str) or "TCP"
     name = dns_label(port, "name") if port.get("name") else ""
-    target = port.get("targetPort")
-    if type(target) is not str:
-        target = port_number(port, "targetPort")
-    protocol = member(port, "protocol", str) or "TCP"
-    return ServicePort(name, number, protocol, member(port, "appProtocol", str), target or number)
+    target = 0 if type(port.get("targetPort")) is str else port_number(port, "targetPort") or number
+    return ServicePort(name, name or str(number), number, protocol,
+                       member(port, "appProtocol", str), target if headless else number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
-    if family not in (IPV4, IPV6, FQDN):
-        raise ValueError(f"addressType: not IPv4, IPv6 or FQDN: {family[:60]!a}")
-    ports = [(member(each, "name", str), port_number(each, "port"))
-             for each in member(obj, "ports", list)]
+    if family not in SOCKET_FAMILIES:
+        raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
     return EndpointSlice(
         namespace=member(metadata, "namespace", str),
         name=member(metadata, "name", str),
         service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
-        ports=tuple(ports),
+        ports=tuple((member(port, "name", str), port_number(port, "port"))
+                    for port in member(obj, "ports", list)),
         endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
                         for endpoint in endpoint_from(item, family)),
     )
@@ -1075,8 +975,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
 
 def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
-    only matter where `ready` is false, and null is false there.
-    """
+    only matter where `ready` is false, and null is false there."""
     conditions = member(item, "conditions", dict)
     ready = conditions.get("ready") is None or member(conditions, "ready", bool)
     leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
@@ -1086,12 +985,10 @@ def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
     zone, node = member(item, "zone", str), member(item, "nodeName", str)
     for address in member(item, "addresses", list):
         try:  # one that Envoy cannot parse would cost it the whole file
-            if family != FQDN:
-                socket.inet_pton(SOCKET_FAMILIES[family], address)
+            socket.inet_pton(SOCKET_FAMILIES[family], address)
         except (OSError, TypeError, ValueError):
-            text = str(address)[:60]
-            raise ValueError(f"addresses: not an {family} address: {text!a}") from None
-        yield Endpoint(str(address), state, zone, node, zones)
+            raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
+        yield Endpoint(address, state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
@@ -1106,15 +1003,15 @@ def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
                  for item in member(subset, key, list)]
         for family, colon in (("IPv4", False), ("IPv6", True)):
             endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
-            raw = {"metadata": own, "ports": subset.get("ports"), "endpoints": endpoints}
-            slices.append(endpointslice_from({**raw, "addressType": family}))
+            slices.append(endpointslice_from({
+                "metadata": own, "addressType": family, "ports": subset.get("ports"),
+                "endpoints": endpoints}))
     return tuple(slices)
 
 
-def node_from(obj: Json) -> Node:
-    """A v1 Node, reduced."""
-    metadata = member(obj, "metadata", dict)
-    return Node(member(metadata, "name", str), text_map(metadata, "labels"))
+def node_from(obj: Json) -> dict[str, str]:
+    """The labels of a v1 Node."""
+    return text_map(member(obj, "metadata", dict), "labels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1145,7 +1042,7 @@ OWN_FIELDS = {
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
     "eds_cluster_config": "use --endpoints, and --output-dir for the path",
 }
-DNS_NAME = r"(?ia)(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
+DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
@@ -1169,116 +1066,95 @@ class Config(NamedTuple):
     cluster_domain: str = "cluster.local"
 
 
-def is_text(value: Json) -> bool:
-    """A string that is not empty, and that neither Envoy nor UTF-8 stumbles over."""
-    return type(value) is str and value.isprintable() and value != ""
+class Rule(NamedTuple):
+    """What is expected somewhere in --config, and how to tell."""
+
+    expected: str
+    holds: Callable[[Json], object]
 
 
-def is_dns_name(value: Json) -> bool:
-    return type(value) is str and len(value) <= 253 and bool(re.fullmatch(DNS_NAME, value))
+def text_rule(expected: str, pattern: str) -> Rule:
+    """A string that matches, and that neither Envoy nor UTF-8 stumbles over."""
+    return Rule(expected, lambda value: (
+        type(value) is str and value.isprintable() and re.fullmatch(pattern, value)))
 
 
-def depth_of(value: Json) -> int:
-    items = value.values() if type(value) is dict else value if type(value) is list else ()
-    return 1 + max(map(depth_of, items), default=0)
+def exactly(*values: Json) -> Rule:
+    return Rule(" or ".join(map(json.dumps, values)), lambda value: any(
+        type(value) is type(each) and value == each for each in values))
 
 
 def is_json(value: Json) -> bool:
     """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        return depth_of(value) <= CONFIG_DEPTH
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1).encode()
+        return b"\n" + b" " * CONFIG_DEPTH not in text  # a level is one space of indent
     except (ValueError, RecursionError):
         return False
 
 
-ENVOY_JSON = f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep"
-# What is expected where, and how to tell.
-RULES: dict[str, Callable[[Json], object]] = {
-    "a string": is_text,
-    "a DNS name": is_dns_name,
-    "a string with {namespace}, {service} or {port}": lambda value: (
-        is_text(value) and re.fullmatch(NAME_TEMPLATE, value)),
-    "an absolute path": lambda value: is_text(value) and value.startswith("/"),
-    "a whole number of EDS files": lambda value: type(value) is int and value >= 0,
-    "true or false": lambda value: type(value) is bool,
-    "true": lambda value: value is True,
-    "a zone, true or false": lambda value: type(value) is bool or is_text(value),
-    '"strict_dns" or "logical_dns"': lambda value: value in ("strict_dns", "logical_dns"),
-    'a list of "ipv4", "ipv6" or both': lambda value: value in (
-        [IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-    ENVOY_JSON: is_json,
-    "one of label, literal and node_name": lambda value: len(value) == 1,
-    "something to match (what is for every cluster belongs into base)": lambda value: (
-        value and value.get("labels") != {}),
-    "match, and one of merge and suppress": lambda value: (
-        value.get("match") and ("merge" in value) != ("suppress" in value)),
-}
+TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
+ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
+PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
 # The schema: a rule, a list of items, (either this object, or that list), or an object with these
-# keys ("*": any other; "": a rule for the whole).
-PATCH_FIELDS = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-PART = {"": "one of label, literal and node_name", "label": "a string", "literal": "a string",
-        "node_name": "true"}
-MATCH = {"": "something to match (what is for every cluster belongs into base)",
-         "cluster_name": "a string", "labels": {"*": "a string"}, "namespace": "a string",
-         "port_name": "a string"}
-OVERRIDE = {"": "match, and one of merge and suppress", "match": (MATCH, [MATCH]),
-            "merge": PATCH_FIELDS, "suppress": "true"}
+# keys (None: a rule for the whole).
+PART = {"label": TEXT, "literal": TEXT, "node_name": exactly(True),
+        None: Rule("one of label, literal and node_name", lambda value: len(value) == 1)}
+MATCH = {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT,
+         "labels": Rule("an object of strings", lambda value: (
+             value and type(value) is dict and all(map(TEXT.holds, value.values())))),
+         None: Rule("something to match (what is for every cluster belongs into base)", bool)}
+OVERRIDE = {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True),
+            None: Rule("match, and one of merge and suppress", lambda value: (
+                value.get("match") and ("merge" in value) != ("suppress" in value)))}
 SCHEMA = {
-    "cluster": {"base": PATCH_FIELDS, "name": "a string with {namespace}, {service} or {port}",
-                "overrides": [OVERRIDE], "trusted_ca": "an absolute path"},
-    "cluster_domain": "a DNS name",
-    "endpoint": {"eds_budget": "a whole number of EDS files",
-                 "external_name": '"strict_dns" or "logical_dns"',
-                 "families": 'a list of "ipv4", "ipv6" or both',
-                 "include_not_ready": "true or false",
-                 "locality": {"region": PART, "sub_zone": PART, "zone": PART},
-                 "prefer_zone": "a zone, true or false"},
-    "route": {"annotation_prefix": "a DNS name", "name": "a string", "suffix": "a DNS name"},
+    "cluster": {
+        "base": PATCH,
+        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE),
+        "overrides": [OVERRIDE],
+        "trusted_ca": text_rule("an absolute path", "/.*")},
+    "cluster_domain": DOMAIN,
+    "endpoint": {
+        "eds_budget": Rule("a whole number of EDS files", lambda value: (
+            type(value) is int and value >= 0)),
+        "external_name": exactly("strict_dns", "logical_dns"),
+        "families": exactly([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
+        "include_not_ready": exactly(True, False),
+        "locality": {"region": PART, "sub_zone": PART, "zone": PART},
+        "prefer_zone": Rule("a zone, true or false", lambda value: (
+            type(value) is bool or TEXT.holds(value)))},
+    "route": {"annotation_prefix": DOMAIN, "name": TEXT, "suffix": DOMAIN},
 }  # fmt: skip
-
-
-def config_error(path: str, what: str) -> UsageError:
-    return UsageError(f"--config: {path}: {what}")
 
 
 def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
     if type(schema) is tuple:
         schema = schema[type(value) is list]
-    expected = schema
-    if type(schema) is dict:
-        if type(value) is not dict:
-            raise config_error(path, "an object expected")
-        for key, item in value.items():
-            where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
-            rule = schema.get(key, schema.get("*")) if key else None
-            if rule is None:
-                raise config_error(where, wrong_key(key, schema))
-            config_check(item, rule, where)
-        expected = schema.get("", "")
+    if type(schema) is Rule:
+        if not schema.holds(value):
+            raise UsageError(f"{path}: {schema.expected} expected")
+    elif type(value) is not type(schema):
+        kind = "a list" if type(schema) is list else "an object"
+        raise UsageError(f"{path}: {kind} expected")
     elif type(schema) is list:
-        if type(value) is not list:
-            raise config_error(path, "a list expected")
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
-        return
-    if expected and not RULES[expected](value):
-        raise config_error(path, f"{expected} expected")
-
-
-def wrong_key(key: str, schema: Mapping[str, Json]) -> str:
-    if schema is not PATCH_FIELDS:
-        return f"unknown key (one of {', '.join(sorted(name for name in schema if name))})"
-    if key in OWN_FIELDS:
-        return f"the loader's own: {OWN_FIELDS[key]}"
-    snake = re.sub("([A-Z])", lambda match: "_" + match[1].lower(), key)
-    return "not a field of Envoy's Cluster" + (f": write {snake}" if snake in schema else "")
+    else:
+        for key, item in value.items():
+            where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
+            if key not in schema:
+                known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+                own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
+                raise UsageError(f"{where}: {own if schema is PATCH else known}")
+            config_check(item, schema[key], where)
+        if None in schema:
+            config_check(value, schema[None], path)
 
 
 def config_from(document: Json) -> Config:
     """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
-    config_check(document, SCHEMA, "$")
+    config_check(document, SCHEMA, "--config: $")
     chosen = {}
     for section, value in document.items():
         for key, item in value.items() if type(value) is dict else [(section, value)]:
@@ -1288,12 +1164,10 @@ def config_from(document: Json) -> Config:
 
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    """For json.loads(object_pairs_hook=): a key that is there twice would hide its first value."""
-    found: dict[str, Json] = {}
-    for key, value in pairs:
-        if key in found:
-            raise UsageError(f"--config: the key {json.dumps(key)} is there twice in one object")
-        found[key] = value
+    """For json.load(object_pairs_hook=): a key that is there twice would hide its first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise UsageError(f"--config: a key is there twice in the object of {shortened([*found])!a}")
     return found
 
 
@@ -1308,21 +1182,15 @@ def needs_nodes(config: Config) -> bool:
 
 def merge(into: Json, more: Json) -> Json:
     """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
-    append, and an object of another `@type` replaces the whole. Neither argument is changed.
-    """
+    append, and an object of another `@type` replaces the whole. Neither argument is changed."""
     if type(into) is list and type(more) is list:
         return into + more
     if type(more) is not dict:
         return more
-    if type(into) is not dict:
+    if type(into) is not dict or (more | into).get("@type") != (into | more).get("@type"):
         into = {}
-    if "@type" in into and into["@type"] != more.get("@type", into["@type"]):
-        into = {}
-    merged = {key: value for key, value in into.items() if more.get(key, "") is not None}
-    for key, value in more.items():
-        if value is not None:
-            merged[key] = merge(merged.get(key), value)
-    return merged
+    merged = into | {key: merge(into.get(key), value) for key, value in more.items()}
+    return {key: value for key, value in merged.items() if value is not None or key not in more}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1335,26 +1203,24 @@ ASSIGNMENT_TYPE = f"{TYPE_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
 ROUTE_TYPE = f"{TYPE_PREFIX}envoy.config.route.v3.RouteConfiguration"
 UPSTREAM_TLS_TYPE = f"{TYPE_PREFIX}envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
-API_SERVER = ("default", "kubernetes")
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
 # Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
 # a file that Envoy reads on its main thread.
 PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
-PREFIX_LENGTH, ANNOTATION_LENGTH = 255, 10_000
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
 NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
 # What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
 # /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
-LOCAL_NAME = r"(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
+LOCAL_NAME = r"(?i)(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
 # What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
 HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
-ROUTE_HOST = rf"\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*"
-ROUTE_PREFIX = r"/(?:(?![?#])[!-~])*"
-GRPC_SERVICE = r"(?a)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+ROUTE_HOST = rf"(?!.{{254}})(?:\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*)"
+ROUTE_PREFIX = r"/(?:(?![?#])[!-~]){0,254}"
+GRPC_SERVICE = r"(?a)(?!.{254})[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 # How Envoy speaks upstream to a port of an appProtocol, or of a name (up to its first dash).
 HTTP2_PORTS = frozenset(("http2", "h2c", "grpc", "grpcs", "grpctls", "kubernetes.io/h2c"))
@@ -1364,26 +1230,19 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 
 
 class Cluster(NamedTuple):
-    """One cluster to be: everything that does not depend on endpoints.
-
-    `stem` names its EDS file. `host` is what DNS is asked for, and `number` the port there (0: a
-    target port that only the slices know); empty where the endpoints come from slices.
-    """
+    """One cluster without its endpoints. `host` is what DNS is asked for, empty for slices."""
 
     name: str
-    stem: str
     port: ServicePort
     families: Sequence[str]
     host: str
-    number: int
     options: Mapping[str, Json]
 
 
 class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
-    namespace: str
-    name: str
+    service: Key
     created: str
     hosts: Sequence[str]
     prefixes: Sequence[str] = ()
@@ -1400,7 +1259,7 @@ class ServicePlan(NamedTuple):
 
 
 def warning_line(key: Key, problems: Sequence[str]) -> str:
-    """One line for one Service, whatever is wrong with it."""
+    """One line for one Service, whatever there is to say about it."""
     line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
     return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
 
@@ -1419,42 +1278,33 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     """Plan one Service; what cannot be rendered is left out and named."""
     problems: list[str] = []
     clusters: list[Cluster] = []
+    external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif problem := external_problem(service, config):
-        problems.append(f"is left out: {problem}")
+    elif external is not None and not config.external_name:
+        problems.append("is left out: ExternalName needs endpoint.external_name in --config")
+    elif external is not None and (
+            not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
+        problems.append(f"is left out: externalName is not a DNS name, or local: {external!a:.60}")
     else:
-        known = [port for port in service.ports if port.protocol in ("TCP", "UDP")]
-        if other := [port.label for port in service.ports if port.protocol not in ("TCP", "UDP")]:
-            problems.append(f"port {first_of(other)} is left out: Envoy supports TCP and UDP")
-        if len(known) > PORTS_MOST:
-            problems.append(f"has {len(known)} ports; the first {PORTS_MOST} are rendered")
-        found = [plan_cluster(service, port, config, endpoints) for port in known[:PORTS_MOST]]
-        clusters = [cluster for cluster in found if cluster]
-        if endpoints == DNS and clusters and not service.headless and service.external_name is None:
-            problems.append("kube-proxy balances behind its one clusterIP, where --endpoints dns "
-                            "needs a headless Service (clusterIP: None)")
+        kept = [port for port in service.ports if port.protocol in ("TCP", "UDP")][:PORTS_MOST]
+        if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
+            problems.append(f"port {first_of(left_out)} is left out: the first {PORTS_MOST} TCP "
+                            f"and UDP ports are rendered")
+        planned = (plan_cluster(service, port, config, endpoints) for port in kept)
+        clusters = [cluster for cluster in planned if cluster]
+        if endpoints == DNS and clusters and not service.headless and external is None:
+            problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     route = route_of(service, clusters, config, problems)
     return ServicePlan(tuple(clusters), route, tuple(problems))
-
-
-def external_problem(service: Service, config: Config) -> str:
-    """Why an ExternalName is not rendered; "" if it is, or if the Service has none."""
-    if service.external_name is None:
-        return ""
-    name = service.external_name.removesuffix(".")
-    if not config.external_name:
-        return "ExternalName needs endpoint.external_name in --config"
-    if not is_dns_name(name) or re.fullmatch(LOCAL_NAME, name.lower()):
-        return f"externalName is not a DNS name, or local: {name[:60]!a}"
-    return ""
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    facts = {"cluster_name": cluster_name(config.cluster_name, service, port),
-             "namespace": service.namespace, "port_name": port.label}
+    name = config.cluster_name.format(
+        namespace=service.namespace, service=service.name, port=port.label)
+    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
     overrides, by_name = [], False
     for override in config.cluster_overrides:
         match = override["match"]
@@ -1463,33 +1313,19 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
                    and all(one.get(key, fact) == fact for key, fact in facts.items())]
         by_name = by_name or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (service.namespace, service.name) == API_SERVER
+    api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families = config.families or (service.family,)
-    host, number, kind = service_dns_name(service, config.cluster_domain), port.number, ""
-    if service.external_name is not None:
-        host, kind = service.external_name.removesuffix("."), config.external_name.upper()
-    elif endpoints == DNS:
-        kind = "STRICT_DNS"
-        if service.headless:
-            number = port.target if isinstance(port.target, int) else 0
-    both, only = len(families) > 1, {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}
-    options: Json = {}
-    if kind:
-        options = {"type": kind, "dns_lookup_family": "ALL" if both else only[families[0]]}
-    patches = [protocol_options(port, host, config.trusted_ca)]
-    for patch in [config.cluster_base, *patches, *(override["merge"] for override in overrides)]:
+    families, options = config.families or (service.family,), dict[str, Json]()
+    host = service.external_name or service_dns_name(service, config.cluster_domain)
+    if by_dns := service.external_name is not None or endpoints == DNS:
+        lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
+        kind = config.external_name if service.external_name else "strict_dns"
+        options = {"type": kind.upper(), "dns_lookup_family": lookup}
+    patches = [override["merge"] for override in overrides]
+    for patch in (config.cluster_base, protocol_options(port, host, config.trusted_ca), *patches):
         options = merge(options, patch)
-    stem = f"{service.namespace}_{service.name}_{port.label}"
-    return Cluster(
-        facts["cluster_name"], stem, port, families, host if kind else "", number, options)
-
-
-def cluster_name(template: str, service: Service, port: ServicePort) -> str:
-    """The name of a cluster: the one function that CDS, EDS and RDS have it from."""
-    parts = {"{namespace}": service.namespace, "{service}": service.name, "{port}": port.label}
-    return re.sub(r"\{\w+\}", lambda match: parts[match[0]], template)
+    return Cluster(name, port, families, host if by_dns else "", options)
 
 
 def service_dns_name(service: Service, domain: str) -> str:
@@ -1516,9 +1352,8 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
                                      "http2_protocol_options": {}},
         }}
     if protocol in TLS_PORTS:
-        names = [{"san_type": "DNS", "matcher": {"exact": host}}]
-        validation = {"trusted_ca": {"filename": trusted_ca},
-                      "match_typed_subject_alt_names": names}
+        validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
+            {"san_type": "DNS", "matcher": {"exact": host}}]}
         alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
@@ -1531,25 +1366,39 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
 def unique_clusters(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name that of the oldest Service exists: with a name template without
-    the namespace nobody takes another's. Envoy would use the last, in silence."""
-    owners: dict[str, Key] = {}
+    """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
+    the name template has no namespace. Envoy would use the last, in silence."""
+    owners: dict[str, tuple[Key, Cluster]] = {}
     kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
     for key in by_age:
         for cluster in plans[key].clusters:
-            if cluster.name in owners:
-                problems[key].append(f"port {cluster.port.label} is left out: service "
-                                     f"{'/'.join(owners[cluster.name])} has a cluster of the same "
-                                     f"name, {cluster.name}")
-            else:
-                owners[cluster.name] = key
+            owner, first = owners.setdefault(cluster.name, (key, cluster))
+            if first is cluster:
                 kept[key].append(cluster)
+            else:
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
     return kept
 
 
-# -- load assignments --------------------------------------------------------------------------
+def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
+    """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
+    found = []
+    for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
+        source = config.locality.get(name, {})
+        if "label" in source:
+            default = labels.get(source["label"], "")
+        found.append(node if "node_name" in source else source.get("literal", default))
+    return tuple(found)
 
-Place = tuple[int, tuple[str, str, str]]  # (priority, (region, zone, sub_zone))
+
+def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
+    """The zone to prefer; None: none, or the own Node is not known or has no zone."""
+    if config.prefer_zone is not True:
+        return config.prefer_zone or None
+    labels = nodes.get(node, {})
+    default = labels.get("topology.kubernetes.io/zone", "")
+    return locality_of(config, default, node, labels)[1] or None
 
 
 class View(NamedTuple):
@@ -1557,83 +1406,56 @@ class View(NamedTuple):
 
     config: Config
     zone: str | None
-    nodes: Mapping[str, Node]
-
-    def place(self, endpoint: Endpoint, hinted: bool) -> Place:
-        """Priority and locality. `hinted`: the topology hints of its Service count."""
-        node, sources = self.nodes.get(endpoint.node), self.config.locality
-        region = locality_part(sources.get("region"), "", endpoint.node, node)
-        zone = locality_part(sources.get("zone"), endpoint.zone, endpoint.node, node)
-        sub_zone = locality_part(sources.get("sub_zone"), "", endpoint.node, node)
-        near = self.zone in endpoint.hints if hinted and endpoint.hints else self.zone == zone
-        return 0 if near or self.zone is None else 1, (region, zone, sub_zone)
-
-
-def own_zone(config: Config, node_name: str, nodes: Mapping[str, Node]) -> str | None:
-    """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.prefer_zone is not True:
-        return config.prefer_zone or None
-    node = nodes.get(node_name)
-    default = node.labels.get(TOPOLOGY_ZONE, "") if node else ""
-    return locality_part(config.locality.get("zone"), default, node_name, node) or None
-
-
-def locality_part(source: Json, default: str, node_name: str, node: Node | None) -> str:
-    if not source:
-        return default
-    if "label" in source:
-        return node.labels.get(source["label"], "") if node else ""
-    return node_name if "node_name" in source else str(source["literal"])
+    nodes: Mapping[str, Texts]
 
 
 def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name.
-
-    Hints count only if all ready endpoints have them: Kubernetes gives none to one that
-    terminates, which must not take them from the others at every rolling update.
-    """
+    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
+    count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
+    must not take them from the others at every rolling update."""
     used = [found for found in slices if found.family in cluster.families]
-    ready = [each for found in used for each in found.endpoints if each.state == HEALTHY]
-    hinted = bool(ready) and all(endpoint.hints for endpoint in ready)
+    hinted = all(endpoint.hints or endpoint.state != HEALTHY
+                 for found in used for endpoint in found.endpoints)
     worst = UNHEALTHY if view.config.include_not_ready else DRAINING
-    best: dict[tuple[int, bytes, int], tuple[int, Place, str]] = {}
+    best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
         numbers = {number for name, number in found.ports if number and name == cluster.port.name}
         for endpoint in found.endpoints if numbers else ():
             if endpoint.state <= worst:
+                labels = view.nodes.get(endpoint.node, {})
+                locality = locality_of(view.config, endpoint.zone, endpoint.node, labels)
+                zones = endpoint.hints if hinted and endpoint.hints else locality[1:2]
+                far = int(view.zone is not None and view.zone not in zones)
                 packed = socket.inet_pton(family, endpoint.address)
-                seen = (endpoint.state, view.place(endpoint, hinted), endpoint.address)
+                seen = (endpoint.state, far, locality, endpoint.address)
                 for key in [(rank, packed, number) for number in numbers]:
                     best[key] = min(best.get(key, seen), seen)
-    nearest = min((place[0] for _, place, _ in best.values()), default=0)
-    groups: dict[Place, list[Json]] = {}
-    for (_, _, number), (state, place, address) in sorted(best.items()):
-        groups.setdefault(place, []).append(
+    nearest = min((far for _, far, _, _ in best.values()), default=0)
+    groups: dict[tuple[int, tuple[str, ...]], list[Json]] = {}
+    for (_, _, number), (state, far, locality, address) in sorted(best.items()):
+        groups.setdefault((far - nearest, locality), []).append(
             lb_endpoint(address, number, cluster.port.protocol, state))
     localities = []
     for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
-        locality = present(region=region, zone=zone, sub_zone=sub_zone)
-        where = present(locality=locality, priority=priority - nearest)
-        localities.append({**where, "lb_endpoints": endpoints})
+        place = present(region=region, zone=zone, sub_zone=sub_zone)
+        localities.append({**present(locality=place, priority=priority), "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
 def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
     """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    name = cluster.port.name
-    numbers = {number for found in slices for key, number in found.ports if key == name and number}
-    number = cluster.number or (numbers.pop() if len(numbers) == 1 else 0)
-    endpoint = lb_endpoint(cluster.host, number, cluster.port.protocol, HEALTHY)
+    port, ports = cluster.port, itertools.chain.from_iterable(found.ports for found in slices)
+    numbers = {number for name, number in ports if number and name == port.name}
+    number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
+    endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
     localities = [{"lb_endpoints": [endpoint]}] if number else []
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
-def lb_endpoint(address: str, port: int, protocol: str, state: int) -> dict[str, Json]:
-    where = {**present(protocol="UDP" if protocol == "UDP" else ""),
-             "address": address, "port_value": port}
-    health = {HEALTHY: "", DRAINING: "DRAINING", UNHEALTHY: "UNHEALTHY"}[state]
-    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=health)}
+def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
+    where = present(protocol="UDP" if protocol == "UDP" else "", address=address, port_value=port)
+    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1643,55 +1465,38 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name} are left out"
-        if found.family == FQDN:
-            yield f"{where}: host names, where Envoy needs addresses"
-        elif not found.ports:
-            yield f"{where}: it has no ports"
-        numberless = {name for name, number in found.ports if not number}
-        for cluster in clusters:
-            if cluster.port.name in numberless:
-                yield f"{where}: its port {cluster.port.label} has no number"
-    families = {found.family for found in used} - {FQDN}
-    if families and not families & set(clusters[0].families):
-        yield f"has only {min(families)} endpoints, which endpoint.families leaves out"
-
-
-# -- routes ------------------------------------------------------------------------------------
+        if not (found.ports and all(number for _, number in found.ports)):
+            yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
+    there = {found.family for found in used}
+    if there and not there & set(clusters[0].families):
+        yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
              ) -> Route | None:
-    """What the annotations of a Service ask for; None if nothing. What is wrong is named.
-
-    A Service that is not routed for another error still claims its hosts: a typing error must not
-    hand a host over to the Service of another namespace.
-    """
+    """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
+    an error still claims its hosts: a typing error must not hand them to another namespace."""
     ours = f"{config.annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
-        known = ", ".join(ROUTE_ANNOTATIONS)
-        named = first_of([ours + name for name in unknown])
-        problems.append(f"unknown annotation {named} (known: {known})")
-        given = {name: value for name, value in given.items() if name not in unknown}
-    if not given or given.get("route") == "false":
+        problems.append(f"unknown annotation {first_of([ours + name for name in unknown])}")
+    if len(unknown) == len(given) or given.get("route") == "false":
         return None
-    route = Route(service.namespace, service.name, service.created, ())
+    route = Route((service.namespace, service.name), service.created, ())
     try:
-        if any(len(value) > ANNOTATION_LENGTH for value in given.values()):
-            raise ValueError(f"an annotation is longer than {ANNOTATION_LENGTH} characters")
         default = service_dns_name(service, config.route_suffix)
-        hosts = comma_separated((given.get("hosts") or default).lower())
-        wrong = {host: host_problem(host, service, config.route_suffix) for host in hosts}
-        if bad := [host for host in hosts if wrong[host]]:
-            problems.append(f"{ours}hosts: left out: {first_of(bad)}: {wrong[bad[0]]}")
-        hosts = [host for host in hosts if not wrong[host]]
-        route = route._replace(hosts=hosts[:HOSTS_MOST])
+        asked = comma_separated((given.get("hosts") or default).lower())
+        hosts = [host for host in asked[:HOSTS_MOST]
+                 if may_have(service, host, config.route_suffix)]
+        route = route._replace(hosts=hosts)
+        if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
+            problems.append(f"{ours}hosts: left out: {first_of(wrong)}: not a valid host name (no "
+                            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
+        if not hosts or len(asked) > HOSTS_MOST:
+            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
         if given.get("route", "true") != "true":
             raise ValueError(f'{ours}route: "true" or "false" expected')
-        if not 0 < len(hosts) <= HOSTS_MOST:
-            raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} hosts expected, not {len(hosts)}")
         prefixes = route_prefixes(given, ours)
         port = route_port(service, given.get("port", ""), f"{ours}port")
         names = [cluster.name for cluster in clusters if cluster.port == port]
@@ -1713,65 +1518,55 @@ def comma_separated(text: str) -> list[str]:
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
-def host_problem(host: str, service: Service, suffix: str) -> str:
-    """Why a Service cannot have a host; "" if it can. Names of Services are their namespace's."""
-    if len(host) > 253 or not re.fullmatch(ROUTE_HOST, host):
-        return "not a valid host name (no port; * alone, or as in *.x, *-x, x.*, x-*)"
-    ending, name = f".svc.{suffix}".lower(), host.removesuffix("*")
-    head, _, tail = name.rpartition(".svc.")
+def may_have(service: Service, host: str, suffix: str) -> bool:
+    """Whether a Service may have a host: names of Services are their namespace's alone."""
+    ending, (head, dot, tail) = f".svc.{suffix}".lower(), host.rpartition(".svc.")
     if host.endswith(ending):
         head = host.removesuffix(ending)
-    elif name == host or not head or not ending.startswith(f".svc.{tail}"):
-        return ""
-    owner = head.rpartition(".")[2]
-    return "" if owner == service.namespace else f"a name of namespace {owner[:63]}"
+    elif not (dot and tail.endswith("*") and ending.startswith(f".svc.{tail[:-1]}")):
+        head = service.namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and head.rpartition(".")[2] == service.namespace
 
 
 def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
     services = comma_separated(given.get("grpc", ""))
-    for service in services:
-        if len(service) > PREFIX_LENGTH or not re.fullmatch(GRPC_SERVICE, service):
-            raise ValueError(f"{ours}grpc: not the name of a gRPC service: {service[:60]!a}")
-    path = given.get("prefix", "") or ("" if services else "/")
-    if path and (len(path) > PREFIX_LENGTH or not re.fullmatch(ROUTE_PREFIX, path)):
-        raise ValueError(f"{ours}prefix: not the beginning of a path: {path[:60]!a}")
-    found = sorted({f"/{service}/" for service in services} | ({path} if path else set()))
-    if len(found) > PREFIXES_MOST:
-        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes, not {len(found)}")
-    return found
+    paths = list(filter(None, [given.get("prefix") or ("" if services else "/")]))
+    if len(services) + len(paths) > PREFIXES_MOST:
+        raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
+    for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
+                                 ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
+        if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
+            raise ValueError(f"{ours}{what}: {first_of(wrong)}")
+    return sorted({f"/{service}/" for service in services}.union(paths))
 
 
 def route_port(service: Service, wanted: str, where: str) -> ServicePort:
     """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
     if wanted:
-        chosen = [port for port in ports if wanted in (port.name, str(port.number))]
-    else:
-        chosen = ports if len(ports) == 1 else [
-            port for port in ports if protocol_of(port) in HTTP_PORTS]
-    if not chosen and wanted:
-        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}")
-    if not chosen:
-        raise ValueError(f"which of its ports is HTTP? Set appProtocol or {where}")
-    return chosen[0]
+        ports = [port for port in ports if wanted in (port.name, str(port.number))]
+    elif len(ports) > 1:
+        ports = [port for port in ports if protocol_of(port) in HTTP_PORTS]
+    if not ports:
+        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}" if wanted else
+                         f"which of its ports is HTTP? Set appProtocol or {where}")
+    return ports[0]
 
 
 def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
                    ) -> dict[str, list[Route]]:
-    """The routes of each host, in the order of names.
-
-    A host belongs to the namespace of the oldest Service that claims it; others are named.
-    """
+    """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
+    Service that claims it; others are named."""
     owners: dict[str, str] = {}
-    for route in sorted(routes, key=lambda route: (route.created, *route[:2])):
+    for route in sorted(routes, key=lambda route: (route.created, route.service)):
         for host in route.hosts:
-            owners.setdefault(host, route.namespace)
+            owners.setdefault(host, route.service[0])
     found: dict[str, list[Route]] = {}
     for route in routes:
         for host in route.hosts:
-            if owners[host] != route.namespace:
-                problems[route[:2]].append(
+            if owners[host] != route.service[0]:
+                problems[route.service].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
             elif route.cluster:
                 found.setdefault(host, []).append(route)
@@ -1780,8 +1575,7 @@ def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
 
 def shares(weights: Sequence[int | None]) -> list[int]:
     """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
-    numbers, the first ones one more where it does not divide. If nobody has one, all are equal.
-    """
+    numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
     given = [weight for weight in weights if weight is not None]
     if not given:
         return [1] * len(weights)
@@ -1790,11 +1584,12 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, str]]]:
+def virtual_host(host: str, routes: Sequence[Route]
+                 ) -> tuple[Json, list[tuple[Key, str]], list[tuple[Key, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong is named for the first Service concerned.
-    """
-    rendered, problems, prefixes = [], [], dict[str, list[Route]]()
+    prefix split it. What is wrong, and shares that follow from others, are named for the first
+    Service concerned."""
+    rendered, problems, splits, prefixes = [], [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
@@ -1804,17 +1599,16 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
         split = [{"name": route.cluster, "weight": weight}
                  for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((members[0][:2], f"{host}{prefix} has no route: all weights are 0"))
+            problems.append((members[0].service, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
             text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
-            note = f"{host}{prefix} is split by weight and remainder: {text}"
-            problems.append((members[0][:2], note))
+            splits.append((members[0].service, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, problems
+    return {"name": host, "domains": domains, **present(routes=rendered)}, problems, splits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1825,17 +1619,10 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 # addresses, durations. Everything else is quoted as in JSON, in one line.
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
-    r"[a-z_/][a-z0-9_./-]*\Z|[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+\Z|[0-9]+s\Z"
-)
+    r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
 # What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
-CACHED_LENGTH = 128  # of a text: 4,096 of them are small, whatever a Service holds
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-# A file that response() wrote in YAML: its head, and the resources.
-OUR_YAML = (
-    rb'((?:# .*\n)++version_info: "[0-9a-f]{16}"\ntype_url: \S++\n)'
-    rb"resources:(?: \[\]\n|\n((?:(?:- |  ).*\n)++))"
-)
 
 SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
@@ -1844,27 +1631,18 @@ CDS_COMMENT = f"Clusters: one for each port of each Service.\n{MADE_BY}"
 RDS_COMMENT = f"Routes: from the annotations {{prefix}}/... of Services.\n{MADE_BY}"
 
 
-def yaml_text(text: str) -> str:
-    """A string, in the one way that cannot be misread."""
-    return cached_yaml_text(text) if len(text) <= CACHED_LENGTH else any_yaml_text(text)
-
-
-def any_yaml_text(text: str) -> str:
-    if re.match(PLAIN_SCALAR, text):
-        return text
-    quoted = json.dumps(text, ensure_ascii=False)
+def yaml_scalar(value: Json) -> str:
+    """A scalar or an empty collection, in the one way that cannot be misread."""
+    if type(value) is not str:
+        text = str(value) if type(value) is int else json.dumps(value)
+        return text.replace("e", ".0e") if type(value) is float and "." not in text else text
+    if re.match(PLAIN_SCALAR, value):
+        return value
+    quoted = COMPACT_JSON.encode(value)
     return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
-cached_yaml_text = functools.lru_cache(maxsize=4096)(any_yaml_text)  # keys and names repeat
-
-
-def yaml_scalar(value: Json) -> str:
-    """A scalar or an empty collection."""
-    if type(value) is str:
-        return yaml_text(value)
-    text = str(value) if type(value) is int else json.dumps(value)
-    return text.replace("e", ".0e") if type(value) is float and "." not in text else text
+yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
 
 
 def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
@@ -1872,10 +1650,10 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
     if type(value) is dict:
         for key, item in value.items():
             if item and type(item) in (dict, list):
-                lines.append(f"{indent}{yaml_text(key)}:")
+                lines.append(f"{indent}{yaml_key(key)}:")
                 yaml_lines(item, indent + "  " if type(item) is dict else indent, lines)
             else:
-                lines.append(f"{indent}{yaml_text(key)}: {yaml_scalar(item)}")
+                lines.append(f"{indent}{yaml_key(key)}: {yaml_scalar(item)}")
         return
     for item in value:
         if item and type(item) in (dict, list):
@@ -1887,9 +1665,7 @@ def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
 
 
 def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """One element of a list that is written at the indent: "yaml" for people, "json" for Envoy,
-    which reads it five times faster.
-    """
+    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
     lines: list[str] = []
@@ -1899,68 +1675,43 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
 
 def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
+    body = (b",\n" if fmt == "json" else b"").join(resources)
+    version = hashlib.sha256(body).hexdigest()[:16]
     if fmt == "json":
-        return b'{"version_info":"%s","type_url":"%s","resources":[\n%s\n]}\n' % (
-            hash_of(resources), type_url.encode(), b",\n".join(resources))
-    head = "".join(f"# {line}\n" for line in comment.splitlines())
-    return join_rendered(f'{head}version_info: ""\ntype_url: {type_url}\n'.encode(), resources)
+        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":['
+        return b"%s\n%s\n]}\n" % (head.encode(), body)
+    notes = "".join(f"# {line}\n" for line in comment.splitlines())
+    head = f'{notes}version_info: "{version}"\ntype_url: {type_url}\nresources:'
+    return b"%s\n%s" % (head.encode(), body) if resources else f"{head} []\n".encode()
 
 
-def resource_file(fmt: str, comment: str, type_url: str, resources: Sequence[Json]) -> bytes:
-    """A whole file of resources in JSON's types."""
-    return response(fmt, comment, type_url, [element(fmt, resource) for resource in resources])
+def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
+    """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
+    texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
+    if response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
+        return None
+    names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
+    return {json.loads(name) if name[0] == '"' else name: text
+            for name, text in zip(names, texts, strict=True)}
 
 
-def hash_of(resources: Sequence[bytes]) -> bytes:
-    return hashlib.sha256(b"".join(resources)).hexdigest()[:16].encode()
+def modes_on_disk(files: Files) -> dict[str, str]:
+    """The clusters in the CDS that a loader left, and whether each is on EDS."""
+    modes: dict[str, str] = {}
+    for path in ("cds.yaml", "cds.json"):
+        found = clusters_of(files[path]._replace(source=SERVICES_SOURCE)) if path in files else None
+        for name, text in found.texts.items() if found else ():
+            modes[name] = EDS if b"eds_cluster_config" in text else INLINE
+    return modes
 
 
-def split_rendered(content: bytes) -> tuple[bytes, list[bytes]] | None:
-    """Head and resources of a YAML file that response() wrote; None if somebody else did."""
-    found = re.fullmatch(OUR_YAML, content)
-    return (found[1], re.split(rb"(?m)^(?=- )", found[2] or b"")[1:]) if found else None
-
-
-def join_rendered(head: bytes, resources: Sequence[bytes]) -> bytes:
-    """The reverse of split_rendered(), with a version of its own."""
-    version = b'version_info: "%s"\n' % hash_of(resources)
-    head = re.sub(rb'(?m)^version_info: ".*"\n', version, head, count=1)
-    return head + b"resources:" + (b"\n" + b"".join(resources) if resources else b" []\n")
-
-
-def eds_clusters(files: Files) -> set[str]:
-    """The clusters that are on EDS in the files that a loader left: `on_eds` of a Renderer."""
-    return rendered_clusters(files, "EDS")
-
-
-def inline_clusters(files: Files) -> set[str]:
-    """The clusters with endpoints in CDS itself: `on_inline` of a Renderer."""
-    return rendered_clusters(files, "STATIC")
-
-
-def rendered_clusters(files: Files, kind: str) -> set[str]:
-    """The names of the clusters of a type in our own CDS, whatever a ConfigMap has in its place."""
-    found: list[Json] = []
-    try:
-        if "cds.json" in files:
-            document = parse_json(files["cds.json"].content)
-            found = [(one["type"], one["name"]) for one in document["resources"]]
-        elif "cds.yaml" in files:
-            for resource in (split_rendered(files["cds.yaml"].content) or (b"", []))[1]:
-                name, type_ = [row.partition(b": ")[2] for row in resource.split(b"\n")[1:3]]
-                text = json.loads(name) if name[:1] == b'"' else name.decode()
-                found.append((type_.decode(), text))
-        return {name for type_, name in found if type_ == kind}
-    except (ValueError, LookupError, TypeError):
-        return set()
-
-
-def inotify_budget() -> int:
-    """How many EDS files are safe: a sixteenth of the instances that a user may have on this node.
-
-    Each is an inotify instance to Envoy, two while its cluster warms, and all Envoys of one user
-    on the node share the limit. Envoy aborts when it is passed.
+def inotify_budget(config: Config) -> int:
+    """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
+    that a user may have on this node. Envoys share these, need one for a file and two while its
+    cluster warms, and abort when there are no more.
     """
+    if config.eds_budget is not None:
+        return config.eds_budget
     try:
         with open(MAX_USER_INSTANCES, encoding="ascii") as file:
             return int(file.read()) // 16
@@ -1969,70 +1720,61 @@ def inotify_budget() -> int:
 
 
 class Memo:
-    """Results of a function by key, each as long as its arguments are equal; unchanged ones are the
-    same objects, so comparing ends at their identity. What was not asked for between two calls of
-    `forget` is forgotten.
+    """A function, called for all keys at once. Where the arguments are those of the last time the
+    result is too; unchanged ones are the same objects, so comparing ends at identity.
     """
 
     def __init__(self, function: Callable[..., Json]) -> None:
         self._function = function
-        self._old: dict[object, tuple[object, Json]] = {}
-        self._new: dict[object, tuple[object, Json]] = {}
+        self._known: dict[Any, tuple[tuple[object, ...], Json]] = {}
 
-    def get(self, key: object, *arguments: object) -> Json:
-        found = self._new.get(key) or self._old.get(key)
-        if found is None or found[0] != arguments:
-            found = (arguments, self._function(*arguments))
-        self._new[key] = found
-        return found[1]
-
-    def forget(self) -> None:
-        self._old, self._new = self._new, {}
+    def __call__(self, calls: Mapping[Any, tuple[object, ...]]) -> dict[Any, Json]:
+        known, self._known = self._known, {}
+        for key, arguments in calls.items():
+            found = known.get(key)
+            if found is None or found[0] != arguments:
+                found = (arguments, self._function(*arguments))
+            self._known[key] = found
+        return {key: result for key, (_, result) in self._known.items()}
 
 
 class Rendering(NamedTuple):
-    """What all objects give. `inlined`: clusters in CDS because the EDS budget is spent."""
+    """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
+    `clusters` is how many there are of each mode."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
+    splits: tuple[str, ...]
     clusters: dict[str, int]
-    inlined: tuple[str, ...]
 
 
 class Renderer:
-    """Renders Services again and again; a change in one of them renders that one.
-
-    `endpoints` is the mode, `fmt` "yaml" or "json", `current_dir` the absolute path under which
-    Envoy reads, `budget` as inotify_budget() has it. `on_eds` and `on_inline` are the clusters
-    that the files on disk had in that mode when the loader started: they stay, within the budget.
+    """Renders Services again and again; a change in one of them renders that one. `current_dir` is
+    the absolute path under which Envoy reads; `modes`, of the clusters on disk when the loader
+    started, stay within the budget.
     """
 
-    def __init__(
-        self, config: Config, *, endpoints: str, fmt: str, current_dir: str, node_name: str,
-        budget: int, on_eds: Iterable[str] = (), on_inline: Iterable[str] = (),
-    ) -> None:
-        if config.prefer_zone is True and not node_name:
-            raise config_error(
-                "$.endpoint.prefer_zone", "true needs the name of the own Node in $NODE_NAME")
+    def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
+                 node_name: str, budget: int, modes: Mapping[str, str]) -> None:
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
-        self._directory, self._node_name = current_dir.rstrip("/"), node_name
-        self._budget = budget if config.eds_budget is None else config.eds_budget
-        kept = dict.fromkeys(sorted(on_eds)[: self._budget], EDS)
+        self._directory, self._node_name, self._budget = current_dir, node_name, budget
+        on_eds = sorted(name for name, mode in modes.items() if mode == EDS)[:budget]
         # Without one EDS file what is on disk was no decision of `auto`.
-        self._modes = dict.fromkeys(on_inline, INLINE) | kept if kept else {}
+        kept = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS) if on_eds else {}
+        self._modes = kept if endpoints == AUTO else {}
         self._services: Mapping[Key, Service] | None = None
-        self._clusters: dict[Key, list[Cluster]] = {}
-        self._routes = b""
-        self._plan_warnings: list[str] = []
-        self._plans = Memo(lambda service: plan_service(service, config, endpoints))
-        self._hosts, self._rendered = Memo(self._host), Memo(self._service)
-        self._files = Memo(self._file)
+        self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
+        self._routes, self._warnings = b"", list[str]()
+        self._splits: tuple[str, ...] = ()
+        self._plans, self._hosts = Memo(plan_service), Memo(self._host)
+        self._rendered, self._files = Memo(self._service), Memo(self._file)
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         if objects.services != self._services:
-            self._plan(dict(sorted(objects.services.items())), other_files)
-        config, warnings = self._config, list(self._plan_warnings)
+            self._services = dict(sorted(objects.services.items()))
+            self._plan(self._services, other_files)
+        config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
         if zone is None and config.prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
@@ -2040,78 +1782,78 @@ class Renderer:
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
             slices.setdefault((found.namespace, found.service), []).append(found)
-        files: dict[str, File] = {}
-        resources: list[bytes] = []
-        labels, counts = by_node_label(config), Counter[str]()
+        labels, calls = by_node_label(config), {}
         for key, clusters in self._clusters.items():
-            own, nodes = slices.get(key, []), dict[str, Node | None]()
+            own, nodes = slices.get(key, []), dict[str, Texts]()
             if labels:
                 names = {endpoint.node for found in own for endpoint in found.endpoints}
                 nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
-            modes = [self._modes.get(cluster.name, DNS) for cluster in clusters]
-            counts.update(modes)
-            texts, eds, problems = self._rendered.get(key, key, clusters, modes, own, zone, nodes)
+            calls[key] = (key, clusters, own, zone, nodes)
+        files: dict[str, File] = {}
+        resources: list[bytes] = []
+        for key, (texts, eds, problems) in self._rendered(calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(warning_line(key, problems))
-        self._rendered.forget()
         comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
-        for path, *parts in (("cds", CDS_COMMENT, CLUSTER_TYPE, resources),
-                             ("rds", comment, ROUTE_TYPE, [self._routes])):
-            files[f"{path}.{self._fmt}"] = self._files.get(path, *parts)
-        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        return Rendering(files, tuple(sorted(warnings)),
-                         {mode: counts[mode] for mode in (EDS, INLINE, DNS)},
-                         tuple(inlined) if self._endpoints == AUTO else ())
+        files |= self._files({
+            f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
+            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
+        modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
+        return Rendering(files, tuple(sorted(warnings)), self._splits,
+                         {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
-    def _plan(self, services: dict[Key, Service], other_files: int) -> None:
-        """What follows from the Services alone: which clusters exist, their modes, the routes."""
-        plans = {key: self._plans.get(key, service) for key, service in services.items()}
+    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
+        """What follows from the Services alone: their clusters, with modes, and the routes."""
+        plans = self._plans({key: (service, self._config, self._endpoints)
+                             for key, service in services.items()})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         kept = unique_clusters(plans, by_age, problems)
         names = [one.name for clusters in kept.values() for one in clusters if not one.host]
-        self._modes, self._clusters = self._decided(names, other_files), kept
+        self._modes = self._decided(names, other_files)
+        self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
+                          for key, clusters in kept.items()}
         routes = []
         for key, plan in plans.items():
-            if not plan.route:
-                continue
-            there = plan.route.cluster in [cluster.name for cluster in kept[key]]
-            routes.append(plan.route if there else plan.route._replace(cluster=""))
-            if plan.route.cluster and not there:
+            route = plan.route
+            if route and route.cluster and route.cluster not in [one.name for one in kept[key]]:
                 problems[key].append("is not routed: it has no cluster of its own")
-        hosts, elements = routes_by_host(routes, problems), []
-        for host in sorted(hosts):
-            text, found = self._hosts.get(host, host, hosts[host])
-            elements.append(text)
+                route = route._replace(cluster="")
+            routes += [route] if route else []
+        hosts = self._hosts({host: (host, routed) for host, routed
+                             in sorted(routes_by_host(routes, problems).items())})
+        splits: dict[Key, list[str]] = {}
+        for _, found, shared in hosts.values():
             for key, problem in found:
                 problems[key].append(problem)
-        self._routes = self._route_configuration(elements)
-        self._plan_warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+            for key, split in shared:
+                splits.setdefault(key, []).append(split)
+        self._splits = tuple(warning_line(key, splits[key]) for key in splits)
+        self._routes = self._route_configuration([text for text, *_ in hosts.values()])
+        self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
-            self._plan_warnings = ["--services: no Service matches the selector"]
-        self._plans.forget()
-        self._hosts.forget()
-        self._services = services
+            self._warnings = ["--services: no Service matches the selector"]
+        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
+        if inlined and self._endpoints == AUTO:
+            self._warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
+                                  f"{shortened(inlined)}")
 
     def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
-        """The mode of each cluster by slices: once decided it stays as long as the cluster lives.
+        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
+        would be new to Envoy, with new connections and health."""
+        modes = {name: self._modes.get(name, self._endpoints) for name in names}
+        if self._endpoints == AUTO:
+            free = self._budget - sum(mode == EDS for mode in modes.values())
+            free -= other_files if self._config.eds_budget is None else 0
+            new = [name for name in names if modes[name] == AUTO]
+            modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
+        return modes
 
-        A cluster that flips would be a new one to Envoy, with new connections and health.
-        """
-        if self._endpoints != AUTO:
-            return dict.fromkeys(names, self._endpoints)
-        decided = {name: self._modes[name] for name in names if name in self._modes}
-        free = self._budget - sum(mode == EDS for mode in decided.values())
-        free -= other_files if self._config.eds_budget is None else 0
-        new = [name for name in names if name not in decided]
-        decided |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
-        return {name: decided[name] for name in names}
-
-    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, str]]]:
-        found, problems = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), problems
+    def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
+        found, *named = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), *named
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
@@ -2122,25 +1864,24 @@ class Renderer:
             return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
         return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
 
-    def _service(
-        self, key: Key, clusters: Sequence[Cluster], modes: Sequence[str],
-        slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Node],
-    ) -> tuple[list[bytes], dict[str, File], list[str]]:
+    def _service(self, key: Key, clusters: Sequence[tuple[Cluster, str]],
+                 slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Texts]
+                 ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
-        by_slices = [cluster for cluster in clusters if not cluster.host]
+        by_slices = [cluster for cluster, mode in clusters if mode != DNS]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
         resources, files = [], {}
-        for cluster, mode in zip(clusters, modes, strict=True):
+        for cluster, mode in clusters:
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
             if mode == DNS:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    problems.append(f"the number of its target port {cluster.port.target} is not "
+                    problems.append(f"the number of the target port of {cluster.port.label} is not "
                                     f"known, so there is no endpoint")
             else:
                 assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
             if mode == EDS:
-                path = f"eds/{cluster.stem}.{self._fmt}"
+                path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
                 files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
@@ -2167,35 +1908,37 @@ class Renderer:
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-# OpenSSL's reasons for a key of another certificate: of the same type; of another one.
-KEY_MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
-SECRET_KEYS = ("tls.crt", "tls.key", "ca.crt")
 
 
-class Secret(NamedTuple):
-    """What a Secret holds for Envoy: PEM bytes, empty where the key is absent."""
-
-    namespace: str
-    name: str
-    cert: bytes  # tls.crt: the leaf first, then its intermediates
-    key: bytes  # tls.key
-    ca: bytes  # ca.crt
-
-    def __repr__(self) -> str:  # without the bytes, for messages and tracebacks
-        return f"Secret({self.namespace}/{self.name})"
-
-
-def secret_from(obj: Json) -> Secret:
-    """Reduce an API object to what is used of it; ValueError, without content, for what is not a
-    valid Secret. The raw object must not be kept: an annotation often holds the key again."""
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
+    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
+    caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
+    holds the key again.
+    """
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
         raise ValueError("a secret without a valid namespace and name")
-    label = f"secret {namespace}/{name}"
-    entries = (decode_key(held.get(entry), f"{label}: {entry}") for entry in SECRET_KEYS)
-    return Secret(namespace, name, *entries)
+    cert, key, ca = (decode_key(held.get(entry), entry)
+                     for entry in ("tls.crt", "tls.key", "ca.crt"))
+    check_secret(cert, key, ca)
+    label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
+    if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
+        raise ValueError("the name is too long for a file name")
+    resources: dict[str, dict[str, Json]] = {}
+    if cert:
+        resources[stem] = {"name": label, "tls_certificate": {
+            "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
+    if ca:
+        resources[f"{stem}_ca"] = {
+            "name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
+    files, source = {}, f"secret {label}"
+    for stem, resource in resources.items():
+        text = element(form, {"@type": SDS_TYPE, **resource})
+        content = response(form, source, SDS_TYPE, [text])
+        files[f"{stem}.{form}"] = file_of(content, source, mode)
+    return Keys(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2206,29 +1949,6 @@ def decode_key(text: Json, what: str) -> bytes:
         raise ValueError(f"{what} is not base64") from None
 
 
-def secret_files(secret: Secret, form: str = "yaml",
-                 mode: int = 0o600) -> tuple[dict[str, File], tuple[str, ...]]:
-    """The SDS files of a Secret, by path in the snapshot, and what is wrong with it: then there are
-    none, and the caller keeps the last ones, all of them."""
-    label = f"{secret.namespace}/{secret.name}"
-    stem = f"sds/{secret.namespace}_{secret.name}"  # no object name has `_`: it is unambiguous
-    problems = secret_problems(secret)
-    if len(f"{stem}_ca.{form}") - len("sds/") > FILE_NAME_BYTES:
-        problems.append("the name is too long for a file name")
-    if problems:
-        return {}, tuple(f"secret {label}: {problem}" for problem in problems)
-    resources: dict[str, dict[str, Json]] = {}
-    if secret.cert:
-        pair = {"certificate_chain": pem_source(secret.cert), "private_key": pem_source(secret.key)}
-        resources[f"{stem}.{form}"] = {"@type": SDS_TYPE, "name": label, "tls_certificate": pair}
-    if secret.ca:
-        trusted = {"validation_context": {"trusted_ca": pem_source(secret.ca)}}
-        resources[f"{stem}_ca.{form}"] = {"@type": SDS_TYPE, "name": f"{label}/ca", **trusted}
-    source = f"secret {label}"
-    return {path: file_of(resource_file(form, source, SDS_TYPE, [resource]), source, mode)
-            for path, resource in resources.items()}, ()
-
-
 def pem_source(pem: bytes) -> dict[str, str]:
     """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
     if re.fullmatch(rb"[\n -~]*", pem):
@@ -2236,70 +1956,45 @@ def pem_source(pem: bytes) -> dict[str, str]:
     return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
-def secret_problems(secret: Secret) -> list[str]:
-    """Why this Secret must not be published: whatever Envoy would reject, as far as the standard
-    library can tell, and nothing that Envoy would accept."""
-    cert, key, ca = secret.cert, secret.key, secret.ca
-    if not (cert or key or ca):
-        return ["none of the keys tls.crt, tls.key and ca.crt is there or has a value"]
-    problems: list[str] = []
-    if bool(cert) != bool(key):
-        there, absent = ("tls.crt", "tls.key") if cert else ("tls.key", "tls.crt")
-        problems.append(f"{there} without {absent}")
-    for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
-        if pem and (problem := certificates_problem(pem)):
-            problems.append(f"{entry} {problem}")
-    if cert and not problems and (problem := pair_problem(cert, key)):
-        problems.append(f"tls.key {problem}")
-    return problems
-
-
-def certificates_problem(pem: bytes) -> str:
-    """What is wrong with a chain or with a bundle of CAs, "" if nothing. Text around the blocks is
-    a comment."""
-    if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
-        return "holds a private key, which belongs into tls.key alone"
-    parts = pem.split(b"-----BEGIN CERTIFICATE-----")[1:]
-    context = tls_context()
-    try:
-        for part in parts:
-            body, end, _ = part.partition(b"-----END CERTIFICATE-----")
-            if not end:
-                return "is not readable (a PEM block has no end)"
-            der = base64.b64decode(b"".join(body.split()), validate=True)
-            context.load_verify_locations(cadata=der)
-    except (ssl.SSLError, ValueError):  # ValueError: an empty block, or one that is not base64
-        return "is not readable (a PEM block is not an X.509 certificate)"
-    return "" if parts else "holds no PEM certificate"
-
-
-def pair_problem(cert: bytes, key: bytes) -> str:
-    """What is wrong with the key of a certificate, "" if nothing.
-
-    OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and the key touches
-    no disk. Where there is none (macOS) Envoy judges the pair itself.
+def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
+    """Raise ValueError for whatever Envoy would reject, as far as the standard library can tell,
+    and for nothing that Envoy would accept.
     """
-    descriptors: list[int] = []
+    if not (cert or key or ca):
+        raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
+    if bool(cert) != bool(key):
+        raise ValueError("tls.crt without tls.key" if cert else "tls.key without tls.crt")
+    for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
+        if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
+            raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
+        text = pem.decode("ascii", "backslashreplace")  # a comment may be in any encoding
+        try:
+            if text:
+                tls_context().load_verify_locations(cadata=text)
+        except ssl.SSLError:
+            raise ValueError(f"{entry} holds no PEM certificate, or an unreadable one") from None
+    if cert:
+        check_pair(cert, key)
+
+
+def check_pair(cert: bytes, key: bytes) -> None:
+    """Raise ValueError for a key of another certificate. OpenSSL reads pairs from files only:
+    anonymous memory has a name in /proc, and the key touches no disk. Where there is none (macOS)
+    Envoy judges the pair itself.
+    """
     try:
-        for pem in (cert, key):
-            descriptors.append(os.memfd_create("pem"))
-            with open(descriptors[-1], "wb", closefd=False) as file:
-                file.write(pem)
-        names = [f"/proc/self/fd/{descriptor}" for descriptor in descriptors]
-        # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
-        tls_context().load_cert_chain(names[0], names[1], password="")
+        with open(os.memfd_create("pem"), "wb", buffering=0) as file:
+            file.write(cert + b"\n" + key)
+            # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+            tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
-        if error.reason in KEY_MISMATCHES:
-            return "is not the key of the first certificate in tls.crt"
         if b"ENCRYPTED" in key:
-            return "is encrypted, and Envoy is given no passphrase"
-        return "is not readable as a PEM private key"
+            raise ValueError("tls.key is encrypted, and Envoy is given no passphrase") from None
+        reason = error.reason or "not readable"  # OpenSSL's, such as KEY_VALUES_MISMATCH
+        raise ValueError(
+            f"tls.key is not the key of the first certificate in tls.crt ({reason})") from None
     except (OSError, AttributeError):  # after SSLError, which is an OSError
-        return ""
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-    return ""
+        pass
 
 
 def tls_context() -> ssl.SSLContext:
@@ -2338,35 +2033,30 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = re.compile(r"(?!\.\Z)[-._a-zA-Z0-9]{1,253}")
-ROUTE_MATCH = re.compile(rb'- match:|[{]"match":')
+KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own names
 
 
 def key_problem(name: str) -> str:
     """Why a key (or a part of a path) cannot be a file name here; empty if it can.
 
-    The API server checks keys, but --from-file and `..state` do not come from there, and nothing
-    may ever leave the output directory. Names that begin with `..` are the loader's own.
+    --from-file and `..state` do not come from the API server, which checks keys, and nothing may
+    ever leave the output directory.
     """
-    if not KEY_NAME.fullmatch(name):
-        return "is not a valid file name"
-    return "begins with '..'" if name.startswith("..") else ""
+    return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
 class Keys(NamedTuple):
-    """What a ConfigMap or a Secret is to us: files by key, and what in it cannot be one."""
+    """The files of a ConfigMap or a Secret, and what in it cannot be one."""
 
     files: Mapping[str, File]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 def configmap_from(item: dict[str, Any]) -> Keys:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
-    text, binary = item.get("data") or {}, item.get("binaryData") or {}
-    if not isinstance(text, dict) or not isinstance(binary, dict):
-        raise ValueError(f"{source}: data is not a map")
+    text, binary = member(item, "data", dict), member(item, "binaryData", dict)
     files, problems = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
@@ -2384,35 +2074,19 @@ def configmap_from(item: dict[str, Any]) -> Keys:
 class Named(NamedTuple):
     """A ConfigMap or Secret that an option names, and the directory that its files go to."""
 
-    kind: str  # "configmap" or "secret"
-    namespace: str
-    name: str
-    directory: str = ""
-
-    @property
-    def source(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
-
-    @property
-    def query(self) -> Query:
-        resource = SECRETS if self.kind == "secret" else CONFIGMAPS
-        return Query(resource, self.namespace, self.name)
-
-    def owns(self, path: str, file: File) -> bool:
-        """Whether a file found on disk came from here."""
-        directory = path.rpartition("/")[0]
-        return file.source == self.source and (self.kind == "secret" or directory == self.directory)
+    query: Query
+    directory: str
 
 
 class Wanted(NamedTuple):
     """What the sources ask for now. Unless it is complete, nothing of it may be published."""
 
     files: Files
-    notes: tuple[str, ...] = ()  # what is wrong with single objects
-    missing: tuple[str, ...] = ()  # named objects that do not exist and never did
-    stale: tuple[str, ...] = ()  # sources that keep their last files
-    unknown: tuple[str, ...] = ()  # sources that were not listed yet
-    failed: tuple[str, ...] = ()  # what a one-time run could not list
+    notes: list[str]  # what is wrong with single objects
+    missing: list[str]  # named objects that do not exist and never did
+    stale: list[str]  # sources that keep their last files
+    unknown: list[str]  # sources that were not listed yet
+    failed: list[str]  # what a one-time run could not list
 
     @property
     def complete(self) -> bool:
@@ -2420,16 +2094,15 @@ class Wanted(NamedTuple):
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
-    """All files of the layers, the later ones winning, and a warning for each that lost.
-
-    A file where another source has a directory cannot be on disk beside it: it is left out.
+    """All files of the layers, the later ones winning, and a warning for each that lost. A file
+    where another source has a directory cannot be on disk beside it: it is left out.
     """
     files: dict[str, File] = {}
     warnings = []
     for layer in layers:
         for path, file in layer.items():
-            lost = files.get(path)
-            if lost is not None and lost.source != file.source:
+            lost = files.get(path, file)
+            if lost.source != file.source:
                 warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
                                 f"{file.source}")
             files[path] = file
@@ -2442,85 +2115,78 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
 
 def counted(file: File) -> str:
     """How many clusters or routes a file has, in words, where it shows."""
-    if file.kind == "cds" and (clusters := clusters_of(file)):
-        return f" ({len(clusters.texts)} clusters)"
-    return f" ({len(ROUTE_MATCH.findall(file.content))} routes)" if file.kind == "rds" else ""
+    if file.kind == "rds":
+        routes = re.findall(rb'- match:|{"match":', file.content)
+        return f" ({len(routes)} routes)"
+    clusters = clusters_of(file) if file.kind == "cds" else None
+    return f" ({len(clusters.texts)} clusters)" if clusters else ""
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
-    """A file without a type URL is what was published there before, else what its name says.
-
-    That is CDS with no cluster left, or a file that Envoy will not be able to parse.
-    """
+    """A file without a type URL (CDS with no cluster left, or what Envoy will not be able to parse)
+    is what was published there before, else what its name says."""
     stem = path.rpartition("/")[2].partition(".")[0]
     kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
     return file if file.kind == kind else file._replace(kind=kind)
 
 
+PARSERS: dict[Resource, Callable[..., Any]] = {
+    CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
+    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
+
+
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
 
-    def __init__(self, options: Options, config: Config, wake: Callable[[str, float], None]):
+    def __init__(self, options: Options, config: Config, wake: Callable[[str], None]):
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
         self._selected: Query | None = None
+        self._splits: tuple[str, ...] = ()  # of routes, as they were logged last
         self._kept: dict[Named, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
-        self.rendering: Rendering | None = None
-        own = config.eds_budget
-        self.budget = inotify_budget() if own is None else own
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
-        options = self._options
+        options, budget = self._options, inotify_budget(self._config)
+        metrics.set("xds_loader_inotify_instances_budget", budget)
         for named in (*options.configmap, *options.secret):
-            owned = {path: file for path, file in published.items() if named.owns(path, file)}
+            source = str(named.query)
+            owned = {path: file for path, file in published.items() if file.source == source
+                     and path.rpartition("/")[0] == named.directory}
             if owned:
                 self._kept[named] = owned
-            self._reflect(named.query, self._secret if named.kind == "secret" else configmap_from)
+            self._reflect(named.query)
         if options.configmap_selector is not None:
             self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
-            self._reflect(self._selected, configmap_from)
+            self._reflect(self._selected)
         if options.services is None:
             return
         self._renderer = Renderer(
-            self._config,
-            endpoints=options.endpoints,
-            fmt=options.format,
+            self._config, endpoints=options.endpoints, fmt=options.format,
             current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
-            node_name=options.node_name,
-            on_eds=eds_clusters(published),
-            on_inline=inline_clusters(published),
-            budget=self.budget,
-        )
+            node_name=options.node_name, budget=budget, modes=modes_on_disk(published))
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
-            self._reflect(Query(SERVICES, namespace, labels=options.services), service_from)
-            self._reflect(Query(ENDPOINTSLICES, namespace), endpointslice_from)
+            self._reflect(Query(SERVICES, namespace, labels=options.services))
+            self._reflect(Query(ENDPOINTSLICES, namespace))
         if needs_nodes(self._config):
             # All for localities by label, else just the own one.
             own = "" if by_node_label(self._config) else options.node_name
-            self._reflect(Query(NODES, name=own), node_from)
+            self._reflect(Query(NODES, name=own))
 
-    def _secret(self, item: dict[str, Any]) -> Keys:
-        form, mode = self._options.format, self._options.secret_mode
-        return Keys(*secret_files(secret_from(item), form, mode))
-
-    def _reflect(self, query: Query, parse: Callable[[Json], Any]) -> None:
+    def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-        options = self._options
-        mode, interval, patience = options.mode, options.sync_interval, BACKOFF_LAST
+        options, parse = self._options, PARSERS[query.resource]
+        if query.resource is SECRETS:
+            parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
+        mode, interval = options.mode, options.sync_interval
         if mode == "once" and options.timeout:
-            mode, interval, patience = "poll", ONETIME_POLL, 2 * ONETIME_POLL
-        elif self._file:
-            patience = min(patience, interval)  # nobody is hammered
+            mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access, count_request), self._wake,
-            mode=mode, interval=interval, optional=query.resource is ENDPOINTSLICES,
-            patience=patience,
-        )
+            query, parse, self._file or Api(options.access), self._wake, mode, interval)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2538,76 +2204,75 @@ class Sources:
         selector in order of name, ConfigMaps in the order in which they were named."""
         for query, reflector in list(self._reflectors.items()):
             if reflector.absent:  # the API server has no EndpointSlices
-                self._reflect(Query(ENDPOINTS, query.namespace), endpoints_from)
+                self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
-        failed = tuple(r.trouble for r in reflectors if r.failed)
-        unknown = tuple(str(r.query) for r in reflectors if not r.synced)
-        if failed or unknown:
-            return Wanted({}, unknown=unknown, failed=failed)
-        notes: list[str] = [bad for r in reflectors for bad in r.bad.values()]
-        missing: list[str] = []
-        stale: list[str] = []
-        layers = [self._named(named, notes, missing, stale) for named in self._options.secret]
+        wanted = Wanted(
+            files={}, missing=[], stale=[],
+            notes=[bad for r in reflectors for bad in r.bad.values()],
+            unknown=[str(r.query) for r in reflectors if not r.synced],
+            failed=[r.trouble for r in reflectors if r.failed],
+        )
+        if wanted.failed or wanted.unknown:
+            return wanted
+        layers = [self._named(named, wanted) for named in self._options.secret]
         if self._selected is not None:
             found = self._reflectors[self._selected].objects()
             if not found:
-                notes.append(f"{self._selected}: none exist")
+                wanted.notes.append(f"{self._selected}: none exist")
             for _, configmap in sorted(found.items()):
-                notes += configmap.problems
+                wanted.notes.extend(configmap.problems)
                 layers.append(configmap.files)
-        layers += [self._named(named, notes, missing, stale) for named in self._options.configmap]
+        layers += [self._named(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
-            layers.insert(0, self._render(self._renderer, layers, notes))
+            rendering = self._render(self._renderer, layers)
+            metrics.replace("xds_loader_clusters", {
+                (mode,): count for mode, count in rendering.clusters.items()})
+            wanted.notes.extend(rendering.warnings)
+            for split in rendering.splits:
+                if split not in self._splits:
+                    log.info("%s", split)
+            self._splits = rendering.splits
+            layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
-        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
-        return Wanted(files, (*notes, *warnings), tuple(missing), tuple(stale))
+        wanted.notes.extend(warnings)
+        return wanted._replace(files={path: with_kind(path, file, published.get(path))
+                                      for path, file in files.items()})
 
-    def _named(
-        self, named: Named, notes: list[str], missing: list[str], stale: list[str]
-    ) -> Files:
+    def _named(self, named: Named, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        found = self._reflectors[named.query].objects().get((named.namespace, named.name))
+        query, reflector = named.query, self._reflectors[named.query]
+        key, source = (query.namespace, query.name), str(query)
+        bad = key in reflector.bad
+        found = None if bad else reflector.objects().get(key)
         prefix = f"{named.directory}/" if named.directory else ""
-        files = {prefix + key: file for key, file in found.files.items()} if found else {}
-        notes += found.problems if found else ()
-        kept = self._kept.get(named)  # None: it never was there
-        if files or (found and not kept and named.kind == "configmap"):
+        files = {prefix + path: file for path, file in found.files.items()} if found else {}
+        wanted.notes.extend(found.problems if found else ())
+        if files or (found and not self._kept.get(named)):
             self._kept[named] = files
-        elif kept is None:
-            missing.append(named.source)
-            if self._file and (hint := self._file.elsewhere(named.query)):
-                notes.append(hint)
+        elif named not in self._kept:
+            wanted.missing.append(source)
+            if self._file and not bad and (hint := self._file.elsewhere(query)):
+                wanted.notes.append(hint)
         else:
-            state = "has no usable files" if found else "does not exist any more"
-            notes.append(f"{named.source} {state}: its last files stay published")
-            stale.append(named.source)
+            state = "has no usable files" if found or bad else "does not exist any more"
+            wanted.notes.append(f"{source} {state}: its last files stay published")
+            wanted.stale.append(source)
         return self._kept.get(named, {})
 
-    def _render(self, renderer: Renderer, others: Sequence[Files], notes: list[str]) -> Files:
+    def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
-
-        def gathered(resource: Resource) -> dict[Key, Any]:
-            return {key: value for query, reflector in self._reflectors.items()
-                    if query.resource is resource for key, value in reflector.objects().items()}
-
-        legacy = itertools.chain.from_iterable(gathered(ENDPOINTS).values())
+        found = defaultdict[Resource, dict[Key, Any]](dict)
+        for query, reflector in self._reflectors.items():
+            found[query.resource] |= reflector.objects()
+        legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         objects = Objects(
-            services=gathered(SERVICES),
-            slices=[*gathered(ENDPOINTSLICES).values(), *legacy],
-            nodes={name: node for (_, name), node in gathered(NODES).items()},
+            services=found[SERVICES],
+            slices=[*found[ENDPOINTSLICES].values(), *legacy],
+            nodes={name: node for (_, name), node in found[NODES].items()},
         )
         kinds = {path: file.kind for layer in others for path, file in layer.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
-        self.rendering = renderer.render(objects, other_files=subscriptions)
-        notes += self.rendering.warnings
-        if self.rendering.inlined:
-            notes.append(f"beyond the EDS budget of {self.budget}, endpoints are in CDS: "
-                         f"{shortened(self.rendering.inlined)}")
-        return self.rendering.files
-
-
-def count_request(verb: str, code: str) -> None:
-    metrics.add("xds_loader_api_requests_total", (code, verb))
+        return renderer.render(objects, other_files=subscriptions)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2681,7 +2346,7 @@ def notify_order(paths: Iterable[str], files: Files) -> list[str]:
 class Clusters(NamedTuple):
     """The clusters of a CDS file by name, as texts; and what is around them."""
 
-    frame: Json  # JSON: the other fields of the response; rendered YAML: the bytes before
+    frame: Json  # the other fields of the response; None in YAML
     texts: Mapping[str, bytes]
 
 
@@ -2698,20 +2363,8 @@ def clusters_of(file: File) -> Clusters | None:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return Clusters(frame, texts) if len(texts) == len(resources) else None
-    split = split_rendered(file.content) if file.source == SERVICES_SOURCE else None
-    if split is None:
-        return None
-    head, blocks = split
-    names = [rendered_name(block) for block in blocks]
-    return Clusters(head, dict(zip(names, blocks, strict=True))) if all(names) else None
-
-
-def rendered_name(block: bytes) -> str:
-    """The name of a cluster that our own writer wrote as YAML."""
-    found = re.search(rb'^[- ] name: (?:(".*")|(.+))$', block, re.MULTILINE)
-    if found is None:
-        return ""
-    return str(parse_json(found[1])) if found[1] else found[2].decode()
+    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+    return None if rendered is None else Clusters(None, rendered)
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -2739,8 +2392,8 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 
 def joined(frame: Json, texts: list[bytes]) -> bytes:
     """A CDS file of these clusters, within the frame of another."""
-    if isinstance(frame, bytes):
-        return join_rendered(frame, texts)
+    if frame is None:
+        return response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
     version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
     fields = {key: value for key, value in frame.items() if key != "versionInfo"}
     fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
@@ -2749,16 +2402,22 @@ def joined(frame: Json, texts: list[bytes]) -> bytes:
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
 
-NAME_VALUE = re.compile(
-    rb"""["']?\b(?:cluster_)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)"""
+NAME = re.compile(
+    rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?[ \t]*:[ \t]*"""
+    rb"""["']?([^\s"',{}\[\]]+)"""
 )
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
-PLACE = re.compile(rb"/([-\w./]+)", re.ASCII)
+PLACE = re.compile(rb"/[-\w./]+", re.ASCII)
 
 
 def names_in(content: bytes) -> frozenset[str]:
     """The values of all `name:` fields of a text, at whatever depth."""
-    return frozenset(name.decode("utf-8", "replace") for name in NAME_VALUE.findall(content))
+    return frozenset(name.decode("utf-8", "replace") for _, name in NAME.findall(content))
+
+
+def places_in(content: bytes) -> list[str]:
+    """The paths in a text, each from its first slash."""
+    return [place.decode() for place in PLACE.findall(content.replace(b"\\/", b"/"))]
 
 
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
@@ -2769,6 +2428,32 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
             known = clusters_of(file)
             names |= known.texts.keys() if known else names_in(file.content)
     return frozenset(names)
+
+
+@functools.lru_cache(maxsize=4)
+def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
+    """By the base name of a file: the places that clusters name, and all names in such a cluster.
+
+    Clusters of block YAML are divided at their dashes.
+    """
+    first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
+    if known := clusters_of(cds):
+        blocks = list(known.texts.values())
+    else:
+        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
+    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
+    for block in blocks:
+        names = names_in(block)
+        for place in places_in(block):
+            found.setdefault(place.rpartition("/")[2], []).append((place, names))
+    return found
+
+
+def names_by_path(path: str, files: Files) -> set[str]:
+    """The names in the clusters whose endpoints are in this file."""
+    return {name for cds in files.values() if cds.kind == "cds"
+            for place, names in eds_clusters_of(cds).get(path.rpartition("/")[2], ())
+            if place.endswith(f"/{path}") for name in names}
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
@@ -2788,12 +2473,20 @@ def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
     """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
     found, longest = set[str](), max(map(len, paths), default=0)
     for content in contents if paths else ():
-        for raw in PLACE.findall(content.replace(b"\\/", b"/")):
-            place = "/" + raw.decode()
-            place = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
-            while place := place.partition("/")[2]:
-                if place in paths:
-                    found.add(place)
+        for place in places_in(content):
+            rest = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
+            while rest := rest.partition("/")[2]:
+                if rest in paths:
+                    found.add(rest)
+    return found
+
+
+def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
+    """The files of a pool that others name, and those that these name."""
+    found: dict[str, File] = {}
+    while more := paths_in((file.content for file in users), pool.keys() - found.keys()):
+        users = [pool[path] for path in more]
+        found |= {path: pool[path] for path in more}
     return found
 
 
@@ -2810,99 +2503,6 @@ class Nack(NamedTuple):
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that somebody still needs.
-
-    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
-    file that is read and that no published file names is named by the bootstrap.
-    """
-    result = dict(desired)
-    gone = published.keys() - desired.keys()
-    named = paths_in((file.content for file in published.values()), gone)
-    more = {path for path in gone - named if is_read(path)}
-    more |= paths_in((file.content for file in desired.values()), gone)
-    while more:
-        result |= {path: published[path] for path in more}
-        more = paths_in((published[path].content for path in more), gone - result.keys())
-    return result
-
-
-def allowed(
-    desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
-) -> tuple[Files, list[str]]:
-    """What may be published of `desired` after NACKs, and why the rest waits, in words.
-
-    A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
-    """
-    result, notes = dict(desired), []
-    before = {**published, **acked}
-    held = {path for path, nack in nacks.items()
-            if path in desired and (desired[path].digest == nack.digest or (
-                path in before and united(before[path], desired[path]).digest == nack.shown))}
-    for path in sorted(held):
-        result[path] = before.get(path, desired[path])
-        notes.append(f"{path}: NACKed by Envoy, "
-                     f"{'the last ACKed bytes stay' if path in acked else 'it has no ACKed bytes'}")
-    if not held:
-        return result, notes
-    idle = idle_clusters(desired, held - acked.keys())
-    there = cluster_names(desired.values())
-    while True:
-        lacking = idle | (there - cluster_names(result.values()))
-        missing = desired.keys() - result.keys()
-        waiting = [
-            path for path, file in result.items()
-            if file.kind in REFERENCE_KINDS
-            and file is desired.get(path)
-            and not same_file(before.get(path), file)
-            and (mentioned(file.content, lacking)
-                 or paths_in([file.content], missing))
-        ]
-        for path in waiting:
-            notes.append(f"{path}: waits for what Envoy NACKed")
-            del result[path]
-            if path in before:
-                result[path] = before[path]
-        if not waiting and not keep_needed(result, desired, published, acked, nacks):
-            return result, notes
-
-
-def idle_clusters(desired: Files, paths: Collection[str]) -> frozenset[str]:
-    """The clusters whose endpoints are in files that never were ACKed."""
-    known = [clusters_of(file) for file in desired.values() if file.kind == "cds"] if paths else []
-    return frozenset(
-        name for clusters in known if clusters for name, text in clusters.texts.items()
-        if paths_in([text], paths)
-    )
-
-
-def keep_needed(
-    result: dict[str, File], desired: Files, published: Files, acked: Files,
-    nacks: Mapping[str, Nack],
-) -> bool:
-    """Give back to `result` what bytes that are kept name: files and clusters; whether any."""
-    kept = [file for path, file in result.items() if not same_file(desired.get(path), file)]
-    before = {**acked, **published}
-    gone = paths_in((file.content for file in kept),
-                    before.keys() - result.keys() - desired.keys())
-    result |= {path: before[path] for path in gone}
-    users = [file.content for file in kept if file.kind in REFERENCE_KINDS]
-    found = bool(gone)
-    for path, file in list(result.items()):
-        for old in (acked.get(path), published.get(path)):
-            if old is None or file.kind != "cds" or is_nacked(old, nacks.get(path)):
-                continue
-            if clusters_of(old) is None and not same_file(file, desired.get(path)):
-                continue  # it is one of the old files as a whole already
-            lost = cluster_names([old]) - cluster_names(result.values())
-            needed = frozenset().union(*(mentioned(user, lost) for user in users))
-            if needed:
-                result[path] = united(old, result[path], needed)
-                found = True
-    return found
-
-
 def is_nacked(file: File | None, nack: Nack | None) -> bool:
     """Whether these bytes are among those that Envoy rejected."""
     return file is not None and nack is not None and file.digest in (nack.digest, nack.shown)
@@ -2916,9 +2516,79 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     back = {path: acked[path] for path, nack in nacks.items()
             if path in acked and is_nacked(published.get(path), nack)
             and not same_file(acked[path], published[path])}
-    named = paths_in((file.content for file in back.values()), acked.keys() - published.keys())
-    files = {**published, **{path: acked[path] for path in named}, **back}
-    return Step(files, ROLLBACK) if back else None
+    gone = {path: file for path, file in acked.items() if path not in published}
+    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK) \
+        if back else None
+
+
+def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
+    """The desired files, and those without a source that somebody still needs.
+
+    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
+    file that is read and that no published file names is named by the bootstrap.
+    """
+    gone = {path: file for path, file in published.items() if path not in desired}
+    named = paths_in((file.content for file in published.values()), gone)
+    read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
+    return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
+
+
+def allowed(
+    desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+) -> tuple[Files, list[str]]:
+    """What may be published of `desired` after NACKs, and why the rest waits, in words.
+
+    A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
+    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
+    """
+    before = {**published, **acked}
+    held = [path for path, nack in sorted(nacks.items())
+            if path in desired and (desired[path].digest == nack.digest or (
+                path in before and united(before[path], desired[path]).digest == nack.shown))]
+    if not held:
+        return desired, []
+    notes = [f"{path}: NACKed by Envoy, "
+             f"{'the last ACKed bytes stay' if path in acked else 'it has no ACKed bytes'}"
+             for path in held]
+    there = cluster_names(desired.values())
+    idle = there & {name for path in held if path not in acked
+                    for name in names_by_path(path, desired)}
+    result = {**desired, **{path: before[path] for path in held if path in before}}
+    while True:
+        result = with_named(result, desired, published, acked, nacks)
+        lacking = idle | (there - cluster_names(result.values()))
+        missing = desired.keys() - result.keys()
+        waiting = [path for path, file in result.items()
+                   if file.kind in REFERENCE_KINDS and file is desired.get(path)
+                   and not same_file(before.get(path), file)
+                   and (mentioned(file.content, lacking) or paths_in([file.content], missing))]
+        if not waiting:
+            return result, notes
+        for path in waiting:
+            notes.append(f"{path}: waits for what Envoy NACKed")
+            del result[path]
+        result |= {path: before[path] for path in waiting if path in before}
+
+
+def with_named(
+    result: Files, desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+) -> dict[str, File]:
+    """`result`, and what its bytes that are not the desired ones name: files and clusters."""
+    gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
+    kept = [result[path] for path in moved_paths(desired, result)]
+    result = {**result, **named_files(kept, gone)}
+    users = [result[path].content for path in moved_paths(desired, result)
+             if result[path].kind in REFERENCE_KINDS]
+    for path, file in [*result.items()]:
+        old = acked.get(path) or published.get(path)
+        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+            continue
+        lost = cluster_names([old]) - cluster_names(result.values())
+        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        if needed:
+            result[path] = united(old, file, needed)
+    kept = [result[path] for path in moved_paths(desired, result)]  # their endpoints
+    return {**result, **named_files(kept, gone)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2961,9 +2631,9 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
-        self.state: Mapping[str, Json] = {}  # what is remembered
+        self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._remembered = b""  # the same as it is on disk
+        self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
         self._before = ""  # the last snapshot but one
         self._links: set[str] = set()  # ours, in `current/`
         self._lock = -1
@@ -2971,10 +2641,9 @@ class Output:
     # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader; False while another one is.
-
-        flock(2) on the directory itself: no lock file that another user's init container left.
-        """
+        """Create the directory if need be and be its only loader, for the life of the process;
+        False while another one is. flock(2) on the directory itself: no lock file that another
+        user's init container left."""
         make_directories(self.root)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2984,16 +2653,9 @@ class Output:
             return False
         return True
 
-    def unlock(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
     def recover(self) -> list[str]:
         """Make good whatever the last process, or the last failure, left; what was done, in words.
-
-        Afterwards `published` is what the disk shows, and every link and notification is right.
-        """
+        Afterwards `published` is what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         self.published, self.snapshot = self.peek(), self._switched()
@@ -3005,20 +2667,17 @@ class Output:
             self._notify(changed)
             os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        others = [entry for entry in self._snapshots() if entry != self.snapshot
-                  and version_of(self._load(entry)) == entry[2:18]]  # else half-written
-        times = {entry: os.stat(self._path(entry)).st_mtime_ns for entry in others}
-        self._before = max(others, key=times.__getitem__, default="")
+        complete = [entry for entry in self._snapshots() if entry != self.snapshot
+                    and version_of(self._load(entry)) == entry[2:18]]
+        self._before = max(complete, default="",
+                           key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
         self.prune()
-        if os.path.islink(self._path(LINK)):
-            os.unlink(self._path(LINK))
+        remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything.
-
-        A loader that lives may prune what is being read: then the switch has moved on.
-        """
+        """What is published, read without a lock and without touching anything. A loader that
+        lives may prune what is being read: then the switch has moved on."""
         self._read_state()
         while True:
             name = self._switched()
@@ -3033,11 +2692,8 @@ class Output:
     # -- publishing ---------------------------------------------------------------------------
 
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
-        """The files that can be in `current/`, and a warning for each that cannot.
-
-        A directory there is never removed (Envoy's watch is bound to it), so a file of its name
-        cannot come; nor can a file below a foreign file.
-        """
+        """The files that can be in `current/`, and a warning for each that cannot: a directory
+        there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
         blocked = {}
         for path in sorted(files.keys() - self.published.keys()):
             place = self._path(CURRENT, path)
@@ -3050,20 +2706,17 @@ class Output:
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        wanted = f"..{version_of(files)}"
-        name, attempt = wanted, 0
-        while os.path.lexists(self._path(name)):
-            if not self._damage(name, files):
-                return name
-            attempt += 1
-            name = f"{wanted}.{attempt}"
-        os.mkdir(self._path(name), 0o755)
-        made = {""}
+        version = version_of(files)
+        for attempt in itertools.count():
+            name = f"..{version}.{attempt}" if attempt else f"..{version}"
+            try:
+                os.mkdir(self._path(name), 0o755)
+                break
+            except FileExistsError:
+                if not self._damage(name, files):
+                    return name
+        self._own_parents(name, files)
         for path, file in files.items():
-            for directory in reversed(list(parents(path))):
-                if directory not in made:
-                    os.mkdir(self._path(name, directory), 0o755)
-                    made.add(directory)
             old, new = self._path(self.snapshot, path), self._path(name, path)
             if not (same_file(self.published.get(path), file) and linked(old, new)):
                 write_file(new, file.content, file.mode)
@@ -3082,12 +2735,12 @@ class Output:
             if self._is_ours(path):
                 os.unlink(self._path(CURRENT, path))
         self._links.difference_update(gone)
-        self._own_parents(CURRENT, changed)
+        self._own_parents(CURRENT, files.keys() - self.published.keys())
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published = name, files
         self._before = before if before != name else self._before
         self._notify(changed)  # 6
-        unlink_if_there(self._path(MARKER))  # 7
+        remove(self._path(MARKER))  # 7
         return changed + gone
 
     def notify_again(self, paths: Iterable[str]) -> None:
@@ -3096,10 +2749,13 @@ class Output:
         self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
-        """Step 8: only the last two snapshots stay."""
+        """Step 8: only the last two snapshots stay. What cannot be removed is named."""
         for entry in self._snapshots():
             if entry not in (self.snapshot, self._before, self.staged):
-                remove_tree(self._path(entry))
+                try:
+                    remove(self._path(entry))
+                except OSError as error:
+                    log.warning("left-over stays: %s", why(error))
 
     def check(self) -> list[str]:
         """Compare the disk with memory and put it right; returns what was wrong."""
@@ -3118,106 +2774,94 @@ class Output:
         """Replace what is remembered, by rename. The source and kind of each file comes along, of
         those that are about to be published too."""
         files = {**self.published, **coming}
-        self.state = {**state, "version": __version__,
-                      "files": {path: [file.source, file.kind] for path, file in files.items()}}
-        text = json.dumps(self.state, sort_keys=True).encode()
-        if text == self._remembered:
+        state = {**state, "version": __version__,
+                 "files": {path: [file.source, file.kind] for path, file in files.items()}}
+        if state == self.state:
             return
         self._own_parents(STATE)
-        new = self._path(f"{STATE_FILE}.new")
-        unlink_if_there(new)
-        write_file(new, text, 0o644)
-        if is_directory(self._path(STATE_FILE)):
-            remove_tree(self._path(STATE_FILE))
-        os.rename(new, self._path(STATE_FILE))
-        self._remembered = text
+        place, new = self._path(STATE_FILE), self._path(f"{STATE_FILE}.new")
+        remove(new)
+        write_file(new, json.dumps(state).encode(), 0o644)
+        if is_directory(place):
+            remove(place)
+        os.rename(new, place)
+        self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
         """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
         no others."""
-        needed = {path.replace("/", "%"): path for path, file in acked.items()
+        needed = {path: file for path, file in acked.items()
                   if not (same_file(self.published.get(path), file)
                           and same_file(files.get(path), file))}
-        there = self._kept()
-        if needed:
-            self._own_parents(STATE, ["acked/"])
-        for name, path in needed.items():
-            place, file = self._path(ACKED_FILES, name), acked[path]
-            if holds(place, file):
+        changed = [path for path in {**self._kept, **needed}
+                   if path not in needed or self._kept.get(path) != needed[path].digest]
+        if changed:
+            self._own_parents(ACKED_FILES)
+        for path in changed:
+            place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
+            self._kept[path] = ""  # whatever becomes of the next calls
+            remove(place)
+            if file is None:
+                del self._kept[path]
                 continue
-            unlink_if_there(place)
             shown = same_file(self.published.get(path), file)
             if not (shown and linked(self._path(self.snapshot, path), place)):
                 write_file(place, file.content, file.mode)
-        for name in there - needed.keys():
-            os.unlink(self._path(ACKED_FILES, name))
+            self._kept[path] = file.digest
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        found = {path: file for path, file in self.published.items()
-                 if file.digest == digests.get(path)}
-        room = SNAPSHOT_BYTES
-        for name in self._kept():
-            path = name.replace("%", "/")
-            file = self._file(path, self._path(ACKED_FILES, name), room)
-            room -= len(file.content) if file is not None else 0
-            if file is not None and file.digest == digests.get(path, file.digest):
-                found[path] = file
-        return found
-
-    def _kept(self) -> set[str]:
-        entries = walk(self._path(ACKED_FILES)) if is_directory(self._path(STATE)) else ()
-        return {name for name, _ in entries if not any(map(key_problem, name.split("%")))}
+        kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
+        self._kept = {path: file.digest for path, file in kept.items()}
+        acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
+        return acked | {path: file for path, file in kept.items()
+                        if file.digest == digests.get(path, file.digest)}
 
     def _read_state(self) -> None:
         """What was remembered; nothing where it is not JSON or another version wrote it."""
-        self.state, self._remembered = {}, b""
         there = is_directory(self._path(STATE))
         found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
         try:
             state = json_object(parse_json(found[0])) if found else {}
-        except ValueError as error:
-            log.warning("%s: %s; goes on without it", self._path(STATE_FILE), why(error))
-            return
-        if found and state.get("version") == __version__:
-            self.state, self._remembered = state, found[0]
+        except ValueError:
+            state = {}
+        self.state = state if state.get("version") == __version__ else {}
 
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
-    def _file(self, path: str, place: str, most: int = FILE_BYTES) -> File | None:
-        """The file of a path as it is on disk; None where there is no regular one to be read."""
-        found = read_file(place, min(most, FILE_BYTES))
-        if found is None:
-            return None
-        row = json_object(self.state.get("files")).get(path)
-        source, kind = map(str, row) if isinstance(row, list) and len(row) == 2 else ("disk", "")
-        file = file_of(found[0], source, found[1])
-        return file._replace(kind=kind) if not file.kind and kind in KINDS.values() else file
-
-    def _load(self, name: str) -> dict[str, File]:
-        files, room = dict[str, File](), SNAPSHOT_BYTES
-        for path, place in walk(self._path(name)):
-            file = None if any(map(key_problem, path.split("/"))) else self._file(path, place, room)
-            if file is not None:
-                files[path] = file
-                room -= len(file.content)
+    def _load(self, name: str, slash: str = "/") -> dict[str, File]:
+        """The regular files of a directory, and of each what is remembered."""
+        rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
+        for entry, place in walk(self._path(name)):
+            parts = entry.split(slash)
+            if any(map(key_problem, parts)) or not (found := read_file(place, room)):
+                continue
+            path, (content, mode) = "/".join(parts), found
+            match rows.get(path):
+                case [str(source), str(kind)] if kind in ("", *KINDS.values()):
+                    pass
+                case _:
+                    source, kind = "disk", ""
+            files[path] = file_of(content, source, mode, kind_of(content) or kind)
+            room -= len(content)
         return files
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
-        wrong = [path for path, file in files.items() if not holds(self._path(name, path), file)]
+        wrong = [path for path, file in files.items()
+                 if read_file(self._path(name, path)) != (file.content, file.mode)]
         return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
         for place in (self._path(CURRENT, each) for each in directories):
-            if os.path.isdir(place) and not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True) and os.path.isdir(place):
                 read_only = os.statvfs(place).f_flag & os.ST_RDONLY
                 number = errno.EROFS if read_only else errno.EACCES
                 raise OSError(number, os.strerror(number), place)
@@ -3227,7 +2871,7 @@ class Output:
         try:
             os.symlink(target, self._path(LINK))
         except FileExistsError:  # of a process that died: a fixed name must not wedge
-            os.unlink(self._path(LINK))
+            remove(self._path(LINK))
             os.symlink(target, self._path(LINK))
         os.rename(self._path(LINK), self._path(relative))
 
@@ -3241,10 +2885,10 @@ class Output:
         """Whether what is in `current/` is a link that we made."""
         return read_link(self._path(CURRENT, path)) == link_target(path)
 
-    def _own_parents(self, top: str, paths: Iterable[str] = ()) -> None:
-        """Real directories at `top` and above the paths in it, never replaced if they are."""
-        below = {f"{top}/{parent}" for path in paths for parent in parents(path)}
-        for place in map(self._path, (top, *sorted(below))):
+    def _own_parents(self, top: str, paths: Iterable[str] = ("",)) -> None:
+        """Real directories above these paths below `top`, never replaced if they are."""
+        needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
+        for place in map(self._path, sorted(needed)):
             if is_directory(place):
                 continue
             if os.path.islink(place):
@@ -3258,7 +2902,7 @@ class Output:
 
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
-        self._own_parents(CURRENT, self.published)
+        self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
         self._links, foreign = set(self.published), []
@@ -3302,12 +2946,19 @@ def is_directory(place: str) -> bool:
         return False
 
 
-def unlink_if_there(place: str) -> None:
-    """A directory that somebody else made there goes too."""
-    if is_directory(place):
-        remove_tree(place)
-    with contextlib.suppress(FileNotFoundError):
+def remove(place: str, depth: int = DEPTH) -> None:
+    """Remove what is there, if anything is. A link is removed, never followed: nothing outside of
+    the output directory is touched."""
+    try:
         os.unlink(place)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        if not depth:
+            raise
+        for name in sorted(os.listdir(place)):
+            remove(f"{place}/{name}", depth - 1)
+        os.rmdir(place)
 
 
 def linked(old: str, new: str) -> bool:
@@ -3331,27 +2982,18 @@ def write_file(place: str, content: bytes, mode: int) -> None:
 
 
 def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read.
-
-    Others may write to the volume: no link is followed, and no FIFO is waited for.
-    """
+    """Content and mode of a regular file; None where there is none that can be read: it is written
+    anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        number = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(number)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            os.close(number)
-            return None
-        with open(number, "rb") as stream:
-            return stream.read(most), stat.S_IMODE(status.st_mode)
+        with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
+            status = os.fstat(stream.fileno())
+            if stat.S_ISREG(status.st_mode) and status.st_size <= min(most, FILE_BYTES):
+                return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # says nothing about the file
-        return None  # not readable is as good as not there: it is written anew
-
-
-def holds(place: str, file: File) -> bool:
-    """Whether this very file is on disk there."""
-    return read_file(place) == (file.content, file.mode)
+    return None
 
 
 def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
@@ -3379,23 +3021,6 @@ def make_directories(place: str) -> None:
             os.mkdir(place, 0o755)
 
 
-def remove_tree(place: str) -> None:
-    """Remove a directory; what cannot be removed is named and stays.
-
-    A link is removed, never followed: nothing outside of the output directory is touched.
-    """
-    try:
-        if not is_directory(place):
-            os.unlink(place)
-            return
-        for _, each in walk(place):
-            os.unlink(each)
-        for directory, _, _ in os.walk(place, topdown=False):
-            os.rmdir(directory)
-    except OSError as error:
-        log.warning("left-over stays: %s", why(error))
-
-
 # ---------------------------------------------------------------------------------------------
 # ACK and NACK
 # ---------------------------------------------------------------------------------------------
@@ -3406,13 +3031,15 @@ def remove_tree(place: str) -> None:
 # clocks nor versions are needed, and what the counts do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-PENDING, HIDDEN = "pending", "hidden"  # why one is unknown: not attempted yet, no counters
+PENDING, MIXED, HIDDEN = "pending", "mixed", "hidden"  # why one is unknown, as Outcome has it
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
 WARM_BOUND = 5.0  # seconds until clusters are warm: the first health check of each
 LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two looks, growing
-PROBE = 0.1  # seconds between two tries to reach Envoy: one that ends at once is seen, too
+# Seconds between two tries to reach Envoy, soon after an end and later: one that ends at each start
+# has its admin socket open for 12 to 115 ms (measured).
+PROBE_SOON, PROBE = 0.01, 0.1
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
@@ -3423,8 +3050,6 @@ STATS = "/stats?" + urllib.parse.urlencode({
     "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
               r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
-
-
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 
@@ -3452,26 +3077,30 @@ class Look(NamedTuple):
     reason: str = ""  # why listeners were rejected, in Envoy's words
 
 
+class Move(NamedTuple):
+    """How a published file came to stand where it is."""
+
+    times: int = 0  # since Envoy judged it: so many attempts are to be seen
+    blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
+    late: bool = False  # it was not attempted in time once: nobody waits for it again
+
+
 class Known(NamedTuple):
-    """What Envoy made of the files, as far as it is known. A value: each fact makes a new one.
+    """What Envoy made of the files, as far as it is known. A value: each fact makes a new one."""
 
-    `acked` are the last bytes that any Envoy ACKed; the rest is about the Envoy process of now.
-    """
-
-    acked: Files = {}  # noqa: RUF012
-    nacks: Mapping[str, Nack] = {}
-    states: Mapping[str, str] = {}  # of published files; absent is unknown
-    counts: Mapping[str, Counts] | None = None  # counted before; None: never looked at
-    moves: Mapping[str, int] = {}  # how often a file moved since
-    tried: Mapping[str, tuple[str, bool]] = {}  # digest of the desired file; on ACKed bytes
-    late: frozenset[str] = frozenset()  # not attempted in time: nobody waits for these again
-    leaving: frozenset[str] = frozenset()  # not desired any more, by those that named them either
-    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
-    gone: bool = False  # no process is known
-    wary: bool = False  # moved while moves before were not judged: a read may belong to those
-    suspects: frozenset[tuple[str, str]] = frozenset()  # path and digest, when Envoy ended
-    back_at: float = 0.0  # when the process of now was met
+    acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
+    nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
+    # The Envoy process of now:
+    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
+    moves: Mapping[str, Move] = {}
+    counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
+    doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
+    back_at: float = 0.0  # when it was met
+    # Before it:
+    came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
+    named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
+    suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
 
 
 class Outcome(NamedTuple):
@@ -3509,28 +3138,13 @@ def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[st
     return [scope for scope in scopes if scope.startswith(begin) and scope.endswith(ends)]
 
 
-FIELD_NAME = re.compile(
-    rb"""^([ ]*(?:- )?)["']?(?:cluster_?)?[nN]ame["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""",
-    re.MULTILINE,
-)
-STAT_NAME = re.compile(
-    rb"""(?:alt_?[sS]tat_?[nN]ame|(?<!\w)name)["']?[ \t]*:[ \t]*["']?([^\s"',}]+)"""
-)
-PATH = re.compile(rb"""(?<!\w)path["']?[ \t]*:[ \t]*["']?([^\s"',}]+)""")
-
-
 def resource_names(path: str, file: File, files: Files) -> set[str]:
     """The names under which statistics know the resource of a file, "" where there is but one."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
-    names: set[str] = set()
-    if file.kind == "eds":  # the name of the cluster, which may differ from the assignment's
-        for other in files.values():
-            if other.kind == "cds":
-                for place, found in eds_clusters_of(other).get(path.rpartition("/")[2], ()):
-                    names |= found if place.endswith(f"/{path}") else set()
-    if not names:
-        names = names_of_resource(file.content)
+    # Endpoints are under the name of the cluster, which may differ from the assignment's.
+    names = (names_by_path(path, files) if file.kind == "eds" else None) \
+        or names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
 
 
@@ -3543,29 +3157,9 @@ def names_of_resource(content: bytes) -> set[str]:
                     if isinstance(name := resource.get(key), str)}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             pass  # then a name is looked for in the text, as in YAML
-    fields = [(len(found[1]), found.start(), found[2]) for found in FIELD_NAME.finditer(content)]
-    first = [min(fields)[2]] if fields else NAME_VALUE.findall(content)[:1]
-    return {name.decode("utf-8", "replace") for name in first}
-
-
-@functools.lru_cache(maxsize=4)
-def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, set[str]]]]:
-    """By the base name of an EDS file: its path as a cluster gives it, and the cluster's names."""
-    found: dict[str, list[tuple[str, set[str]]]] = {}
-    for block in cluster_blocks(cds):
-        names = {name.decode("utf-8", "replace") for name in STAT_NAME.findall(block)}
-        for raw in PATH.findall(block.replace(b"\\/", b"/")):
-            place = raw.decode("utf-8", "replace")
-            found.setdefault(place.rpartition("/")[2], []).append((place, names))
-    return found
-
-
-def cluster_blocks(file: File) -> list[bytes]:
-    """The texts of the clusters of CDS, to be searched; in block YAML as its dashes divide it."""
-    if known := clusters_of(file):
-        return list(known.texts.values())
-    first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + file.content)
-    return file.content.split(b"\n" + first[1] + b"- ") if first else [file.content]
+    fields = [(len(content) if each[1] is None else len(each[1]), each.start(), each[2])
+              for each in NAME.finditer(content)]  # the one that is indented least
+    return {min(fields)[2].decode("utf-8", "replace")} if fields else set()
 
 
 # -- what is known, step by step (pure) ----------------------------------------------------------
@@ -3575,94 +3169,80 @@ def after_publication(
     known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
-    moved = [*moved_paths(before, after), *again]
-    leaving = after.keys() - desired.keys()
-    gone = before.keys() - after.keys()
-    tried = {path: (desired.get(path, after[path]).digest,
-                    same_file(before.get(path), known.acked.get(path)))
-             for path in moved}
+    moved = {*moved_paths(before, after), *again}
+    open_kinds = {path: file.kind for path, file in before.items()
+                  if file.kind and path not in known.states}
+    moves = {path: move for path, move in known.moves.items() if path in after}
+    for path in moved:
+        move, proven = moves.get(path, Move()), known.acked.get(path)
+        blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
+        moves[path] = move._replace(times=move.times + 1, blame=(blame or after[path]).digest)
+    named = known.named | paths_in((file.content for file in before.values()),
+                                   after.keys() - desired.keys())
+    came = frozenset[str]()
+    if any(open_kinds[path] in REFERENCE_KINDS for path in open_kinds.keys() - moved):
+        came = known.came | (things(after) - things(before))
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path not in gone and path not in tried},
-        moves={**known.moves, **{path: known.moves.get(path, 0) + 1 for path in moved}},
-        tried={**known.tried, **tried},
-        leaving=(known.leaving & leaving) | paths_in(
-            (file.content for file in before.values()), leaving) if leaving else frozenset(),
-        wary=any(file.kind and path not in known.states for path, file in before.items()),
-        came=known.came | (newly_there(before, after) if before and (known.gone or any(
-            file.kind in REFERENCE_KINDS and path not in known.states and path not in tried
-            for path, file in before.items())) else frozenset()),
-    )
+                if path in after and path not in moved},
+        moves=moves, named=named.intersection(after), came=came,
+        doubt=known.doubt or bool(open_kinds))
 
 
-def newly_there(before: Files, after: Files) -> frozenset[str]:
-    """The clusters and files that came with a publication."""
-    clusters = [cluster_names(files[path] for path in moved_paths(before, after) if path in files)
-                for files in (after, before)]
-    return (clusters[0] - clusters[1]) | (after.keys() - before.keys())
+def things(files: Files) -> frozenset[str]:
+    """The clusters and files there are."""
+    return cluster_names(files.values()).union(files)
+
+
+def named_things(file: File, files: Files) -> frozenset[str]:
+    """The clusters and files there are, of those that a reference names."""
+    return mentioned(file.content, cluster_names(files.values())) \
+        | paths_in([file.content], files.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, counts=None, moves={}, late=frozenset(), back_at=now,
-                          gone=False)
+    moves = {path: Move(blame=move.blame) for path, move in known.moves.items()}
+    return known._replace(states=unread, moves=moves, counts={}, doubt=True, back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
     """Envoy ended. If it was on bytes that no Envoy ACKed, and again soon after it came back, then
     these bytes end it: they count as NACKed. Returns the paths of those."""
-    unproven = {path: file for path, file in files.items()
-                if file.kind and not same_file(known.acked.get(path), file)
-                and known.states.get(path) != UNREAD}
-    suspects = frozenset((path, file.digest) for path, file in unproven.items())
-    again = not known.blind and bool(suspects & known.suspects) and now - known.back_at <= END_BOUND
-    known = known._replace(suspects=suspects, gone=True)
-    if not again:
-        return known, ()
-    nacks = {path: nack_of(known, path, files, "Envoy ended twice on it") for path in unproven}
-    return known._replace(nacks={**known.nacks, **nacks}, suspects=frozenset()), tuple(unproven)
+    unproven = tuple(path for path, file in files.items()
+                     if file.kind and not same_file(known.acked.get(path), file)
+                     and known.states.get(path) != UNREAD)
+    suspects = frozenset((path, files[path].digest) for path in unproven)
+    again = not known.blind and suspects & known.suspects and now - known.back_at <= END_BOUND
+    blamed = unproven if again else ()
+    for path in blamed:
+        known = with_nack(known, path, files, "Envoy ended twice on it")
+    known = after_meeting(known, known.back_at)
+    return known._replace(suspects=frozenset() if again else suspects), blamed
 
 
 def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     """What the counts tell about each published file that is not judged yet.
 
-    Of a process that was never looked at before the first look is believed only when the second
-    one agrees: Envoy may have been asked in the moment between a move and its reading. So it is
-    after a publication that did not wait for the judgement of the one before.
+    While in doubt, a look is believed only when the next one agrees: Envoy may have been asked in
+    the moment between a move and its reading.
     """
-    lasting = ("cluster_manager.cds", "listener_manager.lds")  # they live as long as Envoy does
-    if known.counts and any(look.counts.get(scope, Counts()).attempt < known.counts[scope].attempt
-                            for scope in lasting if scope in known.counts):
-        known = after_meeting(known, known.back_at)
-    if known.counts is None or known.wary:
-        known = known._replace(counts=known.counts or {}, wary=False)
-        return known, Outcome(pending=tuple(p for p in files if files[p].kind))
-    open_scopes: set[str] = set()
-    found: dict[str, list[str]] = {ACKED: [], NACKED: [], UNKNOWN: [], UNREAD: [], PENDING: [],
-                                   HIDDEN: []}
-    for path, file in files.items():
-        if not file.kind or known.states.get(path) in (ACKED, NACKED):
-            continue
-        names = resource_names(path, file, files)
-        if path in known.acked:  # Envoy still asks for the name that broken bytes hide
-            names |= resource_names(path, known.acked[path], files)
-        read_by = scopes_of(file.kind, names, look.counts)
-        state = judged(known, look, read_by, known.moves.get(path, 1))
-        found[state].append(path)
-        if state == PENDING:
-            open_scopes |= set(read_by)
-    for path in rejected_unnamed(known, files, look, found[UNREAD]):
-        found[UNREAD].remove(path)
-        found[NACKED].append(path)
+    if known.doubt:
+        pending = tuple(path for path, file in files.items() if file.kind)
+        return known._replace(doubt=False), Outcome(pending=pending)
+    told, open_scopes = told_by(known, files, look)
+    found = {state: tuple(path for path in told if told[path] == state)
+             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
+    moves = {path: move._replace(times=int(told[path] == MIXED),  # it will be notified once more
+                                 late=move.late and told[path] != ACKED)
+             for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**{path: times for path, times in known.moves.items() if path in found[PENDING]},
-               **dict.fromkeys(found[UNKNOWN], 1)},  # they are notified once more
+        moves={**known.moves, **moves},
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
-        late=known.late.difference(found[ACKED]),
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3670,35 +3250,49 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
-    known = known._replace(came=known.came if found[PENDING] else frozenset())
-    pending = tuple(path for path in found[PENDING] if path not in known.late)
-    return settled(known, files), Outcome(tuple(found[ACKED]), tuple(found[NACKED]),
-                                          tuple(found[UNKNOWN]), tuple(found[HIDDEN]), pending)
+    if not found[PENDING]:
+        known = known._replace(came=frozenset())
+    waits = tuple(path for path in found[PENDING] if is_awaited(known, path))
+    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
+                                          waits)
+
+
+def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set[str]]:
+    """What became of the files that are not judged yet; the scopes that have something to come."""
+    told: dict[str, str] = {}
+    open_scopes: set[str] = set()
+    for path, file in files.items():
+        if not file.kind or known.states.get(path) in (ACKED, NACKED):
+            continue
+        names = resource_names(path, file, files)
+        if path in known.acked:  # Envoy still asks for the name that broken bytes hide
+            names |= resource_names(path, known.acked[path], files)
+        read_by = scopes_of(file.kind, names, look.counts)
+        told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
+        if told[path] == PENDING:
+            open_scopes |= set(read_by)
+    return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
 
 
 def rejected_unnamed(
-    known: Known, files: Files, look: Look, unread: Sequence[str]
+    known: Known, files: Files, look: Look, told: Mapping[str, str]
 ) -> list[str]:
-    """Those of the files that nobody seems to read which explain a subscription that only fails:
-    their text does not show the name for which Envoy asks."""
-    failing = {scope for scope, counts in look.counts.items()
-               if counts.failed and not counts.success}
-    kinds = {files[path].kind for path in unread if path not in known.acked} if failing else set()
-    if not kinds:
+    """Those of the first files that nobody seems to read which explain a subscription that only
+    fails: their text does not show the name for which Envoy asks."""
+    failing = [scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success]
+    if not failing:
         return []
-    for path, file in files.items():
-        if file.kind in kinds and path not in unread:
-            failing.difference_update(
-                scopes_of(file.kind, resource_names(path, file, files), look.counts))
-            if known.states.get(path) == NACKED and path not in known.acked:
-                kinds.discard(file.kind)  # this one explains it
-    kinds = {kind for kind in kinds for scope in failing
-             if scope.startswith(SCOPES[kind][0]) and SCOPES[kind][1] in scope}
-    return [path for path in unread if path not in known.acked and files[path].kind in kinds]
+    explained = {files[path].kind for path, state in {**known.states, **told}.items()
+                 if path in files and state in (NACKED, PENDING)}
+    kinds = {kind for kind, (begin, middle) in SCOPES.items() for scope in failing
+             if kind not in explained and scope.startswith(begin) and middle in scope}
+    return [path for path, state in told.items()
+            if state == UNREAD and files[path].kind in kinds and path not in known.acked]
 
 
 def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
-    """What became of one file, by the scopes of those who read it; UNKNOWN: mixed counts.
+    """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
     """
@@ -3706,16 +3300,16 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         return HIDDEN if look.hidden else UNREAD if look.live else PENDING
     told = set()
     for scope in read_by:
-        now, before = look.counts[scope], (known.counts or {}).get(scope, Counts())
+        now, before = look.counts[scope], known.counts.get(scope, Counts())
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = moves if scope in (known.counts or {}) else 1  # a new one reads what there is
+        expected = max(moves, 1) if scope in known.counts else 1  # a new one reads what there is
         if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
-            told.add(ACKED if not failed else NACKED if not success else UNKNOWN)
-    return next(state for state in (NACKED, UNKNOWN, PENDING, ACKED) if state in told)
+            told.add(ACKED if not failed else NACKED if not success else MIXED)
+    return next(state for state in (NACKED, MIXED, PENDING, ACKED) if state in told)
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
@@ -3725,7 +3319,7 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
     nack = nacks.get(path)
     if nack and (is_nacked(file, nack) or not same_file(known.acked.get(path), file)):
         del nacks[path]
-        if file.kind in ("cds", "eds", "sds"):
+        if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
     return known._replace(acked={**known.acked, path: file}, nacks=nacks,
@@ -3734,30 +3328,18 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     """Envoy rejected these bytes. If they are its last good ones, something else is wrong."""
+    file, old = files[path], known.nacks.get(path)
     known = known._replace(states={**known.states, path: NACKED})
-    if path in known.nacks and same_file(known.acked.get(path), files[path]):
+    if old and same_file(known.acked.get(path), file):
         return known
-    return known._replace(nacks={**known.nacks, path: nack_of(known, path, files, reason)})
-
-
-def nack_of(known: Known, path: str, files: Files, reason: str) -> Nack:
-    """A NACK blames the desired bytes, unless others that no Envoy ACKed were united with them."""
-    shown = files[path].digest
-    desired, clean = known.tried.get(path, (shown, True))
-    blamed = desired if clean or path not in known.acked else shown
-    stood: frozenset[str] = frozenset()
-    old = known.nacks.get(path)
-    if old and is_nacked(files[path], old):
+    stood = frozenset[str]()
+    if old and is_nacked(file, old):
         stood = old.stood
-    elif files[path].kind in REFERENCE_KINDS:
-        stood = named_things(files[path], files) - known.came
-    return Nack(blamed, shown, files[path].kind, reason, stood)
-
-
-def named_things(file: File, files: Files) -> frozenset[str]:
-    """The clusters and files there are, of those that a reference names."""
-    return mentioned(file.content, cluster_names(files.values())) \
-        | paths_in([file.content], files.keys())
+    elif file.kind in REFERENCE_KINDS:
+        stood = named_things(file, files) - known.came
+    blame = known.moves.get(path, Move()).blame or file.digest
+    nack = Nack(blame, file.digest, file.kind, reason, stood)
+    return known._replace(nacks={**known.nacks, path: nack})
 
 
 def settled(known: Known, files: Files) -> Known:
@@ -3770,23 +3352,29 @@ def settled(known: Known, files: Files) -> Known:
 
 def retried(known: Known, desired: Files, published: Files) -> Known:
     """Without the NACKs of files that are gone, and of references for which clusters or files came
-    that they name. What is desired again leaves no more."""
-    gone = [path for path, nack in known.nacks.items()
-            if (path not in desired and path not in published)
-            or ((file := desired.get(path)) is not None and file.digest == nack.digest
-                and file.kind in REFERENCE_KINDS and named_things(file, published) - nack.stood)]
-    leaving = known.leaving.difference(desired)
-    if not gone and leaving == known.leaving:
-        return known
-    nacks = {path: nack for path, nack in known.nacks.items() if path not in gone}
-    return known._replace(nacks=nacks, leaving=leaving)
+    that they name."""
+    def is_over(path: str, nack: Nack) -> bool:
+        file = desired.get(path)
+        if file is None:
+            return path not in published
+        return (file.kind in REFERENCE_KINDS and file.digest == nack.digest
+                and not named_things(file, published) <= nack.stood)
+
+    return known._replace(nacks={path: nack for path, nack in known.nacks.items()
+                                 if not is_over(path, nack)})
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    return known._replace(late=known.late | set(late)), late
+    moves = {path: known.moves.get(path, Move())._replace(late=True) for path in late}
+    return known._replace(moves={**known.moves, **moves}), late
+
+
+def is_awaited(known: Known, path: str) -> bool:
+    """Whether a step waits for what Envoy makes of a file: not once nobody read it in time."""
+    return known.states.get(path) != UNREAD and not known.moves.get(path, Move()).late
 
 
 def is_read(known: Known, path: str) -> bool:
@@ -3794,7 +3382,7 @@ def is_read(known: Known, path: str) -> bool:
     only drains."""
     state = known.states.get(path)
     read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
-    return read and path not in known.leaving
+    return read and path not in known.named
 
 
 def unjudged(known: Known, files: Files, step: str) -> list[str]:
@@ -3813,16 +3401,16 @@ def to_retry(known: Known, files: Files) -> list[str]:
 
 def likely_cause(file: File, files: Files) -> str:
     """What a glance at a file shows; "" where it shows nothing."""
-    if not file.content.strip():
+    text = file.content.strip()
+    if not text:
         return "the file is empty"
-    if file.content.lstrip()[:1] == b"{":
-        try:
-            parse_json(file.content)
-        except ValueError as error:
-            return f"not valid JSON: {why(error).partition(': ')[2]}"
-    named = {each.decode("utf-8", "replace") for each in
-             re.findall(rb"/current/([-._a-zA-Z0-9/]+)", file.content)}
-    missing = sorted(named - files.keys())
+    try:
+        if text[:1] == b"{":
+            parse_json(text)
+    except ValueError as error:
+        return f"not valid JSON: {why(error).partition(': ')[2]}"
+    named = {place.partition(f"/{CURRENT}/")[2] for place in places_in(file.content)}
+    missing = sorted(named - {""} - files.keys())
     return f"it names {shortened(missing)}, which is not published" if missing else ""
 
 
@@ -3832,17 +3420,18 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    `wake` gets ("end", why) when nothing listens or Envoy's connection ended, ("closed", why) for
-    a connection that nobody answered, ("meet", None) for one to another process, ("blind", reason)
-    for one whose counters do not tell, ("look", Look) for each answer to `ask`, and ("silent",
-    reason) where there is none in time.
+    A connection that is kept tells when its process ends. `wake` gets ("connected", None) for a
+    new one, ("meet", None) once its process answered, ("blind", why) where what answers is not
+    Envoy, ("look", Look) for each answer to `ask`, ("silent", why) where there is none in time,
+    ("end", why) when nothing listens or the connection ended, and ("closed", why) for the end of
+    one that nobody answered.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._hidden, self._deaf, self._live = "", False, False
+        self._filtered = self._live = self._hot = False
         self._rejected, self._reason = 0, ""
 
     def ask(self) -> None:
@@ -3853,172 +3442,142 @@ class Admin(threading.Thread):
             pass  # it is asked enough
 
     def run(self) -> None:
-        ended_at, gone, refused = -1.0, False, False
+        ended_at, refused = -END_BOUND, False
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
-                if not gone:
+                if not refused and ended_at < 0:
                     self._wake("end", f"{self.url}: {why(error)}")
                 refused = True
             else:
-                with kept.sock:
-                    met = self._stay(kept, ended_at)
+                with kept:
+                    met = self._stay(kept)
                 # A process that dies still accepts connections for a moment: the end of one that
                 # nobody answered counts only if there was none to be had before it.
                 self._wake("end" if met or refused else "closed",
                            f"{self.url}: the connection ended")
                 ended_at, refused = time.monotonic(), False
-            gone = True
-            time.sleep(PROBE)
+            time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connect(self) -> socket.socket:
         parts = urllib.parse.urlsplit(self.url)
-        host, port = parts.hostname or "127.0.0.1", parts.port or 80
-        connection = http.client.HTTPConnection(host, port, timeout=ANSWER_BOUND)
         if parts.scheme != "unix":
-            connection.connect()
-            return connection
-        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.sock.settimeout(ANSWER_BOUND)
+            place = (parts.hostname or "127.0.0.1", parts.port or 80)
+            return socket.create_connection(place, ANSWER_BOUND)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(ANSWER_BOUND)
         try:
-            connection.sock.connect(parts.path)
+            sock.connect(parts.path)
         except OSError:
-            connection.sock.close()
+            sock.close()
             raise
-        return connection
+        return sock
 
-    def _stay(self, kept: http.client.HTTPConnection, ended_at: float) -> bool:
+    def _stay(self, kept: socket.socket) -> bool:
         """Meet the process behind a connection, and answer questions until the connection ends.
-
-        A process that was up before the last connection ended is the one that was met then. Returns
-        whether it answered.
-        """
+        Returns whether it answered."""
         self._wake("connected", None)
-        met = False
-        while True:
+        self.ask()
+        met, end = False, kept.fileno()
+        while end not in select.select([end, self._read], [], [])[0]:
+            os.read(self._read, 4096)
             try:
                 if not met:
-                    uptime = self._meet()
+                    self._meet()
                     met = True
-                    if ended_at < 0 or uptime < time.monotonic() - ended_at + 2.0:
-                        self._live, self._rejected, self._reason = False, 0, ""
-                        self._wake("meet", None)
-                    self.ask()
-                if kept.sock in select.select([kept.sock, self._read], [], [])[0]:
-                    return met
-                os.read(self._read, 4096)
+                    self._wake("meet", None)
                 self._wake("look", self._look())
-            except (OSError, http.client.HTTPException, AdminError) as error:
-                if select.select([kept.sock], [], [], 0)[0] or (
-                        not met and isinstance(error, ConnectionError)):
-                    return met  # its end is why
+            except (OSError, AdminError) as error:
+                if not met and isinstance(error, ConnectionError):
+                    break
+                if select.select([end], [], [], 0)[0]:
+                    continue  # its end is why
                 self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
                 if not met:
-                    time.sleep(ANSWER_BOUND)  # it is not Envoy, or stalls
+                    select.select([end], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
+                    self.ask()
+        return met
 
-    def _meet(self) -> float:
-        """The uptime of this process in seconds; whether its counters can tell is noted."""
-        info = self._get("/server_info")
-        uptime = re.search(r'"uptime_current_epoch": "([0-9]{1,12})s"', info, re.ASCII)
-        if uptime is None:
+    def _meet(self) -> None:
+        if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
             raise AdminError(NOT_ENVOY)
-        self._hidden, self._deaf = "", False
-        self._restarted_hot(re.search(r'"restart_epoch": [1-9]', info) is not None)
-        if not self._deaf and '"stats_matcher"' in self._get(STATS_MATCHER):
-            self._hidden = "its stats_matcher leaves the counters out"
-        return float(uptime[1])
-
-    def _restarted_hot(self, hot: bool) -> None:
-        """Such an Envoy counts the events of its parent too. The connection that is kept may be
-        the parent's, so each look asks."""
-        if hot and not self._deaf:
-            self._wake("warning", "Envoy was restarted hot: start it with --disable-hot-restart")
-            self._deaf, self._hidden = True, "it was restarted hot, and counts for its parent too"
+        self._filtered = '"stats_matcher"' in self._get(STATS_MATCHER)
+        self._live, self._rejected, self._reason = False, 0, ""
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
-        self._restarted_hot(gauges.get("server.hot_restart_epoch", 0) > 0)
-        counts = {} if self._deaf else counts
+        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
+        # The kept connection may be that of a parent, whose events its child counts.
+        before, self._hot = self._hot, gauges.get("server.hot_restart_epoch", 0) > 0
+        if self._hot:
+            counts, hidden = {}, "it was restarted hot, and counts for its parent too"
+            if not before:
+                self._wake("warning", "Envoy was restarted hot: start it with "
+                                      "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
-        return Look(counts, self._live, self._hidden,
+        return Look(counts, self._live, hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
-        deadline = time.monotonic() + ANSWER_BOUND
-        connection = self._connect()
-        with connection.sock as sock, Answering(sock, deadline) as answering:
+        where, deadline = path.partition("?")[0], time.monotonic() + ANSWER_BOUND
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = self._connect()
+        connection.sock.settimeout(None)
+        timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
+        timer.daemon = True
+        timer.start()
+        try:
             connection.request("GET", path)
-            response = http.client.HTTPResponse(answering, method="GET")  # type: ignore[arg-type]
-            body = bytearray()
-            try:
-                response.begin()
-                while part := response.read1(1 << 16):
-                    body += part
-                    if len(body) > ANSWER_BYTES:
-                        raise TimeoutError
-            except TimeoutError:
-                text = f"{path.partition('?')[0]}: no end of the answer in time"
-                raise TimeoutError(text) from None
-            except http.client.HTTPException:
-                raise AdminError(NOT_ENVOY) from None
-        if response.status not in (200, 503):  # /ready is 503 until Envoy is live
-            raise AdminError(f"{path.partition('?')[0]}: HTTP {response.status}")
+            response = connection.getresponse()
+            status, body = response.status, response.read(ANSWER_BYTES + 1)
+        except http.client.HTTPException:
+            status, body = 0, b""  # it speaks something else, or was cut off
+        finally:
+            timer.cancel()
+            connection.close()
+        if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
+            raise TimeoutError(f"{where}: no end of the answer in time")
+        if status not in (200, 503):  # /ready is 503 until Envoy is live
+            raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
 
 
-class Answering(io.RawIOBase):
-    """What comes over a socket until a deadline. (The time limit of a socket is for each read: who
-    sends headers byte by byte is within it for ever.)"""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-        if time.monotonic() >= self._deadline:
-            raise TimeoutError
-        return self._sock.recv_into(buffer)
+def cut(sock: socket.socket) -> None:
+    """End what goes on over a socket, from any thread. (A time limit of a socket is for each read:
+    who sends an answer byte by byte is within it for ever.)"""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     """Of /stats, one `name: value` a line: the counts by scope, and the other figures by name."""
     counts: dict[str, list[int]] = {}
     figures: dict[str, int] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(": ")
-        if not (value.isascii() and value.isdigit() and len(value) < 19):
-            continue
-        scope, _, leaf = name.rpartition(".")
+    for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
         if leaf in LEAVES:
             counts.setdefault(scope, [0, 0, 0])[LEAVES[leaf]] += int(value)
         else:
-            figures[name] = int(value)
+            figures[f"{scope}.{leaf}"] = int(value)
     return {scope: Counts(*values) for scope, values in counts.items() if values[0]}, figures
 
 
 def listener_errors(text: str) -> str:
     """Why Envoy rejected listeners, in its own words, cut where they would quote the content."""
     try:
-        rows = json_object(parse_json(text)).get("configs") or []
-        details = {json_object(json_object(row).get("error_state")).get("details") for row in rows}
-    except (ValueError, TypeError):
+        details = {row["error_state"]["details"] for row in parse_json(text)["configs"]
+                   if "error_state" in row}
+        words = {re.split(r"[\[{\n\"]", detail, maxsplit=1)[0][:REASON_LENGTH].strip(" :,(")
+                 for detail in details}
+    except (ValueError, TypeError, LookupError):
         return ""
-    words = {re.split(r"[\[{\n\"]", detail, maxsplit=1)[0][:REASON_LENGTH].strip(" :,(")
-             for detail in details if isinstance(detail, str)}
     return "; ".join(sorted(words - {""}))[: 2 * REASON_LENGTH]
 
 
@@ -4054,12 +3613,10 @@ class Log:
         """A warning about something persistent: once, and again every five minutes; else debug."""
         now = self._clock()
         with self._lock:
-            past = self._outages.setdefault(topic, {})
-            for old in [old for old, at in past.items() if now - at >= REMINDER]:
-                del past[old]
+            past = self._outages.get(topic, {})
+            past = {each: at for each, at in past.items() if now - at < REMINDER}
             due = message not in past and len(past) < OUTAGE_LINES
-            if due:
-                past[message] = now
+            self._outages[topic] = {**past, message: now} if due else past
         self._write("warning" if due else "debug", message, **fields)
 
     def recovered(self, topic: str, message: str) -> None:
@@ -4093,29 +3650,29 @@ class Log:
 
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, the longest of its texts are cut."""
-    when = timestamp(time.time())
-    texts = {"message": message, **{name: plain_value(value) for name, value in fields.items()}}
+    the same as a JSON object. Where it is too long, its long texts are cut."""
+    when, most = timestamp(time.time()), LINE_BYTES
     while True:
+        texts = {name: plain_value(value, most) for name, value in fields.items()}
+        said = plain_value(message, most)
         if form == "json":
-            line = json.dumps({"time": when, "level": level, **texts})
+            line = json.dumps({"time": when, "level": level, "message": said, **texts})
         else:
-            said = message if message.isprintable() else json.dumps(message)
-            pairs = (f" {name}={text_value(texts[name])}" for name in fields)
+            pairs = (f" {name}={text_value(text)}" for name, text in texts.items())
+            said = said if said.isprintable() else json.dumps(said)
             line = f"{when} {level.upper()} {said}{''.join(pairs)}"
         encoded = line.encode("utf-8", "backslashreplace") + b"\n"
         if len(encoded) <= LINE_BYTES:
             return encoded
-        longest = max(texts, key=lambda name: len(str(texts[name])))
-        texts[longest] = f"{str(texts[longest])[: len(str(texts[longest])) // 2]}..."
-        message = str(texts["message"])
+        most //= 2
 
 
-def plain_value(value: object) -> Json:
-    """A number stays, a sequence is joined by commas, the rest is its str()."""
-    if value is None or isinstance(value, int) or (isinstance(value, float) and value - value == 0):
-        return value  # not NaN nor infinite, which JSON does not have
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+def plain_value(value: object, most: int) -> Json:
+    """A number stays (not NaN nor infinite, which JSON does not have); the rest is its str()."""
+    if value is None or (isinstance(value, (int, float)) and value - value == 0):
+        return value
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def text_value(value: Json) -> str:
@@ -4171,7 +3728,8 @@ METRICS = (
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BUCKET_TEXTS = {bound: f'_bucket{{le="{bound}"}}' for bound in BUCKETS}
+BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
+                '_bucket{le="+Inf"}': float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 Labels = tuple[str, ...]
@@ -4187,8 +3745,7 @@ class Metrics:
         self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
         for name, kind, _, labels in METRICS:
             if kind == "histogram":
-                suffixes = (*BUCKET_TEXTS.values(), '_bucket{le="+Inf"}', "_sum", "_count")
-                self._series[name] = dict.fromkeys(suffixes, 0.0)
+                self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
             elif kind == "counter" and not labels:
                 self.add(name, by=0)
         self.set("xds_loader_info", 1, (version,))
@@ -4213,11 +3770,10 @@ class Metrics:
         """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
-            for bound, text in BUCKET_TEXTS.items():
+            for text, bound in BUCKET_TEXTS.items():
                 series[text] += seconds <= bound
             series["_sum"] += seconds
             series["_count"] += 1
-            series['_bucket{le="+Inf"}'] += 1
 
     def render(self) -> bytes:
         """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
@@ -4265,7 +3821,7 @@ class Status(NamedTuple):
     files: Files  # of the snapshot; replaced with it, never changed in place
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
-    states: Mapping[str, str] = {}  # path -> acked, nacked, unknown or unread
+    states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
     missing: tuple[str, ...] = ()  # sources waited for
     stale: tuple[str, ...] = ()  # sources that show their last good state
     started: bool = False  # Envoy has ACKed what it needs to serve
@@ -4273,9 +3829,7 @@ class Status(NamedTuple):
     turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
 
     def paths(self, state: str) -> list[str]:
-        """The files in this state; one that has none is unknown."""
-        states = {**dict.fromkeys(self.files, "unknown"), **self.states}
-        return sorted(path for path, its in states.items() if its == state)
+        return sorted(path for path, its in self.states.items() if its == state)
 
 
 Answer = tuple[int, str, bytes]
@@ -4305,7 +3859,7 @@ def snapshot_answer(status: Status) -> Answer:
         row: dict[str, Json] = {"path": path, "source": file.source}
         if not holds_secret(file.content):
             row |= {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({**row, "state": status.states.get(path, "unknown")})
+        rows.append({**row, "state": status.states[path]})
     body = {"version": status.version or None,
             "published_at": timestamp(status.published_at) if status.version else None,
             "files": rows,
@@ -4336,23 +3890,16 @@ class Listener:
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         self.status = Status({}, last_turn=time.monotonic())
         self.clients: dict[int, Client] = {}  # by descriptor, oldest first
-        self._recorded, self._stopped = recorded, False
+        self._recorded = recorded
         self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
         self._socket, self._poll = listening_socket(host, port), select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self.port: int = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped = True
-        with contextlib.suppress(OSError):  # stopped before
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        self._thread.join()
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        while not self._stopped:
-            for number, _ in self._poll.poll(TICK * 1000):
+        while True:
+            for number, _ in self._poll.poll(TICK * 1000 if self.clients else None):
                 if number not in self.clients:
                     self._accept()
                     continue
@@ -4364,9 +3911,6 @@ class Listener:
             for place, (number, client) in enumerate([*self.clients.items()]):
                 if place < crowd or client.end < now:
                     self._close(number)
-        for number in [*self.clients]:
-            self._close(number)
-        self._socket.close()
 
     def _accept(self) -> None:
         try:
@@ -4390,11 +3934,9 @@ class Listener:
             yield select.POLLIN
             block = client.recv(HEAD_MAX - len(head))
             head += block
-        words = head.partition(b"\n")[0].decode("latin-1").split()
-        if len(words) == 3 and words[0] == "GET" and words[2].startswith("HTTP/1."):
-            code, form, body = self.answer(words[1].partition("?")[0])
-        else:
-            code, form, body = text_answer(400, "not a GET of HTTP/1.1")
+        asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
+        bad = text_answer(400, "not a GET of HTTP/1.1")
+        code, form, body = self.answer(asked[1]) if asked else bad
         fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
         line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
         left = memoryview((line + fields).encode() + body)
@@ -4411,18 +3953,15 @@ class Listener:
             return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        if path not in ("/metrics", "/snapshot"):
-            return text_answer(404, "not found")
-        until, kept = self._kept.get(path, (0.0, None))
-        if kept and began < until:
-            return kept
-        if path == "/snapshot":
-            kept = snapshot_answer(status)
-        else:
-            kept = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-        now = time.monotonic()
-        self._kept[path] = now + REUSED * (now - began), kept
-        return kept
+        until, answer = self._kept.get(path, (0.0, text_answer(404, "not found")))
+        if path in ("/metrics", "/snapshot") and began >= until:
+            if path == "/snapshot":
+                answer = snapshot_answer(status)
+            else:
+                answer = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
+            now = time.monotonic()
+            self._kept[path] = now + REUSED * (now - began), answer
+        return answer
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -4440,6 +3979,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
 # ---------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------
+#
+# One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
+# ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
 # Debounce: an event of a quiet time is published at once. One that comes within QUIET of the last
 # publication may belong to a burst, which is gathered until nothing came for QUIET, for GATHER at
@@ -4450,17 +3992,23 @@ STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is publ
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
+# Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
+SILENT, MET, BLIND = "silent", "met", "blind"
+LINKS = {"connected": SILENT, "silent": SILENT, "meet": MET, "look": MET, "blind": BLIND,
+         "end": "", "closed": ""}  # by what Admin found
+STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
-class Wake(NamedTuple):
-    """What wakes the main thread: why, when (monotonic), and the news."""
-
-    what: str
-    at: float
-    news: object = None
+DISK_HINTS: Mapping[int | None, str] = {
+    errno.EACCES: "run init container, loader and Envoy as one user",
+    errno.EPERM: "run init container, loader and Envoy as one user",
+    errno.EROFS: "mount a writable volume there",
+    errno.ENOSPC: "make room: a snapshot needs what its changed files need",
+    errno.EMFILE: "raise the limit of open files",
+}
 
 
 class Wakes:
-    """A queue for the main thread, and a wait on it that a signal ends.
+    """The news for the main thread, and a wait for them that a signal ends.
 
     A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
     sets a flag that nobody looks at. To the pipe the interpreter itself writes
@@ -4468,35 +4016,227 @@ class Wakes:
     """
 
     def __init__(self) -> None:
-        self._wakes: deque[Wake] = deque()
+        self._news: deque[tuple[str, Any]] = deque()
         self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def put(self, what: str, at: float = 0.0, news: object = None) -> None:
-        """Add a wake, from any thread."""
-        self._wakes.append(Wake(what, at or time.monotonic(), news))
-        try:
+    def put(self, what: str, news: object = None) -> None:
+        """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
+        self._news.append((what, time.monotonic() if news is None else news))
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
-        except BlockingIOError:
-            pass  # a full pipe wakes as well
 
-    def get(self, seconds: float) -> Wake | None:
-        """The next wake, waiting up to so many seconds; None where none came."""
+    def take(self, seconds: float) -> list[tuple[str, Any]]:
+        """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
-        while not self._wakes:
-            left = until - time.monotonic()
-            if left <= 0 or not select.select([self._read], [], [], left)[0]:
-                return None
-            os.read(self._read, 4096)  # there may be more bytes than wakes
-        return self._wakes.popleft()
+        while not self._news and (left := until - time.monotonic()) > 0:
+            if select.select([self._read], [], [], left)[0]:
+                os.read(self._read, 4096)  # there may be more bytes than news
+        return [self._news.popleft() for _ in range(len(self._news))]
 
 
 class Asked(NamedTuple):
     """The publication that Envoy is asked about; the next one waits for its end."""
 
-    moved: tuple[str, ...]
-    fields: Mapping[str, object]  # of its line in the log
+    moved: tuple[str, ...]  # xDS files
+    fields: Mapping[str, object] | None  # of its line in the log
     at: float
     until: float  # when it ends whatever Envoy did
+
+
+class Asking:
+    """What Envoy makes of the publications (`known`), and when the next step may follow them."""
+
+    def __init__(self, output: Output, step_delay: float | None) -> None:
+        self.known = Known()
+        self.link = ""  # SILENT, MET or BLIND; "": there is nobody to ask
+        self.asked: Asked | None = None
+        self.waits_since = 0.0  # of a step whose time has not come
+        self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
+        self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self.notes: list[str] = []
+        self.unsaved = False  # there is something that a restart is to know
+        self.admin: Admin | None = None
+        self._output, self._step_delay, self._look = output, step_delay, Look()
+        self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
+        self._asked_at, self._look_pause = 0.0, LOOK_FIRST
+        self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
+        self._started = False
+
+    def start(self, url: str, wake: Callable[[str, object], None]) -> None:
+        """Ask Envoy from now on; first for its counts of now, before anything moves."""
+        self.admin = Admin(url, wake)
+        self.admin.start()
+        if self._output.published:
+            self._await(ANSWER_BOUND)
+
+    @property
+    def started(self) -> bool:
+        """Whether Envoy has ACKed what it needs to serve, as far as it can be asked."""
+        return self.admin is None or self._started or self.link == BLIND
+
+    def opens_at(self, step: str) -> float:
+        """When a step may be published (monotonic).
+
+        References and removals wait until what went out before them is judged by Envoy, and no
+        cluster warms. Where Envoy is not asked or does not tell, a pause stands for it.
+        """
+        now = time.monotonic()
+        if step not in WAITING_STEPS:
+            return now
+        since = self.waits_since = self.waits_since or now
+        delay = STEP_DELAY if self._step_delay is None else self._step_delay
+        pause = min(self._moved_at[step] + delay, since + STEP_DELAYS * delay)
+        if self.link not in (MET, SILENT):
+            return pause
+        if self._look.warming and now < since + WARM_BOUND:
+            self.look_at = self.look_at or now
+            return since + WARM_BOUND
+        if unjudged(self.known, self._output.published, step):
+            return max(pause, self._silent_until)
+        return now if self._step_delay is None else pause
+
+    # -- a publication --------------------------------------------------------------------------
+
+    def moved(self, before: Files, after: Files, desired: Files, again: Sequence[str]) -> None:
+        """Files moved, some of them `again`."""
+        known, now = self.known, time.monotonic()
+        kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
+                 if is_awaited(known, path)}
+        if kinds & CHILD_KINDS:
+            self._moved_at[REFERENCES] = now
+        if kinds - {""}:
+            self._moved_at[REMOVALS] = now
+        self.known = after_publication(known, before, after, desired, again)
+
+    def ask_about(self, moved: Iterable[str], fields: Mapping[str, object]) -> None:
+        """Ask what became of a publication; its line in the log comes with the answer."""
+        if self.link == MET or time.monotonic() < self._silent_until:
+            files = self._output.published
+            self._await(ASK_BOUND[self.link == MET],
+                        tuple(path for path in moved if files[path].kind), fields)
+            self._ask()
+        else:
+            log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
+
+    def _await(self, bound: float, moved: tuple[str, ...] = (),
+               fields: Mapping[str, object] | None = None) -> None:
+        now = time.monotonic()
+        self.asked = Asked(moved, fields, now, now + bound)
+
+    def _ask(self) -> None:
+        assert self.admin is not None
+        self.look_at, self._asked_at = 0.0, time.monotonic()
+        self.admin.ask()
+
+    def turn(self) -> None:
+        """Look at Envoy if it is time; go on without its answer if it is late."""
+        now = time.monotonic()
+        if self.look_at and now >= self.look_at:
+            self._ask()
+        if self.asked is None or now < self.asked.until:
+            return
+        if self.link == MET and self.asked.moved:
+            known, late = after_bound(self.known, self._output.published, self.asked.moved)
+            if late and not self._look.hidden:
+                self.known = known
+                log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
+                            "name this path?", shortened(late))
+        self.end()
+
+    def end(self, *, told: bool = False) -> None:
+        """The line of the publication that was asked about, when Envoy told all or nobody waits."""
+        asked, self.asked = self.asked, None
+        self._look_pause = LOOK_FIRST
+        if asked is None or not asked.fields:
+            return
+        took, states = time.monotonic() - asked.at, self.known.states
+        found = {states.get(path, UNKNOWN) for path in asked.moved}
+        if told:
+            metrics.observe("xds_loader_ack_duration_seconds", took)
+        all_read = told and ACKED in found and found <= {ACKED, UNREAD}
+        ack = "no" if NACKED in found else "yes" if all_read else "unknown"
+        unread = [path for path in asked.moved if states.get(path) == UNREAD]
+        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+                 **({"unread": shortened(unread)} if unread else {}))
+
+    # -- what Envoy does --------------------------------------------------------------------------
+
+    def take(self, what: str, news: Any) -> None:
+        """Take in what Admin found."""
+        now, before, self.link = time.monotonic(), self.link, LINKS[what]
+        silent_until = self._silent_until or now + SILENT_BOUND
+        self._silent_until = silent_until if self.link == SILENT else 0.0
+        if what == "connected":
+            self.known = self.known._replace(back_at=now)
+        elif what == "silent":
+            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.look_at = now + LOOK_LAST
+        elif what == "meet":
+            self.known = after_meeting(self.known, self.known.back_at)
+            self._started, self._look_pause = False, LOOK_FIRST
+            if self.asked is None:
+                self._await(ANSWER_BOUND)
+        elif what == "look":
+            log.recovered("envoy", "Envoy answers")
+            self.look_at = 0.0
+            self._take_look(news, now)
+        else:
+            log.outage("envoy", f"Envoy is not asked: {news}")
+            self.look_at = 0.0
+            if what == "end" and before in (MET, SILENT):
+                self._started = False
+                self.known, blamed = after_end(self.known, self._output.published, now)
+                self._tell_nacks(blamed)
+            self.end()
+
+    def _take_look(self, look: Look, now: float) -> None:
+        """What Envoy made of the published files."""
+        files, ignored = self._output.published, look.unknown_fields - self._look.unknown_fields
+        if ignored > 0 and self.asked is not None and self.asked.moved:
+            log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
+                        shortened(self.asked.moved))
+        self._look = look
+        self.known, outcome = after_look(self.known, files, look)
+        self._tell_nacks(outcome.nacks)
+        self.unsaved = self.unsaved or bool(outcome.acks)
+        self.mixed += outcome.mixed
+        if not outcome.pending:
+            self.notes = [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays unknown: "
+                          f"{look.hidden}"] if outcome.hidden else []
+        states = self.known.states
+        if look.live and files and not self._started:
+            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+                                for path, file in files.items() if file.kind in STARTING_KINDS)
+        waiting = bool(outcome.pending or outcome.mixed or not look.live)
+        if self.asked is not None and (outcome.nacks or not waiting):
+            self.end(told=True)  # a rollback does not wait for the other files
+        unknown = any(file.kind and path not in states for path, file in files.items())
+        if waiting or unknown or look.warming or not self._started:
+            self._plan_look(now)
+        else:
+            self._look_pause = LOOK_FIRST
+
+    def _plan_look(self, now: float) -> None:
+        """Look again: soon while something waits, ever more seldom while all it can do is to
+        become known."""
+        soon = self.asked is not None or self.waits_since
+        last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
+        self._look_pause = min(self._look_pause * 1.5, last)
+        # A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms: leave it as much room.
+        took = min(now - self._asked_at, LOOK_LAST)  # or it was asked when Envoy was met
+        self.look_at = now + max(self._look_pause, took)
+
+    def _tell_nacks(self, paths: Iterable[str]) -> None:
+        """One line and one count for each file that Envoy rejected."""
+        files = self._output.published
+        for path in sorted(paths):
+            self.unsaved = True
+            back = path in self.known.acked and not same_file(self.known.acked[path], files[path])
+            metrics.add("xds_loader_nacks_total", (files[path].kind,))
+            log.error("Envoy NACKed %s (%s): %s; %s", path, files[path].kind,
+                      self.known.nacks[path].reason,
+                      "rolled back to its last ACKed bytes" if back else "it stays, for there are "
+                      "no other ACKed bytes", source=files[path].source)
 
 
 class Loop:
@@ -4507,76 +4247,54 @@ class Loop:
         self.wakes = Wakes()
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
-        self.known = Known()
+        self.asking = Asking(self.output, options.step_delay)
+        self.check = Check(options.check_cmd, self.output, self.wakes.put)
         self.stopping = False
-        self._once = options.mode == "once"
-        self._pause = STEP_DELAY if options.step_delay is None else options.step_delay
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
-        self._retry_at, self._failures = 0.0, 0  # of the disk
-        self._check_at = 0.0
-        # publications
-        self._event_at = self._newest = self._published_at = 0.0
-        self._switched_at = 0.0  # Unix time
-        self._moved_at = {REFERENCES: time.monotonic(), REMOVALS: time.monotonic()}
-        self._waits_since = 0.0  # of a step whose time has not come
-        self._step_at = 0.0
-        # --check-cmd
-        self._accepted: Files | None = None
-        self._check: tuple[str, str | None] = ("", "")  # version, and why not; None: it still runs
-        self._check_stop = threading.Event()
-        # Envoy
-        self._admin: Admin | None = None
-        self._link = ""  # "", "end", "silent", "meet", "blind"
-        self._asked: Asked | None = None
-        self._look_at, self._look_from, self._look_pause = 0.0, 0.0, LOOK_FIRST
-        self._silent_since = 0.0
-        self._look = Look()
-        self._mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
-        self._unsaved = False  # something that a restart is to know
-        self._started = False
+        self._event_at = time.monotonic()  # of the first event that is not composed
+        self._published_at = 0.0  # monotonic; 0: nothing yet
+        self._switched_at = 0.0  # Unix time of the snapshot
+        self._step_at = 0.0  # when the step that waits may be published
+        self._check_at = 0.0  # when the files on disk are checked
+        self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
-        threading.excepthook = lambda failed: self.wakes.put("defect", news=failed.exc_value)
+        threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
 
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
         deadline = time.monotonic() + self.options.timeout
-        self._event_at = time.monotonic()
+        once = self.options.mode == "once"
         try:
-            self._open(deadline)
-            done = False
-            while not self.stopping and not done:
+            self._open(deadline if once else None)
+            if once:
+                self._publish_once(deadline)
+            while not self.stopping and not once:
                 self._turn()
-                done = self._once and self._finished(deadline) and self._is_published()
                 self._report()
-                if not done:
-                    self._await(self._wait_until(deadline) if self._once else self._check_at)
+                self._await(self._next_at())
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
-            self._check_stop.set()
-            self.output.unlock()
-            if self._listener is not None:
-                self._listener.stop()
-        self._end_asking("ended before")
-        if self._once and not done:
-            raise LoaderError("ended by a signal before there was a snapshot to publish")
+            self.check.stop()
+        self.asking.end()
         return 0
 
-    def _open(self, deadline: float) -> None:
+    def _open(self, deadline: float | None) -> None:
+        """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, lambda number, _: self._signalled(number))
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
-        options = self.options
-        if options.listen and not self._once:
-            self._listener = Listener(*options.listen, metrics)
+        if self.options.listen:
+            host, port = self.options.listen
+            self._listener = Listener(host, port, metrics)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
-            if self._once and time.monotonic() >= deadline:
+            if deadline is not None and time.monotonic() >= deadline:
                 raise LoaderError(text)
             log.outage("lock", f"{text}; waiting for its end")
             self._report()
@@ -4587,225 +4305,116 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self.known = known_from(self.output)
-        metrics.set("xds_loader_inotify_instances_budget", self.sources.budget)
         self._switched_at = self.output.switched_at()
+        self._check_at = time.monotonic() + self.options.sync_interval
+        self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
-        self._check_at = time.monotonic() + options.sync_interval
-        if options.envoy_admin and not self._once:
-            self._admin = Admin(options.envoy_admin,
-                                lambda what, news: self.wakes.put(what, news=news))
-            self._admin.start()
-            if self.output.published:  # Envoy's counts of now, before anything moves
-                self._asked = Asked((), {}, time.monotonic(), time.monotonic() + ANSWER_BOUND)
+        if self.options.envoy_admin:
+            self.asking.start(self.options.envoy_admin, self.wakes.put)
 
-    def _signalled(self, number: int) -> None:
-        self.stopping = self.stopping or number != signal.SIGHUP
-        self.wakes.put("signal", news=number)
+    def _publish_once(self, deadline: float) -> None:
+        """--onetime: when the sources are complete, publish step by step."""
+        while True:
+            self.composed(deadline)
+            if self.check.refusal:
+                self.output.prune()
+                raise LoaderError(self.check.refusal)
+            while self._advance():
+                pass
+            if not self._step_at and not self.check.running:
+                return
+            self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
+
+    def composed(self, deadline: float) -> Wanted:
+        """The complete files of a one-time run; LoaderError where there will be none."""
+        waits = self.options.timeout > 0
+        while not self.stopping:
+            wanted = self._compose()
+            if wanted.complete:
+                return wanted
+            late = time.monotonic() >= deadline
+            if wanted.failed or (late and (wanted.missing or waits)):
+                raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
+            # Without --timeout each request has bounds of its own.
+            self._await(deadline if waits else time.monotonic() + 60.0)
+            self._wanted = None  # a request may have failed
+        raise LoaderError("ended by a signal before there was a snapshot to publish")
 
     # -- waiting ------------------------------------------------------------------------------
 
+    def _signalled(self, number: int) -> None:
+        self.stopping = self.stopping or number != signal.SIGHUP
+        self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
+
+    def _next_at(self) -> float:
+        """When the loop turns if nothing happens."""
+        asked = self.asking.asked
+        times = (self.asking.look_at, asked.until if asked else self._step_at,
+                 self._retry_at or self._check_at)
+        return min(each for each in times if each)
+
     def _await(self, until: float) -> None:
         """Sleep until something happens; afterwards everything that happened is taken in."""
-        times = [self._look_at, self._asked.until if self._asked else self._step_at]
-        times.append(self._retry_at or until)
-        self._newest = 0.0
-        self._take_all(min(each for each in times if each) - time.monotonic())
-        if self._newest and self._newest - self._published_at < DEBOUNCE_QUIET and not self._once:
-            end = time.monotonic() + DEBOUNCE_GATHER  # of a burst
-            while time.monotonic() < end and self._take_all(DEBOUNCE_QUIET):
-                pass
+        news = self.wakes.take(until - time.monotonic())
+        self._take(news)
+        burst = self._published_at + DEBOUNCE_QUIET
+        if any(what == "objects" and at < burst for what, at in news):
+            end = time.monotonic() + DEBOUNCE_GATHER
+            while time.monotonic() < end and (news := self.wakes.take(DEBOUNCE_QUIET)):
+                self._take(news)
 
-    def _take_all(self, seconds: float) -> bool:
-        """Take in whatever happens within so many seconds, and all else that is there by then."""
-        first = wake = self.wakes.get(0.0 if self.stopping else seconds)
-        while wake is not None:
-            self._take(wake)
-            wake = self.wakes.get(0.0)
-        return first is not None
-
-    def _take(self, wake: Wake) -> None:
+    def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
         """Take in what happened; nothing is published here."""
-        match wake.what:
-            case "defect":
-                assert isinstance(wake.news, BaseException)
-                raise wake.news
-            case "objects":
-                self._newest = wake.at
-                if self._wanted is not None:
-                    self._event_at = wake.at
-                self._wanted = None
-            case "trouble" if self._once:
-                self._wanted = None  # it has failed
-            case "signal" if wake.news == signal.SIGHUP:
-                log.info("SIGHUP: checking and publishing now")
-                self.sources.refresh()
-                self._retry_at = min(self._retry_at, time.monotonic())
-                self._check_at = time.monotonic()
-            case "look":
-                assert isinstance(wake.news, Look)
-                self._take_look(wake.news)
-            case "warning":
-                log.warning("%s", wake.news)
-            case "connected" | "meet" | "end" | "closed" | "silent" | "blind":
-                self._take_link(wake.what, str(wake.news or ""))
+        for what, news in everything:
+            match what:
+                case "defect":
+                    raise news
+                case "objects":
+                    self._event_at = self._event_at if self._wanted is None else news
+                    self._wanted = None
+                case "refresh":
+                    log.info("SIGHUP: checking and publishing now")
+                    self.sources.refresh()
+                    self._check_at = time.monotonic()
+                    self._retry_at = min(self._retry_at, self._check_at)
+                case "checked":
+                    self.check.end(news)
+                case "warning":
+                    log.warning("%s", news)
+                case _ if what in LINKS:
+                    self.asking.take(what, news)
 
     # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """One decision: what is wanted, and the next snapshots on the way there."""
+        """What is due now, and the next snapshots on the way to what is wanted."""
+        self.asking.turn()
         now = time.monotonic()
-        if self._look_at and now >= self._look_at:
-            self._ask()
-        if self._asked is not None and now >= self._asked.until:
-            self._give_up()
         if self._retry_at > now:
             return
         try:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            if not self._once and now >= self._check_at:
+            if now >= self._check_at:
                 self._check_disk()
-            if self._mixed:
-                self.output.notify_again(self._mixed)
-                self._mixed = ()
-            if self._unsaved:
+            if self.asking.mixed:
+                self.output.notify_again(self.asking.mixed)
+                self.asking.mixed = ()
+            if self.asking.unsaved:
                 self._remember()
-            while self._asked is None and not self.stopping and self._advance():
+            while self.asking.asked is None and not self.stopping and self._advance():
                 pass
-            self._failures = 0
+            self._backoff = BACKOFF_FIRST
         except OSError as error:
-            if self._once:
-                raise
-            delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
-            self._failures += 1
-            self._retry_at = time.monotonic() + delay
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(delay, 1))
+            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self._retry_at = time.monotonic() + self._backoff
+            self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
     def _disk_trouble(self, error: OSError) -> str:
-        one_user = "run init container, loader and Envoy as one user"
-        hint = {
-            errno.EACCES: one_user,
-            errno.EPERM: one_user,
-            errno.EROFS: "mount a writable volume there",
-            errno.ENOSPC: "make room: a snapshot needs what its changed files need",
-            errno.EMFILE: "raise the limit of open files",
-        }.get(error.errno or 0, "the last snapshot goes on serving")
+        hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
         return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
-
-    def _advance(self) -> bool:
-        """Publish the next snapshot if its time has come; whether there may be another one."""
-        published, self._step_at = self.output.published, 0.0
-        step = rollback(published, self.known.acked, self.known.nacks)
-        if step is not None:
-            self._publish(step, step.files)
-            return True
-        found = self._desired(published)
-        if found is None:
-            return False
-        checked, desired = found
-        step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
-        again = to_retry(self.known, published) if step is None else []
-        if again:
-            step = Step(published, REFERENCES)
-        if step is None:
-            self._waits_since = 0.0
-            return False
-        now = time.monotonic()
-        if step.name in WAITING_STEPS:
-            self._waits_since = self._waits_since or now
-            self._step_at = self._opens_at(step, now)
-            if self._step_at > now:
-                return False
-            self._waits_since = 0.0
-        self._publish(step, checked, again)
-        return True
-
-    def _desired(self, published: Files) -> tuple[Files, Files] | None:
-        """What is desired, and what of it is allowed after NACKs; None where it is not known."""
-        if self._wanted is None:
-            self._wanted = self.sources.compose(published)
-        if not self._wanted.complete:
-            return None
-        files, unfit = self.output.fitting(self._wanted.files)
-        self._note("unfit", unfit)
-        files = with_needed(files, published, functools.partial(is_read, self.known))
-        self._note("gone", [f"{path}: its source is gone; its last bytes stay, for Envoy or "
-                            "another file needs it" for path in files
-                            if path not in self._wanted.files])
-        checked = self._checked(files, published)
-        if checked is None:
-            return None
-        self.known = retried(self.known, checked, published)
-        desired, notes = allowed(checked, published, self.known.acked, self.known.nacks)
-        self._note("nacked", notes)
-        return checked, desired
-
-    def _opens_at(self, step: Step, now: float) -> float:
-        """When references or removals may be published (monotonic).
-
-        What went out before them is judged by Envoy, and no cluster warms. Where Envoy is not
-        asked or does not tell, a pause since then stands for it.
-        """
-        pause = min(self._moved_at[step.name] + self._pause,
-                    self._waits_since + STEP_DELAYS * self._pause)
-        if self._link not in ("meet", "silent"):
-            return pause
-        if self._look.warming and now < self._waits_since + WARM_BOUND:
-            self._look_at = self._look_at or now
-            return self._waits_since + WARM_BOUND
-        if not unjudged(self.known, self.output.published, step.name):
-            return pause if self.options.step_delay is not None else now
-        if self._silent_since:
-            return max(pause, self._silent_since + SILENT_BOUND)
-        return pause
-
-    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
-        """Publish one snapshot, ask Envoy about it, then tidy up."""
-        before, files = self.output.published, step.files
-        moved = [*moved_paths(before, files), *again]
-        awaited = {files[path].kind for path in moved
-                   if self.known.states.get(path) != UNREAD and path not in self.known.late}
-        try:
-            self.output.keep_acked(self.known.acked, files)
-            paths = self.output.publish(files, again)
-        finally:
-            if self.output.published is not before or again:
-                self.known = after_publication(self.known, before, files, desired, again)
-        now, self._switched_at = time.monotonic(), time.time()
-        took, self._published_at = now - self._event_at, now
-        if awaited & CHILD_KINDS:
-            self._moved_at[REFERENCES] = now
-        if awaited - {""}:
-            self._moved_at[REMOVALS] = now
-        metrics.add("xds_loader_publications_total", (step.name,))
-        metrics.add("xds_loader_published_files_total", by=len(paths))
-        metrics.observe("xds_loader_publication_duration_seconds", took)
-        origins = {each[path].source for path in paths for each in (files, before) if path in each}
-        fields = {
-            "version": self.output.snapshot[2:], "step": step.name, "files": len(paths),
-            "changed": shortened(paths), "source": shortened(sorted(origins)),
-            "duration_ms": round(took * 1000, 1),
-        }
-        silent = bool(self._silent_since)
-        if self._link == "meet" or (silent and now < self._silent_since + SILENT_BOUND):
-            patience = ASK_BOUND[not silent]
-            self._asked = Asked(tuple(moved), fields, now, now + patience)
-            self._ask()
-        else:
-            log.info("published", **fields, **({"ack": "unknown"} if self._admin else {}))
-        log.recovered("disk", f"{self.output.root} can be written again")
-        self._remember()
-        self.output.prune()
-
-    def _remember(self) -> None:
-        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self._unsaved = True
-        self.output.keep_acked(self.known.acked, self.output.published)
-        self.output.remember(state_of(self.known))
-        self._unsaved = False
 
     def _check_disk(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -4815,260 +4424,147 @@ class Loop:
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
 
-    # -- ACK and NACK -------------------------------------------------------------------------
+    def _advance(self) -> bool:
+        """Publish the next snapshot if its time has come; whether there may be another one."""
+        published, asking, self._step_at = self.output.published, self.asking, 0.0
+        back = rollback(published, asking.known.acked, asking.known.nacks)
+        if back is not None:
+            self._publish(back, back.files)
+            return True
+        wanted = self._checked()
+        if wanted is None:
+            return False
+        asking.known = retried(asking.known, wanted, published)
+        desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
+        self.note("nacked", [*notes, *asking.notes])
+        step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        again = to_retry(asking.known, published) if step is None else []
+        if again:
+            step = Step(published, REFERENCES)
+        if step is None:
+            asking.waits_since = 0.0
+            at_start = not self._published_at and self.options.mode != "once"
+            if at_start and self._wanted and same_files(published, self._wanted.files):
+                self._published_at = time.monotonic()
+                log.info("up to date", version=self.output.snapshot[2:])
+            return False
+        opens_at = asking.opens_at(step.name)
+        if opens_at > time.monotonic():
+            self._step_at = opens_at
+            return False
+        self._publish(step, wanted, again)
+        return True
 
-    def _ask(self) -> None:
-        assert self._admin is not None
-        self._look_at, self._look_from = 0.0, time.monotonic()
-        self._admin.ask()
+    def _compose(self) -> Wanted:
+        """What the sources ask for now."""
+        if self._wanted is None:
+            self._wanted = self.sources.compose(self.output.published)
+        waits = self.options.timeout or self.options.mode != "once"  # else it is an error
+        missing = self._wanted.missing if waits else ()
+        self.note("sources", [*self._wanted.notes,
+                              *(f"waiting for {source}: it does not exist" for source in missing)])
+        return self._wanted
 
-    def _take_link(self, what: str, news: str) -> None:
-        """Envoy is there, gone, there and silent, or not to be understood."""
-        now, before = time.monotonic(), self._link
-        if what == "connected":
-            self.known = self.known._replace(back_at=now)
-            self._link, self._silent_since = "silent", self._silent_since or now
-            return
-        self._link = what
-        if what == "silent":
-            self._silent_since = self._silent_since or now
-            log.outage("envoy", f"Envoy does not answer: {news}")
-            self._look_at = now + LOOK_LAST
-            return
-        self._silent_since = 0.0
-        if what == "meet":
-            self.known = after_meeting(self.known, self.known.back_at or now)
-            self._started, self._look_pause = False, LOOK_FIRST
-            self._asked = self._asked or Asked((), {}, now, now + ANSWER_BOUND)
-            return
-        log.outage("envoy", f"Envoy is not asked: {news}")
-        self._look_at = 0.0
-        if what == "end" and before in ("meet", "silent"):
-            self._started = False
-            self.known, blamed = after_end(self.known, self.output.published, now)
-            self._tell_nacks(blamed)
-            self._unsaved = True
-        self._end_asking("unknown")
+    def _checked(self) -> Files | None:
+        """What is to be published unless Envoy NACKed it; None where that is not known."""
+        wanted, published = self._compose(), self.output.published
+        if not wanted.complete:
+            return None
+        files, unfit = self.output.fitting(wanted.files)
+        files = with_needed(files, published, functools.partial(is_read, self.asking.known))
+        self.note("files", [
+            *unfit,
+            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
+              for path in files if path not in wanted.files),
+            *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+              for path in self.output.foreign if path not in files),
+        ])
+        return self.check.passed(files)
 
-    def _take_look(self, look: Look) -> None:
-        """Envoy answered: what it made of the published files."""
-        now, files = time.monotonic(), self.output.published
-        self._link, self._silent_since = "meet", 0.0
-        log.recovered("envoy", "Envoy answers")
-        ignored = look.unknown_fields - self._look.unknown_fields
-        if ignored > 0 and self._asked is not None and self._asked.moved:
-            log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
-                        shortened(self._asked.moved))
-        self._look = look
-        self.known, outcome = after_look(self.known, files, look)
-        self._tell_nacks(outcome.nacks)
-        self._mixed += outcome.mixed
-        self._note("hidden", [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays "
-                              f"unknown: {look.hidden}"] if outcome.hidden else [])
-        if look.live and files and not self._started:
-            self._started = all(
-                self.known.states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
-                for path, file in files.items() if file.kind in ("cds", "lds", "rds"))
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self._asked is not None and (outcome.nacks or not waiting):
-            self._end_asking("")  # a rollback does not wait for the other files
-        self._unsaved = self._unsaved or bool(outcome.acks or outcome.nacks)
-        self._plan_look(now, waiting)
+    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
+        """Publish one snapshot, have Envoy asked about it, then tidy up."""
+        before, files = self.output.published, step.files
+        if step.name in WAITING_STEPS:
+            self.asking.waits_since = 0.0
+        try:
+            self.output.keep_acked(self.asking.known.acked, files)
+            paths = self.output.publish(files, again)
+        finally:  # whatever failed, Envoy may have read what was switched to
+            if self.output.published is not before or again:
+                self.asking.moved(before, files, desired, again)
+        self._published_at, self._switched_at = time.monotonic(), time.time()
+        took = self._published_at - self._event_at
+        metrics.add("xds_loader_publications_total", (step.name,))
+        metrics.add("xds_loader_published_files_total", by=len(paths))
+        metrics.observe("xds_loader_publication_duration_seconds", took)
+        origins = {each[path].source for path in paths for each in (files, before) if path in each}
+        self.asking.ask_about([path for path in paths if path in files], {
+            "version": self.output.snapshot[2:], "step": step.name, "files": len(paths),
+            "changed": shortened(paths), "source": shortened(sorted(origins)),
+            "duration_ms": round(took * 1000, 1),
+        })
+        log.recovered("disk", f"{self.output.root} can be written again")
+        self._remember()
+        self.output.prune()
 
-    def _plan_look(self, now: float, waiting: bool) -> None:
-        """When to look again: soon while something waits, ever more seldom while all it can do is
-        to become known, and else never."""
-        unknown = any(file.kind and path not in self.known.states
-                      for path, file in self.output.published.items())
-        if not (waiting or unknown or self._look.warming or not self._started):
-            self._look_at, self._look_pause = 0.0, LOOK_FIRST
-            return
-        soon = self._asked is not None or self._waits_since
-        last = LOOK_LAST if soon else 1.0 if not self._started else LOOK_IDLE
-        self._look_pause = min(self._look_pause * 1.5, last)
-        # A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms: leave it as much room.
-        took = min(now - self._look_from, LOOK_LAST)  # or it was asked when Envoy was met
-        self._look_at = now + max(self._look_pause, took)
-
-    def _give_up(self) -> None:
-        """Envoy did not attempt everything in time: that stays unknown, and the loop goes on."""
-        assert self._asked is not None
-        if self._link == "meet" and not self._silent_since and self._asked.moved:
-            known, late = after_bound(self.known, self.output.published, self._asked.moved)
-            if late and not self._look.hidden:
-                self.known = known
-                log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
-                            "name this path?", shortened(late))
-        self._end_asking("unknown")
-
-    def _end_asking(self, ack: str) -> None:
-        """The line of the publication that was asked about."""
-        asked, self._asked = self._asked, None
-        self._look_pause = LOOK_FIRST
-        if asked is None or not asked.fields:
-            return
-        took = time.monotonic() - asked.at
-        states = {self.known.states.get(path, UNKNOWN) for path in asked.moved
-                  if path in self.output.published and self.output.published[path].kind}
-        if not ack:
-            metrics.observe("xds_loader_ack_duration_seconds", took)
-            ack = "yes" if ACKED in states and states <= {ACKED, UNREAD} else "unknown"
-        ack = "no" if NACKED in states else ack
-        unread = [path for path in asked.moved if self.known.states.get(path) == UNREAD]
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
-                 **({"unread": shortened(unread)} if unread else {}))
-
-    def _tell_nacks(self, paths: Iterable[str]) -> None:
-        """One line and one count for each file that Envoy rejected."""
-        files = self.output.published
-        for path in sorted(paths):
-            back = path in self.known.acked and not same_file(self.known.acked[path], files[path])
-            metrics.add("xds_loader_nacks_total", (files[path].kind,))
-            log.error("Envoy NACKed %s (%s): %s; %s", path, files[path].kind,
-                      self.known.nacks[path].reason,
-                      "rolled back to its last ACKed bytes" if back else "it stays, for there are "
-                      "no other ACKed bytes", source=files[path].source)
-
-    # -- --check-cmd ----------------------------------------------------------------------------
-
-    def _checked(self, desired: Files, published: Files) -> Files | None:
-        """What --check-cmd lets pass: all, or what it accepted last with endpoints and secrets of
-        now. The command runs beside the loop, once for each version."""
-        command = self.options.check_cmd
-        if not command:
-            return desired
-        base = published if self._accepted is None else self._accepted
-        fresh = {path: file for path, file in desired.items()
-                 if path in base and file.kind in ("eds", "sds")}
-        version, (checked, refusal) = version_of(desired), self._check
-        if same_files({**base, **fresh}, desired) or (checked == version and refusal == ""):
-            self._accepted = desired
-            return desired
-        if checked != version and refusal is not None:
-            self._check = (version, None)
-            self.output.staged = self.output.stage(desired)
-            place = f"{self.output.root}/{self.output.staged}"
-            threading.Thread(target=self._run_check, args=(command, place, version),
-                             name="check", daemon=True).start()
-        elif checked == version and refusal:
-            self.output.prune()  # what was staged for the check
-            if self._once:
-                raise LoaderError(refusal)
-        return {**base, **fresh} if base else None
-
-    def _run_check(self, command: Sequence[str], place: str, version: str) -> None:
-        refusal = run_check(command, place, self._check_stop)
-        self._check = (version, refusal)
-        if refusal:
-            metrics.add("xds_loader_errors_total", ("check",))
-            log.error("%s; the last snapshot stays published", refusal, version=version)
-        self.output.staged = ""
-        self.wakes.put("checked")
+    def _remember(self) -> None:
+        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
+        self.asking.unsaved = True
+        self.output.keep_acked(self.asking.known.acked, self.output.published)
+        self.output.remember(state_of(self.asking.known))
+        self.asking.unsaved = False
 
     # -- words --------------------------------------------------------------------------------
 
-    def _note(self, topic: str, notes: Iterable[str]) -> None:
-        """Warn once of each thing, for as long as it lasts."""
-        lasting = frozenset(notes)
-        for note in sorted(lasting - self._noted.get(topic, frozenset())):
+    def note(self, topic: str, notes: Iterable[str]) -> None:
+        """Warn once of each thing for as long as it lasts; a line when it is over."""
+        lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
+        for note in sorted(lasting - before):
             log.warning("%s", note)
+        for note in sorted(before - lasting):
+            log.info("warning over: %s", note.partition(": ")[0])
         self._noted[topic] = lasting
 
     def _report(self) -> None:
-        """Put what is known now before whoever asks over HTTP, and name what is wrong."""
-        wanted, files, known = self._wanted, self.output.published, self.known
-        if wanted is not None:
-            waiting = [f"waiting for {source}: it does not exist" for source in wanted.missing]
-            quiet = self._once and not self.options.timeout  # the error that ends it says so
-            self._note("sources", [*wanted.notes, *([] if quiet else waiting)])
-            if wanted.complete:
-                self._note("foreign", [
-                    f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-                    for path in self.output.foreign if path not in files])
+        """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        states = {path: known.states.get(path, UNKNOWN) if file.kind else UNREAD
+        wanted = self._wanted or Wanted({}, [], [], [], [], [])
+        asking, files = self.asking, self.output.published
+        states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        aim = wanted.files if wanted is not None else {}
-        states |= {path: NACKED for path, nack in known.nacks.items()
-                   if is_nacked(files.get(path), nack) or is_nacked(aim.get(path), nack)}
-        trouble = tuple(self.sources.trouble())
-        self._listener.status = Status(
-            files=files,
-            version=self.output.snapshot[2:],
-            published_at=self._switched_at,
-            states=states,
-            missing=(*wanted.missing, *wanted.unknown) if wanted else (),
-            stale=(*(wanted.stale if wanted else ()), *trouble) if files else (),
-            started=bool(self.output.snapshot) and (self._admin is None or self._started
-                                                    or self._link == "blind"),
+        states |= {path: NACKED for path, nack in asking.known.nacks.items()
+                   if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        version = self.output.snapshot[2:]
+        self._listener.status = status = Status(
+            files, version, self._switched_at, states,
+            missing=(*wanted.missing, *wanted.unknown),
+            stale=(*wanted.stale, *self.sources.trouble()) if files else (),
+            started=bool(version) and asking.started,
             last_turn=time.monotonic(),
             turn_bound=2 * self.options.sync_interval + 60.0,
         )
-        self._count(states)
-
-    def _count(self, states: Mapping[str, str]) -> None:
-        """The gauges of the snapshot that is published."""
-        files = self.output.published
-        metrics.replace("xds_loader_unknown_files", {
-            (path,): 1.0 for path, state in states.items() if state == UNKNOWN and self._admin})
-        metrics.replace("xds_loader_nacked_files", {
-            (path,): 1.0 for path, state in states.items() if state == NACKED})
-        metrics.replace("xds_loader_snapshot_info",
-                        {(self.output.snapshot[2:],): 1.0} if files else {})
+        unknown = status.paths(UNKNOWN) if asking.admin else ()
+        metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
+        metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
         metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
-        if self.sources.rendering is not None:
-            metrics.replace("xds_loader_clusters", {
-                (mode,): count for mode, count in self.sources.rendering.clusters.items()})
-
-    # -- one-time runs ------------------------------------------------------------------------
-
-    def composed(self, deadline: float) -> Wanted:
-        """The complete files of all sources, once; nothing on disk is touched."""
-        published = self.output.peek()
-        self.sources.start(published)
-        while True:
-            if self._wanted is None:
-                self._wanted = self.sources.compose(published)
-            if self._finished(deadline):
-                return self._wanted
-            self._await(self._wait_until(deadline))
-
-    def _wait_until(self, deadline: float) -> float:
-        """Of a one-time run: without --timeout each request has bounds of its own."""
-        waits = self.options.timeout and not (self._wanted and self._wanted.complete)
-        return deadline if waits else time.monotonic() + 60.0
-
-    def _is_published(self) -> bool:
-        """Whether what a one-time run is for is done: no step waits, and no check runs."""
-        return bool(self.output.snapshot) and not self._step_at and self._check[1] is not None
-
-    def _finished(self, deadline: float) -> bool:
-        """Whether the sources of a one-time run are complete; LoaderError if they never will be."""
-        wanted = self._wanted
-        if wanted is None:
-            return False
-        if wanted.complete:
-            return True
-        late = time.monotonic() >= deadline
-        if wanted.failed or (late and (wanted.missing or self.options.timeout)):
-            self._note("sources", wanted.notes)
-            trouble = tuple(self.sources.trouble().values())
-            raise LoaderError(unfinished(wanted, trouble, waited=bool(self.options.timeout)))
-        return False
 
 
-def unfinished(wanted: Wanted, trouble: Sequence[str], *, waited: bool) -> str:
+def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
-    if wanted.failed:
-        return wanted.failed[0]
     if wanted.missing:
-        names = ", ".join(wanted.missing)
-        hint = "create it" if waited else "create it, or wait for it with --timeout"
-        return f"{names}: does not exist or is not usable; {hint}"
-    return trouble[0] if trouble else f"no answer in time for {', '.join(wanted.unknown)}"
+        hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
+        if options.from_file:
+            hint = "--from-file must hold it, in this namespace"
+        return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
+    reasons = (*wanted.failed, *trouble.values(),
+               f"no answer in time for {', '.join(wanted.unknown)}")
+    if options.access.apiserver == NO_POD:
+        return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
+    return reasons[0]
 
 
 # -- what a restart is told --------------------------------------------------------------------
@@ -5141,21 +4637,76 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
+class Check:
+    """--check-cmd, which runs beside the loop, once for each version."""
+
+    def __init__(self, command: Sequence[str] | None, output: Output,
+                 wake: Callable[[str, object], None]) -> None:
+        self.running: threading.Thread | None = None
+        self.refusal = ""  # of the version that was checked last
+        self._version = ""
+        self._accepted: Files | None = None
+        self._command, self._output, self._wake = command, output, wake
+        self._stop = threading.Event()
+
+    def passed(self, desired: Files) -> Files | None:
+        """What it lets pass: all, or what it accepted last with endpoints and secrets of now; None
+        where there is nothing yet."""
+        if not self._command:
+            return desired
+        base = self._output.published if self._accepted is None else self._accepted
+        fresh = {path: file for path, file in desired.items()
+                 if path in base and file.kind in ("eds", "sds")}
+        version = version_of(desired)
+        known = version == self._version and not self.running
+        if same_files({**base, **fresh}, desired) or (known and not self.refusal):
+            self._accepted = desired
+            return desired
+        if known:
+            self._output.prune()  # what was staged for it
+        elif not self.running:
+            self._output.staged = self._output.stage(desired)
+            self.refusal, self._version = "", version
+            self.running = threading.Thread(target=self._run, args=(self._command,), daemon=True)
+            self.running.start()
+        return {**base, **fresh} if base else None
+
+    def _run(self, command: Sequence[str]) -> None:
+        place = f"{self._output.root}/{self._output.staged}"
+        self._wake("checked", run_check(command, place, self._stop))
+
+    def end(self, refusal: str) -> None:
+        """It has accepted the staged files, or not."""
+        self.running, self.refusal, self._output.staged = None, refusal, ""
+        if refusal:
+            metrics.add("xds_loader_errors_total", ("check",))
+            log.error("%s; the last snapshot stays published", refusal, version=self._version)
+
+    def stop(self) -> None:
+        """No command outlives the loader."""
+        self._stop.set()
+        if self.running:
+            self.running.join(0.5)  # seconds
+
+
 def preview(options: Options, config: Config) -> int:
     """--dry-run: print the files, or with --diff what would change; touch nothing."""
     # The kernel ignores signals to process 1 that have no handler: without this one a preview in
     # a container would not end.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
-    wanted = loop.composed(time.monotonic() + options.timeout)
-    files, published = wanted.files, loop.output.peek() if options.diff else {}
-    for note in (*wanted.notes, *json_warnings(files)):
-        log.warning("%s", note)
-    paths = sorted({*files, *published})
+    loop.output.published = loop.output.peek()
+    loop.sources.start(loop.output.published)
+    files = loop.composed(time.monotonic() + options.timeout).files
+    loop.note("json", json_warnings(files))
     if options.diff:
-        texts = [difference(path, published.get(path), files.get(path)) for path in paths]
+        published = loop.output.published
+        if not published:
+            log.warning("%s: nothing is published there, so every file is new", loop.output.root)
+        texts = [difference(path, published.get(path), files.get(path))
+                 for path in sorted({*files, *published})]
     else:
-        texts = [b"\n" + preview_text(path, files[path]) for path in paths]
+        texts = [b"\n" + preview_text(path, file) for path, file in sorted(files.items())]
     if any(texts) or not options.diff:
         print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
     if options.check_cmd:
@@ -5220,14 +4771,12 @@ def print_out(texts: Iterable[bytes]) -> None:
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
     if not path:
-        return config_from({})
+        return Config()
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
-    except OSError as error:
-        raise UsageError(f"--config {why(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path} is not valid JSON ({why(error)})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5274,10 +4823,11 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, kind: str = "secret", directory: str = "") -> Named:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Named:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
-    return Named(kind, namespace_name(namespace) if slash else "", object_name(name), directory)
+    namespace = namespace_name(namespace) if slash else ""
+    return Named(Query(resource, namespace, object_name(name)), directory)
 
 
 def named_configmap(text: str) -> Named:
@@ -5286,7 +4836,7 @@ def named_configmap(text: str) -> Named:
     for part in directory.split("/") if colon else ():
         if problem := key_problem(part):
             raise ValueError(f"names a directory of which {part!r} {problem}")
-    return named_secret(name, "configmap", directory)
+    return named_secret(name, CONFIGMAPS, directory)
 
 
 def label_selector(text: str) -> str:
@@ -5341,8 +4891,20 @@ class Option(NamedTuple):
     repeats: bool = False
 
     @property
+    def attribute(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
     def variable(self) -> str:
-        return "XDS_LOADER_" + self.name.upper().replace("-", "_")
+        return f"XDS_LOADER_{self.attribute.upper()}"
+
+    @property
+    def value(self) -> Any:
+        """What it has where it is not given; None where `default` says it in words."""
+        if self.repeats or not self.metavar:
+            return () if self.repeats else False
+        with contextlib.suppress(ValueError):
+            return self.parse(self.default) if self.default else None
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
@@ -5411,39 +4973,17 @@ SECTIONS = {
     ),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
+NO_POD = "https://kubernetes"  # the API server where the environment names none
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
-class Options(NamedTuple):
-    """What was asked for, parsed and checked."""
+class Options(types.SimpleNamespace):
+    """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    configmap: tuple[Named, ...] = ()
-    configmap_selector: str | None = None
-    services: str | None = None
-    services_namespace: tuple[str, ...] = ()
-    secret: tuple[Named, ...] = ()
-    namespace: str = "default"
-    access: Access = Access()
-    from_file: str = ""
-    config: str = ""
-    endpoints: str = "auto"
-    format: str = "yaml"
-    output_dir: str = "/srv/runtime"
-    mode: str = "poll"  # or watch, once
-    dry_run: bool = False
-    diff: bool = False
-    sync_interval: float = 60.0
-    secret_mode: int = 0o600
-    timeout: float = 0.0
-    envoy_admin: str = ""  # http://... or unix:/path
-    step_delay: float | None = None  # None where it is not given
-    check_cmd: tuple[str, ...] = ()
-    listen: tuple[str, int] | None = None
-    log_format: str = "text"
-    log_level: str = "info"
-    node_name: str = ""
-    warnings: tuple[str, ...] = ()
+    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
+    `warnings`.
+    """
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -5476,7 +5016,7 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
+def given_values(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
     """The value (or, of repeatable options, the values) of each option that was given."""
     values: dict[str, Any] = {}
     for option in OPTIONS:
@@ -5486,53 +5026,58 @@ def parsed(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[s
             texts = text.split() if option.repeats else [text] if text else []
         found = [value_of(where, option.parse, text) for text in texts]
         if found:
-            attribute = option.name.replace("-", "_")
-            values[attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
+            values[option.attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
     return values
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    values = parsed(command_line_words(argv), environ)
-    check_combination(values)
-    warnings = []
-    if "trafficsplit_api_version" in values:
-        warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    given = given_values(command_line_words(argv), environ)
+    options = Options(**{option.attribute: option.value for option in OPTIONS} | given)
+    options.step_delay = given.get("step_delay")  # None: only where Envoy is not asked
+    once = options.onetime or options.dry_run
+    check_combination(options, once)
+    options.mode = "watch" if options.watch and not options.from_file else "poll"
+    if once:  # it asks nobody, and serves nothing
+        options.mode, options.listen, options.envoy_admin = "once", None, None
+    options.namespace = options.namespace or default_namespace(environ)
+    for kind in ("configmap", "secret"):
+        setattr(options, kind, tuple(
+            it if it.query.namespace
+            else it._replace(query=it.query._replace(namespace=options.namespace))
+            for it in getattr(options, kind)))
+    if not options.from_file:
+        options.apiserver = options.apiserver or default_apiserver(environ)
+    options.access = Access(**{name: value for name, value in vars(options).items()
+                               if name in Access._fields and value})
+    options.node_name = environ.get("NODE_NAME", "")
+    options.warnings = []
+    if options.trafficsplit_api_version is not None:
+        options.warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any "
+                                "more")
     known = {option.variable for option in OPTIONS}
     unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
                and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     if unknown:
-        warnings.append(f"no option has the environment variable {shortened(unknown)}")
-    namespace = values.get("namespace") or default_namespace(environ)
-    for kind in ("configmap", "secret"):
-        named = values.get(kind, ())
-        values[kind] = tuple(it._replace(namespace=it.namespace or namespace) for it in named)
-    from_file, once = values.get("from_file"), values.get("onetime") or values.get("dry_run")
-    if not from_file and "apiserver" not in values:
-        values["apiserver"] = default_apiserver(environ)
-    access = Access(**{name: values[name] for name in Access._fields if values.get(name)})
-    mode = "once" if once else "watch" if values.get("watch") and not from_file else "poll"
-    values |= {"namespace": namespace, "access": access, "mode": mode, "warnings": tuple(warnings),
-               "node_name": environ.get("NODE_NAME", "")}
-    return Options(**{name: values[name] for name in Options._fields if name in values})
+        options.warnings.append(f"no option has the environment variable {shortened(unknown)}")
+    return options
 
 
-def check_combination(values: Mapping[str, Any]) -> None:
+def check_combination(options: Options, once: bool) -> None:
     """Combinations that make no sense, before any request."""
-    once = values.get("onetime") or values.get("dry_run")
-    services, from_file = "services" in values, values.get("from_file")
-    sources = ("configmap", "configmap_selector", "services", "secret")
-    pair = bool(values.get("client_cert")) == bool(values.get("client_key"))
+    services = options.services is not None
+    selected = services or options.configmap_selector is not None
+    pair = bool(options.client_cert) == bool(options.client_key)
     for holds, text in (
-        (any(source in values for source in sources),
+        (options.configmap or options.secret or selected,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
-        (values.get("dry_run") or not values.get("diff"), "--diff needs --dry-run"),
-        (once or from_file != "-", "--from-file - needs --onetime"),
-        (pair or from_file, "--client-cert and --client-key belong together"),
-        (services or "services_namespace" not in values, "--services-namespace needs --services"),
-        (services or not values.get("config"), "--config needs --services"),
-        (values.get("output_dir", "x"), "--output-dir is empty"),
-        (values.get("sync_interval", 1.0) >= 0.001, "--sync-interval must be at least 1ms"),
+        (options.dry_run or not options.diff, "--diff needs --dry-run"),
+        (once or options.from_file != "-", "--from-file - needs --onetime"),
+        (pair or options.from_file, "--client-cert and --client-key belong together"),
+        (services or not options.services_namespace, "--services-namespace needs --services"),
+        (services or not options.config, "--config needs --services"),
+        (options.output_dir, "--output-dir is empty"),
+        (options.sync_interval >= 0.001, "--sync-interval must be at least 1ms"),
     ):
         if not holds:
             raise UsageError(text)
@@ -5553,7 +5098,7 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     """The address that every pod is given, else the predecessor's default."""
     host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT")
     if not host:
-        return "https://kubernetes"
+        return NO_POD
     url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
     return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 

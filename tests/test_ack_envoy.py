@@ -366,6 +366,7 @@ def test_a_nacked_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> N
     assert "nacked: rds.yaml" in body
     stage.patch({"rds.yaml": stage.files()["rds.yaml"]})
     wait_until(lambda: row not in stage.asked("/metrics")[1], 5, "it is no more")
+    stage.log.wait_log("INFO warning over: rds.yaml")
 
 
 @pytest.mark.parametrize("signal", ["kill", "stop"])

@@ -184,7 +184,9 @@ def test_notes_name_what_is_there(name: str) -> None:
     assert ("older than 1.30" in release.notes) == (name == "old-kubernetes-values.yaml")
     assert ("tag may change" in release.notes) == (name != "single-values.yaml")
     # one of the two ways to set weights, never both
-    assert "annotate service" not in release.notes or "--set upstreams" not in release.notes
+    assert ("get configmaps -l" in release.notes) == (name == "selector-values.yaml")
+    assert ("ACKed" in release.notes) == load_values(name).get("loader", {}).get("confirm", True)
+    assert "service <name>" not in release.notes or "--set upstreams" not in release.notes
     assert ("takes the place of the routes" in release.notes) == (
         name == "services-weights-values.yaml"
     )

@@ -400,7 +400,7 @@ def test_what_the_options_become() -> None:
     assert options("--watch", "--from-file", "x.json").mode == "poll"
     assert options("--services", "*").services == ""
     found = options("--secret", "x", "--secret", "shop/x", "--secret=x", NS="demo").secret
-    assert [named.namespace for named in found] == ["demo", "shop"]
+    assert [named.query.namespace for named in found] == ["demo", "shop"]
     assert options(NODE_NAME="node-1").node_name == "node-1"
     assert options("--from-file", "x", "--client-cert", "c").from_file == "x"
     assert options(KUBERNETES_SERVICE_HOST="fd00::1").access.apiserver == "https://[fd00::1]:443"
@@ -465,3 +465,12 @@ def test_it_tried_and_could_not(run_loader: RunLoader, api: ApiServer) -> None:
     assert done.returncode == 1
     assert str(api.port) in done.stderr
     assert "Traceback" not in done.stderr
+    assert "kubectl proxy" not in done.stderr
+
+
+def test_outside_a_pod_the_way_in_is_named(run_loader: RunLoader) -> None:
+    done = run_loader("--dry-run", "--configmap", "x", server=None, timeout=20)
+    assert done.returncode == 1
+    assert done.stderr.endswith("outside a pod: `kubectl proxy` and --apiserver "
+                                "http://127.0.0.1:8001\n")
+    assert "at kubernetes: " in done.stderr

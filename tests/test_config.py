@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loader
+from tests.conftest import RunLoader
 from tests.support.rendering import (
     Object,
     clusters,
@@ -145,7 +147,10 @@ ENVOY_JSON = "JSON without NaN, of valid text, at most 64 deep expected"
 ONE_PART = "one of label, literal and node_name expected"
 EXTERNAL = "use --endpoints, or endpoint.external_name for ExternalName Services"
 SOMETHING = "something to match (what is for every cluster belongs into base) expected"
-FAMILIES = '$.endpoint.families: a list of "ipv4", "ipv6" or both expected'
+LABELS = "$.cluster.overrides[0].match.labels: an object of strings expected"
+FAMILIES = (
+    '$.endpoint.families: ["ipv4"] or ["ipv6"] or ["ipv4", "ipv6"] or ["ipv6", "ipv4"] expected'
+)
 
 
 @pytest.mark.parametrize(
@@ -165,21 +170,21 @@ FAMILIES = '$.endpoint.families: a list of "ipv4", "ipv6" or both expected'
         ({"cluster": {"trusted_ca": "ca.pem"}}, "$.cluster.trusted_ca: an absolute path expected"),
         ({"cluster": {"base": "x"}}, "$.cluster.base: an object expected"),
         ({"cluster": {"base": {"name": "x"}}},
-         "$.cluster.base.name: the loader's own: use cluster.name, a template"),
+         "$.cluster.base.name: use cluster.name, a template"),
         ({"cluster": {"base": {"type": "EDS"}}},
-         f"$.cluster.base.type: the loader's own: {EXTERNAL}"),
+         f"$.cluster.base.type: {EXTERNAL}"),
         ({"cluster": {"base": {"cluster_type": {}}}},
-         f"$.cluster.base.cluster_type: the loader's own: {EXTERNAL}"),
+         f"$.cluster.base.cluster_type: {EXTERNAL}"),
         (override(merge={"load_assignment": None}),
-         "$.cluster.overrides[0].merge.load_assignment: the loader's own: endpoints come from "
+         "$.cluster.overrides[0].merge.load_assignment: endpoints come from "
          "EndpointSlices, see endpoint"),
         (override(merge={"eds_cluster_config": {}}),
-         "$.cluster.overrides[0].merge.eds_cluster_config: the loader's own: use --endpoints, and "
+         "$.cluster.overrides[0].merge.eds_cluster_config: use --endpoints, and "
          "--output-dir for the path"),
         ({"cluster": {"base": {"connect_timout": "1s"}}},
          "$.cluster.base.connect_timout: not a field of Envoy's Cluster"),
         ({"cluster": {"base": {"connectTimeout": "1s"}}},
-         "$.cluster.base.connectTimeout: not a field of Envoy's Cluster: write connect_timeout"),
+         "$.cluster.base.connectTimeout: not a field of Envoy's Cluster"),
         ({"cluster": {"base": {"outlier_detection": {"x": [1, float("nan")]}}}},
          f"$.cluster.base.outlier_detection: {ENVOY_JSON}"),
         ({"cluster": {"base": {"alt_stat_name": "\ud800"}}},
@@ -204,9 +209,9 @@ FAMILIES = '$.endpoint.families: a list of "ipv4", "ipv6" or both expected'
         ({"cluster": {"overrides": [{"match": {}, "suppress": True}]}},
          f"$.cluster.overrides[0].match: {SOMETHING}"),
         ({"cluster": {"overrides": [{"match": {"labels": {}}, "suppress": True}]}},
-         f"$.cluster.overrides[0].match: {SOMETHING}"),
-        ({"cluster": {"overrides": [{"match": {"labels": {"a": 1}}, "suppress": True}]}},
-         "$.cluster.overrides[0].match.labels.a: a string expected"),
+         LABELS),
+        ({"cluster": {"overrides": [{"match": {"labels": {"a": 1}}, "suppress": True}]}}, LABELS),
+        ({"cluster": {"overrides": [{"match": {"labels": "a"}, "suppress": True}]}}, LABELS),
         (override(suppress=False), "$.cluster.overrides[0].suppress: true expected"),
         *(({"endpoint": {"eds_budget": value}},
            "$.endpoint.eds_budget: a whole number of EDS files expected")
@@ -287,8 +292,31 @@ def test_the_whole_configuration_is_accepted() -> None:
 
 def test_a_key_that_is_there_twice_is_an_error() -> None:
     text = '{"cluster": {"name": "{port}", "name": "{service}"}}'
-    with pytest.raises(loader.UsageError, match='the key "name" is there twice'):
+    with pytest.raises(loader.UsageError, match="a key is there twice in the object of 'name'"):
         json.loads(text, object_pairs_hook=loader.unique_keys)
+
+
+def test_the_own_zone_needs_the_name_of_the_own_node(
+    run_loader: RunLoader, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"endpoint": {"prefer_zone": true}}')
+    done = run_loader("--onetime", "--services", "*", "--config", str(config))
+    assert done.returncode == 2
+    assert "--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME" in done.stderr
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[" * 100_000, '{"cluster": NaN}', '{"x": 1e999}'])
+def test_a_file_that_is_no_configuration_is_one_line(
+    run_loader: RunLoader, tmp_path: Path, text: str | None
+) -> None:
+    config = tmp_path / "config.json"
+    if text is not None:
+        config.write_text(text)
+    done = run_loader("--onetime", "--services", "*", "--config", str(config))
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert "--config" in line
 
 
 CONFIG_KEYS = st.sampled_from(
@@ -314,5 +342,16 @@ def test_any_configuration_is_accepted_or_rejected(document: Any) -> None:
     assert "\n" not in said
     if config is not None:
         loader.Renderer(
-            config, endpoints="auto", fmt="json", current_dir="/x", node_name="n", budget=1
+            config, endpoints="auto", fmt="json", current_dir="/x", node_name="n", budget=1,
+            modes={},
         ).render(objects_of(service(), endpoint_slice()))
+
+
+def test_the_zone_of_the_own_node_needs_its_name(run_loader: RunLoader, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"endpoint": {"prefer_zone": true}}')
+    done = run_loader("--onetime", "--services", "*", "--config", str(config))
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert "$.endpoint.prefer_zone" in line
+    assert "$NODE_NAME" in line

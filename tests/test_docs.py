@@ -232,7 +232,8 @@ def test_the_drawing_names_what_there_is() -> None:
     ):
         assert thread.__doc__
         assert word in inside
-    for name in (loader.Options().output_dir, loader.CURRENT, "rds.yaml", "cds.yaml"):
+    output_dir = loader.options_from(["--configmap", "x"], {}).output_dir
+    for name in (output_dir, loader.CURRENT, "rds.yaml", "cds.yaml"):
         assert name in block_for("README.md", test)
 
 

@@ -89,6 +89,30 @@ class Machine(NamedTuple):
         return text.replace("/srv/runtime", self.out)
 
 
+BASES = {"srds": "rds", "eds": "cds", "sds": "cds", "ecds": "cds", "rtds": "disk"}
+
+
+def bootstrap_of(name: str) -> str:
+    """The recipe's bootstrap; where it shows a part, laid over the one that it refers to."""
+    text = yaml_of(name)[0].text
+    if name not in BASES:
+        return text
+    own = yaml.safe_load(text)
+    whole = yaml.safe_load(yaml_of(BASES[name])[0].text)
+    static = whole["static_resources"]
+    if "admin" in own:  # all but the listener
+        whole = {**own, "static_resources": {**static, **own.get("static_resources", {})}}
+    else:
+        whole.pop("dynamic_resources", None)
+        chain = static["listeners"][0]["filter_chains"][0]
+        place = chain if name == "sds" else chain["filters"][0]["typed_config"]
+        if name == "srds":
+            del place["rds"]
+        place.update(own)
+    # `path_config_source: {path: ...}` stays on one line
+    return yaml.safe_dump(whole, default_flow_style=None, width=1000)
+
+
 FORMS = {"path": "", "watched_directory": "/srv/runtime"}
 INSIDE = {"current": "/srv/runtime/current"}  # also works, says the page
 RUNS = [
@@ -172,7 +196,7 @@ def test_a_recipe_works(
     start_envoy: StartEnvoy,
 ) -> None:
     recipe = RECIPES[name]
-    bootstrap, configmap = (block.text for block in yaml_of(name))
+    configmap = yaml_of(name)[1].text
     document = yaml.safe_load(configmap)
     named, data = document["metadata"]["name"], document["data"]
     assert document["metadata"]["namespace"] == NAMESPACE
@@ -182,7 +206,7 @@ def test_a_recipe_works(
 
     put(data)
     assert run_loader("--onetime", recipe.source).returncode == 0
-    envoy: Envoy = start_envoy(machine.mapped(bootstrap))
+    envoy: Envoy = start_envoy(machine.mapped(bootstrap_of(name)))
     loader = start_loader("--watch", recipe.source, *asked(machine))
     api.wait_watches(1)
     wait_until(lambda: answer(machine.port, recipe.headers) == "one", message="one")
@@ -202,7 +226,6 @@ def test_the_recipe_of_sds_works(
     start_loader: StartLoader,
     start_envoy: StartEnvoy,
 ) -> None:
-    (bootstrap,) = (block.text for block in yaml_of("sds"))
     source = RECIPES["sds"].source
 
     def put(pair: Any) -> None:
@@ -216,7 +239,7 @@ def test_the_recipe_of_sds_works(
     one, two = authority.pair("one.example"), authority.pair("two.example")
     put(one)
     assert run_loader("--onetime", source).returncode == 0
-    start_envoy(machine.mapped(bootstrap))
+    start_envoy(machine.mapped(bootstrap_of("sds")))
     start_loader("--watch", source, *asked(machine))
     api.wait_watches(1)
     assert certificate(machine.port) == der(one)
@@ -246,5 +269,5 @@ def test_every_recipe_of_the_page_is_run() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_source_of_files_needs_a_node(name: str) -> None:
     """The test's Envoy would add one that is forgotten."""
-    bootstrap = yaml_of(name)[0].text
+    bootstrap = bootstrap_of(name)
     assert ("node" in yaml.safe_load(bootstrap)) == ("path_config_source" in bootstrap)

@@ -451,10 +451,9 @@ def test_yaml_costs_envoy_more_than_json(start_envoy: StartEnvoy, tmp_path: Path
 
 @pytest.mark.envoy
 def test_the_check_that_asks_envoy(world: World) -> None:
-    """The page's script as --check-cmd: good files pass, bad ones are not published."""
-    script = world.tmp_path / "check.py"
-    script.write_text(block_for(PAGE, "test_the_check_that_asks_envoy", "script"))
-    shown = block_for(PAGE, "test_the_check_that_asks_envoy", "command").strip()
+    """example/check.py as --check-cmd: good files pass, bad ones are not published."""
+    script = ROOT / "example" / "check.py"
+    shown = block_for(PAGE, "test_the_check_that_asks_envoy").strip()
     option = shlex.split(shown)[-1]
     assert shown.startswith("envoy-xds-configmap-loader --watch --configmap envoy-xds --check-cmd ")
     option = option.replace("python3", sys.executable).replace("/etc/xds/check.py", str(script))
@@ -472,9 +471,13 @@ def test_the_check_that_asks_envoy(world: World) -> None:
     wait_files(world.out, data)
 
 
-def test_every_section_is_shown_by_a_test() -> None:
-    """Each symptom has a sample that is compared, or names the test that reproduces it."""
-    sections = re.split(r"^### ", (ROOT / PAGE).read_text(), flags=re.M)[1:]
-    assert len(sections) > 30
-    for section in sections:
-        assert re.search(r"tests/\w+\.py::\w+", section), section.splitlines()[0]
+def test_every_symptom_is_shown_by_a_test() -> None:
+    """Each has a sample that is compared, or names the test that reproduces it."""
+    text = (ROOT / PAGE).read_text()
+    sections = re.split(r"^##+ ", text, flags=re.M)
+    symptoms = [part for part in sections if f"\n### {part}" in text]
+    for table in re.findall(r"^\| symptom \|.*\n\| ---.*\n((?:\|.*\n)+)", text, re.M):
+        symptoms += table.splitlines()
+    assert len(symptoms) > 40
+    for symptom in symptoms:
+        assert re.search(r"tests/\w+\.py::\w+", symptom), symptom.splitlines()[0]

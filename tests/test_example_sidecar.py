@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.loader import ROOT
-from tests.support.manifests import VERSIONS, Release, containers, restricted, validate
+from tests.support.manifests import VERSIONS, Object, Release, containers, restricted, validate
 
 EXAMPLE = ROOT / "example" / "sidecar"
 
@@ -33,6 +33,10 @@ def kustomize() -> Release:
 
 def plain() -> Release:
     return Release(list(yaml.safe_load_all((EXAMPLE / "plain.yaml").read_text())), "")
+
+
+def is_loader(container: Object) -> bool:
+    return "envoy-xds-configmap-loader" in container["image"]
 
 
 @pytest.fixture(params=["kustomize", "plain"])
@@ -67,8 +71,8 @@ def test_least_privilege(release: Release) -> None:
     assert release.pod["automountServiceAccountToken"] is False
     for container in containers(release.pod):
         mounts = {mount["name"] for mount in container.get("volumeMounts", [])}
-        assert ("xds-token" in mounts) == container["name"].startswith("envoy-xds")
-        loader_or_envoy = container["name"].startswith("envoy")
+        assert ("xds-token" in mounts) == is_loader(container)
+        loader_or_envoy = is_loader(container) or container["name"] == "envoy"
         assert ("envoy-admin" in mounts) <= loader_or_envoy
         if loader_or_envoy:
             pod = release.pod.get("securityContext", {})
@@ -86,7 +90,7 @@ def test_order_of_start(release: Release) -> None:
     envoy = next(c for c in containers(release.pod) if c["name"] == "envoy")
     assert envoy["startupProbe"]["httpGet"] == {"path": "/startz", "port": 9902}
     for container in containers(release.pod):
-        if container["name"].startswith("envoy-xds"):
+        if is_loader(container):
             assert "readinessProbe" not in container
 
 

@@ -105,14 +105,21 @@ def test_an_example_that_is_kept_shows_what_to_type_next() -> None:
             of_envoy = re.findall(r"tail -f (\S+envoy.log)", text)
             assert (len(logs), len(of_envoy)) == (2, 2)
             assert all(Path(log).exists() for log in of_envoy)
-            if shutil.which("curl"):
-                for half in ("configmaps/envoy-xds", "services/eerie-octopus"):
-                    found = re.search(rf"curl -s -X PATCH .*\n.*{half}.*", text)
-                    assert found
-                    done = subprocess.run(
-                        ["sh", "-c", found[0].replace("-s -X", "-sf -X")], capture_output=True
-                    )
-                    assert done.returncode == 0
+            assert f"kill {process.pid}" in text
+            lines = [line.strip() for line in text.splitlines()]
+            (given,) = (line for line in lines if line.startswith("API="))
+            typed = [line for line in lines if "curl -s -X PATCH" in line]
+            assert [re.findall(r"\$API/(\S+)", line)[0] for line in typed] == [
+                *("configmaps/envoy-xds", "configmaps/envoy-xds", "services/eerie-octopus")
+            ]
+            typed += [line for line in lines if line.startswith("python3 loader.py")]
+            typed += [line for line in lines if "/snapshot" in line]
+            assert len(typed) == 7
+            for line in typed if shutil.which("curl") else ():
+                asked = f"{given}; {line}".replace("curl -s", "curl -sSf")
+                done = subprocess.run(["sh", "-c", asked], cwd=ROOT, capture_output=True, text=True)
+                assert done.returncode == 0, f"{line}: {done.stderr}"
+                assert "demo" in done.stdout, line
         finally:
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=30)
@@ -161,8 +168,12 @@ def test_what_a_pod_with_envoy_and_loader_has(folder: Path) -> None:
             if envoy:
                 assert container["startupProbe"]["httpGet"]["path"] == "/startz", path
                 assert "--disable-hot-restart" in container["args"], path
+                assert container["startupProbe"]["httpGet"]["port"] == 9902, path
             if own and "--watch" in container["args"]:
                 assert "--envoy-admin=unix:/var/run/envoy-admin/admin.sock" in container["args"]
+                # as in the chart: commands of one page work on the next
+                assert "--listen=:9902" in container["args"], path
+                assert container["name"] == "loader", path
 
 
 def test_images_have_the_version_of_the_loader() -> None:

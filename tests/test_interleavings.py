@@ -89,11 +89,11 @@ class Memory(Output):
         super().__init__("/nowhere")
         self.state, self.published, self._kept_files = dict(state), published, kept
 
-    def _kept(self) -> set[str]:
-        return {path.replace("/", "%") for path in self._kept_files}
+    def _path(self, *parts: str) -> str:
+        return "/"  # it is a directory, and nothing else is asked of it
 
-    def _file(self, path: str, place: str, most: int = 0) -> File | None:
-        return self._kept_files.get(path)
+    def _load(self, name: str, slash: str = "") -> dict[str, File]:
+        return dict(self._kept_files)
 
 
 class Burnt(NamedTuple):
@@ -176,21 +176,20 @@ class State:
     def _normalize(self) -> None:
         """Counters grow for ever; only differences and zeros matter."""
         counts, before = self.envoy.counts, self.known.counts
-        if before is None:
+        rows, lowered = dict(counts), {}
+        if self.known.doubt and not before:
             rows = {scope: total(min(now.success, 3), min(now.failed, 3))
                     for scope, now in counts.items()}
-        else:
-            rows, lowered = dict(counts), {}
-            for scope, old in before.items():
-                now = counts.get(scope)
-                if now is None or now.success < old.success or now.failed < old.failed:
-                    lowered[scope] = total(min(old.success, 2), min(old.failed, 2))
-                    continue
-                low = lowered[scope] = total(min(old.success, 1), min(old.failed, 1))
-                rows[scope] = total(low.success + min(3, now.success - old.success),
-                                    low.failed + min(3, now.failed - old.failed))
-            if lowered != before:
-                self.know(self.known._replace(counts=lowered))
+        for scope, old in before.items():
+            now = counts.get(scope)
+            if now is None or now.success < old.success or now.failed < old.failed:
+                lowered[scope] = total(min(old.success, 2), min(old.failed, 2))
+                continue
+            low = lowered[scope] = total(min(old.success, 1), min(old.failed, 1))
+            rows[scope] = total(low.success + min(3, now.success - old.success),
+                                low.failed + min(3, now.failed - old.failed))
+        if lowered != before:
+            self.know(self.known._replace(counts=lowered))
         if rows != counts:
             self.own_envoy().counts = rows
 
@@ -198,8 +197,7 @@ class State:
 def key_of(known: Known) -> int:
     return hash((
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
-        None if known.counts is None else frozenset(known.counts.items()),
-        frozenset(known.moves.items()), frozenset(known.tried.items()), *known[6:],
+        frozenset(known.moves.items()), frozenset(known.counts.items()), *known[5:],
     ))
 
 
@@ -384,14 +382,14 @@ class Explorer:
     # -- the loader, as Loop does it ------------------------------------------------------------
 
     def plan(self, state: State) -> tuple[Known, Step | None, Files]:
-        """Loop._advance and Loop._desired."""
+        """Loop._advance and Loop._checked."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
-               frozenset(known.nacks.items()), frozenset(known.states.items()), known.leaving)
+               frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)
         if key not in self.plans:
             self.plans[key] = self._plan(published, known, self.world.targets[state.wanted])
         nacks, step, desired = self.plans[key]
-        return known._replace(nacks=nacks.nacks, leaving=nacks.leaving), step, desired
+        return known._replace(nacks=nacks.nacks), step, desired
 
     def _plan(self, published: Files, known: Known, wanted: Files) -> tuple[Known, Step | None,
                                                                             Files]:
@@ -407,7 +405,7 @@ class Explorer:
         return known, step, found
 
     def opens(self, state: State, step: Step) -> bool:
-        """Loop._opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
+        """Asking.opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
         if step.name not in loader.WAITING_STEPS:
             return True
         if state.link == "silent" or (state.link == "meet" and state.warming):
@@ -457,7 +455,7 @@ class Explorer:
                               and loader.same_file(files.get(path), file))}
 
     def lose(self, state: State) -> None:
-        """Loop._take_link: nothing listens, or the connection ended."""
+        """Asking.take: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
             now = 0.0 if state.ended == "soon" else LATER
             known = state.known._replace(back_at=0.0)
@@ -477,9 +475,9 @@ class Explorer:
         state.waiting = True
 
     def look(self, state: State) -> None:
-        """Loop._take_look and Loop._plan_look."""
+        """Asking._take_look and Asking._plan_look."""
         look = state.envoy.look("it keeps none" if self.world.hidden else "")
-        state.first = state.known.counts is None or state.known.wary
+        state.first = state.known.doubt
         mended = set(state.known.nacks)
         known, outcome = loader.after_look(state.known, state.published, look)
         state.know(known)
@@ -502,7 +500,7 @@ class Explorer:
             state.blind = False
 
     def give_up(self, state: State) -> None:
-        """Loop._give_up."""
+        """Asking.turn, where it is late."""
         assert state.asked is not None
         if state.link == "meet" and state.asked and not self.world.hidden:
             state.know(loader.after_bound(state.known, state.published, state.asked)[0])
@@ -842,9 +840,11 @@ def dropped(desired: Files, published: Files, is_read: Callable[[str], bool]) ->
 
 FAULTS = {
     "1: what bytes that are kept name goes": (
-        "refused", {"keep_needed": lambda *_: False}, "which it lacks"),
+        "refused", {"with_named": lambda result, *_: dict(result)}, "which it lacks"),
     "2: a listener is never tried again": (
         "listener", {"retried": never_tried_again}, "other listeners"),
+    "2: nor is one whose NACK is older than its cluster": (
+        "listener", {"things": lambda _: frozenset()}, "other listeners"),
     "3: endpoints wait while a cluster warms": (
         "endpoints, never warm",
         {"WAITING_STEPS": loader.WAITING_STEPS | {loader.CHILDREN, loader.CLUSTERS}}, "wait"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,8 +133,9 @@ def test_every_option_that_the_page_names_exists() -> None:
 
 
 def test_the_pages_yaml_is_valid() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    role, values = (yaml.safe_load(textwrap.dedent(block)) for block in blocks)
+    security = (ROOT / "docs" / "security.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", security + PAGE, re.DOTALL)
+    role, values = map(yaml.safe_load, blocks)
     for version in VERSIONS:
         validate(role, version)
     release = render(values)

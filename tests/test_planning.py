@@ -12,6 +12,7 @@ import yaml
 
 from loader import (
     ACKED,
+    CDS_COMMENT,
     NACKED,
     SERVICES_SOURCE,
     UNREAD,
@@ -26,6 +27,7 @@ from loader import (
     after_publication,
     allowed,
     cluster_names,
+    element,
     file_of,
     is_read,
     kind_of,
@@ -34,8 +36,8 @@ from loader import (
     notify_order,
     parse_stats,
     paths_in,
-    resource_file,
     resource_names,
+    response,
     retried,
     rollback,
     same_files,
@@ -72,7 +74,8 @@ def yaml_cds(*names: str) -> File:
 
 def rendered(*names: str) -> File:
     rows = [{"@type": CLUSTER, "name": name} for name in names]
-    return file_of(resource_file("yaml", "services", CLUSTER, rows), SERVICES_SOURCE)
+    content = response("yaml", CDS_COMMENT, CLUSTER, [element("yaml", row) for row in rows])
+    return file_of(content, SERVICES_SOURCE)
 
 
 def eds(name: str, port: int = 80) -> File:
@@ -394,7 +397,7 @@ def test_what_nobody_reads_and_what_is_hidden() -> None:
 
 def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
     files = A | {"rds.yaml": text("{", "rds")}
-    known, outcome = after_look(Known(counts={}), files, look({**ONE, "rds": (1, 0, 1)}))
+    known, outcome = after_look(Known(doubt=False), files, look({**ONE, "rds": (1, 0, 1)}))
     assert outcome.nacks == ("rds.yaml",)
     other = text(real.response("routes", real.route_config({"a": 1}, "other")))
     more = files | {"new.yaml": other}
@@ -405,8 +408,8 @@ def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -
 
 
 def test_another_process_confirmed_nothing_yet() -> None:
-    known, _ = after_look(met(), A, look({"cds": (0, 0, 0), "lds": (0, 0, 0)}, live=False))
-    assert known.states == {}
+    known, first = after_look(after_meeting(met(), 1.0), A, look({}, live=False))
+    assert (known.states, set(first.pending)) == ({}, set(A))
     assert known.acked == A, "what is rolled back to stays"
     assert is_read(known, "rds.yaml"), "by the process before"
     known, _ = after_look(known, A, look({**ONE, "lds": (1, 0, 1)}))
@@ -444,7 +447,7 @@ def test_a_thousand_eds_files_are_one_look() -> None:
     counts = {f"cluster.{name}": Counts(1, 1, 0) for name in names}
     counts["cluster_manager.cds"] = Counts(1, 1, 0)
     began = time.process_time()
-    known, _ = after_look(Known(counts={}), files, Look(counts, True))
+    known, _ = after_look(Known(doubt=False), files, Look(counts, True))
     assert set(known.states.values()) == {ACKED}
     changed = {**files, "eds/c5.json": eds("c5", 81)}
     known = after_publication(known, files, changed, changed)

@@ -100,6 +100,15 @@ def test_a_signal_ends_a_check_at_once() -> None:
         assert shell("exec sleep 3600", stop) == "--check-cmd was ended by a signal"
 
 
+def test_no_check_outlives_the_loader(start_loader: StartLoader, api: ApiServer) -> None:
+    mark = f"3600.{time.time_ns()}"
+    api.configmap("demo", "a", {"a": "1"})
+    loader = start_loader("--watch", "--configmap", "a", "--check-cmd", f"sleep {mark}")
+    wait_until(lambda: len(processes_with(mark)) > 1, message="the check beside the loader")
+    loader.stop(within=1.0)
+    assert not processes_with(mark)
+
+
 # -- the preview
 
 
@@ -141,16 +150,27 @@ def test_the_files_are_printed_and_the_version_to_wait_for(
 
 def test_a_difference_and_none(objects: Path, run_loader: RunLoader, out: Path) -> None:
     write(objects, {"rds.yaml": "a: 1\n"})
-    first = preview(objects, "--diff").stdout
-    assert re.match(r"snapshot [0-9a-f]{16}\n--- /dev/null\n\+\+\+ b/rds.yaml\n", first)
+    first = preview(objects, "--diff")
+    assert re.match(r"snapshot [0-9a-f]{16}\n--- /dev/null\n\+\+\+ b/rds.yaml\n", first.stdout)
+    said = f"WARNING {out}: nothing is published there, so every file is new\n"
+    assert first.stderr.partition(" ")[2] == said
     run_loader("--onetime", "--configmap", "a", "--from-file", str(objects))
-    assert preview(objects, "--diff").stdout == ""
+    same = preview(objects, "--diff")
+    assert (same.stdout, same.stderr) == ("", "")
     write(objects, {"rds.yaml": "a: 2"})
     assert re.fullmatch(
         r"snapshot [0-9a-f]{16}\n--- a/rds.yaml\n\+\+\+ b/rds.yaml\n"
         r"@@ -1 \+1 @@\n-a: 1\n\+a: 2\n\\ No newline at end of file\n",
         preview(objects, "--diff").stdout,
     )
+
+
+def test_an_object_that_the_file_does_not_hold(objects: Path) -> None:
+    done = preview(objects, "--configmap", "b")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "configmap demo/b: does not exist or is not usable; " in last
+    assert last.endswith("; --from-file must hold it, in this namespace")
 
 
 def test_json_that_is_none_is_named(objects: Path) -> None:

@@ -56,13 +56,12 @@ def no_umask() -> Iterator[None]:
 
 
 @pytest.fixture
-def output(out: Path) -> Iterator[loader.Output]:
+def output(out: Path) -> loader.Output:
     """As a loader that starts has it: locked and recovered."""
     found = loader.Output(str(out))
     found.lock()
     found.recover()
-    yield found
-    found.unlock()
+    return found
 
 
 def reopened(output: loader.Output) -> loader.Output:

@@ -166,7 +166,7 @@ def test_a_reader_never_sees_a_missing_partial_or_mixed_set(
             output.publish(files(generation))
             output.prune()
         found = json.loads(reader.communicate("")[0])
-    output.unlock()
+    os.close(output._lock)  # as the end of the process does
     os.umask(before)
     pruned, overtaken = found.pop("pruned"), found.pop("overtaken")
     rounds, generations = found.pop("rounds"), found.pop("generations")

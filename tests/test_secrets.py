@@ -33,6 +33,8 @@ from tests.support.apiserver import ApiServer, Rule
 
 NOW = datetime.datetime(2025, 6, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
+UNREADABLE = "holds no PEM certificate, or an unreadable one"
+MISMATCH = "tls.key is not the key of the first certificate in tls.crt"
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 
@@ -104,18 +106,16 @@ def api_object(secret: str = "demo/web-tls", kind: str = "kubernetes.io/tls", **
 
 
 def files_of(form: str = "yaml", mode: int = 0o600, **data: Any) -> dict[str, loader.File]:
-    files, problems = loader.secret_files(loader.secret_from(api_object(**data)), form, mode)
-    assert problems == ()
-    return files
+    found = loader.secret_from(api_object(**data), form, mode)
+    assert not found.problems
+    return dict(found.files)
 
 
 def problems_of(**data: Any) -> str:
     """The problems as one text; a Secret with a problem gives no file at all."""
-    files, problems = loader.secret_files(loader.secret_from(api_object(**data)))
-    assert problems
-    assert files == {}
-    assert all(problem.startswith("secret demo/web-tls: ") for problem in problems)
-    return "; ".join(problems)
+    with pytest.raises(ValueError, match=r"tls.crt|tls.key|ca.crt") as caught:
+        loader.secret_from(api_object(**data))
+    return str(caught.value)
 
 
 def envoy_secret(content: bytes, form: str = "yaml") -> secret_pb2.Secret:
@@ -141,9 +141,9 @@ def source_bytes(source: Any) -> bytes:
 def test_a_tls_secret_is_two_files_that_envoy_reads(form: str, kind: str) -> None:
     chain, key, ca = a_chain()
     obj = api_object(kind=kind, tls_crt=chain, tls_key=key, ca_crt=ca)
-    files, problems = loader.secret_files(loader.secret_from(obj), form, 0o600)
+    files, problems = loader.secret_from(obj, form, 0o600)
     assert problems == ()
-    assert list(files) == [f"sds/demo_web-tls.{form}", f"sds/demo_web-tls_ca.{form}"]
+    assert list(files) == [f"demo_web-tls.{form}", f"demo_web-tls_ca.{form}"]
     pair, trusted = (envoy_secret(file.content, form) for file in files.values())
     assert pair.name == "demo/web-tls"
     assert source_bytes(pair.tls_certificate.certificate_chain) == chain
@@ -161,14 +161,14 @@ def test_the_mode_goes_to_both_files() -> None:
 
 
 def test_a_ca_alone_and_an_empty_ca() -> None:
-    assert list(files_of(ca_crt=a_chain()[2])) == ["sds/demo_web-tls_ca.yaml"]
+    assert list(files_of(ca_crt=a_chain()[2])) == ["demo_web-tls_ca.yaml"]
     files = files_of(tls_crt=a_pair().cert, tls_key=a_pair().key, ca_crt=b"")
-    assert list(files) == ["sds/demo_web-tls.yaml"]
+    assert list(files) == ["demo_web-tls.yaml"]
 
 
 def test_the_version_follows_the_content() -> None:
     def version(**data: Any) -> str:
-        content = files_of(**data)["sds/demo_web-tls.yaml"].content
+        content = files_of(**data)["demo_web-tls.yaml"].content
         found = yaml.safe_load(content)["version_info"]
         assert isinstance(found, str)
         return found
@@ -207,7 +207,7 @@ COMMENTED = {
 def test_pem_arrives_byte_for_byte(variant: str, form: str) -> None:
     cert, key = COMMENTED[variant](a_pair().cert), COMMENTED[variant](a_pair().key)
     files = files_of(form, tls_crt=cert, tls_key=key)
-    pair = envoy_secret(files[f"sds/demo_web-tls.{form}"].content, form).tls_certificate
+    pair = envoy_secret(files[f"demo_web-tls.{form}"].content, form).tls_certificate
     assert source_bytes(pair.certificate_chain) == cert
     assert source_bytes(pair.private_key) == key
 
@@ -219,7 +219,7 @@ def test_pem_arrives_byte_for_byte(variant: str, form: str) -> None:
 @settings(max_examples=200, deadline=None)
 def test_any_text_around_the_blocks_arrives(before: str, after: bytes) -> None:
     ca = before.encode() + b"\n" + a_pair().cert + after
-    content = files_of(ca_crt=ca)["sds/demo_web-tls_ca.yaml"].content
+    content = files_of(ca_crt=ca)["demo_web-tls_ca.yaml"].content
     assert source_bytes(envoy_secret(content).validation_context.trusted_ca) == ca
 
 
@@ -242,9 +242,10 @@ def test_the_older_key_formats() -> None:
 def test_a_pair_that_does_not_match() -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     problem = problems_of(tls_crt=a_pair().cert, tls_key=pem_of(other))
-    assert problem.endswith("tls.key is not the key of the first certificate in tls.crt")
+    assert problem.endswith(f"{MISMATCH} (KEY_VALUES_MISMATCH)")
     problem = problems_of(tls_crt=a_pair().cert, tls_key=a_pair("rsa2048").key)
-    assert problem.endswith("tls.key is not the key of the first certificate in tls.crt")
+    reasons = ("KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+    assert problem.endswith(tuple(f"{MISMATCH} ({reason})" for reason in reasons))
 
 
 def test_a_chain_in_the_wrong_order() -> None:
@@ -270,15 +271,13 @@ def test_halves_and_nothing() -> None:
 
 def test_garbage() -> None:
     cert, key = a_pair()
-    assert "tls.crt holds no PEM certificate" in problems_of(tls_crt=b"garbage", tls_key=key)
-    assert "a PEM block has no end" in problems_of(tls_crt=cert[:-40], tls_key=key)
-    assert "a PEM block has no end" in problems_of(tls_crt=cert + cert[:99], tls_key=key)
-    assert "not an X.509" in problems_of(tls_crt=cert.replace(b"\nMII", b"\n!II"), tls_key=key)
-    assert "not an X.509 certificate" in problems_of(tls_crt=block(b"\x30\x03abc"), tls_key=key)
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=b"garbage")
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=key[:-60])
-    assert "tls.key is not readable" in problems_of(tls_crt=cert, tls_key=cert)
-    assert "ca.crt holds no PEM certificate" in problems_of(ca_crt=b"\xff\x00")
+    for bad in (b"garbage", cert[:-40], cert + cert[:99], cert.replace(b"\nMII", b"\n!II"),
+                block(b"\x30\x03abc"), cert + block(b"abc"), cert.replace(b"\n", b"\n ")):
+        assert problems_of(tls_crt=bad, tls_key=key).endswith(f"tls.crt {UNREADABLE}")
+    assert f"{MISMATCH} (not readable)" in problems_of(tls_crt=cert, tls_key=b"garbage")
+    assert f"{MISMATCH} (" in problems_of(tls_crt=cert, tls_key=key[:-60])
+    assert f"{MISMATCH} (not readable)" in problems_of(tls_crt=cert, tls_key=cert)
+    assert f"ca.crt {UNREADABLE}" in problems_of(ca_crt=b"\xff\x00")
 
 
 def test_a_ca_that_only_openssl_sees_through() -> None:
@@ -287,7 +286,7 @@ def test_a_ca_that_only_openssl_sees_through() -> None:
     der[-100:-70] = bytes(30)
     at = der.index(b"\x06\x07\x2a\x86\x48\xce\x3d\x02\x01")  # id-ecPublicKey
     der[at : at + 2] = b"\x1f\x7f"
-    assert "ca.crt is not readable" in problems_of(ca_crt=block(bytes(der)))
+    assert f"ca.crt {UNREADABLE}" in problems_of(ca_crt=block(bytes(der)))
 
 
 def test_one_bad_half_keeps_the_other_back() -> None:
@@ -306,7 +305,7 @@ def test_a_private_key_among_certificates_is_refused() -> None:
 
 
 def test_objects_that_are_no_secrets() -> None:
-    with pytest.raises(ValueError, match=r"^secret demo/web-tls: tls.key is not base64$"):
+    with pytest.raises(ValueError, match=r"^tls.key is not base64$"):
         loader.secret_from({**api_object(), "data": {"tls.key": "c2VjcmV0!"}})
     with pytest.raises(ValueError, match="is not base64"):
         loader.secret_from({**api_object(), "data": {"tls.key": 17}})
@@ -317,27 +316,29 @@ def test_objects_that_are_no_secrets() -> None:
     for broken in ({}, {"metadata": None}, {"metadata": [1]}):
         with pytest.raises(ValueError, match="without a valid"):
             loader.secret_from(broken)
-    assert loader.secret_from({**api_object(), "data": None}).cert == b""
-    assert loader.secret_from({**api_object(), "data": "x"}).cert == b""
+    for nothing in (None, "x"):
+        with pytest.raises(ValueError, match="none of the keys"):
+            loader.secret_from({**api_object(), "data": nothing})
 
 
 def test_base64_with_line_breaks_as_in_a_file_by_hand() -> None:
     obj = api_object()
     obj["data"]["ca.crt"] = base64.encodebytes(a_pair().cert).decode()
-    assert loader.secret_from(obj).ca == a_pair().cert
+    [file] = loader.secret_from(obj).files.values()
+    trusted = envoy_secret(file.content).validation_context.trusted_ca
+    assert source_bytes(trusted) == a_pair().cert
 
 
 def test_a_name_too_long_for_a_file() -> None:
     obj = api_object(f"{'n' * 63}/{'x' * 253}", ca_crt=a_pair().cert)
-    files, problems = loader.secret_files(loader.secret_from(obj))
-    assert files == {}
-    assert "too long for a file name" in problems[0]
+    with pytest.raises(ValueError, match="too long for a file name"):
+        loader.secret_from(obj)
 
 
 def test_many_unfinished_blocks_cost_linear_time() -> None:
     """1 MiB of them: with a lazy regular expression this takes minutes."""
     text = b"-----BEGIN CERTIFICATE-----\n" * 37_000
-    assert "a PEM block has no end" in problems_of(ca_crt=text)
+    assert f"ca.crt {UNREADABLE}" in problems_of(ca_crt=text)
 
 
 def test_the_key_touches_no_disk() -> None:
@@ -347,9 +348,9 @@ import base64, json, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
 import loader
-secret = loader.secret_from(json.load(sys.stdin))
+secret = json.load(sys.stdin)
 opened.clear()
-files, problems = loader.secret_files(secret)
+files, problems = loader.secret_from(secret)
 assert files and not problems
 import os
 for path, mode, flags in opened:
@@ -399,8 +400,12 @@ def test_the_authorities_of_this_machine_are_accepted() -> None:
 def test_a_damaged_certificate_is_accepted_or_a_problem(at: int, value: int) -> None:
     der = bytearray(base64.b64decode(b"".join(a_pair().cert.split(b"\n")[1:-2])))
     der[at % len(der)] = value
-    problem = loader.certificates_problem(block(bytes(der)))
-    assert problem in ("", "is not readable (a PEM block is not an X.509 certificate)")
+    said = f"ca.crt {UNREADABLE}"
+    try:
+        assert files_of(ca_crt=block(bytes(der)))
+    except ValueError as error:
+        said = str(error)
+    assert said == f"ca.crt {UNREADABLE}"
 
 
 # -- what is never shown -------------------------------------------------------------------------
@@ -437,9 +442,9 @@ def test_no_text_shows_a_key(cert: str, key: str, ca: str, noise: bytes, damage:
         obj["data"]["tls.key"] += "!"
     said = []
     try:
-        secret = loader.secret_from(obj)
-        files, problems = loader.secret_files(secret)
-        said += [repr(secret), str(secret), f"{secret}", *problems, *files]
+        found = loader.secret_from(obj)
+        files = found.files
+        said += [repr(found), str(found), f"{found}", *found.problems, *files]
         said += [loader.redacted(file.content).decode() for file in files.values()]
         said += [loader.redacted(file.content, b"old").decode() for file in files.values()]
     except ValueError as error:
@@ -454,7 +459,7 @@ def encrypted_key() -> bytes:
 
 
 def test_redaction() -> None:
-    content = files_of(tls_crt=a_pair().cert, tls_key=a_pair().key)["sds/demo_web-tls.yaml"].content
+    content = files_of(tls_crt=a_pair().cert, tls_key=a_pair().key)["demo_web-tls.yaml"].content
     assert loader.redacted(content) == b"# [redacted: %d bytes]\n" % len(content)
     assert loader.redacted(content, content) == loader.redacted(content)
     assert loader.redacted(content, content[::-1]) == (

@@ -7,6 +7,7 @@ intermediate of another fails the verification: "old and new never mixed" is wha
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
@@ -252,8 +253,18 @@ def edge(root: trustme.CA, start_envoy: StartEnvoy) -> Iterator[Callable[[Path],
     server.close()
 
 
-def secret_of(issued: Issued, ca: bytes) -> loader.Secret:
-    return loader.Secret(NAMESPACE, "web-tls", *issued[:2], ca)
+def secret_of(issued: Issued, ca: bytes) -> Any:
+    """As the API server gives it."""
+    values = {"tls.crt": issued[0], "tls.key": issued[1], "ca.crt": ca}
+    return {
+        "metadata": {"namespace": NAMESPACE, "name": "web-tls"},
+        "data": {key: base64.b64encode(value).decode() for key, value in values.items()},
+    }
+
+
+def files_of(obj: Any) -> dict[str, loader.File]:
+    """The SDS files of an object, by path in the snapshot."""
+    return {f"sds/{name}": file for name, file in loader.secret_from(obj).files.items()}
 
 
 def move_in(current: Path, files: Any) -> None:
@@ -320,13 +331,11 @@ def test_fifty_rotations_by_moving_files(
     tmp_path: Path, root: trustme.CA, edge: Callable[[Path], Edge]
 ) -> None:
     current, ca = tmp_path / "current", root.cert_pem.bytes()
-    move_in(current, loader.secret_files(secret_of(issue(root), ca))[0])
+    move_in(current, files_of(secret_of(issue(root), ca)))
     running = edge(current)
 
     def publish(one: Issued) -> None:
-        files, problems = loader.secret_files(secret_of(one, ca))
-        assert problems == ()
-        move_in(current, {PAIR_FILE: files[PAIR_FILE]})
+        move_in(current, {PAIR_FILE: files_of(secret_of(one, ca))[PAIR_FILE]})
 
     issued = [issue(root) for _ in range(ROTATIONS)]
     downstream, upstream = rotate_under_load(running, issued, publish)
@@ -395,7 +404,7 @@ def test_envoy_itself_refuses_a_mismatched_pair_and_keeps_the_last(
     """Why the check may be left to Envoy where this machine has no anonymous memory."""
     current, ca = tmp_path / "current", root.cert_pem.bytes()
     good, other = issue(root), issue(root)
-    files, _ = loader.secret_files(secret_of(good, ca))
+    files = files_of(secret_of(good, ca))
     move_in(current, files)
     running = edge(current)
     mixed = files[PAIR_FILE].content.replace(quoted(good.key), quoted(other.key))
@@ -417,8 +426,7 @@ def test_envoy_shows_no_key_and_takes_every_spelling_of_pem(
     windows = Issued(
         good.cert.replace(b"\n", b"\r\n"), "# für Web\n".encode() + good.key, good.fingerprint
     )
-    files, problems = loader.secret_files(secret_of(windows, ca))
-    assert problems == ()
+    files = files_of(secret_of(windows, ca))
     assert b"inline_bytes" in files[PAIR_FILE].content
     move_in(current, files)
     running = edge(current)

@@ -91,6 +91,23 @@ def test_a_sidecar_says_so_once_and_waits(
     assert not (out / "..data").exists()
     api.configmap("demo", "b", {"b": "1"})
     wait_files(out, {"a": "1", "b": "1"})
+    loader.wait_log("INFO warning over: waiting for configmap demo/b")
+
+
+@pytest.mark.parametrize("mode", [["--watch"], []], ids=["watch", "poll"])
+def test_a_sidecar_that_finds_nothing_to_do_says_so_once(
+    start_loader: StartLoader, run_loader: RunLoader, api: ApiServer, out: Path, mode: list[str]
+) -> None:
+    api.configmap("demo", "a", {"a": "1"})
+    assert run_loader("--onetime", "--configmap", "a").returncode == 0
+    version = os.readlink(out / "..data").removeprefix("..")
+    loader = start_loader(*mode, *INTERVAL, "--configmap", "a")
+    loader.wait_log(f"INFO up to date version={version}")
+    api.configmap("demo", "a", {"a": "2"})
+    loader.wait_log("INFO published")
+    api.configmap("demo", "a", {"a": "3"})
+    wait_files(out, {"a": "3"})
+    assert loader.count_log("up to date") == 1
 
 
 # -- deleted, emptied, renamed
@@ -115,6 +132,7 @@ def test_a_named_one_that_goes_keeps_its_files(
     assert loader.count_log("(?i)warn.*demo/a") == 1, loader.log
     api.configmap("demo", "a", {"a": "2"})
     wait_files(out, {"a": "2", "b": "2"})
+    loader.wait_log("INFO warning over: configmap demo/a ")
 
 
 def test_it_keeps_them_over_a_restart(

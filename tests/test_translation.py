@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loader
+from tests.conftest import RunLoader
 from tests.support import rendering as r
 from tests.support.rendering import (
     Object,
@@ -96,8 +99,8 @@ def test_the_version_is_of_the_resources_alone() -> None:
         versions = {
             r.content_of(f"x.{fmt}", loader.file_of(content, ""))["version_info"]
             for content in (
-                loader.resource_file(fmt, "one", "t", [{"a": 1}]),
-                loader.resource_file(fmt, "other", "t", [{"a": 1}]),
+                loader.response(fmt, "one", "t", [loader.element(fmt, {"a": 1})]),
+                loader.response(fmt, "other", "t", [loader.element(fmt, {"a": 1})]),
             )
         }
         assert len(versions) == 1
@@ -121,8 +124,7 @@ def test_the_second_of_two_clusters_of_one_name_is_left_out() -> None:
     assert list(clusters(found)) == ["web/http"]
     assert "eds/a_web_http.yaml" in found.files
     assert found.warnings == (
-        "service b/web: port http is left out: service a/web has a cluster of the same name, "
-        "web/http",
+        "service b/web: port http is left out: service a/web has a cluster named web/http",
     )
 
 
@@ -139,7 +141,7 @@ def test_sctp_is_skipped_and_named_and_udp_has_udp_addresses() -> None:
     )
     assert list(clusters(found)) == ["demo/dns/dns"]
     assert found.warnings == (
-        "service demo/dns: port 'x' is left out: Envoy supports TCP and UDP",
+        "service demo/dns: port 'x' is left out: the first 256 TCP and UDP ports are rendered",
     )
     address = assignment(found, "demo/dns/dns")["endpoints"][0]["lb_endpoints"][0]["endpoint"]
     assert address == {
@@ -326,24 +328,20 @@ def test_endpoints(slices: list[Object], config: Object, wanted: list[str], mode
     ("slices", "warning"),
     [
         (
-            [endpoint_slice("demo/web", endpoint("web.example"), family="FQDN")],
-            "endpoints of slice web-fqdn are left out: host names, where Envoy needs addresses",
-        ),
-        (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={})],
-            "endpoints of slice web-ipv4 are left out: it has no ports",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [{**endpoint_slice("demo/web", endpoint("10.0.0.1")), "ports": None}],
-            "endpoints of slice web-ipv4 are left out: it has no ports",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": None})],
-            "endpoints of slice web-ipv4 are left out: its port http has no number",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": 0})],
-            "endpoints of slice web-ipv4 are left out: its port http has no number",
+            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("fd00::1"), family="IPv6")],
@@ -355,6 +353,24 @@ def test_what_gives_no_endpoint_is_named(slices: list[Object], warning: str) -> 
     found = rendered(service(), *slices)
     assert shown(found) == []
     assert found.warnings == (f"service demo/web: {warning}",)
+
+
+def test_a_slice_of_host_names_is_left_out_and_named(
+    run_loader: RunLoader, tmp_path: Path, out: Path
+) -> None:
+    names = endpoint_slice("demo/web", endpoint("web.example"), family="FQDN")
+    addresses = endpoint_slice("demo/web", endpoint("10.0.0.1"))
+    items = [{"kind": "Service", **service()}]
+    items += [{"kind": "EndpointSlice", **one} for one in (names, addresses)]
+    source = tmp_path / "objects.json"
+    source.write_text(json.dumps({"kind": "List", "items": items}))
+    done = run_loader("--onetime", "--services", "*", "--from-file", str(source), server=None)
+    assert done.returncode == 0, done.stderr
+    text = "endpointslice demo/web-fqdn: addressType: Envoy needs IPv4 or IPv6, not 'fqdn'"
+    assert f"WARNING {text}" in done.stderr
+    [resource] = yaml.safe_load((out / "current/eds/demo_web_http.yaml").read_text())["resources"]
+    assert "10.0.0.1" in str(resource)
+    assert "web.example" not in str(resource)
 
 
 def test_an_unnamed_port_is_joined_with_the_unnamed_one() -> None:
@@ -423,8 +439,6 @@ def test_prefer_zone_true_is_the_zone_of_the_own_node() -> None:
         assert shown(found)[0].startswith(wanted)
         assert bool(found.warnings) == (wanted == "a/0")
         assert all("node n1" in warning for warning in found.warnings)
-    with pytest.raises(loader.UsageError, match=r"\$\.endpoint\.prefer_zone.*NODE_NAME"):
-        renderer(config)
     # It is the zone as the endpoints have it, wherever that comes from.
     racks = {"endpoint": {"prefer_zone": True, "locality": {"zone": {"label": "rack"}}}}
     nodes = [node("n1"), node("n2")]
@@ -504,7 +518,8 @@ def test_a_target_port_that_nobody_knows_is_named() -> None:
     found = rendered(headless, endpoints="dns")
     assert shown(found) == []
     assert found.warnings == (
-        "service demo/web: the number of its target port web is not known, so there is no endpoint",
+        "service demo/web: the number of the target port of http is not known, so there is no "
+        "endpoint",
     )
 
 
@@ -576,9 +591,10 @@ def test_auto_spends_the_budget_in_order_of_names() -> None:
     random.Random(1).shuffle(raw)
     found = rendered(*raw, endpoints="auto", budget=3)
     assert on_eds(found) == ["demo/s000/http", "demo/s001/http", "demo/s002/http"]
-    assert found.inlined == ("demo/s003/http", "demo/s004/http")
+    said = "beyond the EDS budget of 3, endpoints are in CDS: demo/s003/http, demo/s004/http"
+    assert found.warnings == (said,)
     assert found.clusters == {"eds": 3, "inline": 2, "dns": 0}
-    assert render(*many(5), endpoints="inline").inlined == ()
+    assert not rendered(*many(5), endpoints="inline").warnings
 
 
 def test_files_of_others_use_the_budget_unless_it_is_configured() -> None:
@@ -586,7 +602,7 @@ def test_files_of_others_use_the_budget_unless_it_is_configured() -> None:
     found = renderer(endpoints="auto", budget=3).render(objects, other_files=2)
     assert len(on_eds(found)) == 1
     config = {"endpoint": {"eds_budget": 2}}
-    found = renderer(config, endpoints="auto", budget=30).render(objects, other_files=20)
+    found = renderer(config, endpoints="auto").render(objects, other_files=20)
     assert len(on_eds(found)) == 2
     config = {"endpoint": {"eds_budget": 0}}
     assert on_eds(render(*many(2), endpoints="auto", config=config)) == []
@@ -610,15 +626,15 @@ def test_a_restart_keeps_what_the_files_say(fmt: str) -> None:
     raw = many(4)
     config = {"cluster": {"name": 'x:{service} "{port}"'}}
     before = render(*raw, endpoints="auto", budget=2, fmt=fmt, config=config).files
-    assert loader.eds_clusters(before) == {'x:s000 "http"', 'x:s001 "http"'}
-    assert loader.inline_clusters(before) == {'x:s002 "http"', 'x:s003 "http"'}
+    modes = loader.modes_on_disk(before)
+    assert modes == {
+        **dict.fromkeys(['x:s000 "http"', 'x:s001 "http"'], "eds"),
+        **dict.fromkeys(['x:s002 "http"', 'x:s003 "http"'], "inline"),
+    }
 
     def restarted(*new: Object) -> list[str]:
-        kept: dict[str, Any] = {
-            "on_eds": loader.eds_clusters(before),
-            "on_inline": loader.inline_clusters(before),
-        }
-        return on_eds(render(*new, endpoints="auto", budget=2, fmt=fmt, config=config, **kept))
+        options = {"endpoints": "auto", "budget": 2, "fmt": fmt, "modes": modes}
+        return on_eds(render(*new, config=config, **options))
 
     assert restarted(*raw[1:]) == ['x:s001 "http"']
     assert restarted(service("a/a"), *raw[1:]) == ['x:a "http"', 'x:s001 "http"']
@@ -627,15 +643,13 @@ def test_a_restart_keeps_what_the_files_say(fmt: str) -> None:
 def test_a_restart_in_another_mode_starts_afresh() -> None:
     raw = many(4)
     for mode in ("inline", "dns"):
-        before = render(*raw, endpoints=mode).files
-        kept: dict[str, Any] = {
-            "on_eds": loader.eds_clusters(before),
-            "on_inline": loader.inline_clusters(before),
-        }
-        assert len(on_eds(render(*raw, endpoints="auto", budget=2, **kept))) == 2
+        modes = loader.modes_on_disk(render(*raw, endpoints=mode).files)
+        assert len(on_eds(render(*raw, endpoints="auto", budget=2, modes=modes))) == 2
     # More than the budget would be the end of Envoy.
-    kept = {"on_eds": loader.eds_clusters(render(*raw, endpoints="eds").files)}
-    assert len(on_eds(render(*raw, endpoints="auto", budget=2, **kept))) == 2
+    modes = loader.modes_on_disk(render(*raw, endpoints="eds").files)
+    assert len(on_eds(render(*raw, endpoints="auto", budget=2, modes=modes))) == 2
+    for mode in ("inline", "eds"):  # nor does it matter to another mode what was before
+        assert len(on_eds(render(*raw, endpoints=mode, modes=modes))) == 4 * (mode == "eds")
 
 
 @pytest.mark.parametrize(
@@ -646,8 +660,11 @@ def test_a_restart_in_another_mode_starts_afresh() -> None:
 )  # fmt: skip
 def test_what_is_not_our_cds_tells_nothing(content: bytes) -> None:
     for path in ("cds.yaml", "cds.json"):
-        assert loader.eds_clusters({path: loader.file_of(content, "")}) == set()
-    assert loader.eds_clusters({}) == set()
+        modes = loader.modes_on_disk({path: loader.file_of(content, "")})
+        assert "eds" not in modes.values()
+        found = rendered(*many(4), endpoints="auto", budget=2, modes=modes)
+        assert found == rendered(*many(4), endpoints="auto", budget=2)
+    assert loader.modes_on_disk({}) == {}
 
 
 def test_the_budget_is_a_sixteenth_of_the_instances(
@@ -655,9 +672,10 @@ def test_the_budget_is_a_sixteenth_of_the_instances(
 ) -> None:
     limit = tmp_path / "max_user_instances"
     monkeypatch.setattr(loader, "MAX_USER_INSTANCES", str(limit))
-    assert loader.inotify_budget() == 8
+    assert loader.inotify_budget(loader.Config()) == 8
     limit.write_text("8192\n")
-    assert loader.inotify_budget() == 512
+    assert loader.inotify_budget(loader.Config()) == 512
+    assert loader.inotify_budget(loader.Config(eds_budget=3)) == 3
 
 
 # ------------------------------------------------------------------------------------------
@@ -767,10 +785,9 @@ def test_http2_keeps_what_base_says_of_http() -> None:
         ({"spec": {"ports": [{"port": "80"}]}}, "port: int expected, not str"),
         ({"spec": {"ports": [{"port": True}]}}, "port: int expected, not bool"),
         ({"spec": {"ports": [{"port": 70000}]}}, "port: a port is between 1 and 65535"),
-        ({"spec": {"ports": [{"name": "x"}]}}, "port: a Service port needs a number"),
         ({"spec": {"ports": [{"name": "../x", "port": 1}]}}, "name: not a DNS label"),
         ({"spec": {"ports": [{"port": 1, "targetPort": -1}]}}, "targetPort: a port is between"),
-        ({"spec": {"clusterIP": "\ud800"}}, "clusterIP: not a Unicode text"),
+        ({"spec": {"clusterIP": "\ud800"}}, "surrogates not allowed"),
     ],
 )
 def test_a_malformed_service_is_rejected(change: Object, error: str) -> None:
@@ -781,10 +798,11 @@ def test_a_malformed_service_is_rejected(change: Object, error: str) -> None:
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"addressType": "IPX"}, "addressType: not IPv4, IPv6 or FQDN"),
+        ({"addressType": "IPX"}, "addressType: Envoy needs IPv4 or IPv6, not 'ipx'"),
+        ({"addressType": "FQDN", "endpoints": [{"addresses": ["web.example"]}]}, "not 'fqdn'"),
         ({"endpoints": [{"addresses": ["10.0.0"]}]}, "addresses: not an ipv4 address: '10.0.0'"),
         ({"endpoints": [{"addresses": ["fd00::1"]}]}, "addresses: not an ipv4 address"),
-        ({"endpoints": [{"addresses": [7]}]}, "addresses: not an ipv4 address: '7'"),
+        ({"endpoints": [{"addresses": [7]}]}, "addresses: not an ipv4 address: 7"),
         ({"endpoints": [{"addresses": ["\0"]}]}, "addresses: not an ipv4 address"),
         ({"endpoints": [{"conditions": {"ready": "no"}}]}, "ready: bool expected, not str"),
         ({"endpoints": [{"zone": 3}]}, "zone: str expected, not int"),
@@ -891,7 +909,6 @@ def test_order_and_slicing_change_no_byte(
     two = rendered(*resliced(raw, chance), **options)
     assert one.files == two.files
     assert one.warnings == two.warnings
-    assert one.inlined == two.inlined
 
 
 @settings(max_examples=40, deadline=None)
@@ -1006,10 +1023,10 @@ def test_patterns_are_linear(name: str) -> None:
 
 
 def test_long_texts_are_not_kept() -> None:
-    before = loader.cached_yaml_text.cache_info().currsize
+    before = loader.yaml_key.cache_info().currsize
     for index in range(50):
-        assert loader.yaml_text(f"{index}" * 100_000)
-    assert loader.cached_yaml_text.cache_info().currsize <= before
+        assert loader.element("yaml", {"@type": f"{index}" * 100_000})
+    assert loader.yaml_key.cache_info().currsize <= before + 1
     # Nor what a Service has in annotations of others.
     huge = service(annotations={"kubectl.kubernetes.io/last-applied-configuration": "x" * 200_000})
     assert len(str(loader.service_from(huge))) < 1_000
@@ -1079,7 +1096,8 @@ def test_a_secret_is_one_quoted_string(fmt: str) -> None:
     """One writer for everything: what a PEM file holds comes out as it went in."""
     pem = "-----BEGIN X-----\n" + "Ab+/=\n" * 50 + "-----END X-----\n"
     resource = {"@type": "t", "name": "x", "inline_string": pem}
-    content = loader.resource_file(fmt, "Of secret x.\nMore.", "t", [resource])
+    written = [loader.element(fmt, resource)]
+    content = loader.response(fmt, "Of secret x.\nMore.", "t", written)
     found = r.content_of(f"x.{fmt}", loader.file_of(content, ""))
     assert (found["type_url"], found["resources"]) == ("t", [resource])
     assert content.count(b"BEGIN") == 1
@@ -1090,12 +1108,17 @@ def test_rendered_yaml_is_split_and_joined() -> None:
     """As planning the steps needs it: old and new clusters in one file."""
     one = render(service("demo/a"), service("demo/b"), endpoints="inline").files["cds.yaml"]
     two = render(service("demo/c", annotations={"hosts": "h"}), endpoints="dns").files
-    split = loader.split_rendered(one.content)
-    other = loader.split_rendered(two["cds.yaml"].content)
+    split = loader.rendered_clusters(one.content)
+    other = loader.rendered_clusters(two["cds.yaml"].content)
     assert split
     assert other
-    assert loader.join_rendered(*split) == one.content
-    union = loader.join_rendered(split[0], [*split[1], *other[1]])
+
+    def joined(*clusters: bytes) -> bytes:
+        return loader.response("yaml", loader.CDS_COMMENT, loader.CLUSTER_TYPE, clusters)
+
+    assert list(split) == ["demo/a/http", "demo/b/http"]
+    assert joined(*split.values()) == one.content
+    union = joined(*split.values(), *other.values())
     found = r.content_of("cds.yaml", loader.file_of(union, ""))
     assert [each["name"] for each in found["resources"]] == [
         *("demo/a/http", "demo/b/http", "demo/c/http")
@@ -1103,14 +1126,13 @@ def test_rendered_yaml_is_split_and_joined() -> None:
     versions = {yaml.safe_load(each)["version_info"] for each in (one.content, union)}
     assert len(versions) == 2
     empty = render().files["cds.yaml"].content
-    head, none = loader.split_rendered(empty) or (b"", [b""])
-    assert (none, loader.join_rendered(head, [])) == ([], empty)
+    assert (loader.rendered_clusters(empty), joined()) == ({}, empty)
     # Whatever else somebody wrote is left as it is.
     for foreign in (b"", b"resources: []\n", one.content[20:], one.content + b"more: 1\n",
                     one.content[:-1], one.content.replace(b"  name", b"\tname"), b"# x\n" * 9,
                     one.content.replace(b"resources:\n", b"resources:\n# x\n"),
                     two["rds.yaml"].content[:-20]):  # fmt: skip
-        assert loader.split_rendered(foreign) is None
+        assert loader.rendered_clusters(foreign) is None
 
 
 def test_yaml_that_a_person_likes_to_read() -> None:

@@ -433,11 +433,11 @@ def test_a_thousand_services_keep_envoy_up_also_when_all_warm_at_once(
         name = f"demo/s{index:03}"
         raw.append(service(name, annotations={"route": "true"} if index in (0, 999) else {}))
         raw.append(endpoint_slice(name, endpoint("127.0.0.2"), ports={"http": number}))
-    running = proxy(endpoints="auto", fmt=fmt, budget=loader.inotify_budget())
+    running = proxy(endpoints="auto", fmt=fmt, budget=loader.inotify_budget(loader.Config()))
     first = running.publish(*raw)
     envoy = running.start()
     pid = envoy.pid
-    assert first.clusters["eds"] == loader.inotify_budget()
+    assert first.clusters["eds"] == loader.inotify_budget(loader.Config())
     assert envoy.count("cluster_manager.active_clusters") == 1000
     assert running.share(4, "s000.demo.svc.cluster.local") == {"pod"}
     assert running.share(4, "s999.demo.svc.cluster.local") == {"pod"}
@@ -454,13 +454,12 @@ def test_a_thousand_services_keep_envoy_up_also_when_all_warm_at_once(
         {"cluster": {"base": {"connect_timeout": "5s", "health_checks": [check]}}},
         endpoints="auto",
         fmt=fmt,
-        budget=loader.inotify_budget(),
+        budget=loader.inotify_budget(loader.Config()),
         current_dir=str(running.current),
-        on_eds=loader.eds_clusters(first.files),
-        on_inline=loader.inline_clusters(first.files),
+        modes=loader.modes_on_disk(first.files),
     )
     second = running.publish(*raw)
-    assert second.inlined == first.inlined
+    assert loader.modes_on_disk(second.files) == loader.modes_on_disk(first.files)
     envoy.wait_stat("cluster_manager.warming_clusters", 0, timeout=30)
     assert envoy.process is not None
     assert envoy.process.poll() is None

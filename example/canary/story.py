@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from example.support.cluster import TOKEN, Proxy
 from example.support.story import Story, bars, milliseconds, shares
@@ -85,14 +84,33 @@ def by_annotation(story: Story) -> tuple[Proxy, Poller]:
     return proxy, poller
 
 
-def patches(story: Story) -> list[Path]:
-    """The ConfigMaps of this folder as JSON, to be sent with curl."""
-    made = []
-    for name in ("weights-50-50", "weights-0-100", "configmap"):
-        place = story.root / f"{name}.json"
-        place.write_text(json.dumps({"data": story.cluster.read(f"{name}.yaml")[0]["data"]}))
-        made.append(place)
-    return made
+def to_play(story: Story, proxy: Proxy, other: Proxy) -> list[str]:
+    """What to type: the README's changes without kubectl, and some of one's own."""
+    for name in ("configmap", "weights-50-50", "weights-0-100"):
+        data = story.cluster.read(f"{name}.yaml")[0]["data"]
+        (story.root / f"{name}.json").write_text(json.dumps({"data": data}))
+    routes = story.root / "rds.yaml"
+    routes.write_text(data["rds.yaml"])
+    patch = 'curl -s -X PATCH -H "$AUTH" -H "$PATCH" $API'
+    weight = json.dumps({"metadata": {"annotations": {"xds-loader/weight": "50"}}})
+    as_json = "import json, sys; print(json.dumps({'data': {'rds.yaml': sys.stdin.read()}}))"
+    return [
+        "# first: the API server of the demo (kubectl does not know it), and what it wants to see",
+        f"API={story.cluster.api.url}/api/v1/namespaces/demo AUTH='Authorization: Bearer {TOKEN}' "
+        "PATCH='Content-Type: application/merge-patch+json'",
+        "# Weights in a ConfigMap",
+        f"curl -s {proxy.url(10000)}    # the answer of one backend",
+        f"{patch}/configmaps/envoy-xds --data-binary @{story.root}/weights-50-50.json"
+        "    # or weights-0-100, configmap",
+        f"# or edit {routes} as you like, and send it:",
+        f'python3 -c "{as_json}" < {routes} | {patch}/configmaps/envoy-xds --data-binary @-',
+        f"{proxy.admin_command('/stats?filter=rds')}    # Envoy's admin interface",
+        f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
+        "# Weights by annotation",
+        f"curl -s -H 'Host: podinfo.example' {other.url(10000)}",
+        f"{patch}/services/eerie-octopus -d '{weight}'    # any weight",
+        f"ls -l {other.output_dir}/current/",
+    ]
 
 
 def tell(story: Story) -> None:
@@ -100,25 +118,5 @@ def tell(story: Story) -> None:
     proxy, _ = by_configmap(story)
     other, _ = by_annotation(story)
     story.fact("the whole story", f"{time.monotonic() - started:.1f} s")
-    api = f"{story.cluster.api.url}/api/v1/namespaces/demo/configmaps/envoy-xds"
-    auth = f"-H 'Authorization: Bearer {TOKEN}'"
-    files = patches(story)
-    service = f"{story.cluster.api.url}/api/v1/namespaces/demo/services/eerie-octopus"
-    weight = json.dumps({"metadata": {"annotations": {"xds-loader/weight": "50"}}})
-    patch = f"curl -s -X PATCH {auth} -H 'Content-Type: application/merge-patch+json' \\"
-    look = "   # Envoy's admin interface"
-    story.play([
-        "# Weights in a ConfigMap",
-        f"curl -s {proxy.url(10000)}                 # the answer of one backend",
-        patch,
-        f"  {api} --data-binary @{files[0]}   # or {', '.join(f.name for f in files[1:])}",
-        f"{proxy.admin_command('/stats?filter=rds')}{look}",
-        f"ls -l {proxy.output_dir}/current/    # what the loader wrote",
-        "# Weights by annotation",
-        f"curl -s -H 'Host: podinfo.example' {other.url(10000)}",
-        patch,
-        f"  {service} -d '{weight}'   # any weight",
-        f"{other.admin_command('/stats?filter=rds')}{look}",
-        f"ls -l {other.output_dir}/current/",
-        "# The logs of the loaders",
-    ])  # fmt: skip
+    if story.options.keep:
+        story.play(to_play(story, proxy, other))

@@ -75,7 +75,7 @@ class Prometheus:
                 {"targets": [f"{p.ip}:{port}"], "labels": {"service": p.name}} for p in proxies
             ]}
             for job, path, port in (
-                ("envoy", "/stats/prometheus", 9902), ("loader", "/metrics", 8081)
+                ("envoy", "/stats/prometheus", 9903), ("loader", "/metrics", 9902)
             )
         ]  # fmt: skip
         root.mkdir()

@@ -104,6 +104,12 @@ class Proxy:
             return f"curl -s --unix-socket {url.removeprefix('unix:')} 'http://envoy{path}'"
         return f"curl -s '{url}{path}'"
 
+    def sources(self) -> list[str]:
+        """The loader's options that name what it loads."""
+        words = [word for one in self.spec["containers"] if "loader" in one["image"]
+                 for word in one["args"]]  # fmt: skip
+        return [word for word in words if re.match("--(configmap|services|secret)", word)]
+
     def uptime(self) -> float:
         """Seconds, by Envoy's own clock, which shows whole ones."""
         info = json.loads(self.envoy.admin("/server_info"))

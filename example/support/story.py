@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -160,8 +162,8 @@ class Story:
             return
         self._table()
         self._facts = []
-        self.say(self._bold("It goes on running. In another terminal:"))
-        for line in [*lines, *self._logs()]:
+        self.say(self._bold("It goes on running. In another terminal, in this directory:"))
+        for line in [*lines, *self._loaders()]:
             self.say(f"  {line}")
         # A shell starts what is in its background with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -171,19 +173,28 @@ class Story:
         except KeyboardInterrupt:
             self.say()
 
-    def _logs(self) -> list[str]:
-        """Where the log of each loader is, from now on in a file, and that of its Envoy."""
+    def _loaders(self) -> list[str]:
+        """What each loader serves, where its log is (from now on in a file), and one's own."""
         commands = []
         for cluster in self.clusters.values():
+            api = f"--apiserver {cluster.api.url} --token-file {cluster.token_file}"
             for proxy in cluster.proxies.values():
                 for loader in proxy.loaders:
                     place = proxy.root / "loader.log"
                     place.touch()
                     threading.Thread(target=follow, args=(loader, place), daemon=True).start()
-                    commands.append(f"tail -f {place}    # the loader of {proxy.name}")
+                    commands += [
+                        f"# The loader of {proxy.name}",
+                        f"curl -s {proxy.url(9902, '/snapshot')}    # also /readyz, /metrics",
+                        f"tail -f {place}",
+                        "# one of your own, with the token of the demo; to run on: --watch "
+                        "--output-dir DIR in place of --dry-run",
+                        f"python3 loader.py {api} --namespace {cluster.namespace} "
+                        f"{shlex.join(proxy.sources())} --dry-run",
+                    ]
                 log = proxy.envoy.log_file
                 commands.append(f"tail -f {log}    # its Envoy: why it rejects a file")
-        return commands
+        return [*commands, "# To end all of it", f"kill {os.getpid()}    # or Ctrl-C there"]
 
     def __enter__(self) -> Story:
         return self

@@ -26,15 +26,13 @@ NOTES = {
 - A selector is written as for `kubectl -l`: `app=web,tier in (a, b),!legacy`.
 """,
     "From where": """\
-- In a pod none of these is needed.
-- `http://127.0.0.1:8001` of `kubectl proxy` works as `--apiserver`.
+- In a pod none of these is needed; [previews](previews.md) shows what is needed elsewhere.
 - With `--from-file` the options of the API server are ignored. The file has one object, or several
   in a list, as `kubectl get configmap,service,endpointslice -o json` prints them.
 """,
     "How Services are rendered": """\
-- [Rendering](rendering.md) has the rules and the reference of the `--config` file.
-- `auto` writes an EDS file for each cluster as long as the inotify budget lasts, and puts further
-  endpoints into the clusters' file.
+- [Rendering](rendering.md) has the rules, [where endpoints live](rendering.md#where-endpoints-live)
+  and the reference of the `--config` file.
 """,
     "Where to, and when": """\
 - Without `--onetime` and `--watch` the loader is a sidecar that polls every `--sync-interval`.
@@ -47,14 +45,13 @@ NOTES = {
 - `--timeout 0s` is one try, with up to a second of retries on 401, 403, 429 and 5xx.
 """,
     "ACK and NACK": """\
-- With `--envoy-admin` the loader asks Envoy after each publication, ordered steps wait for its
-  answer, and a file that Envoy rejects is rolled back ([ordering](ordering.md)).
+- With `--envoy-admin` the loader asks Envoy after each publication, steps wait for the answer, and
+  what Envoy rejects is rolled back ([ordering](ordering.md)).
 - `--step-delay` beside `--envoy-admin` is waited for as well: for further Envoys that read the same
   directory.
 - `--check-cmd 'check.sh {dir}'` is split into words as a shell does, but no shell runs it. It has
   30 s, and whatever it started is ended with it. With `--dry-run` it runs on a copy in a temporary
-  directory. ([Troubleshooting](troubleshooting.md#a-broken-file-gets-as-far-as-envoy) has a use for
-  it.)
+  directory. [One that asks Envoy](troubleshooting.md#a-broken-file-gets-as-far-as-envoy).
 """,
     "Log, metrics, probes": """\
 - [Probes, metrics and the log](metrics.md) shows what is served and written.
@@ -93,7 +90,7 @@ the loader reads `$NS` and `$POD_NAMESPACE` (namespace), `$NODE_NAME` (for `pref
 | exit code | when |
 | --- | --- |
 | 0 | the snapshot is published (`--onetime`), or it was asked to end (SIGTERM, SIGINT) |
-| 1 | it tried and could not: one line says what, where and what to do |
+| 1 | it tried and could not: one line names what, where and what to do |
 | 2 | bad input: one line, before any request and before anything is touched |
 
 SIGHUP makes it check the files on disk and ask the API server now.
@@ -132,8 +129,9 @@ LABELS = {
     "type": "`cds`, `lds`, `rds`, `eds`, `sds`, ... or `other`",
     "file": "path below `current/`",
     "source": "as in the log: `configmap demo/envoy-xds`, `services demo`",
-    "reason": "`ended` (by the server, as it does every few minutes), `expired` (410), `cut`, "
-    "`future` (etcd was reset), `refused`, `error`, `status <code>`",
+    "reason": "`ended` (by the server, as it does every few minutes), `expired` (410), `cut` "
+    "(no answer, or the end of one), `future` (etcd was reset), `rejected` (a resumed watch, three "
+    "times), `refresh` (SIGHUP), `status <code>`",
     "code": "HTTP status, `none` without an answer",
     "verb": "`list`, `watch`",
     "kind": "`disk`, `damage` (repaired on disk), `check` (`--check-cmd` rejected the files), "

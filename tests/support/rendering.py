@@ -108,15 +108,17 @@ def objects_of(*raw: Object) -> loader.Objects:
 
 def renderer(config: Object | None = None, **options: Any) -> loader.Renderer:
     """A renderer with a configuration in JSON; EDS and YAML unless `options` say otherwise."""
+    parsed = loader.config_from(config or {})
     options = {
         "endpoints": "eds",
         "fmt": "yaml",
         "current_dir": CURRENT,
         "node_name": "",
-        "budget": 32,
+        "budget": 32 if parsed.eds_budget is None else loader.inotify_budget(parsed),
+        "modes": {},
         **options,
     }
-    return loader.Renderer(loader.config_from(config or {}), **options)
+    return loader.Renderer(parsed, **options)
 
 
 def render(*raw: Object, config: Object | None = None, **options: Any) -> loader.Rendering:
