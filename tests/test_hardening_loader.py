@@ -314,7 +314,7 @@ def test_a_name_template_without_the_namespace_takes_no_cluster(
 # ------------------------------------------------------------------------------------------
 # Every pattern that sees foreign text
 
-SIZE = 40_000
+SIZE = 200_000
 OPERATORS = {"pattern", r"rf'\\+?(?:0|(?:{part})+)'", "part"}  # see test_command_line.py
 
 
