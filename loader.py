@@ -2432,14 +2432,11 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4)
 def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
-    """By the base name of a file: the places that clusters name, and all names in such a cluster.
-
-    Clusters of block YAML are divided at their dashes.
-    """
-    first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
+    """By the base name of a file: the places that clusters name, and the names in these."""
     if known := clusters_of(cds):
         blocks = list(known.texts.values())
-    else:
+    else:  # block YAML, as its dashes divide it
+        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
         blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
     found: dict[str, list[tuple[str, frozenset[str]]]] = {}
     for block in blocks:
@@ -2516,9 +2513,10 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     back = {path: acked[path] for path, nack in nacks.items()
             if path in acked and is_nacked(published.get(path), nack)
             and not same_file(acked[path], published[path])}
+    if not back:
+        return None
     gone = {path: file for path, file in acked.items() if path not in published}
-    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK) \
-        if back else None
+    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK)
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
@@ -2576,19 +2574,19 @@ def with_named(
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
     kept = [result[path] for path in moved_paths(desired, result)]
-    result = {**result, **named_files(kept, gone)}
-    users = [result[path].content for path in moved_paths(desired, result)
-             if result[path].kind in REFERENCE_KINDS]
+    named = named_files(kept, gone)
+    result = {**result, **named}
+    users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
         old = acked.get(path) or published.get(path)
         if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
             continue
         lost = cluster_names([old]) - cluster_names(result.values())
-        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
         if needed:
             result[path] = united(old, file, needed)
-    kept = [result[path] for path in moved_paths(desired, result)]  # their endpoints
-    return {**result, **named_files(kept, gone)}
+            result |= named_files([result[path]], gone)  # the endpoints of these clusters
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3143,8 +3141,8 @@ def resource_names(path: str, file: File, files: Files) -> set[str]:
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
     # Endpoints are under the name of the cluster, which may differ from the assignment's.
-    names = (names_by_path(path, files) if file.kind == "eds" else None) \
-        or names_of_resource(file.content)
+    names = names_by_path(path, files) if file.kind == "eds" else set()
+    names = names or names_of_resource(file.content)
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
 
 
@@ -3196,8 +3194,8 @@ def things(files: Files) -> frozenset[str]:
 
 def named_things(file: File, files: Files) -> frozenset[str]:
     """The clusters and files there are, of those that a reference names."""
-    return mentioned(file.content, cluster_names(files.values())) \
-        | paths_in([file.content], files.keys())
+    clusters = mentioned(file.content, cluster_names(files.values()))
+    return clusters | paths_in([file.content], files.keys())
 
 
 def after_meeting(known: Known, now: float) -> Known:
