@@ -2299,7 +2299,6 @@ REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))
 CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
 NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
-CLUSTER_URL = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 
 
 class Step(NamedTuple):
