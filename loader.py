@@ -1673,7 +1673,7 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
+def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
     body = (b",\n" if fmt == "json" else b"").join(resources)
     version = hashlib.sha256(body).hexdigest()[:16]
@@ -1688,7 +1688,7 @@ def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) 
 def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
     """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
     texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
-    if response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
+    if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
         return None
     names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
     return {json.loads(name) if name[0] == '"' else name: text
@@ -1894,7 +1894,7 @@ class Renderer:
         return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
-        return file_of(response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
+        return file_of(discovery_response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1911,7 +1911,7 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
-def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles:
     """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
     caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
     holds the key again.
@@ -1936,9 +1936,9 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     files, source = {}, f"secret {label}"
     for stem, resource in resources.items():
         text = element(form, {"@type": SDS_TYPE, **resource})
-        content = response(form, source, SDS_TYPE, [text])
+        content = discovery_response(form, source, SDS_TYPE, [text])
         files[f"{stem}.{form}"] = file_of(content, source, mode)
-    return Keys(files)
+    return ObjectFiles(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2045,14 +2045,14 @@ def key_problem(name: str) -> str:
     return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
-class Keys(NamedTuple):
+class ObjectFiles(NamedTuple):
     """The files of a ConfigMap or a Secret, and what in it cannot be one."""
 
     files: Mapping[str, File]
     problems: tuple[str, ...] = ()
 
 
-def configmap_from(item: dict[str, Any]) -> Keys:
+def configmap_from(item: dict[str, Any]) -> ObjectFiles:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
@@ -2068,10 +2068,10 @@ def configmap_from(item: dict[str, Any]) -> Keys:
             problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
             files[key] = file_of(content, source)
-    return Keys(files, tuple(problems))
+    return ObjectFiles(files, tuple(problems))
 
 
-class Named(NamedTuple):
+class NamedObject(NamedTuple):
     """A ConfigMap or Secret that an option names, and the directory that its files go to."""
 
     query: Query
@@ -2144,7 +2144,7 @@ class Sources:
         self._reflectors: dict[Query, Reflector] = {}
         self._selected: Query | None = None
         self._splits: tuple[str, ...] = ()  # of routes, as they were logged last
-        self._kept: dict[Named, Files] = {}  # the last good files of each named object
+        self._kept: dict[NamedObject, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -2214,7 +2214,7 @@ class Sources:
         )
         if wanted.failed or wanted.unknown:
             return wanted
-        layers = [self._named(named, wanted) for named in self._options.secret]
+        layers = [self._files_of(named, wanted) for named in self._options.secret]
         if self._selected is not None:
             found = self._reflectors[self._selected].objects()
             if not found:
@@ -2222,7 +2222,7 @@ class Sources:
             for _, configmap in sorted(found.items()):
                 wanted.notes.extend(configmap.problems)
                 layers.append(configmap.files)
-        layers += [self._named(named, wanted) for named in self._options.configmap]
+        layers += [self._files_of(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
             rendering = self._render(self._renderer, layers)
             metrics.replace("xds_loader_clusters", {
@@ -2238,7 +2238,7 @@ class Sources:
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
                                       for path, file in files.items()})
 
-    def _named(self, named: Named, wanted: Wanted) -> Files:
+    def _files_of(self, named: NamedObject, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         query, reflector = named.query, self._reflectors[named.query]
         key, source = (query.namespace, query.name), str(query)
@@ -2392,7 +2392,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 def joined(frame: Json, texts: list[bytes]) -> bytes:
     """A CDS file of these clusters, within the frame of another."""
     if frame is None:
-        return response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
+        return discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
     version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
     fields = {key: value for key, value in frame.items() if key != "versionInfo"}
     fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
@@ -4820,14 +4820,14 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Named:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> NamedObject:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return Named(Query(resource, namespace, object_name(name)), directory)
+    return NamedObject(Query(resource, namespace, object_name(name)), directory)
 
 
-def named_configmap(text: str) -> Named:
+def named_configmap(text: str) -> NamedObject:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():

@@ -27,6 +27,7 @@ from loader import (
     after_publication,
     allowed,
     cluster_names,
+    discovery_response,
     element,
     file_of,
     is_read,
@@ -37,7 +38,6 @@ from loader import (
     parse_stats,
     paths_in,
     resource_names,
-    response,
     retried,
     rollback,
     same_files,
@@ -73,8 +73,8 @@ def yaml_cds(*names: str) -> File:
 
 
 def rendered(*names: str) -> File:
-    rows = [{"@type": CLUSTER, "name": name} for name in names]
-    content = response("yaml", CDS_COMMENT, CLUSTER, [element("yaml", row) for row in rows])
+    rows = [element("yaml", {"@type": CLUSTER, "name": name}) for name in names]
+    content = discovery_response("yaml", CDS_COMMENT, CLUSTER, rows)
     return file_of(content, SERVICES_SOURCE)
 
 
