@@ -1048,29 +1048,30 @@ CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
 class Config(NamedTuple):
-    """What `--config` says; `cluster.name` is `cluster_name`, `endpoint.families` is `families`."""
+    """What `--config` says: `cluster_name` is `name` in its object `cluster`."""
 
     cluster_name: str = "{namespace}/{service}/{port}"
     cluster_base: Mapping[str, Json] = {}
     cluster_overrides: Sequence[Mapping[str, Json]] = ()
-    trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
-    include_not_ready: bool = False
-    families: Sequence[str] | None = None
-    eds_budget: int | None = None
-    prefer_zone: bool | str = False
-    external_name: str = ""
-    locality: Mapping[str, Mapping[str, Json]] = {}
+    cluster_trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
+    endpoint_include_not_ready: bool = False
+    endpoint_families: Sequence[str] | None = None
+    endpoint_eds_budget: int | None = None
+    endpoint_prefer_zone: bool | str = False
+    endpoint_external_name: str = ""
+    endpoint_locality: Mapping[str, Mapping[str, Json]] = {}
     route_name: str = "services"
     route_suffix: str = "cluster.local"
-    annotation_prefix: str = "xds-loader"
+    route_annotation_prefix: str = "xds-loader"
     cluster_domain: str = "cluster.local"
 
 
 class Rule(NamedTuple):
-    """What is expected somewhere in --config, and how to tell."""
+    """What is expected somewhere in --config, and how to tell; `inner`: a schema, checked first."""
 
     expected: str
     holds: Callable[[Json], object]
+    inner: Json = None
 
 
 def text_rule(expected: str, pattern: str) -> Rule:
@@ -1096,17 +1097,18 @@ def is_json(value: Json) -> bool:
 TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
 ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
 PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-# The schema: a rule, a list of items, (either this object, or that list), or an object with these
-# keys (None: a rule for the whole).
-PART = {"label": TEXT, "literal": TEXT, "node_name": exactly(True),
-        None: Rule("one of label, literal and node_name", lambda value: len(value) == 1)}
-MATCH = {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT,
-         "labels": Rule("an object of strings", lambda value: (
-             value and type(value) is dict and all(map(TEXT.holds, value.values())))),
-         None: Rule("something to match (what is for every cluster belongs into base)", bool)}
-OVERRIDE = {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True),
-            None: Rule("match, and one of merge and suppress", lambda value: (
-                value.get("match") and ("merge" in value) != ("suppress" in value)))}
+# A schema is a rule, an object with these keys, [the schema of each item of a list], or (the schema
+# of an object, the schema of a list).
+PART = Rule("one of label, literal and node_name", lambda value: len(value) == 1,
+            {"label": TEXT, "literal": TEXT, "node_name": exactly(True)})
+LABELS = Rule("an object of strings", lambda value: (
+    value and type(value) is dict and all(map(TEXT.holds, value.values()))))
+MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
+             {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT, "labels": LABELS})
+OVERRIDE = Rule(
+    "match, and one of merge and suppress",
+    lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
+    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True)})
 SCHEMA = {
     "cluster": {
         "base": PATCH,
@@ -1132,6 +1134,8 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     if type(schema) is tuple:
         schema = schema[type(value) is list]
     if type(schema) is Rule:
+        if schema.inner:
+            config_check(value, schema.inner, path)
         if not schema.holds(value):
             raise UsageError(f"{path}: {schema.expected} expected")
     elif type(value) is not type(schema):
@@ -1144,22 +1148,21 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             if key not in schema:
-                known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+                known = f"unknown key (one of {', '.join(sorted(schema))})"
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
                 raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
-        if None in schema:
-            config_check(value, schema[None], path)
 
 
 def config_from(document: Json) -> Config:
     """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
     config_check(document, SCHEMA, "--config: $")
-    chosen = {}
-    for section, value in document.items():
-        for key, item in value.items() if type(value) is dict else [(section, value)]:
-            name = f"{section}_{key}"
-            chosen[name if name in Config._fields else key] = item
+    chosen: dict[str, Json] = {}
+    for name, value in document.items():
+        if type(value) is dict:
+            chosen |= {f"{name}_{key}": item for key, item in value.items()}
+        else:
+            chosen[name] = value
     return Config(**chosen)
 
 
@@ -1172,12 +1175,12 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.locality.values())
+    return any("label" in source for source in config.endpoint_locality.values())
 
 
 def needs_nodes(config: Config) -> bool:
     """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.prefer_zone is True or by_node_label(config)
+    return config.endpoint_prefer_zone is True or by_node_label(config)
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1281,7 +1284,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif external is not None and not config.external_name:
+    elif external is not None and not config.endpoint_external_name:
         problems.append("is left out: ExternalName needs endpoint.external_name in --config")
     elif external is not None and (
             not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
@@ -1316,14 +1319,14 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, options = config.families or (service.family,), dict[str, Json]()
+    families, options = config.endpoint_families or (service.family,), dict[str, Json]()
     host = service.external_name or service_dns_name(service, config.cluster_domain)
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
-        kind = config.external_name if service.external_name else "strict_dns"
+        kind = config.endpoint_external_name if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    patches = [override["merge"] for override in overrides]
-    for patch in (config.cluster_base, protocol_options(port, host, config.trusted_ca), *patches):
+    protocol = protocol_options(port, host, config.cluster_trusted_ca)
+    for patch in (config.cluster_base, protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
 
@@ -1385,7 +1388,7 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config.locality.get(name, {})
+        source = config.endpoint_locality.get(name, {})
         if "label" in source:
             default = labels.get(source["label"], "")
         found.append(node if "node_name" in source else source.get("literal", default))
@@ -1394,8 +1397,8 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.prefer_zone is not True:
-        return config.prefer_zone or None
+    if config.endpoint_prefer_zone is not True:
+        return config.endpoint_prefer_zone or None
     labels = nodes.get(node, {})
     default = labels.get("topology.kubernetes.io/zone", "")
     return locality_of(config, default, node, labels)[1] or None
@@ -1416,7 +1419,7 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View)
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
+    worst = UNHEALTHY if view.config.endpoint_include_not_ready else DRAINING
     best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
@@ -1476,7 +1479,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route | None:
     """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
     an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = f"{config.annotation_prefix}/"
+    ours = f"{config.route_annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
@@ -1710,8 +1713,8 @@ def inotify_budget(config: Config) -> int:
     that a user may have on this node. Envoys share these, need one for a file and two while its
     cluster warms, and abort when there are no more.
     """
-    if config.eds_budget is not None:
-        return config.eds_budget
+    if config.endpoint_eds_budget is not None:
+        return config.endpoint_eds_budget
     try:
         with open(MAX_USER_INSTANCES, encoding="ascii") as file:
             return int(file.read()) // 16
@@ -1776,7 +1779,7 @@ class Renderer:
             self._plan(self._services, other_files)
         config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.prefer_zone:
+        if zone is None and config.endpoint_prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
@@ -1796,7 +1799,7 @@ class Renderer:
             files |= eds
             if problems:
                 warnings.append(warning_line(key, problems))
-        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
         files |= self._files({
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
@@ -1846,7 +1849,7 @@ class Renderer:
         modes = {name: self._modes.get(name, self._endpoints) for name in names}
         if self._endpoints == AUTO:
             free = self._budget - sum(mode == EDS for mode in modes.values())
-            free -= other_files if self._config.eds_budget is None else 0
+            free -= other_files if self._config.endpoint_eds_budget is None else 0
             new = [name for name in names if modes[name] == AUTO]
             modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return modes
@@ -5143,7 +5146,8 @@ def run(options: Options) -> int:
     config = read_config(options.config)
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    if options.services is not None and config.prefer_zone is True and not options.node_name:
+    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
+    if own_zone_wanted and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()

@@ -281,8 +281,9 @@ def test_the_whole_configuration_is_accepted() -> None:
         "cluster_domain": "cluster.local",
     }
     config = loader.config_from(document)
-    assert (config.eds_budget, config.prefer_zone, config.families) == (16, True, ["ipv4"])
-    assert config.locality["zone"] == {"literal": "a"}
+    assert (config.endpoint_eds_budget, config.endpoint_prefer_zone) == (16, True)
+    assert config.endpoint_families == ["ipv4"]
+    assert config.endpoint_locality["zone"] == {"literal": "a"}
     assert config.cluster_base == {"connect_timeout": "1s"}
     assert config._fields == tuple(loader.Config._fields)
     assert loader.config_from({}) == loader.Config()

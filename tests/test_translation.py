@@ -673,7 +673,7 @@ def test_the_budget_is_a_sixteenth_of_the_instances(
     assert loader.inotify_budget(loader.Config()) == 8
     limit.write_text("8192\n")
     assert loader.inotify_budget(loader.Config()) == 512
-    assert loader.inotify_budget(loader.Config(eds_budget=3)) == 3
+    assert loader.inotify_budget(loader.Config(endpoint_eds_budget=3)) == 3
 
 
 # ------------------------------------------------------------------------------------------
