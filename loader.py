@@ -1587,31 +1587,30 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]
-                 ) -> tuple[Json, list[tuple[Key, str]], list[tuple[Key, str]]]:
+def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, bool, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong, and shares that follow from others, are named for the first
-    Service concerned."""
-    rendered, problems, splits, prefixes = [], [], [], dict[str, list[Route]]()
+    prefix split it. With it what is to be said, for the first Service concerned: whether it is a
+    problem, or else shares that follow from those of others."""
+    rendered, said, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
     for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
         members = prefixes[prefix][:SPLIT_MOST]
-        weights = shares([route.weight for route in members])
+        first, weights = members[0].service, shares([route.weight for route in members])
         split = [{"name": route.cluster, "weight": weight}
                  for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((members[0].service, f"{host}{prefix} has no route: all weights are 0"))
+            said.append((first, True, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
             text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
-            splits.append((members[0].service, f"{host}{prefix} is split by weight: {text}"))
+            said.append((first, False, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, problems, splits
+    return {"name": host, "domains": domains, **present(routes=rendered)}, said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1742,12 +1741,10 @@ class Memo:
 
 
 class Rendering(NamedTuple):
-    """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
-    `clusters` is how many there are of each mode."""
+    """What all objects give. `clusters` is how many there are of each mode."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
-    splits: tuple[str, ...]
     clusters: dict[str, int]
 
 
@@ -1768,7 +1765,7 @@ class Renderer:
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._routes, self._warnings = b"", list[str]()
-        self._splits: tuple[str, ...] = ()
+        self._splits: list[str] = []  # as they were logged last
         self._plans, self._hosts = Memo(plan_service), Memo(self._host)
         self._rendered, self._files = Memo(self._service), Memo(self._file)
 
@@ -1804,7 +1801,7 @@ class Renderer:
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
         modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
-        return Rendering(files, tuple(sorted(warnings)), self._splits,
+        return Rendering(files, tuple(sorted(warnings)),
                          {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
     def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
@@ -1827,14 +1824,15 @@ class Renderer:
             routes += [route] if route else []
         hosts = self._hosts({host: (host, routed) for host, routed
                              in sorted(routes_by_host(routes, problems).items())})
-        splits: dict[Key, list[str]] = {}
-        for _, found, shared in hosts.values():
-            for key, problem in found:
-                problems[key].append(problem)
-            for key, split in shared:
-                splits.setdefault(key, []).append(split)
-        self._splits = tuple(warning_line(key, splits[key]) for key in splits)
-        self._routes = self._route_configuration([text for text, *_ in hosts.values()])
+        self._routes = self._route_configuration([text for text, _ in hosts.values()])
+        splits = defaultdict[Key, list[str]](list)
+        for _, said in hosts.values():
+            for key, is_problem, text in said:
+                (problems if is_problem else splits)[key].append(text)
+        before, self._splits = self._splits, [warning_line(key, splits[key]) for key in splits]
+        for line in self._splits:
+            if line not in before:  # not a warning: nothing is wrong
+                log.info("%s", line)
         self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._warnings = ["--services: no Service matches the selector"]
@@ -1854,9 +1852,9 @@ class Renderer:
             modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return modes
 
-    def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
-        found, *named = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), *named
+    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
+        found, said = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), said
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
@@ -2146,7 +2144,6 @@ class Sources:
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
         self._selected: Query | None = None
-        self._splits: tuple[str, ...] = ()  # of routes, as they were logged last
         self._kept: dict[NamedObject, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
@@ -2231,10 +2228,6 @@ class Sources:
             metrics.replace("xds_loader_clusters", {
                 (mode,): count for mode, count in rendering.clusters.items()})
             wanted.notes.extend(rendering.warnings)
-            for split in rendering.splits:
-                if split not in self._splits:
-                    log.info("%s", split)
-            self._splits = rendering.splits
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
