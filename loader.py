@@ -170,10 +170,10 @@ def why(error: BaseException) -> str:
     return " ".join(text.split())[:500].rstrip(": ")
 
 
-def shortened(names: Sequence[str]) -> str:
-    """A list for one log line."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def shortened(texts: Sequence[str], between: str = ", ") -> str:
+    """A list for one log line: the first five, and how many more there are."""
+    more = [f"and {len(texts) - 5} more"] if len(texts) > 5 else []
+    return between.join([*texts[:5], *more])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1214,7 +1214,6 @@ PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
-NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
 # What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
 # /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
@@ -1263,13 +1262,7 @@ class ServicePlan(NamedTuple):
 
 def warning_line(key: Key, problems: Sequence[str]) -> str:
     """One line for one Service, whatever there is to say about it."""
-    line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
-    return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
-
-
-def first_of(items: Sequence[str]) -> str:
-    """The first of some texts that somebody else wrote, and how many there are."""
-    return f"{items[0][:60]!a}" + (f" and {len(items) - 1} more" if items[1:] else "")
+    return f"service {'/'.join(key)}: {shortened(problems, '; ')}"
 
 
 def present(**members: Json) -> dict[str, Json]:
@@ -1292,8 +1285,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     else:
         kept = [port for port in service.ports if port.protocol in ("TCP", "UDP")][:PORTS_MOST]
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
-            problems.append(f"port {first_of(left_out)} is left out: the first {PORTS_MOST} TCP "
-                            f"and UDP ports are rendered")
+            problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
+                            f"{PORTS_MOST} TCP and UDP ports are rendered")
         planned = (plan_cluster(service, port, config, endpoints) for port in kept)
         clusters = [cluster for cluster in planned if cluster]
         if endpoints == DNS and clusters and not service.headless and external is None:
@@ -1404,45 +1397,42 @@ def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | Non
     return locality_of(config, default, node, labels)[1] or None
 
 
-class View(NamedTuple):
-    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
-
-    config: Config
-    zone: str | None
-    nodes: Mapping[str, Texts]
-
-
-def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
+def assignment_of(
+    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str | None,
+    nodes: Mapping[str, Texts],
+) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if view.config.endpoint_include_not_ready else DRAINING
-    best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
+    worst = UNHEALTHY if config.endpoint_include_not_ready else DRAINING
+    candidates = []  # sorted by address and port, and of each of these the best first
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
         numbers = {number for name, number in found.ports if number and name == cluster.port.name}
         for endpoint in found.endpoints if numbers else ():
             if endpoint.state <= worst:
-                labels = view.nodes.get(endpoint.node, {})
-                locality = locality_of(view.config, endpoint.zone, endpoint.node, labels)
+                labels = nodes.get(endpoint.node, {})
+                locality = locality_of(config, endpoint.zone, endpoint.node, labels)
                 zones = endpoint.hints if hinted and endpoint.hints else locality[1:2]
-                far = int(view.zone is not None and view.zone not in zones)
+                away = preferred is not None and preferred not in zones
                 packed = socket.inet_pton(family, endpoint.address)
-                seen = (endpoint.state, far, locality, endpoint.address)
-                for key in [(rank, packed, number) for number in numbers]:
-                    best[key] = min(best.get(key, seen), seen)
-    nearest = min((far for _, far, _, _ in best.values()), default=0)
-    groups: dict[tuple[int, tuple[str, ...]], list[Json]] = {}
-    for (_, _, number), (state, far, locality, address) in sorted(best.items()):
-        groups.setdefault((far - nearest, locality), []).append(
-            lb_endpoint(address, number, cluster.port.protocol, state))
+                candidates += [(rank, packed, number, endpoint.state, away, locality,
+                                endpoint.address) for number in numbers]
+    groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
+    for _, packed, number, state, away, locality, address in sorted(candidates):
+        if (packed, number) not in seen:
+            seen.add((packed, number))
+            groups.setdefault((away, locality), []).append(
+                lb_endpoint(address, number, cluster.port.protocol, state))
+    all_away = all(away for away, _ in groups)
     localities = []
-    for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
+    for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
         place = present(region=region, zone=zone, sub_zone=sub_zone)
-        localities.append({**present(locality=place, priority=priority), "lb_endpoints": endpoints})
+        shown = present(locality=place, priority=int(away and not all_away))
+        localities.append({**shown, "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
@@ -1482,8 +1472,9 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
     ours = f"{config.route_annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
-    if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
-        problems.append(f"unknown annotation {first_of([ours + name for name in unknown])}")
+    unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
+    if unknown:
+        problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return None
     route = Route((service.namespace, service.name), service.created, ())
@@ -1491,11 +1482,12 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         default = service_dns_name(service, config.route_suffix)
         asked = comma_separated((given.get("hosts") or default).lower())
         hosts = [host for host in asked[:HOSTS_MOST]
-                 if may_have(service, host, config.route_suffix)]
+                 if may_have(service, host, config.route_suffix.lower())]
         route = route._replace(hosts=hosts)
         if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
-            problems.append(f"{ours}hosts: left out: {first_of(wrong)}: not a valid host name (no "
-                            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
+            problems.append(
+                f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
+                f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
         if given.get("route", "true") != "true":
@@ -1522,13 +1514,14 @@ def comma_separated(text: str) -> list[str]:
 
 
 def may_have(service: Service, host: str, suffix: str) -> bool:
-    """Whether a Service may have a host: names of Services are their namespace's alone."""
-    ending, (head, dot, tail) = f".svc.{suffix}".lower(), host.rpartition(".svc.")
-    if host.endswith(ending):
-        head = host.removesuffix(ending)
-    elif not (dot and tail.endswith("*") and ending.startswith(f".svc.{tail[:-1]}")):
-        head = service.namespace  # no name of a Service
-    return bool(re.fullmatch(ROUTE_HOST, host)) and head.rpartition(".")[2] == service.namespace
+    """Whether a Service may have a host: names of Services are their namespace's alone, also with
+    `*` for an end of the suffix."""
+    name, dot, end = host.rpartition(".svc.")
+    if host.endswith(f".svc.{suffix}"):
+        name = host.removesuffix(f".svc.{suffix}")
+    elif not (dot and end.endswith("*") and suffix.startswith(end[:-1])):
+        name = service.namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
 
 
 def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
@@ -1540,7 +1533,7 @@ def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
                                  ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
         if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
-            raise ValueError(f"{ours}{what}: {first_of(wrong)}")
+            raise ValueError(f"{ours}{what}: {shortened(wrong)!a:.100}")
     return sorted({f"/{service}/" for service in services}.union(paths))
 
 
@@ -1604,7 +1597,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
             said.append((first, True, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
-            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
+            text = shortened([f"{one['name']} {one['weight']}" for one in split])
             said.append((first, False, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
@@ -1880,7 +1873,7 @@ class Renderer:
                     problems.append(f"the number of the target port of {cluster.port.label} is not "
                                     f"known, so there is no endpoint")
             else:
-                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
+                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
             if mode == EDS:
                 path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
