@@ -73,10 +73,8 @@ class UsageError(LoaderError):
 
 
 class File(NamedTuple):
-    """One file of a snapshot: bytes, their SHA-256 in hex, xDS kind, source object, mode.
-
-    `kind` is "cds", "eds", ... or "" for what is not xDS, decided once, when files are composed.
-    """
+    """One file of a snapshot. `digest` is its SHA-256 in hex; `kind` is "cds", "eds", ... or "" for
+    what is not xDS, decided once, when files are composed; `source` is the object it came from."""
 
     content: bytes
     digest: str
@@ -821,8 +819,8 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # Objects
 # ---------------------------------------------------------------------------------------------
 #
-# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike
-# there, as in Go's types; a wrong type or value raises ValueError that names the member.
+# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike,
+# as in Go's types; a wrong type or value is a ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
 IPV4, IPV6 = "ipv4", "ipv6"
@@ -847,8 +845,8 @@ class ServicePort(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
-    one. Of annotations that cannot be ours only the names are kept."""
+    """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
+    Of annotations that cannot be ours only the names are kept."""
 
     namespace: str
     name: str
@@ -1215,8 +1213,8 @@ HOSTS_MOST = PREFIXES_MOST = 32
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
 
-# What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
-# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
+# What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
+# address that a resolver accepts (127.1, 0x7f000001).
 LOCAL_NAME = r"(?i)(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
 # What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
 HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
@@ -1702,9 +1700,8 @@ def modes_on_disk(files: Files) -> dict[str, str]:
 
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
-    that a user may have on this node. Envoys share these, need one for a file and two while its
-    cluster warms, and abort when there are no more.
-    """
+    of a user on this node. All its Envoys share these, need one for a file (two while its cluster
+    warms), and abort without."""
     if config.endpoint_eds_budget is not None:
         return config.endpoint_eds_budget
     try:
@@ -1715,9 +1712,8 @@ def inotify_budget(config: Config) -> int:
 
 
 class Memo:
-    """A function, called for all keys at once. Where the arguments are those of the last time the
-    result is too; unchanged ones are the same objects, so comparing ends at identity.
-    """
+    """A function, called for all keys at once; only where arguments differ from the last time's.
+    (Unchanged objects are the same objects: comparing them ends at identity.)"""
 
     def __init__(self, function: Callable[..., Json]) -> None:
         self._function = function
@@ -1743,18 +1739,16 @@ class Rendering(NamedTuple):
 
 class Renderer:
     """Renders Services again and again; a change in one of them renders that one. `current_dir` is
-    the absolute path under which Envoy reads; `modes`, of the clusters on disk when the loader
-    started, stay within the budget.
-    """
+    the absolute path under which Envoy reads; `modes` are those of the clusters on disk."""
 
     def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
                  node_name: str, budget: int, modes: Mapping[str, str]) -> None:
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
         self._directory, self._node_name, self._budget = current_dir, node_name, budget
+        self._modes: dict[str, str] = {}  # of clusters by slices: those on disk, until decided
         on_eds = sorted(name for name, mode in modes.items() if mode == EDS)[:budget]
-        # Without one EDS file what is on disk was no decision of `auto`.
-        kept = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS) if on_eds else {}
-        self._modes = kept if endpoints == AUTO else {}
+        if endpoints == AUTO and on_eds:  # without EDS files it was no decision of `auto`
+            self._modes = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS)
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._routes, self._warnings = b"", list[str]()
@@ -2031,11 +2025,8 @@ KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own
 
 
 def key_problem(name: str) -> str:
-    """Why a key (or a part of a path) cannot be a file name here; empty if it can.
-
-    --from-file and `..state` do not come from the API server, which checks keys, and nothing may
-    ever leave the output directory.
-    """
+    """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
+    checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
     return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
@@ -2089,8 +2080,7 @@ class Wanted(NamedTuple):
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
-    where another source has a directory cannot be on disk beside it: it is left out.
-    """
+    cannot be where another source has a directory: it is left out."""
     files: dict[str, File] = {}
     warnings = []
     for layer in layers:
@@ -2254,14 +2244,11 @@ class Sources:
         for query, reflector in self._reflectors.items():
             found[query.resource] |= reflector.objects()
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
-        objects = Objects(
-            services=found[SERVICES],
-            slices=[*found[ENDPOINTSLICES].values(), *legacy],
-            nodes={name: node for (_, name), node in found[NODES].items()},
-        )
+        slices = [*found[ENDPOINTSLICES].values(), *legacy]
+        nodes = {name: node for (_, name), node in found[NODES].items()}
         kinds = {path: file.kind for layer in others for path, file in layer.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
-        return renderer.render(objects, other_files=subscriptions)
+        return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
 
 # ---------------------------------------------------------------------------------------------
