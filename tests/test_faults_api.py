@@ -172,6 +172,8 @@ OUTAGES = {
     "closes": failing(Drop()),
     "resets": failing(Drop(reset=True)),
     "500": failing(failure(500, "InternalError")),
+    "503": failing(failure(503, "ServiceUnavailable")),
+    "504": failing(failure(504, "Timeout")),
     "429": failing(failure(429, "TooManyRequests")),
     "429, wait a second": failing(failure(429, "TooManyRequests", headers={"Retry-After": "1"})),
     "401: the token has expired": Kind(
@@ -187,7 +189,9 @@ OUTAGES = {
     "something else": failing(Response(200, b'{"kind":"APIVersions","versions":["v1"]}')),
     "a list": failing(Response(200, b"[1, 2]")),
     "invalid UTF-8": failing(Response(200, b'{"kind":"ConfigMapList","items":[{"a":"\xff"}]}')),
+    "an empty object": failing(Response(200, b"{}")),
     "no bytes": failing(Response(200, b"")),
+    "null": failing(Response(200, b"null")),
     "garbage": failing(Raw(b"\x00\xff\x16\x03garbage\r\n\r\n")),
     "half an answer": failing(Raw(b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"kind":"Co')),
     "an endless header": failing(Raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n")),
@@ -469,11 +473,8 @@ def test_dns_that_is_gone_for_a_while(
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["killed", "resets", "500", "401: the token has expired", "403: the role is gone", "404",
-     "redirects", "a captive portal", "404 in plain text", "something else", "a list", "no bytes",
-     "invalid UTF-8", "garbage", "half an answer", "a length too long", "cut in the body"],
-)  # fmt: skip
+    "name", [name for name in OUTAGES if name not in ("frozen", "stopped gracefully")]
+)
 def test_one_run_ends_soon_and_says_why(
     run_loader: RunLoader, api: ApiServer, out: Path, name: str
 ) -> None:
