@@ -8,7 +8,6 @@ import http.client
 import json
 import math
 import os
-import re
 import resource
 import socket
 import statistics
@@ -203,10 +202,6 @@ def test_any_request_ends(listener: Any, request: bytes) -> None:
     assert ask(listener.port, "/healthz").status == 200
 
 
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_silent_clients_cost_others_nothing(listener: Any) -> None:
     """3,000 idle connections: probes are answered again within seconds, then each at once."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -264,25 +259,6 @@ def test_a_client_that_never_reads_is_gone_after_its_time(
     assert ask(listener.port, "/healthz").status == 200
 
 
-def test_a_hundred_clients_at_once(listener: Any) -> None:
-    listener.status = a_status(started=True)
-    replies: list[int] = []
-
-    def scrape(path: str) -> None:
-        replies.extend(ask(listener.port, path).status for _ in range(5))
-
-    before = open_descriptors()
-    threads = [
-        threading.Thread(target=scrape, args=(PATHS[n % len(PATHS)],)) for n in range(100)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert replies == [200] * 500
-    wait_until(lambda: open_descriptors() <= before, message="all connections closed")
-
-
 def test_rendering_costs_a_twentieth_of_a_cpu(listener: Any) -> None:
     """Whatever the number of clients, and however often the status changes."""
     spent: list[float] = []
@@ -338,17 +314,6 @@ def run_python(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_address_in_use_is_one_line(listener: Any) -> None:
-    with pytest.raises(loader.LoaderError) as caught:
-        loader.Listener("127.0.0.1", listener.port, loader.Metrics("1"))
-    wanted = f"--listen: cannot bind 127.0.0.1 port {listener.port}: Address already in use"
-    assert str(caught.value) == wanted
-    for host in ("no.such.host.invalid", "192.0.2.1", "x" * 64, "a..b"):
-        with pytest.raises(loader.LoaderError, match=r"^--listen: cannot bind ") as caught:
-            loader.Listener(host, 0, loader.Metrics("1"))
-        assert "\n" not in str(caught.value)
-
-
 def test_without_an_address_it_listens_on_every_one() -> None:
     server = loader.Listener("", 0, loader.Metrics("1"))
     assert ask(server.port, "/healthz").status == 200
@@ -369,15 +334,6 @@ def test_without_an_address_it_listens_on_every_one() -> None:
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert loader.listen_address(text) == address
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "9000", "::1:9000", ":", ":x", ":65536", ":-1", "[::1]", "a b:9", "[]:9", ":9\n", ":٣"],
-)
-def test_bad_addresses(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^is not a valid \[ADDRESS\]:PORT"):
-        loader.listen_address(text)
 
 
 # -- metrics -------------------------------------------------------------------------------------
@@ -469,19 +425,6 @@ def test_labels_arrive_as_they_are(value: str) -> None:
     assert sample.labels == {"kind": value}
 
 
-def test_the_order_is_fixed() -> None:
-    one, other = loader.Metrics("1"), loader.Metrics("1")
-    for kind in ("a", "b", "c"):
-        one.add("xds_loader_errors_total", (kind,))
-    for kind in ("c", "a", "b"):
-        other.add("xds_loader_errors_total", (kind,))
-
-    def mine(metrics: Any) -> list[bytes]:
-        return [line for line in metrics.render().splitlines() if b"process_" not in line]
-
-    assert mine(one) == mine(other)
-
-
 def test_replace_forgets_the_series_that_are_gone() -> None:
     metrics = loader.Metrics("1")
     name = "xds_loader_nacked_files"
@@ -490,12 +433,6 @@ def test_replace_forgets_the_series_that_are_gone() -> None:
     assert [s.labels for s in families(metrics.render())[name].samples] == [{"file": "cds.yaml"}]
     metrics.add("xds_loader_errors_total", ("api",), 0)
     assert families(metrics.render())["xds_loader_errors"].samples[0].value == 0
-
-
-def test_our_own_mistakes_are_loud() -> None:
-    metrics = loader.Metrics("1")
-    with pytest.raises(KeyError):
-        metrics.add("xds_loader_no_such_total")
 
 
 def test_no_count_is_lost_between_threads() -> None:
@@ -524,16 +461,6 @@ def test_what_the_process_uses() -> None:
     assert abs(found["process_start_time_seconds"].samples[0].value - time.time()) < 60
 
 
-def test_recording_costs_about_a_microsecond() -> None:
-    """Asserted with a wide margin, for machines that do other things as well."""
-    metrics = loader.Metrics("1")
-    began = time.process_time()
-    for _ in range(10_000):
-        metrics.add("xds_loader_publications_total", ("references",))
-        metrics.observe("xds_loader_publication_duration_seconds", 0.0012)
-    assert (time.process_time() - began) / 20_000 < 10e-6
-
-
 # -- the log -------------------------------------------------------------------------------------
 
 
@@ -557,34 +484,6 @@ class Written:
         os.close(self.fd)
 
 
-PUBLISHED: dict[str, object] = {
-    "version": "ab12",
-    "files": 1,
-    "changed": "rds.yaml",
-    "source": "configmap demo/envoy-xds",
-    "step": "references",
-    "duration_ms": 1.2,
-}
-
-
-def test_the_line_of_a_publication() -> None:
-    written = Written()
-    written.log.info("published", **PUBLISHED)
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO ", written.text())
-    assert written.lines() == [
-        "INFO published version=ab12 files=1 changed=rds.yaml "
-        'source="configmap demo/envoy-xds" step=references duration_ms=1.2'
-    ]
-
-
-def test_the_same_for_machines() -> None:
-    written = Written("json")
-    written.log.info("published", **PUBLISHED)
-    shown = json.loads(written.text())
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", shown.pop("time"))
-    assert shown == {"level": "info", "message": "published", **PUBLISHED}
-
-
 def test_levels() -> None:
     for at, level in enumerate(("debug", "info", "warning", "error")):
         written = Written(level=level)
@@ -592,14 +491,6 @@ def test_levels() -> None:
             getattr(written.log, name)("it is %s", name)
         assert len(written.lines()) == 4 - at
         assert written.lines()[-1] == "ERROR it is error"
-
-
-def test_arguments_are_formatted_only_when_written() -> None:
-    written = Written()
-    written.log.debug("%d", "not a number")
-    written.log.info("100%")
-    written.log.info("%s: %d objects", "configmaps", 3)
-    assert written.lines() == ["INFO 100%", "INFO configmaps: 3 objects"]
 
 
 ANY_TEXT = st.text(max_size=20) | st.sampled_from(["\n", "\u2028", "\x1b[31m", "\ud800"]).map(
@@ -889,10 +780,15 @@ def test_an_outage_is_quiet_and_ready(
     wait_until(lambda: "stale" not in ask(running.port, "/readyz").body, 15, "not stale")
 
 
-def test_an_address_in_use_ends_the_loader(
-    api: ApiServer, listener: Any, run_loader: RunLoader
+def test_an_address_that_cannot_be_bound_ends_the_loader(
+    listener: Any, run_loader: RunLoader
 ) -> None:
-    done = run_loader("--watch", "--configmap", "x", "--listen", f"127.0.0.1:{listener.port}")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert f"cannot bind 127.0.0.1 port {listener.port}: Address already in use" in done.stderr
+    in_use = f"127.0.0.1:{listener.port}"
+    for address in (in_use, "no.such.host.invalid:1", "192.0.2.1:1", f"{'x' * 64}:1", "a..b:1"):
+        done = run_loader("--watch", "--configmap", "x", "--listen", address)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "--listen: cannot bind " in done.stderr
+        if address == in_use:
+            said = f"cannot bind 127.0.0.1 port {listener.port}: Address already in use"
+            assert said in done.stderr
