@@ -3803,13 +3803,13 @@ metrics = Metrics(__version__)
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
+CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-TICK = 0.2  # seconds between two looks for connections past their time
 HEAD_MAX = 8192  # bytes that are read of a request
-# An answer that costs more than a probe's is used for so many times as long as it took to make, so
-# that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
+# An answer that costs more than a probe's is used again for 20 times as long as it took to make:
+# clients that ask without a pause take a twentieth of a CPU.
 REUSED = 20
+COSTLY = {"/metrics": "text/plain; version=0.0.4; charset=utf-8", "/snapshot": "application/json"}
 
 
 class Status(NamedTuple):
@@ -3829,13 +3829,11 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str, bytes]
-"""An HTTP response: status code, Content-Type, body."""
+Answer = tuple[int, str, bytes]  # status code, Content-Type, body
 
 
-def text_answer(code: int, *lines: str) -> Answer:
-    body = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
-    return code, "text/plain; charset=utf-8", body
+def text_answer(code: int, text: str) -> Answer:
+    return code, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -3845,24 +3843,23 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
     lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return text_answer(200 if status.version and started else 503, *lines)
+    return text_answer(200 if status.version and started else 503, "\n".join(lines))
 
 
-def snapshot_answer(status: Status) -> Answer:
+def snapshot_body(status: Status) -> bytes:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
     rows = []
     for path, file in sorted(status.files.items()):
-        row: dict[str, Json] = {"path": path, "source": file.source}
-        if not holds_secret(file.content):
-            row |= {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({**row, "state": status.states[path]})
+        size = {"bytes": len(file.content), "sha256": file.digest}
+        rows.append({"path": path, "source": file.source, "state": status.states[path],
+                     **({} if holds_secret(file.content) else size)})
     body = {"version": status.version or None,
             "published_at": timestamp(status.published_at) if status.version else None,
             "files": rows,
             **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
             "missing": status.missing, "stale": status.stale}
-    return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
+    return (json.dumps(body, indent=1) + "\n").encode()
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3873,73 +3870,52 @@ def listen_address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-class Client(NamedTuple):
-    """A connection: when it is closed at the latest, and what is left to do."""
-
-    socket: socket.socket
-    end: float
-    talk: Iterator[int]
-
-
 class Listener:
-    """The server of --listen, in one thread that waits for no client. The loop sets `status`."""
+    """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         self.status = Status({}, last_turn=time.monotonic())
-        self.clients: dict[int, Client] = {}  # by descriptor, oldest first
-        self._recorded = recorded
-        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
-        self._socket, self._poll = listening_socket(host, port), select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        self._recorded, self._rendering = recorded, threading.Lock()
+        self._kept = dict.fromkeys(COSTLY, (0.0, b""))  # path -> good until, body
+        both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
+        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server(
+                (host, port), family=family, backlog=128, dualstack_ipv6=both)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
+            where, reason = f"{host or '*'} port {port}", why(error).partition(" (while")[0]
+            raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
+        recent: deque[socket.socket] = deque()
         while True:
-            for number, _ in self._poll.poll(TICK * 1000 if self.clients else None):
-                if number not in self.clients:
-                    self._accept()
-                    continue
-                try:
-                    self._poll.modify(number, next(self.clients[number].talk))
-                except (StopIteration, OSError):
-                    self._close(number)
-            now, crowd = time.monotonic(), len(self.clients) - CONNECTIONS_MAX
-            for place, (number, client) in enumerate([*self.clients.items()]):
-                if place < crowd or client.end < now:
-                    self._close(number)
+            try:
+                client, _ = self._socket.accept()
+                threading.Thread(target=self._talk, args=(client,), daemon=True).start()
+                recent.append(client)
+            except (OSError, RuntimeError):  # no descriptor, or no thread, is left: not to spin
+                time.sleep(0.01)
+            if len(recent) > CONNECTIONS_MAX:
+                with contextlib.suppress(OSError):  # it has ended already
+                    recent.popleft().shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
-        try:
-            client, _ = self._socket.accept()
-        except OSError:  # no descriptor is left: not to spin
-            time.sleep(0.01)
-            return
-        client.setblocking(False)
-        talk = self._talk(client)
-        self._poll.register(client, next(talk))
-        self.clients[client.fileno()] = Client(client, time.monotonic() + CONNECTION_TIME, talk)
-
-    def _close(self, number: int) -> None:
-        self._poll.unregister(number)
-        self.clients.pop(number).socket.close()
-
-    def _talk(self, client: socket.socket) -> Iterator[int]:
-        """One request and its answer; it yields what it waits for."""
-        head, block = b"", b"-"
-        while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
-            yield select.POLLIN
-            block = client.recv(HEAD_MAX - len(head))
-            head += block
-        asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
-        bad = text_answer(400, "not a GET of HTTP/1.1")
-        code, form, body = self.answer(asked[1]) if asked else bad
-        fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
-        line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
-        left = memoryview((line + fields).encode() + body)
-        while left:
-            yield select.POLLOUT
-            left = left[client.send(left) :]
+    def _talk(self, client: socket.socket) -> None:
+        """One request and its answer."""
+        end, head, block = time.monotonic() + CONNECTION_TIME, b"", b"-"
+        with client, contextlib.suppress(OSError):
+            while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
+                client.settimeout(max(end - time.monotonic(), 0))  # 0: for what is there already
+                block = client.recv(HEAD_MAX - len(head))
+                head += block
+            asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
+            bad = text_answer(400, "not a GET of HTTP/1.1")
+            code, form, body = self.answer(asked[1]) if asked else bad
+            line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
+            fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.settimeout(max(end - time.monotonic(), 0))
+            client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
     def answer(self, path: str) -> Answer:
         """What is served there."""
@@ -3950,27 +3926,15 @@ class Listener:
             return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        until, answer = self._kept.get(path, (0.0, text_answer(404, "not found")))
-        if path in ("/metrics", "/snapshot") and began >= until:
-            if path == "/snapshot":
-                answer = snapshot_answer(status)
-            else:
-                answer = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-            now = time.monotonic()
-            self._kept[path] = now + REUSED * (now - began), answer
-        return answer
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens; "" is every address, of IPv6 too if there is any."""
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        reason = why(error).partition(" (while")[0]
-        where = f"{host or '*'} port {port}"
-        raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
+        if path not in COSTLY:
+            return text_answer(404, "not found")
+        with self._rendering:
+            began, (until, body) = time.monotonic(), self._kept[path]
+            if began >= until:
+                body = snapshot_body(status) if path == "/snapshot" else self._recorded.render()
+                now = time.monotonic()
+                self._kept[path] = now + REUSED * (now - began), body
+        return 200, COSTLY[path], body
 
 
 # ---------------------------------------------------------------------------------------------
