@@ -1048,29 +1048,30 @@ CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
 class Config(NamedTuple):
-    """What `--config` says; `cluster.name` is `cluster_name`, `endpoint.families` is `families`."""
+    """What `--config` says: `cluster_name` is `name` in its object `cluster`."""
 
     cluster_name: str = "{namespace}/{service}/{port}"
     cluster_base: Mapping[str, Json] = {}
     cluster_overrides: Sequence[Mapping[str, Json]] = ()
-    trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
-    include_not_ready: bool = False
-    families: Sequence[str] | None = None
-    eds_budget: int | None = None
-    prefer_zone: bool | str = False
-    external_name: str = ""
-    locality: Mapping[str, Mapping[str, Json]] = {}
+    cluster_trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
+    endpoint_include_not_ready: bool = False
+    endpoint_families: Sequence[str] | None = None
+    endpoint_eds_budget: int | None = None
+    endpoint_prefer_zone: bool | str = False
+    endpoint_external_name: str = ""
+    endpoint_locality: Mapping[str, Mapping[str, Json]] = {}
     route_name: str = "services"
     route_suffix: str = "cluster.local"
-    annotation_prefix: str = "xds-loader"
+    route_annotation_prefix: str = "xds-loader"
     cluster_domain: str = "cluster.local"
 
 
 class Rule(NamedTuple):
-    """What is expected somewhere in --config, and how to tell."""
+    """What is expected somewhere in --config, and how to tell; `inner`: a schema, checked first."""
 
     expected: str
     holds: Callable[[Json], object]
+    inner: Json = None
 
 
 def text_rule(expected: str, pattern: str) -> Rule:
@@ -1096,17 +1097,18 @@ def is_json(value: Json) -> bool:
 TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
 ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
 PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-# The schema: a rule, a list of items, (either this object, or that list), or an object with these
-# keys (None: a rule for the whole).
-PART = {"label": TEXT, "literal": TEXT, "node_name": exactly(True),
-        None: Rule("one of label, literal and node_name", lambda value: len(value) == 1)}
-MATCH = {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT,
-         "labels": Rule("an object of strings", lambda value: (
-             value and type(value) is dict and all(map(TEXT.holds, value.values())))),
-         None: Rule("something to match (what is for every cluster belongs into base)", bool)}
-OVERRIDE = {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True),
-            None: Rule("match, and one of merge and suppress", lambda value: (
-                value.get("match") and ("merge" in value) != ("suppress" in value)))}
+# A schema is a rule, an object with these keys, [the schema of each item of a list], or (the schema
+# of an object, the schema of a list).
+PART = Rule("one of label, literal and node_name", lambda value: len(value) == 1,
+            {"label": TEXT, "literal": TEXT, "node_name": exactly(True)})
+LABELS = Rule("an object of strings", lambda value: (
+    value and type(value) is dict and all(map(TEXT.holds, value.values()))))
+MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
+             {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT, "labels": LABELS})
+OVERRIDE = Rule(
+    "match, and one of merge and suppress",
+    lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
+    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True)})
 SCHEMA = {
     "cluster": {
         "base": PATCH,
@@ -1132,6 +1134,8 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     if type(schema) is tuple:
         schema = schema[type(value) is list]
     if type(schema) is Rule:
+        if schema.inner:
+            config_check(value, schema.inner, path)
         if not schema.holds(value):
             raise UsageError(f"{path}: {schema.expected} expected")
     elif type(value) is not type(schema):
@@ -1144,22 +1148,21 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             if key not in schema:
-                known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+                known = f"unknown key (one of {', '.join(sorted(schema))})"
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
                 raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
-        if None in schema:
-            config_check(value, schema[None], path)
 
 
 def config_from(document: Json) -> Config:
     """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
     config_check(document, SCHEMA, "--config: $")
-    chosen = {}
-    for section, value in document.items():
-        for key, item in value.items() if type(value) is dict else [(section, value)]:
-            name = f"{section}_{key}"
-            chosen[name if name in Config._fields else key] = item
+    chosen: dict[str, Json] = {}
+    for name, value in document.items():
+        if type(value) is dict:
+            chosen |= {f"{name}_{key}": item for key, item in value.items()}
+        else:
+            chosen[name] = value
     return Config(**chosen)
 
 
@@ -1172,12 +1175,12 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.locality.values())
+    return any("label" in source for source in config.endpoint_locality.values())
 
 
 def needs_nodes(config: Config) -> bool:
     """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.prefer_zone is True or by_node_label(config)
+    return config.endpoint_prefer_zone is True or by_node_label(config)
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1281,7 +1284,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif external is not None and not config.external_name:
+    elif external is not None and not config.endpoint_external_name:
         problems.append("is left out: ExternalName needs endpoint.external_name in --config")
     elif external is not None and (
             not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
@@ -1316,14 +1319,14 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, options = config.families or (service.family,), dict[str, Json]()
+    families, options = config.endpoint_families or (service.family,), dict[str, Json]()
     host = service.external_name or service_dns_name(service, config.cluster_domain)
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
-        kind = config.external_name if service.external_name else "strict_dns"
+        kind = config.endpoint_external_name if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    patches = [override["merge"] for override in overrides]
-    for patch in (config.cluster_base, protocol_options(port, host, config.trusted_ca), *patches):
+    protocol = protocol_options(port, host, config.cluster_trusted_ca)
+    for patch in (config.cluster_base, protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
 
@@ -1385,7 +1388,7 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config.locality.get(name, {})
+        source = config.endpoint_locality.get(name, {})
         if "label" in source:
             default = labels.get(source["label"], "")
         found.append(node if "node_name" in source else source.get("literal", default))
@@ -1394,8 +1397,8 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.prefer_zone is not True:
-        return config.prefer_zone or None
+    if config.endpoint_prefer_zone is not True:
+        return config.endpoint_prefer_zone or None
     labels = nodes.get(node, {})
     default = labels.get("topology.kubernetes.io/zone", "")
     return locality_of(config, default, node, labels)[1] or None
@@ -1416,7 +1419,7 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View)
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
+    worst = UNHEALTHY if view.config.endpoint_include_not_ready else DRAINING
     best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
@@ -1476,7 +1479,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route | None:
     """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
     an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = f"{config.annotation_prefix}/"
+    ours = f"{config.route_annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
@@ -1584,31 +1587,30 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]
-                 ) -> tuple[Json, list[tuple[Key, str]], list[tuple[Key, str]]]:
+def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, bool, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong, and shares that follow from others, are named for the first
-    Service concerned."""
-    rendered, problems, splits, prefixes = [], [], [], dict[str, list[Route]]()
+    prefix split it. With it what is to be said, for the first Service concerned: whether it is a
+    problem, or else shares that follow from those of others."""
+    rendered, said, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
     for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
         members = prefixes[prefix][:SPLIT_MOST]
-        weights = shares([route.weight for route in members])
+        first, weights = members[0].service, shares([route.weight for route in members])
         split = [{"name": route.cluster, "weight": weight}
                  for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((members[0].service, f"{host}{prefix} has no route: all weights are 0"))
+            said.append((first, True, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
             text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
-            splits.append((members[0].service, f"{host}{prefix} is split by weight: {text}"))
+            said.append((first, False, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, problems, splits
+    return {"name": host, "domains": domains, **present(routes=rendered)}, said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1673,7 +1675,7 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
+def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
     body = (b",\n" if fmt == "json" else b"").join(resources)
     version = hashlib.sha256(body).hexdigest()[:16]
@@ -1688,7 +1690,7 @@ def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) 
 def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
     """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
     texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
-    if response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
+    if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
         return None
     names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
     return {json.loads(name) if name[0] == '"' else name: text
@@ -1710,8 +1712,8 @@ def inotify_budget(config: Config) -> int:
     that a user may have on this node. Envoys share these, need one for a file and two while its
     cluster warms, and abort when there are no more.
     """
-    if config.eds_budget is not None:
-        return config.eds_budget
+    if config.endpoint_eds_budget is not None:
+        return config.endpoint_eds_budget
     try:
         with open(MAX_USER_INSTANCES, encoding="ascii") as file:
             return int(file.read()) // 16
@@ -1739,12 +1741,10 @@ class Memo:
 
 
 class Rendering(NamedTuple):
-    """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
-    `clusters` is how many there are of each mode."""
+    """What all objects give. `clusters` is how many there are of each mode."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
-    splits: tuple[str, ...]
     clusters: dict[str, int]
 
 
@@ -1765,7 +1765,7 @@ class Renderer:
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._routes, self._warnings = b"", list[str]()
-        self._splits: tuple[str, ...] = ()
+        self._splits: list[str] = []  # as they were logged last
         self._plans, self._hosts = Memo(plan_service), Memo(self._host)
         self._rendered, self._files = Memo(self._service), Memo(self._file)
 
@@ -1776,7 +1776,7 @@ class Renderer:
             self._plan(self._services, other_files)
         config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.prefer_zone:
+        if zone is None and config.endpoint_prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
@@ -1796,12 +1796,12 @@ class Renderer:
             files |= eds
             if problems:
                 warnings.append(warning_line(key, problems))
-        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+        comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
         files |= self._files({
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
         modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
-        return Rendering(files, tuple(sorted(warnings)), self._splits,
+        return Rendering(files, tuple(sorted(warnings)),
                          {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
     def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
@@ -1824,14 +1824,15 @@ class Renderer:
             routes += [route] if route else []
         hosts = self._hosts({host: (host, routed) for host, routed
                              in sorted(routes_by_host(routes, problems).items())})
-        splits: dict[Key, list[str]] = {}
-        for _, found, shared in hosts.values():
-            for key, problem in found:
-                problems[key].append(problem)
-            for key, split in shared:
-                splits.setdefault(key, []).append(split)
-        self._splits = tuple(warning_line(key, splits[key]) for key in splits)
-        self._routes = self._route_configuration([text for text, *_ in hosts.values()])
+        self._routes = self._route_configuration([text for text, _ in hosts.values()])
+        splits = defaultdict[Key, list[str]](list)
+        for _, said in hosts.values():
+            for key, is_problem, text in said:
+                (problems if is_problem else splits)[key].append(text)
+        before, self._splits = self._splits, [warning_line(key, splits[key]) for key in splits]
+        for line in self._splits:
+            if line not in before:  # not a warning: nothing is wrong
+                log.info("%s", line)
         self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._warnings = ["--services: no Service matches the selector"]
@@ -1846,14 +1847,14 @@ class Renderer:
         modes = {name: self._modes.get(name, self._endpoints) for name in names}
         if self._endpoints == AUTO:
             free = self._budget - sum(mode == EDS for mode in modes.values())
-            free -= other_files if self._config.eds_budget is None else 0
+            free -= other_files if self._config.endpoint_eds_budget is None else 0
             new = [name for name in names if modes[name] == AUTO]
             modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return modes
 
-    def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
-        found, *named = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), *named
+    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
+        found, said = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), said
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
@@ -1894,7 +1895,7 @@ class Renderer:
         return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
-        return file_of(response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
+        return file_of(discovery_response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1911,7 +1912,7 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
-def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles:
     """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
     caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
     holds the key again.
@@ -1936,9 +1937,9 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     files, source = {}, f"secret {label}"
     for stem, resource in resources.items():
         text = element(form, {"@type": SDS_TYPE, **resource})
-        content = response(form, source, SDS_TYPE, [text])
+        content = discovery_response(form, source, SDS_TYPE, [text])
         files[f"{stem}.{form}"] = file_of(content, source, mode)
-    return Keys(files)
+    return ObjectFiles(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -2045,14 +2046,14 @@ def key_problem(name: str) -> str:
     return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
-class Keys(NamedTuple):
+class ObjectFiles(NamedTuple):
     """The files of a ConfigMap or a Secret, and what in it cannot be one."""
 
     files: Mapping[str, File]
     problems: tuple[str, ...] = ()
 
 
-def configmap_from(item: dict[str, Any]) -> Keys:
+def configmap_from(item: dict[str, Any]) -> ObjectFiles:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
@@ -2068,10 +2069,10 @@ def configmap_from(item: dict[str, Any]) -> Keys:
             problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
             files[key] = file_of(content, source)
-    return Keys(files, tuple(problems))
+    return ObjectFiles(files, tuple(problems))
 
 
-class Named(NamedTuple):
+class NamedObject(NamedTuple):
     """A ConfigMap or Secret that an option names, and the directory that its files go to."""
 
     query: Query
@@ -2143,8 +2144,7 @@ class Sources:
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
         self._selected: Query | None = None
-        self._splits: tuple[str, ...] = ()  # of routes, as they were logged last
-        self._kept: dict[Named, Files] = {}  # the last good files of each named object
+        self._kept: dict[NamedObject, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -2214,7 +2214,7 @@ class Sources:
         )
         if wanted.failed or wanted.unknown:
             return wanted
-        layers = [self._named(named, wanted) for named in self._options.secret]
+        layers = [self._files_of(named, wanted) for named in self._options.secret]
         if self._selected is not None:
             found = self._reflectors[self._selected].objects()
             if not found:
@@ -2222,23 +2222,19 @@ class Sources:
             for _, configmap in sorted(found.items()):
                 wanted.notes.extend(configmap.problems)
                 layers.append(configmap.files)
-        layers += [self._named(named, wanted) for named in self._options.configmap]
+        layers += [self._files_of(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
             rendering = self._render(self._renderer, layers)
             metrics.replace("xds_loader_clusters", {
                 (mode,): count for mode, count in rendering.clusters.items()})
             wanted.notes.extend(rendering.warnings)
-            for split in rendering.splits:
-                if split not in self._splits:
-                    log.info("%s", split)
-            self._splits = rendering.splits
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
                                       for path, file in files.items()})
 
-    def _named(self, named: Named, wanted: Wanted) -> Files:
+    def _files_of(self, named: NamedObject, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         query, reflector = named.query, self._reflectors[named.query]
         key, source = (query.namespace, query.name), str(query)
@@ -2392,7 +2388,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 def joined(frame: Json, texts: list[bytes]) -> bytes:
     """A CDS file of these clusters, within the frame of another."""
     if frame is None:
-        return response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
+        return discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
     version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
     fields = {key: value for key, value in frame.items() if key != "versionInfo"}
     fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
@@ -4784,14 +4780,14 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Named:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> NamedObject:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return Named(Query(resource, namespace, object_name(name)), directory)
+    return NamedObject(Query(resource, namespace, object_name(name)), directory)
 
 
-def named_configmap(text: str) -> Named:
+def named_configmap(text: str) -> NamedObject:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
@@ -5107,7 +5103,8 @@ def run(options: Options) -> int:
     config = read_config(options.config)
     if options.access.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    if options.services is not None and config.prefer_zone is True and not options.node_name:
+    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
+    if own_zone_wanted and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()

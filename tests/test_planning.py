@@ -28,6 +28,7 @@ from loader import (
     after_meeting,
     after_publication,
     cluster_names,
+    discovery_response,
     element,
     file_of,
     kind_of,
@@ -37,7 +38,6 @@ from loader import (
     parse_stats,
     paths_in,
     resource_names,
-    response,
     rollback,
     same_files,
     united,
@@ -70,8 +70,8 @@ def yaml_cds(*names: str) -> File:
 
 
 def rendered(*names: str) -> File:
-    rows = [{"@type": CLUSTER, "name": name} for name in names]
-    content = response("yaml", CDS_COMMENT, CLUSTER, [element("yaml", row) for row in rows])
+    rows = [element("yaml", {"@type": CLUSTER, "name": name}) for name in names]
+    content = discovery_response("yaml", CDS_COMMENT, CLUSTER, rows)
     return file_of(content, SERVICES_SOURCE)
 
 
