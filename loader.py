@@ -202,18 +202,6 @@ RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source f
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
 
-class Access(NamedTuple):
-    """Where the API server is and how to prove who asks. The token is read again for each request,
-    the other files for each connection: Kubernetes rotates both under a running pod."""
-
-    apiserver: str = ""
-    token_file: str = f"{SERVICE_ACCOUNT}/token"
-    ca_file: str = f"{SERVICE_ACCOUNT}/ca.crt"
-    client_cert: str = ""
-    client_key: str = ""
-    insecure: bool = False
-
-
 class Resource(NamedTuple):
     """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
 
@@ -288,11 +276,12 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
-    `urllib.request`, which follows redirects.)"""
+    `urllib.request`, which follows redirects.) The token is read for each request, certificates
+    for each connection: Kubernetes rotates both under a running pod."""
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._url = urllib.parse.urlsplit(access.apiserver)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._url = urllib.parse.urlsplit(options.apiserver)
         self._connection = http.client.HTTPConnection("")  # not open
         self._socket: socket.socket | None = None
         self._token = ""  # the one that was sent last
@@ -406,7 +395,7 @@ class Api:
                  retry_after: float = 0.0) -> ApiError:
         """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
         other text of a server is shown: it may echo the request, token and all."""
-        path = self._access.token_file
+        path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
             401: f"; is the token in {path} valid?",
@@ -447,7 +436,7 @@ class Api:
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path, url = self._access.token_file, self._url
+        path, url = self._options.token_file, self._url
         try:
             with open(path, encoding="latin-1") as stream:
                 token = stream.read().strip()
@@ -465,20 +454,20 @@ class Api:
     def _context(self) -> ssl.SSLContext:
         """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
         service account."""
-        context, access = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._access
-        where = access.ca_file
+        context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
+        where = options.ca_file
         try:
-            if access.insecure:
+            if options.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
-            elif where == Access().ca_file and not os.path.exists(where):
+            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
                 context.load_default_certs()
             else:
                 context.load_verify_locations(cafile=where)
-            if access.client_cert:
-                where = f"{access.client_cert}, {access.client_key}"
+            if options.client_cert:
+                where = f"{options.client_cert}, {options.client_key}"
                 # (an empty password: without one OpenSSL would ask on the terminal, and wait)
-                context.load_cert_chain(access.client_cert, access.client_key, password="")
+                context.load_cert_chain(options.client_cert, options.client_key, password="")
         except OSError as error:  # an SSLError is one
             hint = "check --ca-file, --client-cert and --client-key"
             raise ApiError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
@@ -2186,7 +2175,7 @@ class Sources:
         if mode == "once" and options.timeout:
             mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access), self._wake, mode, interval)
+            query, parse, self._file or Api(options), self._wake, mode, interval)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -4559,7 +4548,7 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> 
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
     reasons = (*wanted.failed, *trouble.values(),
                f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.access.apiserver == NO_POD:
+    if options.apiserver == NO_POD:
         return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
     return reasons[0]
 
@@ -4978,8 +4967,7 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 class Options(types.SimpleNamespace):
     """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
-    `warnings`.
+    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`, `warnings`.
     """
 
 
@@ -5045,8 +5033,6 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             for it in getattr(options, kind)))
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
-    options.access = Access(**{name: value for name, value in vars(options).items()
-                               if name in Access._fields and value})
     options.node_name = environ.get("NODE_NAME", "")
     options.warnings = []
     if options.trafficsplit_api_version is not None:
@@ -5141,7 +5127,7 @@ def run(options: Options) -> int:
     for warning in options.warnings:
         log.warning("%s", warning)
     config = read_config(options.config)
-    if options.access.insecure and not options.from_file:
+    if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if options.services is not None and config.prefer_zone is True and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
