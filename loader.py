@@ -283,7 +283,7 @@ class Api:
         self._options = options
         self._url = urllib.parse.urlsplit(options.apiserver)
         self._connection = http.client.HTTPConnection("")  # not open
-        self._socket: socket.socket | None = None
+        self.socket: socket.socket  # of the connection, which itself forgets that of a last answer
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -291,7 +291,7 @@ class Api:
         from. What is not plainly such a list is unknown, never empty."""
         kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
-            answer = object_in(self._ask(query, "list", page)[1])
+            answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
@@ -341,50 +341,44 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    def interrupt(self) -> None:
-        """End what goes on, from any thread: the one that reads finds the end of its stream."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
     # -- one answer -------------------------------------------------------------------------
 
-    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
-        """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
+    def _ask(self, query: Query, verb: str,
+             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
+        """An answer of status 200, and the object in it ({} for anything else, and of a watch);
+        ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
-        timer.daemon = True
-        timer.start()
-        status = 0
+        target, status = self._url.path.rstrip("/") + query.target(page), 0
         try:
             connection = self._connected()
-            target = self._url.path.rstrip("/") + query.target(page)
-            connection.request("GET", target, headers=headers)
-            connection.sock.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
-            response = connection.getresponse()
-            status = response.status
-            body = b"" if status == 200 and verb == "watch" else body_of(response)
+            with bounded(self.socket, ANSWER_SECONDS):
+                connection.request("GET", target, headers=headers)
+                self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
+                response = connection.getresponse()
+                status = response.status
+                body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
             self._connection.close()
             text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
             raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
-            timer.cancel()
             metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
+        said: dict[str, Json] = {}
+        with contextlib.suppress(ValueError):
+            said = json_object(parse_json(body))
         if status == 200:
-            return response, body
+            return response, said
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        raise self._refusal(query, verb, status, object_in(body), seconds)
+        raise self._refusal(query, verb, status, said, seconds)
 
     def _event(self, query: Query, line: bytes | bytearray) -> Event:
-        event = object_in(line)
-        kind, item = text_at(event, "type"), event.get("object")
-        if not kind or not isinstance(item, dict):
+        event = parse_json(line)
+        kind, item = member(event, "type", str), member(event, "object", dict)
+        if not kind or not item:
             raise ValueError("an event has no type or no object")
         if kind == "ERROR":
             code: Json = item.get("code")
@@ -431,7 +425,7 @@ class Api:
             kind = functools.partial(http.client.HTTPSConnection, context=self._context())
         connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
         connection.connect()
-        self._connection, self._socket = connection, connection.sock
+        self._connection, self.socket = connection, connection.sock
         return connection
 
     def _read_token(self) -> str:
@@ -474,12 +468,23 @@ class Api:
         return context
 
 
-def object_in(text: bytes | bytearray) -> dict[str, Json]:
-    """The JSON object that a text is; an empty one for anything else."""
+def cut(sock: socket.socket) -> None:
+    """End what goes on over a socket, from any thread: who reads finds the end of the stream."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would make it a plain one
+
+
+@contextlib.contextmanager
+def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """Cut what takes longer. (A time limit of a socket is for each read: who sends an answer byte
+    by byte is within it for ever.)"""
+    timer = threading.Timer(seconds, cut, (sock,))
+    timer.daemon = True
+    timer.start()
     try:
-        return json_object(parse_json(text))
-    except ValueError:
-        return {}
+        yield
+    finally:
+        timer.cancel()
 
 
 def body_of(response: Response) -> bytes:
@@ -537,7 +542,7 @@ class Reflector(threading.Thread):
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None
+        self._watching: socket.socket | None = None
 
     def objects(self) -> dict[Key, Any]:
         return self._objects.copy()
@@ -546,7 +551,7 @@ class Reflector(threading.Thread):
         """List now: a pause ends for it, and an open watch."""
         self._asked.set()
         if watching := self._watching:
-            watching.interrupt()
+            cut(watching)
 
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
@@ -636,7 +641,7 @@ class Reflector(threading.Thread):
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
-        self._watching = api
+        self._watching = api.socket
         try:
             while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
@@ -3517,30 +3522,20 @@ class Admin(threading.Thread):
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self._connect()
         connection.sock.settimeout(None)
-        timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
-        timer.daemon = True
-        timer.start()
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            status, body = response.status, response.read(ANSWER_BYTES + 1)
+            with bounded(connection.sock, ANSWER_BOUND):
+                connection.request("GET", path)
+                response = connection.getresponse()
+                status, body = response.status, response.read(ANSWER_BYTES + 1)
         except http.client.HTTPException:
             status, body = 0, b""  # it speaks something else, or was cut off
         finally:
-            timer.cancel()
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
         if status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
-
-
-def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread. (A time limit of a socket is for each read:
-    who sends an answer byte by byte is within it for ever.)"""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
