@@ -513,32 +513,30 @@ SUSPICIOUS_SILENCE = 30.0
 
 RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
 
-# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
-# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
-ONE_TRY_SECONDS = 1.25
-PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
+ONETIME_POLL = 1.0  # seconds between two lists with --onetime
 
 
 class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
-    `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
-    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of it;
-    what it rejects (ValueError) keeps its last good value and is named in `bad`. EndpointSlices
-    that the API server answers with 404 at the start are `absent`, for good. `wake` is called with
-    "objects" or "trouble" where these have changed.
+    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
+    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
+    is named in `bad`. EndpointSlices that the API server answers with 404 at the start are
+    `absent`, for good. `wake` is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
-                 client: Api | FileSource, wake: Callable[[str], None], mode: str,
-                 interval: float) -> None:
+                 client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = self.absent = self.failed = False
-        self.trouble = ""
+        self.synced = self.absent = False
+        self.trouble: ApiError | None = None
         self.bad: dict[Key, str] = {}
-        self._parse, self._client, self._wake = parse, client, wake
-        self._mode, self._interval, self._topic = mode, interval, str(query)
+        self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
+        once, watches = options.mode == "once", options.mode == "watch"
+        self._api = client if watches and isinstance(client, Api) else None
+        self._interval = ONETIME_POLL if once else options.sync_interval
+        self._quiet = once and not options.timeout  # an error is the end, and reported as such
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
@@ -556,8 +554,7 @@ class Reflector(threading.Thread):
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        until, suspect, answers = time.monotonic() + ONE_TRY_SECONDS, False, 0
-        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
+        suspect, answers, api = False, 0, self._api
         while True:
             try:
                 if self._asked.is_set():
@@ -567,7 +564,7 @@ class Reflector(threading.Thread):
                     self._forget("future")
                 if not api or not self._version:
                     self._relist()
-                if self._mode == "once" or self.absent:
+                if self.absent:
                     return
                 if api:
                     suspect = self._follow(api)
@@ -583,13 +580,8 @@ class Reflector(threading.Thread):
                     self._forget("expired" if error.status == 410 else "rejected")
                     if answers == 1:
                         continue
-                delay = self._delay(error.retry_after)
-                late = time.monotonic() + delay > until
-                self.failed = self._mode == "once" and (late or error.status not in PASSING)
                 self._report(error)
-                if self.failed:
-                    return
-                self._asked.wait(delay)
+                self._asked.wait(self._delay(error.retry_after))
 
     def _forget(self, reason: str) -> None:
         """Drop the version: the next step is a list. The objects stay until it has come."""
@@ -675,16 +667,16 @@ class Reflector(threading.Thread):
 
     def _recovered(self) -> None:
         if self.trouble:
-            self.trouble = ""
+            self.trouble = None
             log.recovered(self._topic, f"{self.query}: answered again")
             self._wake("trouble")
 
     def _report(self, error: ApiError) -> None:
         """Log what failed: once, until it is another failure."""
         self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = str(error)
-        if self._mode != "once":  # there the error is the end, and is reported as such
-            log.outage(self._topic, self.trouble)
+        self.trouble = error
+        if not self._quiet:
+            log.outage(self._topic, str(error))
         self._wake("trouble")
 
     def _count(self, reason: str) -> None:
@@ -694,7 +686,7 @@ class Reflector(threading.Thread):
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
         polls waits no longer than the interval, or 2 s."""
-        longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
+        longest = BACKOFF_LAST if self._api else max(2.0, self._interval)
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
@@ -2080,11 +2072,10 @@ class Wanted(NamedTuple):
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
-    failed: list[str]  # what a one-time run could not list
 
     @property
     def complete(self) -> bool:
-        return not (self.unknown or self.missing or self.failed)
+        return not (self.unknown or self.missing)
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
@@ -2176,11 +2167,8 @@ class Sources:
         options, parse = self._options, PARSERS[query.resource]
         if query.resource is SECRETS:
             parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
-        mode, interval = options.mode, options.sync_interval
-        if mode == "once" and options.timeout:
-            mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options), self._wake, mode, interval)
+            query, parse, self._file or Api(options), self._wake, options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2189,7 +2177,7 @@ class Sources:
         for reflector in self._reflectors.values():
             reflector.refresh()
 
-    def trouble(self) -> dict[str, str]:
+    def trouble(self) -> dict[str, ApiError]:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
@@ -2204,9 +2192,8 @@ class Sources:
             files={}, missing=[], stale=[],
             notes=[bad for r in reflectors for bad in r.bad.values()],
             unknown=[str(r.query) for r in reflectors if not r.synced],
-            failed=[r.trouble for r in reflectors if r.failed],
         )
-        if wanted.failed or wanted.unknown:
+        if wanted.unknown:
             return wanted
         layers = [self._named(named, wanted) for named in self._options.secret]
         if self._selected is not None:
@@ -3970,7 +3957,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
 DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2  # seconds
 STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
-ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
+ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
 # Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
@@ -4308,17 +4297,18 @@ class Loop:
 
     def composed(self, deadline: float) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
-        waits = self.options.timeout > 0
+        patient = self.options.timeout > 0
+        deadline += 0.0 if patient else ONE_TRY_SECONDS
         while not self.stopping:
-            wanted = self._compose()
+            wanted, trouble = self._compose(), self.sources.trouble()
             if wanted.complete:
                 return wanted
-            late = time.monotonic() >= deadline
-            if wanted.failed or (late and (wanted.missing or waits)):
-                raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
-            # Without --timeout each request has bounds of its own.
-            self._await(deadline if waits else time.monotonic() + 60.0)
-            self._wanted = None  # a request may have failed
+            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
+            # A first answer may be slow: each request has bounds of its own.
+            until = deadline if patient or trouble else time.monotonic() + 60.0
+            if (lasting and not patient) or time.monotonic() >= until:
+                raise LoaderError(unfinished(wanted, trouble, self.options))
+            self._await(until)
         raise LoaderError("ended by a signal before there was a snapshot to publish")
 
     # -- waiting ------------------------------------------------------------------------------
@@ -4510,7 +4500,7 @@ class Loop:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [], [])
+        wanted = self._wanted or Wanted({}, [], [], [], [])
         asking, files = self.asking, self.output.published
         states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
@@ -4534,18 +4524,17 @@ class Loop:
                     sum(bool(file.kind) for file in files.values()))
 
 
-def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
+def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
     if wanted.missing:
         hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
         if options.from_file:
             hint = "--from-file must hold it, in this namespace"
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
-    reasons = (*wanted.failed, *trouble.values(),
-               f"no answer in time for {', '.join(wanted.unknown)}")
+    reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
     if options.apiserver == NO_POD:
-        return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
-    return reasons[0]
+        return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
+    return str(reason)
 
 
 # -- what a restart is told --------------------------------------------------------------------
