@@ -202,18 +202,6 @@ RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source f
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
 
-class Access(NamedTuple):
-    """Where the API server is and how to prove who asks. The token is read again for each request,
-    the other files for each connection: Kubernetes rotates both under a running pod."""
-
-    apiserver: str = ""
-    token_file: str = f"{SERVICE_ACCOUNT}/token"
-    ca_file: str = f"{SERVICE_ACCOUNT}/ca.crt"
-    client_cert: str = ""
-    client_key: str = ""
-    insecure: bool = False
-
-
 class Resource(NamedTuple):
     """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
 
@@ -288,13 +276,14 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
-    `urllib.request`, which follows redirects.)"""
+    `urllib.request`, which follows redirects.) The token is read for each request, certificates
+    for each connection: Kubernetes rotates both under a running pod."""
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._url = urllib.parse.urlsplit(access.apiserver)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._url = urllib.parse.urlsplit(options.apiserver)
         self._connection = http.client.HTTPConnection("")  # not open
-        self._socket: socket.socket | None = None
+        self.socket: socket.socket  # of the connection, which itself forgets that of a last answer
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -302,7 +291,7 @@ class Api:
         from. What is not plainly such a list is unknown, never empty."""
         kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
-            answer = object_in(self._ask(query, "list", page)[1])
+            answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
@@ -352,50 +341,44 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    def interrupt(self) -> None:
-        """End what goes on, from any thread: the one that reads finds the end of its stream."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
     # -- one answer -------------------------------------------------------------------------
 
-    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
-        """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
+    def _ask(self, query: Query, verb: str,
+             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
+        """An answer of status 200, and the object in it ({} for anything else, and of a watch);
+        ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
-        timer.daemon = True
-        timer.start()
-        status = 0
+        target, status = self._url.path.rstrip("/") + query.target(page), 0
         try:
             connection = self._connected()
-            target = self._url.path.rstrip("/") + query.target(page)
-            connection.request("GET", target, headers=headers)
-            connection.sock.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
-            response = connection.getresponse()
-            status = response.status
-            body = b"" if status == 200 and verb == "watch" else body_of(response)
+            with bounded(self.socket, ANSWER_SECONDS):
+                connection.request("GET", target, headers=headers)
+                self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
+                response = connection.getresponse()
+                status = response.status
+                body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
             self._connection.close()
             text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
             raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
-            timer.cancel()
             metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
+        said: dict[str, Json] = {}
+        with contextlib.suppress(ValueError):
+            said = json_object(parse_json(body))
         if status == 200:
-            return response, body
+            return response, said
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        raise self._refusal(query, verb, status, object_in(body), seconds)
+        raise self._refusal(query, verb, status, said, seconds)
 
     def _event(self, query: Query, line: bytes | bytearray) -> Event:
-        event = object_in(line)
-        kind, item = text_at(event, "type"), event.get("object")
-        if not kind or not isinstance(item, dict):
+        event = parse_json(line)
+        kind, item = member(event, "type", str), member(event, "object", dict)
+        if not kind or not item:
             raise ValueError("an event has no type or no object")
         if kind == "ERROR":
             code: Json = item.get("code")
@@ -406,7 +389,7 @@ class Api:
                  retry_after: float = 0.0) -> ApiError:
         """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
         other text of a server is shown: it may echo the request, token and all."""
-        path = self._access.token_file
+        path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
             401: f"; is the token in {path} valid?",
@@ -442,12 +425,12 @@ class Api:
             kind = functools.partial(http.client.HTTPSConnection, context=self._context())
         connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
         connection.connect()
-        self._connection, self._socket = connection, connection.sock
+        self._connection, self.socket = connection, connection.sock
         return connection
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path, url = self._access.token_file, self._url
+        path, url = self._options.token_file, self._url
         try:
             with open(path, encoding="latin-1") as stream:
                 token = stream.read().strip()
@@ -465,32 +448,43 @@ class Api:
     def _context(self) -> ssl.SSLContext:
         """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
         service account."""
-        context, access = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._access
-        where = access.ca_file
+        context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
+        where = options.ca_file
         try:
-            if access.insecure:
+            if options.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
-            elif where == Access().ca_file and not os.path.exists(where):
+            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
                 context.load_default_certs()
             else:
                 context.load_verify_locations(cafile=where)
-            if access.client_cert:
-                where = f"{access.client_cert}, {access.client_key}"
+            if options.client_cert:
+                where = f"{options.client_cert}, {options.client_key}"
                 # (an empty password: without one OpenSSL would ask on the terminal, and wait)
-                context.load_cert_chain(access.client_cert, access.client_key, password="")
+                context.load_cert_chain(options.client_cert, options.client_key, password="")
         except OSError as error:  # an SSLError is one
             hint = "check --ca-file, --client-cert and --client-key"
             raise ApiError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
         return context
 
 
-def object_in(text: bytes | bytearray) -> dict[str, Json]:
-    """The JSON object that a text is; an empty one for anything else."""
+def cut(sock: socket.socket) -> None:
+    """End what goes on over a socket, from any thread: who reads finds the end of the stream."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would make it a plain one
+
+
+@contextlib.contextmanager
+def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """Cut what takes longer. (A time limit of a socket is for each read: who sends an answer byte
+    by byte is within it for ever.)"""
+    timer = threading.Timer(seconds, cut, (sock,))
+    timer.daemon = True
+    timer.start()
     try:
-        return json_object(parse_json(text))
-    except ValueError:
-        return {}
+        yield
+    finally:
+        timer.cancel()
 
 
 def body_of(response: Response) -> bytes:
@@ -519,36 +513,34 @@ SUSPICIOUS_SILENCE = 30.0
 
 RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
 
-# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
-# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
-ONE_TRY_SECONDS = 1.25
-PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
+ONETIME_POLL = 1.0  # seconds between two lists with --onetime
 
 
 class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
-    `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
-    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of it;
-    what it rejects (ValueError) keeps its last good value and is named in `bad`. EndpointSlices
-    that the API server answers with 404 at the start are `absent`, for good. `wake` is called with
-    "objects" or "trouble" where these have changed.
+    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
+    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
+    is named in `bad`. EndpointSlices that the API server answers with 404 at the start are
+    `absent`, for good. `wake` is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
-                 client: Api | FileSource, wake: Callable[[str], None], mode: str,
-                 interval: float) -> None:
+                 client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = self.absent = self.failed = False
-        self.trouble = ""
+        self.synced = self.absent = False
+        self.trouble: ApiError | None = None
         self.bad: dict[Key, str] = {}
-        self._parse, self._client, self._wake = parse, client, wake
-        self._mode, self._interval, self._topic = mode, interval, str(query)
+        self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
+        once, watches = options.mode == "once", options.mode == "watch"
+        self._api = client if watches and isinstance(client, Api) else None
+        self._interval = ONETIME_POLL if once else options.sync_interval
+        self._quiet = once and not options.timeout  # an error is the end, and reported as such
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None
+        self._watching: socket.socket | None = None
 
     def objects(self) -> dict[Key, Any]:
         return self._objects.copy()
@@ -557,13 +549,12 @@ class Reflector(threading.Thread):
         """List now: a pause ends for it, and an open watch."""
         self._asked.set()
         if watching := self._watching:
-            watching.interrupt()
+            cut(watching)
 
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        until, suspect, answers = time.monotonic() + ONE_TRY_SECONDS, False, 0
-        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
+        suspect, answers, api = False, 0, self._api
         while True:
             try:
                 if self._asked.is_set():
@@ -573,7 +564,7 @@ class Reflector(threading.Thread):
                     self._forget("future")
                 if not api or not self._version:
                     self._relist()
-                if self._mode == "once" or self.absent:
+                if self.absent:
                     return
                 if api:
                     suspect = self._follow(api)
@@ -589,13 +580,8 @@ class Reflector(threading.Thread):
                     self._forget("expired" if error.status == 410 else "rejected")
                     if answers == 1:
                         continue
-                delay = self._delay(error.retry_after)
-                late = time.monotonic() + delay > until
-                self.failed = self._mode == "once" and (late or error.status not in PASSING)
                 self._report(error)
-                if self.failed:
-                    return
-                self._asked.wait(delay)
+                self._asked.wait(self._delay(error.retry_after))
 
     def _forget(self, reason: str) -> None:
         """Drop the version: the next step is a list. The objects stay until it has come."""
@@ -647,7 +633,7 @@ class Reflector(threading.Thread):
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
-        self._watching = api
+        self._watching = api.socket
         try:
             while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
@@ -681,16 +667,16 @@ class Reflector(threading.Thread):
 
     def _recovered(self) -> None:
         if self.trouble:
-            self.trouble = ""
+            self.trouble = None
             log.recovered(self._topic, f"{self.query}: answered again")
             self._wake("trouble")
 
     def _report(self, error: ApiError) -> None:
         """Log what failed: once, until it is another failure."""
         self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = str(error)
-        if self._mode != "once":  # there the error is the end, and is reported as such
-            log.outage(self._topic, self.trouble)
+        self.trouble = error
+        if not self._quiet:
+            log.outage(self._topic, str(error))
         self._wake("trouble")
 
     def _count(self, reason: str) -> None:
@@ -700,7 +686,7 @@ class Reflector(threading.Thread):
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
         polls waits no longer than the interval, or 2 s."""
-        longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
+        longest = BACKOFF_LAST if self._api else max(2.0, self._interval)
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
@@ -2087,11 +2073,10 @@ class Wanted(NamedTuple):
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
-    failed: list[str]  # what a one-time run could not list
 
     @property
     def complete(self) -> bool:
-        return not (self.unknown or self.missing or self.failed)
+        return not (self.unknown or self.missing)
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
@@ -2182,11 +2167,8 @@ class Sources:
         options, parse = self._options, PARSERS[query.resource]
         if query.resource is SECRETS:
             parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
-        mode, interval = options.mode, options.sync_interval
-        if mode == "once" and options.timeout:
-            mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access), self._wake, mode, interval)
+            query, parse, self._file or Api(options), self._wake, options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2195,7 +2177,7 @@ class Sources:
         for reflector in self._reflectors.values():
             reflector.refresh()
 
-    def trouble(self) -> dict[str, str]:
+    def trouble(self) -> dict[str, ApiError]:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
@@ -2210,9 +2192,8 @@ class Sources:
             files={}, missing=[], stale=[],
             notes=[bad for r in reflectors for bad in r.bad.values()],
             unknown=[str(r.query) for r in reflectors if not r.synced],
-            failed=[r.trouble for r in reflectors if r.failed],
         )
-        if wanted.failed or wanted.unknown:
+        if wanted.unknown:
             return wanted
         layers = [self._files_of(named, wanted) for named in self._options.secret]
         if self._selected is not None:
@@ -3524,30 +3505,20 @@ class Admin(threading.Thread):
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self._connect()
         connection.sock.settimeout(None)
-        timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
-        timer.daemon = True
-        timer.start()
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            status, body = response.status, response.read(ANSWER_BYTES + 1)
+            with bounded(connection.sock, ANSWER_BOUND):
+                connection.request("GET", path)
+                response = connection.getresponse()
+                status, body = response.status, response.read(ANSWER_BYTES + 1)
         except http.client.HTTPException:
             status, body = 0, b""  # it speaks something else, or was cut off
         finally:
-            timer.cancel()
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
         if status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
-
-
-def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread. (A time limit of a socket is for each read:
-    who sends an answer byte by byte is within it for ever.)"""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
@@ -3946,7 +3917,9 @@ class Listener:
 DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2  # seconds
 STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
-ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
+ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
 # Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
@@ -4284,17 +4257,18 @@ class Loop:
 
     def composed(self, deadline: float) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
-        waits = self.options.timeout > 0
+        patient = self.options.timeout > 0
+        deadline += 0.0 if patient else ONE_TRY_SECONDS
         while not self.stopping:
-            wanted = self._compose()
+            wanted, trouble = self._compose(), self.sources.trouble()
             if wanted.complete:
                 return wanted
-            late = time.monotonic() >= deadline
-            if wanted.failed or (late and (wanted.missing or waits)):
-                raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
-            # Without --timeout each request has bounds of its own.
-            self._await(deadline if waits else time.monotonic() + 60.0)
-            self._wanted = None  # a request may have failed
+            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
+            # A first answer may be slow: each request has bounds of its own.
+            until = deadline if patient or trouble else time.monotonic() + 60.0
+            if (lasting and not patient) or time.monotonic() >= until:
+                raise LoaderError(unfinished(wanted, trouble, self.options))
+            self._await(until)
         raise LoaderError("ended by a signal before there was a snapshot to publish")
 
     # -- waiting ------------------------------------------------------------------------------
@@ -4486,7 +4460,7 @@ class Loop:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [], [])
+        wanted = self._wanted or Wanted({}, [], [], [], [])
         asking, files = self.asking, self.output.published
         states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
@@ -4510,18 +4484,17 @@ class Loop:
                     sum(bool(file.kind) for file in files.values()))
 
 
-def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
+def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
     if wanted.missing:
         hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
         if options.from_file:
             hint = "--from-file must hold it, in this namespace"
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
-    reasons = (*wanted.failed, *trouble.values(),
-               f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.access.apiserver == NO_POD:
-        return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
-    return reasons[0]
+    reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
+    if options.apiserver == NO_POD:
+        return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
+    return str(reason)
 
 
 # -- what a restart is told --------------------------------------------------------------------
@@ -4938,8 +4911,7 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 class Options(types.SimpleNamespace):
     """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
-    `warnings`.
+    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`, `warnings`.
     """
 
 
@@ -5005,8 +4977,6 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             for it in getattr(options, kind)))
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
-    options.access = Access(**{name: value for name, value in vars(options).items()
-                               if name in Access._fields and value})
     options.node_name = environ.get("NODE_NAME", "")
     options.warnings = []
     if options.trafficsplit_api_version is not None:
@@ -5101,7 +5071,7 @@ def run(options: Options) -> int:
     for warning in options.warnings:
         log.warning("%s", warning)
     config = read_config(options.config)
-    if options.access.insecure and not options.from_file:
+    if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
     if own_zone_wanted and not options.node_name:

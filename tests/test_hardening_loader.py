@@ -242,8 +242,8 @@ def test_odd_answers_of_an_admin_interface_end_no_loader(
 def test_loopback_is_127_8_and_no_name_that_looks_like_it(
     host: str, sent: bool, token_file: Path
 ) -> None:
-    access = loader.Access(f"http://{host}:1", str(token_file), "")
-    api = loader.Api(access)
+    words = ["--configmap", "x", "--apiserver", f"http://{host}:1", "--token-file", str(token_file)]
+    api = loader.Api(loader.options_from(words, {}))
     with pytest.raises(loader.LoaderError) as error:
         api.list(loader.Query(loader.CONFIGMAPS, "demo"), print)
     assert ("plain HTTP" in str(error.value)) != sent, error.value
