@@ -592,7 +592,9 @@ class Reflector(threading.Thread):
                 delay = self._delay(error.retry_after)
                 late = time.monotonic() + delay > until
                 self.failed = self._mode == "once" and (late or error.status not in PASSING)
-                self._report(error)
+                self._count(f"status {error.status}" if error.status else "cut")
+                self.trouble = str(error)
+                self._wake("trouble")
                 if self.failed:
                     return
                 self._asked.wait(delay)
@@ -682,16 +684,7 @@ class Reflector(threading.Thread):
     def _recovered(self) -> None:
         if self.trouble:
             self.trouble = ""
-            log.recovered(self._topic, f"{self.query}: answered again")
             self._wake("trouble")
-
-    def _report(self, error: ApiError) -> None:
-        """Log what failed: once, until it is another failure."""
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = str(error)
-        if self._mode != "once":  # there the error is the end, and is reported as such
-            log.outage(self._topic, self.trouble)
-        self._wake("trouble")
 
     def _count(self, reason: str) -> None:
         log.debug("%s: again (%s)", self.query, reason)
@@ -3583,9 +3576,6 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Seconds until an outage is logged again, and lines about it until then: errors that differ each
-# time must not flood either.
-REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
 STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
@@ -3596,32 +3586,12 @@ class Log:
     fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
     counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
-    def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._fd, self._clock = fd, clock
-        self._lock = threading.Lock()
-        self._blocked = False
-        self._outages: dict[str, dict[str, float]] = {}  # topic -> message -> when it was written
+    def __init__(self, fd: int = 2) -> None:
+        self._fd, self._lock, self._blocked = fd, threading.Lock(), False
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
         self._form, self._level = form, LOG_LEVELS.index(level)
-
-    def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: once, and again every five minutes; else debug."""
-        now = self._clock()
-        with self._lock:
-            past = self._outages.get(topic, {})
-            past = {each: at for each, at in past.items() if now - at < REMINDER}
-            due = message not in past and len(past) < OUTAGE_LINES
-            self._outages[topic] = {**past, message: now} if due else past
-        self._write("warning" if due else "debug", message, **fields)
-
-    def recovered(self, topic: str, message: str) -> None:
-        """The end of an outage: one line if there was one, else nothing."""
-        with self._lock:
-            was_out = self._outages.pop(topic, None) is not None
-        if was_out:
-            self._write("info", message)
 
     def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
@@ -4003,6 +3973,14 @@ DISK_HINTS: Mapping[int | None, str] = {
     errno.EMFILE: "raise the limit of open files",
 }
 
+# What is said when all trouble of a topic is over; of other topics each warning ends on its own.
+OVER = {
+    "trouble": "all sources have answered again",
+    "lock": "the other loader has ended",
+    "disk": "the output directory can be written again",
+    "envoy": "Envoy answers",
+}
+
 
 class Wakes:
     """The news for the main thread, and a wait for them that a signal ends.
@@ -4051,6 +4029,7 @@ class Asking:
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self.notes: list[str] = []
+        self.trouble = ""  # why it does not answer
         self.unsaved = False  # there is something that a restart is to know
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
@@ -4166,7 +4145,7 @@ class Asking:
         if what == "connected":
             self.known = self.known._replace(back_at=now)
         elif what == "silent":
-            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.trouble = f"Envoy does not answer: {news}"
             self.look_at = now + LOOK_LAST
         elif what == "meet":
             self.known = after_meeting(self.known, self.known.back_at)
@@ -4174,12 +4153,10 @@ class Asking:
             if self.asked is None:
                 self._await(ANSWER_BOUND)
         elif what == "look":
-            log.recovered("envoy", "Envoy answers")
-            self.look_at = 0.0
+            self.trouble, self.look_at = "", 0.0
             self._take_look(news, now)
         else:
-            log.outage("envoy", f"Envoy is not asked: {news}")
-            self.look_at = 0.0
+            self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
             if what == "end" and before in (MET, SILENT):
                 self._started = False
                 self.known, blamed = after_end(self.known, self._output.published, now)
@@ -4293,12 +4270,12 @@ class Loop:
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if deadline is not None and time.monotonic() >= deadline:
                 raise LoaderError(text)
-            log.outage("lock", f"{text}; waiting for its end")
+            self.note("lock", [f"{text}; waiting for its end"])
             self._report()
             self._await(time.monotonic() + LOCK_POLL)
             if self.stopping:
                 return
-        log.recovered("lock", f"{self.output.root}: the other loader has ended")
+        self.note("lock", [])
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
@@ -4386,6 +4363,7 @@ class Loop:
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
         self.asking.turn()
+        self.note("envoy", filter(None, [self.asking.trouble]))
         now = time.monotonic()
         if self._retry_at > now:
             return
@@ -4403,9 +4381,10 @@ class Loop:
             while self.asking.asked is None and not self.stopping and self._advance():
                 pass
             self._backoff = BACKOFF_FIRST
+            self.note("disk", [])
         except OSError as error:
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self.note("disk", [self._disk_trouble(error)])
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
@@ -4458,8 +4437,10 @@ class Loop:
             self._wanted = self.sources.compose(self.output.published)
         waits = self.options.timeout or self.options.mode != "once"  # else it is an error
         missing = self._wanted.missing if waits else ()
+        trouble = self.sources.trouble().values() if waits else ()
         self.note("sources", [*self._wanted.notes,
                               *(f"waiting for {source}: it does not exist" for source in missing)])
+        self.note("trouble", trouble)
         return self._wanted
 
     def _checked(self) -> Files | None:
@@ -4500,7 +4481,6 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         })
-        log.recovered("disk", f"{self.output.root} can be written again")
         self._remember()
         self.output.prune()
 
@@ -4518,8 +4498,11 @@ class Loop:
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
         for note in sorted(lasting - before):
             log.warning("%s", note)
-        for note in sorted(before - lasting):
-            log.info("warning over: %s", note.partition(": ")[0])
+        if topic not in OVER:
+            for note in sorted(before - lasting):
+                log.info("warning over: %s", note.partition(": ")[0])
+        elif before and not lasting:
+            log.info("%s", OVER[topic])
         self._noted[topic] = lasting
 
     def _report(self) -> None:
