@@ -4043,7 +4043,7 @@ class Asking:
         self.admin = Admin(url, wake)
         self.admin.start()
         if self._output.published:
-            self._await(ANSWER_BOUND)
+            self._expect(ANSWER_BOUND)
 
     @property
     def started(self) -> bool:
@@ -4088,15 +4088,16 @@ class Asking:
         """Ask what became of a publication; its line in the log comes with the answer."""
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
-            self._await(ASK_BOUND[self.link == MET],
-                        tuple(path for path in moved if files[path].kind), fields)
+            self._expect(ASK_BOUND[self.link == MET],
+                         tuple(path for path in moved if files[path].kind), fields)
             self._ask()
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _await(self, bound: float, moved: tuple[str, ...] = (),
-               fields: Mapping[str, object] | None = None) -> None:
-        now = time.monotonic()
+    def _expect(self, bound: float, moved: tuple[str, ...] = (),
+                fields: Mapping[str, object] | None = None) -> None:
+        """The next publication waits for an answer, so many seconds at most."""
+        now, self._look_pause = time.monotonic(), LOOK_FIRST
         self.asked = Asked(moved, fields, now, now + bound)
 
     def _ask(self) -> None:
@@ -4122,7 +4123,6 @@ class Asking:
     def end(self, *, told: bool = False) -> None:
         """The line of the publication that was asked about, when Envoy told all or nobody waits."""
         asked, self.asked = self.asked, None
-        self._look_pause = LOOK_FIRST
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - asked.at, self.known.states
@@ -4149,9 +4149,9 @@ class Asking:
             self.look_at = now + LOOK_LAST
         elif what == "meet":
             self.known = after_meeting(self.known, self.known.back_at)
-            self._started, self._look_pause = False, LOOK_FIRST
+            self._started = False
             if self.asked is None:
-                self._await(ANSWER_BOUND)
+                self._expect(ANSWER_BOUND)
         elif what == "look":
             self.trouble, self.look_at = "", 0.0
             self._take_look(news, now)
@@ -4187,12 +4187,9 @@ class Asking:
         unknown = any(file.kind and path not in states for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
             self._plan_look(now)
-        else:
-            self._look_pause = LOOK_FIRST
 
     def _plan_look(self, now: float) -> None:
-        """Look again: soon while something waits, ever more seldom while all it can do is to
-        become known."""
+        """Look again: soon while something waits, else ever more seldom."""
         soon = self.asked is not None or self.waits_since
         last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
         self._look_pause = min(self._look_pause * 1.5, last)
@@ -4695,9 +4692,8 @@ def preview(options: Options, config: Config) -> int:
         # a copy that nobody else can read (0700), and that goes again
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
-                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-                with open(f"{directory}/{path}", "wb") as stream:
-                    stream.write(file.content)
+                make_directories(os.path.dirname(f"{directory}/{path}"))
+                write_file(f"{directory}/{path}", file.content, file.mode)
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0
