@@ -536,7 +536,6 @@ class Reflector(threading.Thread):
         once, watches = options.mode == "once", options.mode == "watch"
         self._api = client if watches and isinstance(client, Api) else None
         self._interval = ONETIME_POLL if once else options.sync_interval
-        self._quiet = once and not options.timeout  # an error is the end, and reported as such
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
@@ -580,7 +579,9 @@ class Reflector(threading.Thread):
                     self._forget("expired" if error.status == 410 else "rejected")
                     if answers == 1:
                         continue
-                self._report(error)
+                self._count(f"status {error.status}" if error.status else "cut")
+                self.trouble = error
+                self._wake("trouble")
                 self._asked.wait(self._delay(error.retry_after))
 
     def _forget(self, reason: str) -> None:
@@ -668,16 +669,7 @@ class Reflector(threading.Thread):
     def _recovered(self) -> None:
         if self.trouble:
             self.trouble = None
-            log.recovered(self._topic, f"{self.query}: answered again")
             self._wake("trouble")
-
-    def _report(self, error: ApiError) -> None:
-        """Log what failed: once, until it is another failure."""
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = error
-        if not self._quiet:
-            log.outage(self._topic, str(error))
-        self._wake("trouble")
 
     def _count(self, reason: str) -> None:
         log.debug("%s: again (%s)", self.query, reason)
@@ -3550,9 +3542,6 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Seconds until an outage is logged again, and lines about it until then: errors that differ each
-# time must not flood either.
-REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
 STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
@@ -3563,32 +3552,12 @@ class Log:
     fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
     counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
-    def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._fd, self._clock = fd, clock
-        self._lock = threading.Lock()
-        self._blocked = False
-        self._outages: dict[str, dict[str, float]] = {}  # topic -> message -> when it was written
+    def __init__(self, fd: int = 2) -> None:
+        self._fd, self._lock, self._blocked = fd, threading.Lock(), False
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
         self._form, self._level = form, LOG_LEVELS.index(level)
-
-    def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: once, and again every five minutes; else debug."""
-        now = self._clock()
-        with self._lock:
-            past = self._outages.get(topic, {})
-            past = {each: at for each, at in past.items() if now - at < REMINDER}
-            due = message not in past and len(past) < OUTAGE_LINES
-            self._outages[topic] = {**past, message: now} if due else past
-        self._write("warning" if due else "debug", message, **fields)
-
-    def recovered(self, topic: str, message: str) -> None:
-        """The end of an outage: one line if there was one, else nothing."""
-        with self._lock:
-            was_out = self._outages.pop(topic, None) is not None
-        if was_out:
-            self._write("info", message)
 
     def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
@@ -3936,6 +3905,14 @@ DISK_HINTS: Mapping[int | None, str] = {
     errno.EMFILE: "raise the limit of open files",
 }
 
+# What is said when all trouble of a topic is over; of other topics each warning ends on its own.
+OVER = {
+    "trouble": "all sources have answered again",
+    "lock": "the other loader has ended",
+    "disk": "the output directory can be written again",
+    "envoy": "Envoy answers",
+}
+
 
 class Wakes:
     """The news for the main thread, and a wait for them that a signal ends.
@@ -3984,6 +3961,7 @@ class Asking:
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self.notes: list[str] = []
+        self.trouble = ""  # why it does not answer
         self.unsaved = False  # there is something that a restart is to know
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
@@ -3997,7 +3975,7 @@ class Asking:
         self.admin = Admin(url, wake)
         self.admin.start()
         if self._output.published:
-            self._await(ANSWER_BOUND)
+            self._expect(ANSWER_BOUND)
 
     @property
     def started(self) -> bool:
@@ -4042,15 +4020,16 @@ class Asking:
         """Ask what became of a publication; its line in the log comes with the answer."""
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
-            self._await(ASK_BOUND[self.link == MET],
-                        tuple(path for path in moved if files[path].kind), fields)
+            self._expect(ASK_BOUND[self.link == MET],
+                         tuple(path for path in moved if files[path].kind), fields)
             self._ask()
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _await(self, bound: float, moved: tuple[str, ...] = (),
-               fields: Mapping[str, object] | None = None) -> None:
-        now = time.monotonic()
+    def _expect(self, bound: float, moved: tuple[str, ...] = (),
+                fields: Mapping[str, object] | None = None) -> None:
+        """The next publication waits for an answer, so many seconds at most."""
+        now, self._look_pause = time.monotonic(), LOOK_FIRST
         self.asked = Asked(moved, fields, now, now + bound)
 
     def _ask(self) -> None:
@@ -4076,7 +4055,6 @@ class Asking:
     def end(self, *, told: bool = False) -> None:
         """The line of the publication that was asked about, when Envoy told all or nobody waits."""
         asked, self.asked = self.asked, None
-        self._look_pause = LOOK_FIRST
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - asked.at, self.known.states
@@ -4099,20 +4077,18 @@ class Asking:
         if what == "connected":
             self.known = self.known._replace(back_at=now)
         elif what == "silent":
-            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.trouble = f"Envoy does not answer: {news}"
             self.look_at = now + LOOK_LAST
         elif what == "meet":
             self.known = after_meeting(self.known, self.known.back_at)
-            self._started, self._look_pause = False, LOOK_FIRST
+            self._started = False
             if self.asked is None:
-                self._await(ANSWER_BOUND)
+                self._expect(ANSWER_BOUND)
         elif what == "look":
-            log.recovered("envoy", "Envoy answers")
-            self.look_at = 0.0
+            self.trouble, self.look_at = "", 0.0
             self._take_look(news, now)
         else:
-            log.outage("envoy", f"Envoy is not asked: {news}")
-            self.look_at = 0.0
+            self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
             if what == "end" and before in (MET, SILENT):
                 self._started = False
                 self.known, blamed = after_end(self.known, self._output.published, now)
@@ -4143,12 +4119,9 @@ class Asking:
         unknown = any(file.kind and path not in states for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
             self._plan_look(now)
-        else:
-            self._look_pause = LOOK_FIRST
 
     def _plan_look(self, now: float) -> None:
-        """Look again: soon while something waits, ever more seldom while all it can do is to
-        become known."""
+        """Look again: soon while something waits, else ever more seldom."""
         soon = self.asked is not None or self.waits_since
         last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
         self._look_pause = min(self._look_pause * 1.5, last)
@@ -4226,12 +4199,12 @@ class Loop:
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if deadline is not None and time.monotonic() >= deadline:
                 raise LoaderError(text)
-            log.outage("lock", f"{text}; waiting for its end")
+            self.note("lock", [f"{text}; waiting for its end"])
             self._report()
             self._await(time.monotonic() + LOCK_POLL)
             if self.stopping:
                 return
-        log.recovered("lock", f"{self.output.root}: the other loader has ended")
+        self.note("lock", [])
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
@@ -4320,6 +4293,7 @@ class Loop:
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
         self.asking.turn()
+        self.note("envoy", filter(None, [self.asking.trouble]))
         now = time.monotonic()
         if self._retry_at > now:
             return
@@ -4337,9 +4311,10 @@ class Loop:
             while self.asking.asked is None and not self.stopping and self._advance():
                 pass
             self._backoff = BACKOFF_FIRST
+            self.note("disk", [])
         except OSError as error:
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self.note("disk", [self._disk_trouble(error)])
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
@@ -4392,8 +4367,10 @@ class Loop:
             self._wanted = self.sources.compose(self.output.published)
         waits = self.options.timeout or self.options.mode != "once"  # else it is an error
         missing = self._wanted.missing if waits else ()
+        trouble = self.sources.trouble().values() if waits else ()
         self.note("sources", [*self._wanted.notes,
                               *(f"waiting for {source}: it does not exist" for source in missing)])
+        self.note("trouble", map(str, trouble))
         return self._wanted
 
     def _checked(self) -> Files | None:
@@ -4434,7 +4411,6 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         })
-        log.recovered("disk", f"{self.output.root} can be written again")
         self._remember()
         self.output.prune()
 
@@ -4452,8 +4428,11 @@ class Loop:
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
         for note in sorted(lasting - before):
             log.warning("%s", note)
-        for note in sorted(before - lasting):
-            log.info("warning over: %s", note.partition(": ")[0])
+        if topic not in OVER:
+            for note in sorted(before - lasting):
+                log.info("warning over: %s", note.partition(": ")[0])
+        elif before and not lasting:
+            log.info("%s", OVER[topic])
         self._noted[topic] = lasting
 
     def _report(self) -> None:
@@ -4645,9 +4624,8 @@ def preview(options: Options, config: Config) -> int:
         # a copy that nobody else can read (0700), and that goes again
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
-                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-                with open(f"{directory}/{path}", "wb") as stream:
-                    stream.write(file.content)
+                make_directories(os.path.dirname(f"{directory}/{path}"))
+                write_file(f"{directory}/{path}", file.content, file.mode)
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0

@@ -470,12 +470,11 @@ def test_what_the_process_uses() -> None:
 
 
 class Written:
-    """A log that writes to a file; `clock` is the time of outages."""
+    """A log that writes to a file."""
 
     def __init__(self, form: str = "text", level: str = "info") -> None:
-        self.now = 1000.0
         self.fd = os.memfd_create("log")
-        self.log = loader.Log(self.fd, clock=lambda: self.now)
+        self.log = loader.Log(self.fd)
         self.log.configure(form, level)
 
     def text(self) -> str:
@@ -543,38 +542,6 @@ def test_a_value_cannot_forge_a_field_or_colour_a_terminal() -> None:
     assert written.lines() == [
         'INFO rejected reason="x\\" level=ok" name="a\\u001b[31m" key="a=b" empty="" odd=ü'
     ]
-
-
-def test_an_outage_is_written_once_then_every_five_minutes_then_its_end() -> None:
-    written = Written()
-    for _ in range(601):
-        written.log.outage("api", "the API server does not answer", error="connection refused")
-        written.now += 1.0
-    assert len(written.lines()) == 3
-    written.log.recovered("api", "the API server answers again")
-    written.log.recovered("api", "the API server answers again")
-    assert written.lines()[3:] == ["INFO the API server answers again"]
-    written.log.outage("api", "the API server does not answer")
-    assert len(written.lines()) == 5
-
-
-def test_other_news_of_an_outage_is_written_but_not_without_end() -> None:
-    written = Written()
-    for _ in range(10):
-        written.log.outage("api", "connection refused")
-        written.log.outage("api", "timed out")
-        written.log.outage("configmap demo/x", "does not exist")
-    assert len(written.lines()) == 3
-    for number in range(1000):
-        written.log.outage("api", f"odd error {number}")
-    assert len(written.lines()) == 9
-
-
-def test_what_is_held_back_is_there_at_debug() -> None:
-    written = Written(level="debug")
-    written.log.outage("api", "timed out")
-    written.log.outage("api", "timed out")
-    assert [line.split(" ")[0] for line in written.lines()] == ["WARNING", "DEBUG"]
 
 
 def test_a_closed_stderr_ends_nothing() -> None:
@@ -772,7 +739,9 @@ def test_an_outage_is_quiet_and_ready(
     running.process.wait_log("warning")
     time.sleep(3)
     records = [json.loads(line) for line in running.process.lines]
-    assert 1 <= sum(record["level"] == "warning" for record in records) <= 2
+    warnings = [record["message"] for record in records if record["level"] == "warning"]
+    assert 1 <= len(warnings) <= 2
+    assert len(set(warnings)) == len(warnings), "each is written once"
     assert is_ready(running)
     assert "stale: " in ask(running.port, "/readyz").body
     api.start()
@@ -783,6 +752,7 @@ def test_an_outage_is_quiet_and_ready(
     assert (record["level"], record["message"], record["files"]) == ("info", "published", 1)
     assert "configmap demo/envoy-xds" in record["source"]
     wait_until(lambda: "stale" not in ask(running.port, "/readyz").body, 15, "not stale")
+    assert running.process.count_log("answered again") == 1
 
 
 def test_an_address_that_cannot_be_bound_ends_the_loader(
