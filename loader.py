@@ -2505,17 +2505,9 @@ def is_nacked(file: File | None, nack: Nack | None) -> bool:
 
 
 def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
-    """The snapshot without the NACKed bytes that are published, where there are ACKed ones.
-
-    Files that the ACKed bytes name come back with them.
-    """
-    back = {path: acked[path] for path, nack in nacks.items()
-            if path in acked and is_nacked(published.get(path), nack)
-            and not same_file(acked[path], published[path])}
-    if not back:
-        return None
-    gone = {path: file for path, file in acked.items() if path not in published}
-    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK)
+    """The snapshot without the NACKed bytes that are published, where there are ACKed ones."""
+    files, _ = allowed(published, published, acked, nacks)
+    return None if same_files(files, published) else Step(files, ROLLBACK)
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
@@ -2540,7 +2532,7 @@ def allowed(
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
-            if path in desired and (desired[path].digest == nack.digest or (
+            if path in desired and (is_nacked(desired[path], nack) or (
                 path in before and united(before[path], desired[path]).digest == nack.shown))]
     if not held:
         return desired, []
