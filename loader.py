@@ -3420,7 +3420,7 @@ class Admin(threading.Thread):
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._filtered = self._live = self._hot = False
+        self._filtered = self._live = False
         self._rejected, self._reason = 0, ""
 
     def ask(self) -> None:
@@ -3497,19 +3497,15 @@ class Admin(threading.Thread):
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
-        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
-        # The kept connection may be that of a parent, whose events its child counts.
-        before, self._hot = self._hot, gauges.get("server.hot_restart_epoch", 0) > 0
-        if self._hot:
-            counts, hidden = {}, "it was restarted hot, and counts for its parent too"
-            if not before:
-                self._wake("warning", "Envoy was restarted hot: start it with "
-                                      "--disable-hot-restart")
+        if gauges.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
+            raise AdminError("it was restarted hot, and counts for its parent too: start it with "
+                             "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
+        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
         return Look(counts, self._live, hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
@@ -4368,8 +4364,6 @@ class Loop:
                     self._retry_at = min(self._retry_at, self._check_at)
                 case "checked":
                     self.check.end(news)
-                case "warning":
-                    log.warning("%s", news)
                 case _ if what in LINKS:
                     self.asking.take(what, news)
 
