@@ -3071,7 +3071,6 @@ class Move(NamedTuple):
 
     times: int = 0  # since Envoy judged it: so many attempts are to be seen
     blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
-    late: bool = False  # it was not attempted in time once: nobody waits for it again
 
 
 class Known(NamedTuple):
@@ -3080,7 +3079,8 @@ class Known(NamedTuple):
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
     # The Envoy process of now:
-    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
+    # Of published files. UNKNOWN: not judged in time once, nobody waits for it; absent: not yet.
+    states: Mapping[str, str] = {}
     moves: Mapping[str, Move] = {}
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
@@ -3160,7 +3160,7 @@ def after_publication(
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
     open_kinds = {path: file.kind for path, file in before.items()
-                  if file.kind and path not in known.states}
+                  if file.kind and not is_judged(known, path)}
     moves = {path: move for path, move in known.moves.items() if path in after}
     for path in moved:
         move, proven = moves.get(path, Move()), known.acked.get(path)
@@ -3173,7 +3173,7 @@ def after_publication(
         came = known.came | (things(after) - things(before))
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and path not in moved},
+                if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
         doubt=known.doubt or bool(open_kinds))
 
@@ -3223,8 +3223,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     told, open_scopes = told_by(known, files, look)
     found = {state: tuple(path for path in told if told[path] == state)
              for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: move._replace(times=int(told[path] == MIXED),  # it will be notified once more
-                                 late=move.late and told[path] != ACKED)
+    moves = {path: move._replace(times=int(told[path] == MIXED))  # it will be notified once more
              for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
     known = known._replace(
         blind=bool(look.hidden),
@@ -3241,7 +3240,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if is_awaited(known, path))
+    waits = tuple(path for path in found[PENDING] if path not in known.states)
     return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
                                           waits)
 
@@ -3357,20 +3356,19 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    moves = {path: known.moves.get(path, Move())._replace(late=True) for path in late}
-    return known._replace(moves={**known.moves, **moves}), late
+    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)}), late
 
 
-def is_awaited(known: Known, path: str) -> bool:
-    """Whether a step waits for what Envoy makes of a file: not once nobody read it in time."""
-    return known.states.get(path) != UNREAD and not known.moves.get(path, Move()).late
+def is_judged(known: Known, path: str) -> bool:
+    """Whether it is known what Envoy makes of a published file."""
+    return known.states.get(path, UNKNOWN) != UNKNOWN
 
 
 def is_read(known: Known, path: str) -> bool:
     """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
     only drains."""
     state = known.states.get(path)
-    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
     return read and path not in known.named
 
 
@@ -3378,7 +3376,7 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     """The published files that Envoy is to judge before this step."""
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
-            if file.kind in kinds and path not in known.states]
+            if file.kind in kinds and not is_judged(known, path)]
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -4086,7 +4084,7 @@ class Asking:
         """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
-                 if is_awaited(known, path)}
+                 if known.states.get(path) not in (UNREAD, UNKNOWN)}
         if kinds & CHILD_KINDS:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
@@ -4195,7 +4193,7 @@ class Asking:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self.asked is not None and (outcome.nacks or not waiting):
             self.end(told=True)  # a rollback does not wait for the other files
-        unknown = any(file.kind and path not in states for path, file in files.items())
+        unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
             self._plan_look(now)
         else:
