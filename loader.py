@@ -2492,16 +2492,16 @@ def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
 class Nack(NamedTuple):
     """Bytes that Envoy rejected: not tried again until the desired bytes are others."""
 
-    digest: str  # of the desired file
-    shown: str  # of the file as it was published: another one where clusters were united
+    digest: str  # as they were published
     kind: str
     reason: str
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None) -> bool:
-    """Whether these bytes are among those that Envoy rejected."""
-    return file is not None and nack is not None and file.digest in (nack.digest, nack.shown)
+def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+    """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
+    return file is not None and nack is not None and (
+        nack.digest in (file.digest, united(acked or file, file).digest))
 
 
 def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
@@ -2532,8 +2532,7 @@ def allowed(
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
-            if path in desired and (is_nacked(desired[path], nack) or (
-                path in before and united(before[path], desired[path]).digest == nack.shown))]
+            if is_nacked(desired.get(path), nack, acked.get(path))]
     if not held:
         return desired, []
     notes = [f"{path}: NACKed by Envoy, "
@@ -2544,7 +2543,7 @@ def allowed(
                     for name in names_by_path(path, desired)}
     result = {**desired, **{path: before[path] for path in held if path in before}}
     while True:
-        result = with_named(result, desired, published, acked, nacks)
+        result = with_named(result, desired, published, acked)
         lacking = idle | (there - cluster_names(result.values()))
         missing = desired.keys() - result.keys()
         waiting = [path for path, file in result.items()
@@ -2560,7 +2559,7 @@ def allowed(
 
 
 def with_named(
-    result: Files, desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+    result: Files, desired: Files, published: Files, acked: Files
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
@@ -2570,7 +2569,7 @@ def with_named(
     users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
         old = acked.get(path) or published.get(path)
-        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+        if file.kind != "cds" or old is None:
             continue
         lost = cluster_names([old]) - cluster_names(result.values())
         needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
@@ -3066,13 +3065,6 @@ class Look(NamedTuple):
     reason: str = ""  # why listeners were rejected, in Envoy's words
 
 
-class Move(NamedTuple):
-    """How a published file came to stand where it is."""
-
-    times: int = 0  # since Envoy judged it: so many attempts are to be seen
-    blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
-
-
 class Known(NamedTuple):
     """What Envoy made of the files, as far as it is known. A value: each fact makes a new one."""
 
@@ -3081,7 +3073,7 @@ class Known(NamedTuple):
     # The Envoy process of now:
     # Of published files. UNKNOWN: not judged in time once, nobody waits for it; absent: not yet.
     states: Mapping[str, str] = {}
-    moves: Mapping[str, Move] = {}
+    moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
@@ -3161,11 +3153,8 @@ def after_publication(
     moved = {*moved_paths(before, after), *again}
     open_kinds = {path: file.kind for path, file in before.items()
                   if file.kind and not is_judged(known, path)}
-    moves = {path: move for path, move in known.moves.items() if path in after}
-    for path in moved:
-        move, proven = moves.get(path, Move()), known.acked.get(path)
-        blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
-        moves[path] = move._replace(times=move.times + 1, blame=(blame or after[path]).digest)
+    moves = {path: times for path, times in known.moves.items() if path in after}
+    moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
     came = frozenset[str]()
@@ -3192,8 +3181,7 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    moves = {path: Move(blame=move.blame) for path, move in known.moves.items()}
-    return known._replace(states=unread, moves=moves, counts={}, doubt=True, back_at=now)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True, back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3223,13 +3211,12 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     told, open_scopes = told_by(known, files, look)
     found = {state: tuple(path for path in told if told[path] == state)
              for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: move._replace(times=int(told[path] == MIXED))  # it will be notified once more
-             for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
+    moves = {path: times for path, times in known.moves.items() if told.get(path) == PENDING}
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**known.moves, **moves},
+        moves={**moves, **dict.fromkeys(found[MIXED], 1)},  # they will be notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
     )
     for path in found[ACKED]:
@@ -3256,7 +3243,7 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
+        told[path] = judged(known, look, read_by, known.moves.get(path, 1))
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
@@ -3292,7 +3279,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = max(moves, 1) if scope in known.counts else 1  # a new one reads what there is
+        expected = moves if scope in known.counts else 1  # a new one reads what there is
         if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
@@ -3325,8 +3312,7 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
         stood = old.stood
     elif file.kind in REFERENCE_KINDS:
         stood = named_things(file, files) - known.came
-    blame = known.moves.get(path, Move()).blame or file.digest
-    nack = Nack(blame, file.digest, file.kind, reason, stood)
+    nack = Nack(file.digest, file.kind, reason, stood)
     return known._replace(nacks={**known.nacks, path: nack})
 
 
@@ -4514,8 +4500,9 @@ class Loop:
         asking, files = self.asking, self.output.published
         states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        states |= {path: NACKED for path, nack in asking.known.nacks.items()
-                   if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        acked, nacks = asking.known.acked, asking.known.nacks
+        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
         version = self.output.snapshot[2:]
         self._listener.status = status = Status(
             files, version, self._switched_at, states,
@@ -4555,7 +4542,7 @@ def state_of(known: Known) -> dict[str, Json]:
     """What is remembered of Envoy. No digest of a secret: one could test guesses at it."""
     return {
         "acked": {p: file.digest for p, file in known.acked.items() if file.kind != "sds"},
-        "nacked": {path: [*nack[:4], sorted(nack.stood)] for path, nack in known.nacks.items()
+        "nacked": {path: [*nack[:3], sorted(nack.stood)] for path, nack in known.nacks.items()
                    if nack.kind != "sds"},
     }
 
@@ -4564,9 +4551,9 @@ def known_from(output: Output) -> Known:
     """What the process before knew; entries that are not as we write them are left out."""
     nacks = {}
     for path, row in json_object(output.state.get("nacked")).items():
-        if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
-            digest, shown, kind, reason = map(str, row[:4])
-            nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
+        if isinstance(row, list) and len(row) == 4 and isinstance(row[3], list):
+            digest, kind, reason = map(str, row[:3])
+            nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
                  came=cluster_names(output.published.values()).union(output.published))
 

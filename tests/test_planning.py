@@ -270,8 +270,8 @@ def test_children_are_noticed_first() -> None:
 # After a NACK
 
 
-def nack(file: File, shown: File | None = None, *, stood: str = "") -> Nack:
-    return Nack(file.digest, (shown or file).digest, file.kind, "bad", frozenset(stood.split()))
+def nack(file: File, *, stood: str = "") -> Nack:
+    return Nack(file.digest, file.kind, "bad", frozenset(stood.split()))
 
 
 def test_a_nacked_file_keeps_its_acked_bytes_and_the_rest_goes_on() -> None:
@@ -281,6 +281,16 @@ def test_a_nacked_file_keeps_its_acked_bytes_and_the_rest_goes_on() -> None:
     assert notes == ["cds.yaml: NACKed by Envoy, the last ACKed bytes stay"]
     mended = desired | {"cds.yaml": cds("a", "good")}
     assert allowed(mended, A, A, {"cds.yaml": nack(desired["cds.yaml"])}) == (mended, [])
+
+
+def test_a_union_that_was_nacked_is_not_tried_again_if_there_are_acked_clusters() -> None:
+    bad, mended = A | {"cds.yaml": cds("bad")}, A | {"cds.yaml": cds("b")}
+    for before, held in ((A, True), (bad, False)):
+        shown = before | {"cds.yaml": united(before["cds.yaml"], mended["cds.yaml"])}
+        acked = A if held else {}
+        nacks = {"cds.yaml": nack(shown["cds.yaml"])}
+        files, _ = allowed(mended, A if held else shown, acked, nacks)
+        assert files == (A if held else mended)
 
 
 def test_routes_to_clusters_that_are_lacking_wait() -> None:
