@@ -3151,20 +3151,17 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    open_kinds = {path: file.kind for path, file in before.items()
-                  if file.kind and not is_judged(known, path)}
+    unjudged = any(file.kind and not is_judged(known, path) for path, file in before.items())
     moves = {path: times for path, times in known.moves.items() if path in after}
     moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
-    came = frozenset[str]()
-    if any(open_kinds[path] in REFERENCE_KINDS for path in open_kinds.keys() - moved):
-        came = known.came | (things(after) - things(before))
+    came = known.came | (things(after) - things(before)) if unjudged else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or bool(open_kinds))
+        doubt=known.doubt or unjudged)
 
 
 def things(files: Files) -> frozenset[str]:
