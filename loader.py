@@ -2461,30 +2461,22 @@ def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
 class Nack(NamedTuple):
     """Bytes that Envoy rejected: not tried again until the desired bytes are others."""
 
-    digest: str  # of the desired file
-    shown: str  # of the file as it was published: another one where clusters were united
+    digest: str  # as they were published
     kind: str
     reason: str
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None) -> bool:
-    """Whether these bytes are among those that Envoy rejected."""
-    return file is not None and nack is not None and file.digest in (nack.digest, nack.shown)
+def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+    """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
+    return file is not None and nack is not None and (
+        nack.digest in (file.digest, united(acked or file, file).digest))
 
 
 def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
-    """The snapshot without the NACKed bytes that are published, where there are ACKed ones.
-
-    Files that the ACKed bytes name come back with them.
-    """
-    back = {path: acked[path] for path, nack in nacks.items()
-            if path in acked and is_nacked(published.get(path), nack)
-            and not same_file(acked[path], published[path])}
-    if not back:
-        return None
-    gone = {path: file for path, file in acked.items() if path not in published}
-    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK)
+    """The snapshot without the NACKed bytes that are published, where there are ACKed ones."""
+    files, _ = allowed(published, published, acked, nacks)
+    return None if same_files(files, published) else Step(files, ROLLBACK)
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
@@ -2509,8 +2501,7 @@ def allowed(
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
-            if path in desired and (desired[path].digest == nack.digest or (
-                path in before and united(before[path], desired[path]).digest == nack.shown))]
+            if is_nacked(desired.get(path), nack, acked.get(path))]
     if not held:
         return desired, []
     notes = [f"{path}: NACKed by Envoy, "
@@ -2521,7 +2512,7 @@ def allowed(
                     for name in names_by_path(path, desired)}
     result = {**desired, **{path: before[path] for path in held if path in before}}
     while True:
-        result = with_named(result, desired, published, acked, nacks)
+        result = with_named(result, desired, published, acked)
         lacking = idle | (there - cluster_names(result.values()))
         missing = desired.keys() - result.keys()
         waiting = [path for path, file in result.items()
@@ -2537,7 +2528,7 @@ def allowed(
 
 
 def with_named(
-    result: Files, desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+    result: Files, desired: Files, published: Files, acked: Files
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
@@ -2547,7 +2538,7 @@ def with_named(
     users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
         old = acked.get(path) or published.get(path)
-        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+        if file.kind != "cds" or old is None:
             continue
         lost = cluster_names([old]) - cluster_names(result.values())
         needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
@@ -3043,22 +3034,15 @@ class Look(NamedTuple):
     reason: str = ""  # why listeners were rejected, in Envoy's words
 
 
-class Move(NamedTuple):
-    """How a published file came to stand where it is."""
-
-    times: int = 0  # since Envoy judged it: so many attempts are to be seen
-    blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
-    late: bool = False  # it was not attempted in time once: nobody waits for it again
-
-
 class Known(NamedTuple):
     """What Envoy made of the files, as far as it is known. A value: each fact makes a new one."""
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
     # The Envoy process of now:
-    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
-    moves: Mapping[str, Move] = {}
+    # Of published files. UNKNOWN: not judged in time once, nobody waits for it; absent: not yet.
+    states: Mapping[str, str] = {}
+    moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
@@ -3136,23 +3120,17 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    open_kinds = {path: file.kind for path, file in before.items()
-                  if file.kind and path not in known.states}
-    moves = {path: move for path, move in known.moves.items() if path in after}
-    for path in moved:
-        move, proven = moves.get(path, Move()), known.acked.get(path)
-        blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
-        moves[path] = move._replace(times=move.times + 1, blame=(blame or after[path]).digest)
+    unjudged = any(file.kind and not is_judged(known, path) for path, file in before.items())
+    moves = {path: times for path, times in known.moves.items() if path in after}
+    moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
-    came = frozenset[str]()
-    if any(open_kinds[path] in REFERENCE_KINDS for path in open_kinds.keys() - moved):
-        came = known.came | (things(after) - things(before))
+    came = known.came | (things(after) - things(before)) if unjudged else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and path not in moved},
+                if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or bool(open_kinds))
+        doubt=known.doubt or unjudged)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3169,8 +3147,7 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    moves = {path: Move(blame=move.blame) for path, move in known.moves.items()}
-    return known._replace(states=unread, moves=moves, counts={}, doubt=True, back_at=now)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True, back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3200,14 +3177,12 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     told, open_scopes = told_by(known, files, look)
     found = {state: tuple(path for path in told if told[path] == state)
              for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: move._replace(times=int(told[path] == MIXED),  # it will be notified once more
-                                 late=move.late and told[path] != ACKED)
-             for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
+    moves = {path: times for path, times in known.moves.items() if told.get(path) == PENDING}
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**known.moves, **moves},
+        moves={**moves, **dict.fromkeys(found[MIXED], 1)},  # they will be notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
     )
     for path in found[ACKED]:
@@ -3218,7 +3193,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if is_awaited(known, path))
+    waits = tuple(path for path in found[PENDING] if path not in known.states)
     return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
                                           waits)
 
@@ -3234,7 +3209,7 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
+        told[path] = judged(known, look, read_by, known.moves.get(path, 1))
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
@@ -3270,7 +3245,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = max(moves, 1) if scope in known.counts else 1  # a new one reads what there is
+        expected = moves if scope in known.counts else 1  # a new one reads what there is
         if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
@@ -3303,8 +3278,7 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
         stood = old.stood
     elif file.kind in REFERENCE_KINDS:
         stood = named_things(file, files) - known.came
-    blame = known.moves.get(path, Move()).blame or file.digest
-    nack = Nack(blame, file.digest, file.kind, reason, stood)
+    nack = Nack(file.digest, file.kind, reason, stood)
     return known._replace(nacks={**known.nacks, path: nack})
 
 
@@ -3334,20 +3308,19 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    moves = {path: known.moves.get(path, Move())._replace(late=True) for path in late}
-    return known._replace(moves={**known.moves, **moves}), late
+    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)}), late
 
 
-def is_awaited(known: Known, path: str) -> bool:
-    """Whether a step waits for what Envoy makes of a file: not once nobody read it in time."""
-    return known.states.get(path) != UNREAD and not known.moves.get(path, Move()).late
+def is_judged(known: Known, path: str) -> bool:
+    """Whether it is known what Envoy makes of a published file."""
+    return known.states.get(path, UNKNOWN) != UNKNOWN
 
 
 def is_read(known: Known, path: str) -> bool:
     """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
     only drains."""
     state = known.states.get(path)
-    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
     return read and path not in known.named
 
 
@@ -3355,7 +3328,7 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     """The published files that Envoy is to judge before this step."""
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
-            if file.kind in kinds and path not in known.states]
+            if file.kind in kinds and not is_judged(known, path)]
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -3397,7 +3370,7 @@ class Admin(threading.Thread):
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._filtered = self._live = self._hot = False
+        self._filtered = self._live = False
         self._rejected, self._reason = 0, ""
 
     def ask(self) -> None:
@@ -3474,19 +3447,15 @@ class Admin(threading.Thread):
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
-        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
-        # The kept connection may be that of a parent, whose events its child counts.
-        before, self._hot = self._hot, gauges.get("server.hot_restart_epoch", 0) > 0
-        if self._hot:
-            counts, hidden = {}, "it was restarted hot, and counts for its parent too"
-            if not before:
-                self._wake("warning", "Envoy was restarted hot: start it with "
-                                      "--disable-hot-restart")
+        if gauges.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
+            raise AdminError("it was restarted hot, and counts for its parent too: start it with "
+                             "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
+        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
         return Look(counts, self._live, hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
@@ -4009,7 +3978,7 @@ class Asking:
         """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
-                 if is_awaited(known, path)}
+                 if known.states.get(path) not in (UNREAD, UNKNOWN)}
         if kinds & CHILD_KINDS:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
@@ -4116,7 +4085,7 @@ class Asking:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self.asked is not None and (outcome.nacks or not waiting):
             self.end(told=True)  # a rollback does not wait for the other files
-        unknown = any(file.kind and path not in states for path, file in files.items())
+        unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
             self._plan_look(now)
 
@@ -4283,8 +4252,6 @@ class Loop:
                     self._retry_at = min(self._retry_at, self._check_at)
                 case "checked":
                     self.check.end(news)
-                case "warning":
-                    log.warning("%s", news)
                 case _ if what in LINKS:
                     self.asking.take(what, news)
 
@@ -4443,8 +4410,9 @@ class Loop:
         asking, files = self.asking, self.output.published
         states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        states |= {path: NACKED for path, nack in asking.known.nacks.items()
-                   if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        acked, nacks = asking.known.acked, asking.known.nacks
+        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
         version = self.output.snapshot[2:]
         self._listener.status = status = Status(
             files, version, self._switched_at, states,
@@ -4483,7 +4451,7 @@ def state_of(known: Known) -> dict[str, Json]:
     """What is remembered of Envoy. No digest of a secret: one could test guesses at it."""
     return {
         "acked": {p: file.digest for p, file in known.acked.items() if file.kind != "sds"},
-        "nacked": {path: [*nack[:4], sorted(nack.stood)] for path, nack in known.nacks.items()
+        "nacked": {path: [*nack[:3], sorted(nack.stood)] for path, nack in known.nacks.items()
                    if nack.kind != "sds"},
     }
 
@@ -4492,9 +4460,9 @@ def known_from(output: Output) -> Known:
     """What the process before knew; entries that are not as we write them are left out."""
     nacks = {}
     for path, row in json_object(output.state.get("nacked")).items():
-        if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
-            digest, shown, kind, reason = map(str, row[:4])
-            nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
+        if isinstance(row, list) and len(row) == 4 and isinstance(row[3], list):
+            digest, kind, reason = map(str, row[:3])
+            nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
                  came=cluster_names(output.published.values()).union(output.published))
 
