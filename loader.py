@@ -200,18 +200,6 @@ RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source f
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
 
-class Access(NamedTuple):
-    """Where the API server is and how to prove who asks. The token is read again for each request,
-    the other files for each connection: Kubernetes rotates both under a running pod."""
-
-    apiserver: str = ""
-    token_file: str = f"{SERVICE_ACCOUNT}/token"
-    ca_file: str = f"{SERVICE_ACCOUNT}/ca.crt"
-    client_cert: str = ""
-    client_key: str = ""
-    insecure: bool = False
-
-
 class Resource(NamedTuple):
     """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
 
@@ -286,13 +274,14 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
-    `urllib.request`, which follows redirects.)"""
+    `urllib.request`, which follows redirects.) The token is read for each request, certificates
+    for each connection: Kubernetes rotates both under a running pod."""
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._url = urllib.parse.urlsplit(access.apiserver)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._url = urllib.parse.urlsplit(options.apiserver)
         self._connection = http.client.HTTPConnection("")  # not open
-        self._socket: socket.socket | None = None
+        self.socket: socket.socket  # of the connection, which itself forgets that of a last answer
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -300,7 +289,7 @@ class Api:
         from. What is not plainly such a list is unknown, never empty."""
         kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
-            answer = object_in(self._ask(query, "list", page)[1])
+            answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
@@ -350,50 +339,44 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    def interrupt(self) -> None:
-        """End what goes on, from any thread: the one that reads finds the end of its stream."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
     # -- one answer -------------------------------------------------------------------------
 
-    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
-        """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
+    def _ask(self, query: Query, verb: str,
+             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
+        """An answer of status 200, and the object in it ({} for anything else, and of a watch);
+        ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
-        timer.daemon = True
-        timer.start()
-        status = 0
+        target, status = self._url.path.rstrip("/") + query.target(page), 0
         try:
             connection = self._connected()
-            target = self._url.path.rstrip("/") + query.target(page)
-            connection.request("GET", target, headers=headers)
-            connection.sock.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
-            response = connection.getresponse()
-            status = response.status
-            body = b"" if status == 200 and verb == "watch" else body_of(response)
+            with bounded(self.socket, ANSWER_SECONDS):
+                connection.request("GET", target, headers=headers)
+                self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
+                response = connection.getresponse()
+                status = response.status
+                body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
             self._connection.close()
             text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
             raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
-            timer.cancel()
             metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
+        said: dict[str, Json] = {}
+        with contextlib.suppress(ValueError):
+            said = json_object(parse_json(body))
         if status == 200:
-            return response, body
+            return response, said
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        raise self._refusal(query, verb, status, object_in(body), seconds)
+        raise self._refusal(query, verb, status, said, seconds)
 
     def _event(self, query: Query, line: bytes | bytearray) -> Event:
-        event = object_in(line)
-        kind, item = text_at(event, "type"), event.get("object")
-        if not kind or not isinstance(item, dict):
+        event = parse_json(line)
+        kind, item = member(event, "type", str), member(event, "object", dict)
+        if not kind or not item:
             raise ValueError("an event has no type or no object")
         if kind == "ERROR":
             code: Json = item.get("code")
@@ -404,7 +387,7 @@ class Api:
                  retry_after: float = 0.0) -> ApiError:
         """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
         other text of a server is shown: it may echo the request, token and all."""
-        path = self._access.token_file
+        path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
             401: f"; is the token in {path} valid?",
@@ -440,12 +423,12 @@ class Api:
             kind = functools.partial(http.client.HTTPSConnection, context=self._context())
         connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
         connection.connect()
-        self._connection, self._socket = connection, connection.sock
+        self._connection, self.socket = connection, connection.sock
         return connection
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path, url = self._access.token_file, self._url
+        path, url = self._options.token_file, self._url
         try:
             with open(path, encoding="latin-1") as stream:
                 token = stream.read().strip()
@@ -463,32 +446,43 @@ class Api:
     def _context(self) -> ssl.SSLContext:
         """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
         service account."""
-        context, access = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._access
-        where = access.ca_file
+        context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
+        where = options.ca_file
         try:
-            if access.insecure:
+            if options.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
-            elif where == Access().ca_file and not os.path.exists(where):
+            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
                 context.load_default_certs()
             else:
                 context.load_verify_locations(cafile=where)
-            if access.client_cert:
-                where = f"{access.client_cert}, {access.client_key}"
+            if options.client_cert:
+                where = f"{options.client_cert}, {options.client_key}"
                 # (an empty password: without one OpenSSL would ask on the terminal, and wait)
-                context.load_cert_chain(access.client_cert, access.client_key, password="")
+                context.load_cert_chain(options.client_cert, options.client_key, password="")
         except OSError as error:  # an SSLError is one
             hint = "check --ca-file, --client-cert and --client-key"
             raise ApiError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
         return context
 
 
-def object_in(text: bytes | bytearray) -> dict[str, Json]:
-    """The JSON object that a text is; an empty one for anything else."""
+def cut(sock: socket.socket) -> None:
+    """End what goes on over a socket, from any thread: who reads finds the end of the stream."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would make it a plain one
+
+
+@contextlib.contextmanager
+def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """Cut what takes longer. (A time limit of a socket is for each read: who sends an answer byte
+    by byte is within it for ever.)"""
+    timer = threading.Timer(seconds, cut, (sock,))
+    timer.daemon = True
+    timer.start()
     try:
-        return json_object(parse_json(text))
-    except ValueError:
-        return {}
+        yield
+    finally:
+        timer.cancel()
 
 
 def body_of(response: Response) -> bytes:
@@ -517,36 +511,33 @@ SUSPICIOUS_SILENCE = 30.0
 
 RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
 
-# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
-# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
-ONE_TRY_SECONDS = 1.25
-PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
+ONETIME_POLL = 1.0  # seconds between two lists with --onetime
 
 
 class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
-    `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
-    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of it;
-    what it rejects (ValueError) keeps its last good value and is named in `bad`. EndpointSlices
-    that the API server answers with 404 at the start are `absent`, for good. `wake` is called with
-    "objects" or "trouble" where these have changed.
+    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
+    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
+    is named in `bad`. EndpointSlices that the API server answers with 404 at the start are
+    `absent`, for good. `wake` is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
-                 client: Api | FileSource, wake: Callable[[str], None], mode: str,
-                 interval: float) -> None:
+                 client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = self.absent = self.failed = False
-        self.trouble = ""
+        self.synced = self.absent = False
+        self.trouble: ApiError | None = None
         self.bad: dict[Key, str] = {}
-        self._parse, self._client, self._wake = parse, client, wake
-        self._mode, self._interval, self._topic = mode, interval, str(query)
+        self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
+        once, watches = options.mode == "once", options.mode == "watch"
+        self._api = client if watches and isinstance(client, Api) else None
+        self._interval = ONETIME_POLL if once else options.sync_interval
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None
+        self._watching: socket.socket | None = None
 
     def objects(self) -> dict[Key, Any]:
         return self._objects.copy()
@@ -555,13 +546,12 @@ class Reflector(threading.Thread):
         """List now: a pause ends for it, and an open watch."""
         self._asked.set()
         if watching := self._watching:
-            watching.interrupt()
+            cut(watching)
 
     def run(self) -> None:
         """List, and then again or watch; resume a watch that ended, list again where only that
         helps. After a failure the server may be another one: its etcd may have been restored."""
-        until, suspect, answers = time.monotonic() + ONE_TRY_SECONDS, False, 0
-        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
+        suspect, answers, api = False, 0, self._api
         while True:
             try:
                 if self._asked.is_set():
@@ -571,7 +561,7 @@ class Reflector(threading.Thread):
                     self._forget("future")
                 if not api or not self._version:
                     self._relist()
-                if self._mode == "once" or self.absent:
+                if self.absent:
                     return
                 if api:
                     suspect = self._follow(api)
@@ -587,13 +577,10 @@ class Reflector(threading.Thread):
                     self._forget("expired" if error.status == 410 else "rejected")
                     if answers == 1:
                         continue
-                delay = self._delay(error.retry_after)
-                late = time.monotonic() + delay > until
-                self.failed = self._mode == "once" and (late or error.status not in PASSING)
-                self._report(error)
-                if self.failed:
-                    return
-                self._asked.wait(delay)
+                self._count(f"status {error.status}" if error.status else "cut")
+                self.trouble = error
+                self._wake("trouble")
+                self._asked.wait(self._delay(error.retry_after))
 
     def _forget(self, reason: str) -> None:
         """Drop the version: the next step is a list. The objects stay until it has come."""
@@ -645,7 +632,7 @@ class Reflector(threading.Thread):
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
-        self._watching = api
+        self._watching = api.socket
         try:
             while not self._asked.is_set() and (event := next(events, None)):
                 last = time.monotonic()
@@ -679,17 +666,8 @@ class Reflector(threading.Thread):
 
     def _recovered(self) -> None:
         if self.trouble:
-            self.trouble = ""
-            log.recovered(self._topic, f"{self.query}: answered again")
+            self.trouble = None
             self._wake("trouble")
-
-    def _report(self, error: ApiError) -> None:
-        """Log what failed: once, until it is another failure."""
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = str(error)
-        if self._mode != "once":  # there the error is the end, and is reported as such
-            log.outage(self._topic, self.trouble)
-        self._wake("trouble")
 
     def _count(self, reason: str) -> None:
         log.debug("%s: again (%s)", self.query, reason)
@@ -698,7 +676,7 @@ class Reflector(threading.Thread):
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
         polls waits no longer than the interval, or 2 s."""
-        longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
+        longest = BACKOFF_LAST if self._api else max(2.0, self._interval)
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
@@ -2071,11 +2049,10 @@ class Wanted(NamedTuple):
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
-    failed: list[str]  # what a one-time run could not list
 
     @property
     def complete(self) -> bool:
-        return not (self.unknown or self.missing or self.failed)
+        return not (self.unknown or self.missing)
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
@@ -2165,11 +2142,8 @@ class Sources:
         options, parse = self._options, PARSERS[query.resource]
         if query.resource is SECRETS:
             parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
-        mode, interval = options.mode, options.sync_interval
-        if mode == "once" and options.timeout:
-            mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access), self._wake, mode, interval)
+            query, parse, self._file or Api(options), self._wake, options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2178,7 +2152,7 @@ class Sources:
         for reflector in self._reflectors.values():
             reflector.refresh()
 
-    def trouble(self) -> dict[str, str]:
+    def trouble(self) -> dict[str, ApiError]:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
@@ -2193,9 +2167,8 @@ class Sources:
             files={}, missing=[], stale=[],
             notes=[bad for r in reflectors for bad in r.bad.values()],
             unknown=[str(r.query) for r in reflectors if not r.synced],
-            failed=[r.trouble for r in reflectors if r.failed],
         )
-        if wanted.failed or wanted.unknown:
+        if wanted.unknown:
             return wanted
         layers = [self._files_of(named, wanted) for named in self._options.secret]
         if self._selected is not None:
@@ -2468,30 +2441,22 @@ def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
 class Nack(NamedTuple):
     """Bytes that Envoy rejected: not tried again until the desired bytes are others."""
 
-    digest: str  # of the desired file
-    shown: str  # of the file as it was published: another one where clusters were united
+    digest: str  # as they were published
     kind: str
     reason: str
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None) -> bool:
-    """Whether these bytes are among those that Envoy rejected."""
-    return file is not None and nack is not None and file.digest in (nack.digest, nack.shown)
+def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+    """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
+    return file is not None and nack is not None and (
+        nack.digest in (file.digest, united(acked or file, file).digest))
 
 
 def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
-    """The snapshot without the NACKed bytes that are published, where there are ACKed ones.
-
-    Files that the ACKed bytes name come back with them.
-    """
-    back = {path: acked[path] for path, nack in nacks.items()
-            if path in acked and is_nacked(published.get(path), nack)
-            and not same_file(acked[path], published[path])}
-    if not back:
-        return None
-    gone = {path: file for path, file in acked.items() if path not in published}
-    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK)
+    """The snapshot without the NACKed bytes that are published, where there are ACKed ones."""
+    files, _ = allowed(published, published, acked, nacks)
+    return None if same_files(files, published) else Step(files, ROLLBACK)
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
@@ -2516,8 +2481,7 @@ def allowed(
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
-            if path in desired and (desired[path].digest == nack.digest or (
-                path in before and united(before[path], desired[path]).digest == nack.shown))]
+            if is_nacked(desired.get(path), nack, acked.get(path))]
     if not held:
         return desired, []
     notes = [f"{path}: NACKed by Envoy, "
@@ -2528,7 +2492,7 @@ def allowed(
                     for name in names_by_path(path, desired)}
     result = {**desired, **{path: before[path] for path in held if path in before}}
     while True:
-        result = with_named(result, desired, published, acked, nacks)
+        result = with_named(result, desired, published, acked)
         lacking = idle | (there - cluster_names(result.values()))
         missing = desired.keys() - result.keys()
         waiting = [path for path, file in result.items()
@@ -2544,7 +2508,7 @@ def allowed(
 
 
 def with_named(
-    result: Files, desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+    result: Files, desired: Files, published: Files, acked: Files
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
@@ -2554,7 +2518,7 @@ def with_named(
     users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
         old = acked.get(path) or published.get(path)
-        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+        if file.kind != "cds" or old is None:
             continue
         lost = cluster_names([old]) - cluster_names(result.values())
         needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
@@ -3050,22 +3014,15 @@ class Look(NamedTuple):
     reason: str = ""  # why listeners were rejected, in Envoy's words
 
 
-class Move(NamedTuple):
-    """How a published file came to stand where it is."""
-
-    times: int = 0  # since Envoy judged it: so many attempts are to be seen
-    blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
-    late: bool = False  # it was not attempted in time once: nobody waits for it again
-
-
 class Known(NamedTuple):
     """What Envoy made of the files, as far as it is known. A value: each fact makes a new one."""
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
     # The Envoy process of now:
-    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
-    moves: Mapping[str, Move] = {}
+    # Of published files. UNKNOWN: not judged in time once, nobody waits for it; absent: not yet.
+    states: Mapping[str, str] = {}
+    moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
@@ -3143,23 +3100,17 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    open_kinds = {path: file.kind for path, file in before.items()
-                  if file.kind and path not in known.states}
-    moves = {path: move for path, move in known.moves.items() if path in after}
-    for path in moved:
-        move, proven = moves.get(path, Move()), known.acked.get(path)
-        blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
-        moves[path] = move._replace(times=move.times + 1, blame=(blame or after[path]).digest)
+    unjudged = any(file.kind and not is_judged(known, path) for path, file in before.items())
+    moves = {path: times for path, times in known.moves.items() if path in after}
+    moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
-    came = frozenset[str]()
-    if any(open_kinds[path] in REFERENCE_KINDS for path in open_kinds.keys() - moved):
-        came = known.came | (things(after) - things(before))
+    came = known.came | (things(after) - things(before)) if unjudged else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and path not in moved},
+                if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or bool(open_kinds))
+        doubt=known.doubt or unjudged)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3176,8 +3127,7 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 def after_meeting(known: Known, now: float) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    moves = {path: Move(blame=move.blame) for path, move in known.moves.items()}
-    return known._replace(states=unread, moves=moves, counts={}, doubt=True, back_at=now)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True, back_at=now)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3207,14 +3157,12 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
     told, open_scopes = told_by(known, files, look)
     found = {state: tuple(path for path in told if told[path] == state)
              for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: move._replace(times=int(told[path] == MIXED),  # it will be notified once more
-                                 late=move.late and told[path] != ACKED)
-             for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
+    moves = {path: times for path, times in known.moves.items() if told.get(path) == PENDING}
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**known.moves, **moves},
+        moves={**moves, **dict.fromkeys(found[MIXED], 1)},  # they will be notified once more
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
     )
     for path in found[ACKED]:
@@ -3225,7 +3173,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if is_awaited(known, path))
+    waits = tuple(path for path in found[PENDING] if path not in known.states)
     return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
                                           waits)
 
@@ -3241,7 +3189,7 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
+        told[path] = judged(known, look, read_by, known.moves.get(path, 1))
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
@@ -3277,7 +3225,7 @@ def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = max(moves, 1) if scope in known.counts else 1  # a new one reads what there is
+        expected = moves if scope in known.counts else 1  # a new one reads what there is
         if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
@@ -3310,8 +3258,7 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
         stood = old.stood
     elif file.kind in REFERENCE_KINDS:
         stood = named_things(file, files) - known.came
-    blame = known.moves.get(path, Move()).blame or file.digest
-    nack = Nack(blame, file.digest, file.kind, reason, stood)
+    nack = Nack(file.digest, file.kind, reason, stood)
     return known._replace(nacks={**known.nacks, path: nack})
 
 
@@ -3341,20 +3288,19 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    moves = {path: known.moves.get(path, Move())._replace(late=True) for path in late}
-    return known._replace(moves={**known.moves, **moves}), late
+    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)}), late
 
 
-def is_awaited(known: Known, path: str) -> bool:
-    """Whether a step waits for what Envoy makes of a file: not once nobody read it in time."""
-    return known.states.get(path) != UNREAD and not known.moves.get(path, Move()).late
+def is_judged(known: Known, path: str) -> bool:
+    """Whether it is known what Envoy makes of a published file."""
+    return known.states.get(path, UNKNOWN) != UNKNOWN
 
 
 def is_read(known: Known, path: str) -> bool:
     """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
     only drains."""
     state = known.states.get(path)
-    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
     return read and path not in known.named
 
 
@@ -3362,7 +3308,7 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     """The published files that Envoy is to judge before this step."""
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
-            if file.kind in kinds and path not in known.states]
+            if file.kind in kinds and not is_judged(known, path)]
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -3404,7 +3350,7 @@ class Admin(threading.Thread):
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._filtered = self._live = self._hot = False
+        self._filtered = self._live = False
         self._rejected, self._reason = 0, ""
 
     def ask(self) -> None:
@@ -3481,19 +3427,15 @@ class Admin(threading.Thread):
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
-        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
-        # The kept connection may be that of a parent, whose events its child counts.
-        before, self._hot = self._hot, gauges.get("server.hot_restart_epoch", 0) > 0
-        if self._hot:
-            counts, hidden = {}, "it was restarted hot, and counts for its parent too"
-            if not before:
-                self._wake("warning", "Envoy was restarted hot: start it with "
-                                      "--disable-hot-restart")
+        if gauges.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
+            raise AdminError("it was restarted hot, and counts for its parent too: start it with "
+                             "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
+        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
         return Look(counts, self._live, hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
@@ -3504,30 +3446,20 @@ class Admin(threading.Thread):
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self._connect()
         connection.sock.settimeout(None)
-        timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
-        timer.daemon = True
-        timer.start()
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            status, body = response.status, response.read(ANSWER_BYTES + 1)
+            with bounded(connection.sock, ANSWER_BOUND):
+                connection.request("GET", path)
+                response = connection.getresponse()
+                status, body = response.status, response.read(ANSWER_BYTES + 1)
         except http.client.HTTPException:
             status, body = 0, b""  # it speaks something else, or was cut off
         finally:
-            timer.cancel()
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
         if status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
-
-
-def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread. (A time limit of a socket is for each read:
-    who sends an answer byte by byte is within it for ever.)"""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
@@ -3559,9 +3491,6 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Seconds until an outage is logged again, and lines about it until then: errors that differ each
-# time must not flood either.
-REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
 STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
@@ -3572,32 +3501,12 @@ class Log:
     fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
     counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
-    def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._fd, self._clock = fd, clock
-        self._lock = threading.Lock()
-        self._blocked = False
-        self._outages: dict[str, dict[str, float]] = {}  # topic -> message -> when it was written
+    def __init__(self, fd: int = 2) -> None:
+        self._fd, self._lock, self._blocked = fd, threading.Lock(), False
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
         self._form, self._level = form, LOG_LEVELS.index(level)
-
-    def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: once, and again every five minutes; else debug."""
-        now = self._clock()
-        with self._lock:
-            past = self._outages.get(topic, {})
-            past = {each: at for each, at in past.items() if now - at < REMINDER}
-            due = message not in past and len(past) < OUTAGE_LINES
-            self._outages[topic] = {**past, message: now} if due else past
-        self._write("warning" if due else "debug", message, **fields)
-
-    def recovered(self, topic: str, message: str) -> None:
-        """The end of an outage: one line if there was one, else nothing."""
-        with self._lock:
-            was_out = self._outages.pop(topic, None) is not None
-        if was_out:
-            self._write("info", message)
 
     def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
@@ -3779,13 +3688,13 @@ metrics = Metrics(__version__)
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
+CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-TICK = 0.2  # seconds between two looks for connections past their time
 HEAD_MAX = 8192  # bytes that are read of a request
-# An answer that costs more than a probe's is used for so many times as long as it took to make, so
-# that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
+# An answer that costs more than a probe's is used again for 20 times as long as it took to make:
+# clients that ask without a pause take a twentieth of a CPU.
 REUSED = 20
+COSTLY = {"/metrics": "text/plain; version=0.0.4; charset=utf-8", "/snapshot": "application/json"}
 
 
 class Status(NamedTuple):
@@ -3805,13 +3714,11 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str, bytes]
-"""An HTTP response: status code, Content-Type, body."""
+Answer = tuple[int, str, bytes]  # status code, Content-Type, body
 
 
-def text_answer(code: int, *lines: str) -> Answer:
-    body = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
-    return code, "text/plain; charset=utf-8", body
+def text_answer(code: int, text: str) -> Answer:
+    return code, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -3821,24 +3728,23 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
     lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return text_answer(200 if status.version and started else 503, *lines)
+    return text_answer(200 if status.version and started else 503, "\n".join(lines))
 
 
-def snapshot_answer(status: Status) -> Answer:
+def snapshot_body(status: Status) -> bytes:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
     rows = []
     for path, file in sorted(status.files.items()):
-        row: dict[str, Json] = {"path": path, "source": file.source}
-        if not holds_secret(file.content):
-            row |= {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({**row, "state": status.states[path]})
+        size = {"bytes": len(file.content), "sha256": file.digest}
+        rows.append({"path": path, "source": file.source, "state": status.states[path],
+                     **({} if holds_secret(file.content) else size)})
     body = {"version": status.version or None,
             "published_at": timestamp(status.published_at) if status.version else None,
             "files": rows,
             **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
             "missing": status.missing, "stale": status.stale}
-    return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
+    return (json.dumps(body, indent=1) + "\n").encode()
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3849,73 +3755,52 @@ def listen_address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-class Client(NamedTuple):
-    """A connection: when it is closed at the latest, and what is left to do."""
-
-    socket: socket.socket
-    end: float
-    talk: Iterator[int]
-
-
 class Listener:
-    """The server of --listen, in one thread that waits for no client. The loop sets `status`."""
+    """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         self.status = Status({}, last_turn=time.monotonic())
-        self.clients: dict[int, Client] = {}  # by descriptor, oldest first
-        self._recorded = recorded
-        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
-        self._socket, self._poll = listening_socket(host, port), select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        self._recorded, self._rendering = recorded, threading.Lock()
+        self._kept = dict.fromkeys(COSTLY, (0.0, b""))  # path -> good until, body
+        both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
+        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server(
+                (host, port), family=family, backlog=128, dualstack_ipv6=both)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
+            where, reason = f"{host or '*'} port {port}", why(error).partition(" (while")[0]
+            raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
+        recent: deque[socket.socket] = deque()
         while True:
-            for number, _ in self._poll.poll(TICK * 1000 if self.clients else None):
-                if number not in self.clients:
-                    self._accept()
-                    continue
-                try:
-                    self._poll.modify(number, next(self.clients[number].talk))
-                except (StopIteration, OSError):
-                    self._close(number)
-            now, crowd = time.monotonic(), len(self.clients) - CONNECTIONS_MAX
-            for place, (number, client) in enumerate([*self.clients.items()]):
-                if place < crowd or client.end < now:
-                    self._close(number)
+            try:
+                client, _ = self._socket.accept()
+                threading.Thread(target=self._talk, args=(client,), daemon=True).start()
+                recent.append(client)
+            except (OSError, RuntimeError):  # no descriptor, or no thread, is left: not to spin
+                time.sleep(0.01)
+            if len(recent) > CONNECTIONS_MAX:
+                with contextlib.suppress(OSError):  # it has ended already
+                    recent.popleft().shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
-        try:
-            client, _ = self._socket.accept()
-        except OSError:  # no descriptor is left: not to spin
-            time.sleep(0.01)
-            return
-        client.setblocking(False)
-        talk = self._talk(client)
-        self._poll.register(client, next(talk))
-        self.clients[client.fileno()] = Client(client, time.monotonic() + CONNECTION_TIME, talk)
-
-    def _close(self, number: int) -> None:
-        self._poll.unregister(number)
-        self.clients.pop(number).socket.close()
-
-    def _talk(self, client: socket.socket) -> Iterator[int]:
-        """One request and its answer; it yields what it waits for."""
-        head, block = b"", b"-"
-        while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
-            yield select.POLLIN
-            block = client.recv(HEAD_MAX - len(head))
-            head += block
-        asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
-        bad = text_answer(400, "not a GET of HTTP/1.1")
-        code, form, body = self.answer(asked[1]) if asked else bad
-        fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
-        line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
-        left = memoryview((line + fields).encode() + body)
-        while left:
-            yield select.POLLOUT
-            left = left[client.send(left) :]
+    def _talk(self, client: socket.socket) -> None:
+        """One request and its answer."""
+        end, head, block = time.monotonic() + CONNECTION_TIME, b"", b"-"
+        with client, contextlib.suppress(OSError):
+            while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
+                client.settimeout(max(end - time.monotonic(), 0))  # 0: for what is there already
+                block = client.recv(HEAD_MAX - len(head))
+                head += block
+            asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
+            bad = text_answer(400, "not a GET of HTTP/1.1")
+            code, form, body = self.answer(asked[1]) if asked else bad
+            line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
+            fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.settimeout(max(end - time.monotonic(), 0))
+            client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
     def answer(self, path: str) -> Answer:
         """What is served there."""
@@ -3926,27 +3811,15 @@ class Listener:
             return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        until, answer = self._kept.get(path, (0.0, text_answer(404, "not found")))
-        if path in ("/metrics", "/snapshot") and began >= until:
-            if path == "/snapshot":
-                answer = snapshot_answer(status)
-            else:
-                answer = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-            now = time.monotonic()
-            self._kept[path] = now + REUSED * (now - began), answer
-        return answer
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens; "" is every address, of IPv6 too if there is any."""
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        reason = why(error).partition(" (while")[0]
-        where = f"{host or '*'} port {port}"
-        raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
+        if path not in COSTLY:
+            return text_answer(404, "not found")
+        with self._rendering:
+            began, (until, body) = time.monotonic(), self._kept[path]
+            if began >= until:
+                body = snapshot_body(status) if path == "/snapshot" else self._recorded.render()
+                now = time.monotonic()
+                self._kept[path] = now + REUSED * (now - began), body
+        return 200, COSTLY[path], body
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3962,7 +3835,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
 DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2  # seconds
 STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
-ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
+ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
 # Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
@@ -3977,6 +3852,14 @@ DISK_HINTS: Mapping[int | None, str] = {
     errno.EROFS: "mount a writable volume there",
     errno.ENOSPC: "make room: a snapshot needs what its changed files need",
     errno.EMFILE: "raise the limit of open files",
+}
+
+# What is said when all trouble of a topic is over; of other topics each warning ends on its own.
+OVER = {
+    "trouble": "all sources have answered again",
+    "lock": "the other loader has ended",
+    "disk": "the output directory can be written again",
+    "envoy": "Envoy answers",
 }
 
 
@@ -4027,6 +3910,7 @@ class Asking:
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self.notes: list[str] = []
+        self.trouble = ""  # why it does not answer
         self.unsaved = False  # there is something that a restart is to know
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
@@ -4040,7 +3924,7 @@ class Asking:
         self.admin = Admin(url, wake)
         self.admin.start()
         if self._output.published:
-            self._await(ANSWER_BOUND)
+            self._expect(ANSWER_BOUND)
 
     @property
     def started(self) -> bool:
@@ -4074,7 +3958,7 @@ class Asking:
         """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
-                 if is_awaited(known, path)}
+                 if known.states.get(path) not in (UNREAD, UNKNOWN)}
         if kinds & CHILD_KINDS:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
@@ -4085,15 +3969,16 @@ class Asking:
         """Ask what became of a publication; its line in the log comes with the answer."""
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
-            self._await(ASK_BOUND[self.link == MET],
-                        tuple(path for path in moved if files[path].kind), fields)
+            self._expect(ASK_BOUND[self.link == MET],
+                         tuple(path for path in moved if files[path].kind), fields)
             self._ask()
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _await(self, bound: float, moved: tuple[str, ...] = (),
-               fields: Mapping[str, object] | None = None) -> None:
-        now = time.monotonic()
+    def _expect(self, bound: float, moved: tuple[str, ...] = (),
+                fields: Mapping[str, object] | None = None) -> None:
+        """The next publication waits for an answer, so many seconds at most."""
+        now, self._look_pause = time.monotonic(), LOOK_FIRST
         self.asked = Asked(moved, fields, now, now + bound)
 
     def _ask(self) -> None:
@@ -4119,7 +4004,6 @@ class Asking:
     def end(self, *, told: bool = False) -> None:
         """The line of the publication that was asked about, when Envoy told all or nobody waits."""
         asked, self.asked = self.asked, None
-        self._look_pause = LOOK_FIRST
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - asked.at, self.known.states
@@ -4142,20 +4026,18 @@ class Asking:
         if what == "connected":
             self.known = self.known._replace(back_at=now)
         elif what == "silent":
-            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.trouble = f"Envoy does not answer: {news}"
             self.look_at = now + LOOK_LAST
         elif what == "meet":
             self.known = after_meeting(self.known, self.known.back_at)
-            self._started, self._look_pause = False, LOOK_FIRST
+            self._started = False
             if self.asked is None:
-                self._await(ANSWER_BOUND)
+                self._expect(ANSWER_BOUND)
         elif what == "look":
-            log.recovered("envoy", "Envoy answers")
-            self.look_at = 0.0
+            self.trouble, self.look_at = "", 0.0
             self._take_look(news, now)
         else:
-            log.outage("envoy", f"Envoy is not asked: {news}")
-            self.look_at = 0.0
+            self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
             if what == "end" and before in (MET, SILENT):
                 self._started = False
                 self.known, blamed = after_end(self.known, self._output.published, now)
@@ -4183,15 +4065,12 @@ class Asking:
         waiting = bool(outcome.pending or outcome.mixed or not look.live)
         if self.asked is not None and (outcome.nacks or not waiting):
             self.end(told=True)  # a rollback does not wait for the other files
-        unknown = any(file.kind and path not in states for path, file in files.items())
+        unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
             self._plan_look(now)
-        else:
-            self._look_pause = LOOK_FIRST
 
     def _plan_look(self, now: float) -> None:
-        """Look again: soon while something waits, ever more seldom while all it can do is to
-        become known."""
+        """Look again: soon while something waits, else ever more seldom."""
         soon = self.asked is not None or self.waits_since
         last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
         self._look_pause = min(self._look_pause * 1.5, last)
@@ -4269,12 +4148,12 @@ class Loop:
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if deadline is not None and time.monotonic() >= deadline:
                 raise LoaderError(text)
-            log.outage("lock", f"{text}; waiting for its end")
+            self.note("lock", [f"{text}; waiting for its end"])
             self._report()
             self._await(time.monotonic() + LOCK_POLL)
             if self.stopping:
                 return
-        log.recovered("lock", f"{self.output.root}: the other loader has ended")
+        self.note("lock", [])
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
@@ -4300,17 +4179,18 @@ class Loop:
 
     def composed(self, deadline: float) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
-        waits = self.options.timeout > 0
+        patient = self.options.timeout > 0
+        deadline += 0.0 if patient else ONE_TRY_SECONDS
         while not self.stopping:
-            wanted = self._compose()
+            wanted, trouble = self._compose(), self.sources.trouble()
             if wanted.complete:
                 return wanted
-            late = time.monotonic() >= deadline
-            if wanted.failed or (late and (wanted.missing or waits)):
-                raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
-            # Without --timeout each request has bounds of its own.
-            self._await(deadline if waits else time.monotonic() + 60.0)
-            self._wanted = None  # a request may have failed
+            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
+            # A first answer may be slow: each request has bounds of its own.
+            until = deadline if patient or trouble else time.monotonic() + 60.0
+            if (lasting and not patient) or time.monotonic() >= until:
+                raise LoaderError(unfinished(wanted, trouble, self.options))
+            self._await(until)
         raise LoaderError("ended by a signal before there was a snapshot to publish")
 
     # -- waiting ------------------------------------------------------------------------------
@@ -4352,8 +4232,6 @@ class Loop:
                     self._retry_at = min(self._retry_at, self._check_at)
                 case "checked":
                     self.check.end(news)
-                case "warning":
-                    log.warning("%s", news)
                 case _ if what in LINKS:
                     self.asking.take(what, news)
 
@@ -4362,6 +4240,7 @@ class Loop:
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
         self.asking.turn()
+        self.note("envoy", filter(None, [self.asking.trouble]))
         now = time.monotonic()
         if self._retry_at > now:
             return
@@ -4379,9 +4258,10 @@ class Loop:
             while self.asking.asked is None and not self.stopping and self._advance():
                 pass
             self._backoff = BACKOFF_FIRST
+            self.note("disk", [])
         except OSError as error:
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self.note("disk", [self._disk_trouble(error)])
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
@@ -4434,8 +4314,10 @@ class Loop:
             self._wanted = self.sources.compose(self.output.published)
         waits = self.options.timeout or self.options.mode != "once"  # else it is an error
         missing = self._wanted.missing if waits else ()
+        trouble = self.sources.trouble().values() if waits else ()
         self.note("sources", [*self._wanted.notes,
                               *(f"waiting for {source}: it does not exist" for source in missing)])
+        self.note("trouble", map(str, trouble))
         return self._wanted
 
     def _checked(self) -> Files | None:
@@ -4476,7 +4358,6 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         })
-        log.recovered("disk", f"{self.output.root} can be written again")
         self._remember()
         self.output.prune()
 
@@ -4494,20 +4375,24 @@ class Loop:
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
         for note in sorted(lasting - before):
             log.warning("%s", note)
-        for note in sorted(before - lasting):
-            log.info("warning over: %s", note.partition(": ")[0])
+        if topic not in OVER:
+            for note in sorted(before - lasting):
+                log.info("warning over: %s", note.partition(": ")[0])
+        elif before and not lasting:
+            log.info("%s", OVER[topic])
         self._noted[topic] = lasting
 
     def _report(self) -> None:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [], [])
+        wanted = self._wanted or Wanted({}, [], [], [], [])
         asking, files = self.asking, self.output.published
         states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        states |= {path: NACKED for path, nack in asking.known.nacks.items()
-                   if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        acked, nacks = asking.known.acked, asking.known.nacks
+        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
         version = self.output.snapshot[2:]
         self._listener.status = status = Status(
             files, version, self._switched_at, states,
@@ -4526,18 +4411,17 @@ class Loop:
                     sum(bool(file.kind) for file in files.values()))
 
 
-def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
+def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
     if wanted.missing:
         hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
         if options.from_file:
             hint = "--from-file must hold it, in this namespace"
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
-    reasons = (*wanted.failed, *trouble.values(),
-               f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.access.apiserver == NO_POD:
-        return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
-    return reasons[0]
+    reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
+    if options.apiserver == NO_POD:
+        return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
+    return str(reason)
 
 
 # -- what a restart is told --------------------------------------------------------------------
@@ -4547,7 +4431,7 @@ def state_of(known: Known) -> dict[str, Json]:
     """What is remembered of Envoy. No digest of a secret: one could test guesses at it."""
     return {
         "acked": {p: file.digest for p, file in known.acked.items() if file.kind != "sds"},
-        "nacked": {path: [*nack[:4], sorted(nack.stood)] for path, nack in known.nacks.items()
+        "nacked": {path: [*nack[:3], sorted(nack.stood)] for path, nack in known.nacks.items()
                    if nack.kind != "sds"},
     }
 
@@ -4556,9 +4440,9 @@ def known_from(output: Output) -> Known:
     """What the process before knew; entries that are not as we write them are left out."""
     nacks = {}
     for path, row in json_object(output.state.get("nacked")).items():
-        if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
-            digest, shown, kind, reason = map(str, row[:4])
-            nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
+        if isinstance(row, list) and len(row) == 4 and isinstance(row[3], list):
+            digest, kind, reason = map(str, row[:3])
+            nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
                  came=cluster_names(output.published.values()).union(output.published))
 
@@ -4688,9 +4572,8 @@ def preview(options: Options, config: Config) -> int:
         # a copy that nobody else can read (0700), and that goes again
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
-                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-                with open(f"{directory}/{path}", "wb") as stream:
-                    stream.write(file.content)
+                make_directories(os.path.dirname(f"{directory}/{path}"))
+                write_file(f"{directory}/{path}", file.content, file.mode)
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0
@@ -4954,8 +4837,7 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 class Options(types.SimpleNamespace):
     """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
-    `warnings`.
+    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`, `warnings`.
     """
 
 
@@ -5021,8 +4903,6 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             for it in getattr(options, kind)))
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
-    options.access = Access(**{name: value for name, value in vars(options).items()
-                               if name in Access._fields and value})
     options.node_name = environ.get("NODE_NAME", "")
     options.warnings = []
     if options.trafficsplit_api_version is not None:
@@ -5117,7 +4997,7 @@ def run(options: Options) -> int:
     for warning in options.warnings:
         log.warning("%s", warning)
     config = read_config(options.config)
-    if options.access.insecure and not options.from_file:
+    if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
     if own_zone_wanted and not options.node_name:

@@ -60,18 +60,6 @@ def test_changes_cost_no_request(stage: Stage) -> None:
     assert len({request.connection for request in asked}) == 1
 
 
-def test_many_configmaps_by_selector_are_one_connection(stage: Stage) -> None:
-    for index in range(200):
-        data = {f"file-{index}": "x"}
-        stage.api.configmap(NAMESPACE, f"many-{index}", data, labels=LABEL)
-    first = stage.change("one", labels=LABEL)
-    with stage.running(LOADER, BY_LABEL) as run:
-        run.eye.wait(first)
-        asked = stage.api.requests.matching(is_about(BY_LABEL))
-    assert [request.is_watch for request in asked] == [False, True]
-    assert stage.api.connections_total == 1
-
-
 def test_one_change_among_many_files_touches_one(stage: Stage) -> None:
     populate(stage, 100)
     first = stage.change("one", labels=LABEL)
@@ -86,20 +74,6 @@ def test_one_change_among_many_files_touches_one(stage: Stage) -> None:
         after = {path: path.stat().st_ino for path in (run.place / "current").iterdir()}
     # Only that one was written; the others are the same inodes, linked.
     assert [path.name for path in after if before[path] != after[path]] == [KEY]
-
-
-def test_a_burst_is_few_publications_and_ends_with_the_last_state(stage: Stage) -> None:
-    first = stage.change("one")
-    with stage.running(LOADER, named("one")) as run:
-        run.eye.wait(first)
-        run.wait_log("published")
-        last = 0
-        for _ in range(1000):
-            last = stage.change("one", 512)
-        run.eye.wait(last)
-        time.sleep(0.3)
-        assert run.log().count("published") < 100
-        assert run.eye.number() == last
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,11 +215,3 @@ def test_the_table_has_a_row_for_each_measure(
     assert all(row[1] and row[2] for row in table[2:])
     assert "noise before" in done.stdout
     assert "load average" in done.stdout
-
-
-def test_an_unknown_part_is_named(
-    bench: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    done = bench("latencies")
-    assert done.returncode == 2
-    assert "no part latencies; one of latency, disk, " in done.stderr

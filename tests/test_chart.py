@@ -445,43 +445,15 @@ def into(base: Object, extra: Object) -> None:
             base[key] = value
 
 
-def test_set_weight_is_a_canary_release_that_restarts_nothing() -> None:
-    values = load_values("weights-values.yaml")
-    before = render(values)
-    after = render(
-        set_values(
-            values,
-            "upstreams.podinfo.backends.podinfo-stable.weight=0",
-            "upstreams.podinfo.backends.podinfo-canary.weight=100",
-        )
-    )
-    changed = [o["metadata"]["name"] for o in after.objects if o not in before.objects]
-    assert changed == [f"{NAME}-xds"]
-    old, new = xds(before), xds(after)
-    assert [name for name in old if old[name] != new[name]] == ["rds.yaml"]
-    assert old["rds.yaml"]["version_info"] != new["rds.yaml"]["version_info"]
-    (routes,) = new["rds.yaml"]["resources"]
-    hosts = {host["name"]: host for host in routes["virtual_hosts"]}
-    weighted = hosts["podinfo"]["routes"][-1]["route"]["weighted_clusters"]["clusters"]
-    assert {entry["name"]: entry["weight"] for entry in weighted} == {
-        "podinfo-stable": 0,
-        "podinfo-canary": 100,
-    }
-
-
 @pytest.mark.parametrize(
     ("given", "shares"),
     [
         # as annotations of Services: who has no weight takes what the others leave of 100
         ({"a": None, "b": 5}, {"a": 95, "b": 5}),
-        ({"a": None, "b": 50}, {"a": 50, "b": 50}),
-        ({"a": None, "b": 0}, {"a": 100, "b": 0}),
-        ({"a": None, "b": 100}, {"a": 0, "b": 100}),
         ({"a": None, "b": 120}, {"a": 0, "b": 120}),
         ({"a": None, "b": None}, {"a": 1, "b": 1}),
         ({"a": None, "b": None, "c": 5}, {"a": 95, "b": 95, "c": 10}),
         ({"a": 3, "b": 1}, {"a": 3, "b": 1}),
-        ({"a": None}, {"a": 1}),
     ],
 )
 def test_a_backend_without_a_weight_takes_the_rest(given: Object, shares: Object) -> None:
@@ -541,13 +513,6 @@ def test_what_envoy_advises_at_the_edge() -> None:
 
 # ---------------------------------------------------------------------------------------------
 # What a platform team expects
-
-
-def test_names_as_the_table_describes_them() -> None:
-    release = render()
-    assert release.one("Service")["metadata"]["name"] == "edge"
-    assert release.pod["serviceAccountName"] == "edge"
-    assert render({"fullnameOverride": "front"}).pod["serviceAccountName"] == "front"
 
 
 @pytest.mark.parametrize(
@@ -612,18 +577,6 @@ def test_helm_test_asks_the_port_that_leads_to_the_listener() -> None:
         assert hook["spec"]["containers"][1]["command"][6] == port
 
 
-def test_resources_may_be_left_to_the_cluster() -> None:
-    pod = render({"loader": {"resources": {}}, "envoy": {"resources": {"limits": None}}}).pod
-    assert "limits" not in named(pod, "envoy")["resources"]
-
-
-def test_helm_test_prints_no_configuration() -> None:
-    (hook,) = render(load_values("tls-values.yaml")).all("Pod")
-    loader = hook["spec"]["containers"][0]
-    assert "--onetime" in loader["args"]
-    assert not {"--dry-run", "--diff"} & set(loader["args"])
-
-
 def test_upstreams_of_one_host_share_it_and_the_longer_prefix_goes_first() -> None:
     files = xds(render(load_values("weights-values.yaml")))
     (routes,) = files["rds.yaml"]["resources"]
@@ -686,13 +639,9 @@ def test_restart_only_for_what_is_read_once() -> None:
     ("values", "message"),
     [
         ({"replicas": 3}, "replicas"),
-        ({"loader": {"imagePullPolicy": "Always"}}, "imagePullPolicy"),
         ({"loader": {"syncInterval": 30}}, "syncInterval"),
-        ({"loader": {"syncInterval": "30"}}, "syncInterval"),
         ({"loader": {"image": {"digest": "sha256:1"}}}, "digest"),
         ({"kind": "StatefulSet"}, "kind"),
-        ({"envoy": {"adminPort": 9901}}, "adminPort"),
-        ({"nativeSidecar": True}, "nativeSidecar"),
         ({"services": {"edsBudget": "8"}}, "edsBudget"),
         ({"envoy": {"overload": {"maxHeap": "1 GB"}}}, "maxHeap"),
         ({"networkPolicy": {"from": ["monitoring"]}}, "from"),
@@ -700,7 +649,6 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"envoy": {"ports": {"ready": {"containerPort": 1}}}}, "ready"),
         ({"configMaps": ["envoy-xds"]}, "configMaps"),
         ({"configMaps": [{"name": "x", "directory": "../x"}]}, "directory"),
-        ({"configMaps": [{"name": "x", "directory": "/x"}]}, "directory"),
         ({"secrets": [{"name": "Upper"}]}, "secrets"),
         ({"services": {"namespaces": ["a b"]}}, "namespaces"),
         ({"services": {"endpoints": "edds"}}, "endpoints"),
@@ -709,12 +657,10 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"config": {"cluster": {"overrides": [{"merge": {}}]}}}, "match"),
         ({"config": {"endpoint": {"locality": {"zone": {"label": "a", "literal": "b"}}}}}, "zone"),
         ({"xds": {"eds/a.yaml": "x"}}, "eds/a.yaml"),
-        ({"xds": {"rds.yaml": {"name": "x"}}}, "rds.yaml"),
         ({"xds": {"rds.yaml": [{"name": "x"}]}}, "rds.yaml"),
         ({"upstreams": {"a": {"backends": {}}}}, "backends"),
         ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": 1000001}}}}}, "weight"),
         ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": "50%"}}}}}, "weight"),
-        ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": -1}}}}}, "weight"),
         ({"upstreams": {"a": {"prefix": "x", "backends": {"b": {"weight": 1}}}}}, "prefix"),
         ({"tests": {"statuses": ["200"]}}, "statuses"),
         # what a schema cannot express

@@ -43,63 +43,6 @@ def states(pod: Pod) -> set[str]:
     return {file["state"] for file in body["files"]}
 
 
-def weights(backends: Backends, **given: int) -> Object:
-    """An upstream of these backends; those that are not given a weight have none."""
-    chosen = {
-        name: {"address": "127.0.0.1", "port": backends[name]}
-        | ({"weight": given[name]} if name in given else {})
-        for name in ("stable", "canary")
-    }
-    return {"upstreams": {"web": {"domains": ["web.example"], "backends": chosen}}}
-
-
-def test_weights_move_traffic_with_the_command_of_the_notes(
-    tmp_path: Path, authority: Authority
-) -> None:
-    with Backends("stable", "canary") as backends:
-        values = weights(backends, canary=0)
-        release = render(values)
-        with Pod(release, tmp_path, authority) as pod:
-            assert pod.envoy is not None
-            before = pod.envoy.pid
-            assert names_of(pod, 20, "web.example") == {"stable": 20}
-            assert pod.get(host="other.example").status == 404
-            assert pod.get(host="web.example:10000").status == 200, "any port in Host"
-            (assignment,) = re.findall(r"--set (\S+)", release.notes)
-            assert assignment == "upstreams.web.backends.canary.weight=50"
-            pod.apply(render(set_values(values, assignment)))
-            wait_until(lambda: "canary" in names_of(pod, 10, "web.example"))
-            found = names_of(pod, 400, "web.example")
-            assert 120 < found["canary"] < 280, "half, give or take eight standard deviations"
-            pod.apply(render(set_values(values, assignment.replace("=50", "=100"))))
-            wait_until(lambda: names_of(pod, 5, "web.example") == {"canary": 5})
-            wait_until(lambda: states(pod) == {"acked"})
-            assert pod.envoy.pid == before
-            assert pod.envoy.poll() is None
-
-
-def test_discovered_services(tmp_path: Path, authority: Authority) -> None:
-    values = load_values("services-nodes-values.yaml")
-    with Backends("one", "two") as backends:
-        pod = Pod(render(values), tmp_path, authority)
-        pod.api.node("node-a", {"topology.kubernetes.io/region": "eu", ZONE: "a"})
-        port = {"name": "http", "port": 80, "protocol": "TCP"}
-        pod.api.service(
-            "shop",
-            "web",
-            [port],
-            labels={"edge": "public"},
-            annotations={"xds-loader/hosts": "web.example"},
-        )
-        target = {**port, "port": backends["one"]}
-        pod.api.endpointslice("shop", "web-1", "web", ["127.0.0.1"], [target])
-        with pod:
-            assert names_of(pod, 5, "web.example") == {"one": 5}
-            target = {**port, "port": backends["two"]}
-            pod.api.endpointslice("shop", "web-1", "web", ["127.0.0.1"], [target])
-            wait_until(lambda: names_of(pod, 1, "web.example") == {"two": 1})
-
-
 @pytest.mark.parametrize("name", CI)
 def test_each_file_of_the_matrix_comes_up(name: str, tmp_path: Path, authority: Authority) -> None:
     """With the permissions it renders and no other; `Pod` waits for every probe."""
@@ -136,12 +79,22 @@ def test_the_readmes_canary_release(tmp_path: Path, authority: Authority) -> Non
             port = backends[name.removeprefix("podinfo-")]
             del backend["port"]
             backend.update(address="127.0.0.1", port=port, http2={"enabled": False})
-        with Pod(render(values), tmp_path, authority) as pod:
+        before, after = render(values), render(set_values(values, assignment))
+        changed = [obj["metadata"]["name"] for obj in after.objects if obj not in before.objects]
+        assert changed == ["edge-envoy-xds-configmap-loader-xds"]
+        with Pod(before, tmp_path, authority) as pod:
+            assert pod.envoy is not None
+            started = pod.envoy.pid
             assert names_of(pod, 20, "podinfo.example") == {"stable": 20}
-            pod.apply(render(set_values(values, assignment)))
+            assert pod.get(host="other.example").status == 404
+            assert pod.get(host="podinfo.example:10000").status == 200, "any port in Host"
+            pod.apply(after)
             wait_until(lambda: "canary" in names_of(pod, 20, "podinfo.example"))
             found = names_of(pod, 1000, "podinfo.example")
             assert 40 < found["canary"] < 160, "10 %, give or take six standard deviations"
+            wait_until(lambda: states(pod) == {"acked"})
+            assert pod.envoy.pid == started
+            assert pod.envoy.poll() is None
 
 
 def test_a_change_meets_a_few_pods_first(tmp_path: Path, authority: Authority) -> None:

@@ -15,7 +15,7 @@ from tests.support.chart_docs import CHART
 from tests.support.manifests import Release, load_values, render
 from tests.support.pod import Pod
 from tests.support.tls import Authority
-from tests.test_chart_envoy import names_of, weights
+from tests.test_chart_envoy import names_of
 
 promql = pytest.importorskip("promql_parser", reason="pip install promql-parser")
 
@@ -102,7 +102,8 @@ def test_every_expression_meets_what_is_served(tmp_path: Path, authority: Author
     values = load_values("monitoring-values.yaml")
     values["metrics"]["prometheusRule"].update(disabled=[], additionalRules=[])
     with Backends("stable", "canary") as backends:
-        values.update(weights(backends))
+        chosen = {name: {"address": "127.0.0.1", "port": backends[name]} for name in backends.ports}
+        values["upstreams"] = {"web": {"domains": ["web.example"], "backends": chosen}}
         with Pod(render(values), tmp_path, authority) as pod:
             names_of(pod, 5, "web.example")
             loader = served(pod.ask(9902, "/metrics").body)

@@ -367,7 +367,8 @@ REJECTED = {
     "--step-delay": ["1", "s", "1.2.3s", "1e3s", "-1s", "9" * 400 + "h", "1m 0s", "1d"],
     "--endpoints": ["EDS", ""],
     "--check-cmd": ["", " "],
-    "--listen": ["9902", ":99999"],
+    "--listen": ["9902", ":99999", "", "::1:9000", ":", ":x", ":65536", ":-1", "[::1]", "a b:9",
+                 "[]:9", ":9\n", ":٣"],
 }  # fmt: skip
 BASE = ["--configmap", "base", "--services", "a=b"]
 
@@ -403,7 +404,7 @@ def test_what_the_options_become() -> None:
     assert [named.query.namespace for named in found] == ["demo", "shop"]
     assert options(NODE_NAME="node-1").node_name == "node-1"
     assert options("--from-file", "x", "--client-cert", "c").from_file == "x"
-    assert options(KUBERNETES_SERVICE_HOST="fd00::1").access.apiserver == "https://[fd00::1]:443"
+    assert options(KUBERNETES_SERVICE_HOST="fd00::1").apiserver == "https://[fd00::1]:443"
 
 
 def test_a_password_in_a_url_is_not_shown() -> None:

@@ -530,7 +530,7 @@ def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> No
     try:
         envoy.command[-1] = "1"
         envoy.start(wait=False)
-        stage.log.wait_log("WARNING Envoy was restarted hot", 10)
+        stage.log.wait_log("WARNING Envoy is not asked: it was restarted hot", 10)
         wait_until(lambda: first.poll() is not None, 15)
         files = {"rds.yaml": to(x="e"), "eds-e.yaml": stage.endpoints(2)}
         stage.patch(files)

@@ -242,8 +242,8 @@ def test_odd_answers_of_an_admin_interface_end_no_loader(
 def test_loopback_is_127_8_and_no_name_that_looks_like_it(
     host: str, sent: bool, token_file: Path
 ) -> None:
-    access = loader.Access(f"http://{host}:1", str(token_file), "")
-    api = loader.Api(access)
+    words = ["--configmap", "x", "--apiserver", f"http://{host}:1", "--token-file", str(token_file)]
+    api = loader.Api(loader.options_from(words, {}))
     with pytest.raises(loader.LoaderError) as error:
         api.list(loader.Query(loader.CONFIGMAPS, "demo"), print)
     assert ("plain HTTP" in str(error.value)) != sent, error.value
@@ -404,7 +404,7 @@ def test_no_digest_of_a_secret_is_remembered() -> None:
     """Neither of one that Envoy took nor of one that it refused: guesses could be tested at it."""
     sds = loader.file_of(b"type.googleapis.com/" + next(
         url for url, kind in loader.KINDS.items() if kind == "sds"), "secret demo/web")  # fmt: skip
-    nack = loader.Nack(sds.digest, sds.digest, sds.kind, "reason")
+    nack = loader.Nack(sds.digest, sds.kind, "reason")
     known = loader.Known(acked={"sds/a": sds}, nacks={"sds/b": nack})
     assert sds.digest not in json.dumps(loader.state_of(known))
 

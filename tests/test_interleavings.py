@@ -492,7 +492,7 @@ class Explorer:
         if outcome.acks or outcome.nacks:
             self.remember(state)  # before anything is published
         state.warming = look.warming
-        unknown = any(file.kind and path not in state.known.states
+        unknown = any(file.kind and not loader.is_judged(state.known, path)
                       for path, file in state.published.items())
         state.waiting = waiting or unknown or bool(look.warming)
         if not unknown and NACKED not in state.known.states.values() and (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.apiserver import ApiServer, Rule
+from tests.support.apiserver import ApiServer
 from tests.support.loader import ROOT, Loader, run, snapshot, wait_until
 from tests.support.manifests import VERSIONS, render, validate
 from tests.support.tls import Authority
@@ -49,30 +49,6 @@ def test_the_go_charts_arguments_work_as_they_are(server: ApiServer, tmp_path: P
         loader.stop()
 
 
-def test_one_dash_and_separate_values(server: ApiServer, tmp_path: Path) -> None:
-    args = [arg.replace("--", "-", 1) for arg in shared(server, tmp_path)]
-    more = ["-configmap", "edge-xds", "-namespace", "demo", "-insecure", "-onetime=true"]
-    done = run([*args, *more, "-watch=false", "-sync-interval", "1m30s"])
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("option", ["-smi", "--trafficsplit=podinfo"])
-def test_smi_is_rejected_with_the_way_out(option: str, server: ApiServer, tmp_path: Path) -> None:
-    done = run([*shared(server, tmp_path), "--configmap=edge-xds", option])
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "weight" in done.stderr
-    assert list(server.requests) == []
-
-
-def test_a_role_without_list_is_named(server: ApiServer, tmp_path: Path) -> None:
-    server.rules = [Rule(["get", "watch"], ["configmaps"], "demo", ["edge-xds"])]
-    args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
-    done = run([*args, "--onetime"])
-    assert done.returncode == 1
-    assert re.search(r"list.*configmaps", done.stderr), done.stderr
-
-
 def test_files_of_the_go_tool_are_taken_over_and_foreign_ones_named(
     server: ApiServer, tmp_path: Path
 ) -> None:
@@ -86,15 +62,6 @@ def test_files_of_the_go_tool_are_taken_over_and_foreign_ones_named(
     assert (current / "rds.yaml").read_text() == FILES["rds.yaml"]
     assert (current / "gone.yaml").exists()
     assert "gone.yaml" in done.stderr
-
-
-def test_dry_run_writes_nothing(server: ApiServer, tmp_path: Path) -> None:
-    args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
-    before = sorted(tmp_path.iterdir())
-    done = run([*args, "--dry-run"])
-    assert done.returncode == 0, done.stderr
-    assert "version_info: '0'" in done.stdout
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_the_page_sets_to_null() -> None:

@@ -126,12 +126,6 @@ def test_the_second_of_two_clusters_of_one_name_is_left_out() -> None:
     )
 
 
-def test_a_port_named_like_the_number_of_another_does_not_collide() -> None:
-    found = rendered(service("demo/web", port("", 80), port("80", 8000)))
-    assert list(clusters(found)) == ["demo/web/80"]
-    assert len(found.warnings) == 1
-
-
 def test_sctp_is_skipped_and_named_and_udp_has_udp_addresses() -> None:
     found = rendered(
         service("demo/dns", port("dns", 53, 5353, protocol="UDP"), port("x", 9, protocol="SCTP")),
@@ -156,7 +150,6 @@ def test_sctp_is_skipped_and_named_and_udp_has_udp_addresses() -> None:
         ({"match": {"namespace": "default"}, "merge": {"connect_timeout": "1s"}}, False),
         ({"match": {"cluster_name": "default/kubernetes/https"}, "merge": {}}, True),
         ({"match": {"cluster_name": "default/kubernetes/https"}, "suppress": True}, False),
-        ({"match": {"cluster_name": "default/other/https"}, "merge": {}}, False),
     ],
 )
 def test_the_api_server_is_left_out_unless_matched_by_name(
@@ -244,24 +237,6 @@ HINTED = (
         ),
         pytest.param(
             [
-                endpoint_slice("demo/web", endpoint("fd00::1"), family="IPv6"),
-                endpoint_slice("demo/web", endpoint("10.0.0.1")),
-            ],
-            {},
-            ["10.0.0.1:8080"],
-            id="IPv4 alone",
-        ),
-        pytest.param(
-            [
-                endpoint_slice("demo/web", endpoint("fd00::1"), family="IPv6"),
-                endpoint_slice("demo/web", endpoint("10.0.0.1")),
-            ],
-            {"families": ["ipv4", "ipv6"]},
-            ["10.0.0.1:8080", "fd00::1:8080"],
-            id="both, IPv4 first",
-        ),
-        pytest.param(
-            [
                 endpoint_slice(
                     "demo/web", endpoint("fd00::1"), endpoint("fd00:0::1"), family="IPv6"
                 ),
@@ -270,12 +245,6 @@ HINTED = (
             {"families": ["ipv6"]},
             ["fd00:0::1:8080"],
             id="IPv6 alone, one address in two spellings",
-        ),
-        pytest.param(
-            [endpoint_slice("demo/web", *ZONED)],
-            {},
-            ["a/0 10.0.0.1:8080", "b/0 10.0.0.2:8080", "c/0 10.0.0.3:8080"],
-            id="localities",
         ),
         pytest.param(
             [endpoint_slice("demo/web", *ZONED)],
@@ -326,19 +295,11 @@ def test_endpoints(slices: list[Object], config: Object, wanted: list[str], mode
     ("slices", "warning"),
     [
         (
-            [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={})],
-            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
-        ),
-        (
             [{**endpoint_slice("demo/web", endpoint("10.0.0.1")), "ports": None}],
             "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": None})],
-            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
-        ),
-        (
-            [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": 0})],
             "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
         ),
         (
@@ -694,30 +655,24 @@ def options_of(raw: Object, **options: Any) -> tuple[bool, bool]:
         ("x", "http", (False, False)),
         ("x", "HTTPS", (False, True)),
         ("x", "grpc", (True, False)),
-        ("x", "http2", (True, False)),
         ("x", "H2C", (True, False)),
         ("x", "GRPCS", (True, True)),
         ("x", "kubernetes.io/h2c", (True, False)),
-        ("x", "kubernetes.io/ws", (False, False)),
         ("x", "kubernetes.io/wss", (False, True)),
         ("grpc", "example.com/own", (False, False)),
-        ("grpc", "tls", (False, False)),
         ("grpc", "GrpcTLS", (False, False)),
         ("https", "http", (False, False)),
         ("http", None, (False, False)),
-        ("http2", None, (True, False)),
         ("h2c", "", (True, False)),
         ("grpc", None, (True, False)),
         ("grpc-web", None, (True, False)),
         ("https", None, (False, True)),
-        ("https-admin", None, (False, True)),
         ("tls", None, (False, True)),
         ("httptls", None, (False, True)),
         ("grpctls", None, (True, True)),
         ("grpcs", None, (True, True)),
         ("grpcx", None, (False, False)),
         ("web-grpc", None, (False, False)),
-        ("", None, (False, False)),
     ],
 )
 def test_protocols(name: str, app_protocol: str | None, wanted: tuple[bool, bool]) -> None:
@@ -775,8 +730,6 @@ def test_http2_keeps_what_base_says_of_http() -> None:
     [
         ({"metadata": {"namespace": "../x", "name": "web"}}, "namespace: not a DNS label"),
         ({"metadata": {"namespace": "demo", "name": "a/b"}}, "name: not a DNS label"),
-        ({"metadata": {"namespace": "demo", "name": "a\n"}}, "name: not a DNS label"),
-        ({"metadata": None}, "namespace: not a DNS label"),
         ({"metadata": []}, "metadata: dict expected, not list"),
         ({"spec": {"ports": {}}}, "ports: list expected, not dict"),
         ({"spec": {"ports": [7]}}, "an object with port expected, not int"),
@@ -797,11 +750,9 @@ def test_a_malformed_service_is_rejected(change: Object, error: str) -> None:
     ("change", "error"),
     [
         ({"addressType": "IPX"}, "addressType: Envoy needs IPv4 or IPv6, not 'ipx'"),
-        ({"addressType": "FQDN", "endpoints": [{"addresses": ["web.example"]}]}, "not 'fqdn'"),
         ({"endpoints": [{"addresses": ["10.0.0"]}]}, "addresses: not an ipv4 address: '10.0.0'"),
         ({"endpoints": [{"addresses": ["fd00::1"]}]}, "addresses: not an ipv4 address"),
         ({"endpoints": [{"addresses": [7]}]}, "addresses: not an ipv4 address: 7"),
-        ({"endpoints": [{"addresses": ["\0"]}]}, "addresses: not an ipv4 address"),
         ({"endpoints": [{"conditions": {"ready": "no"}}]}, "ready: bool expected, not str"),
         ({"endpoints": [{"zone": 3}]}, "zone: str expected, not int"),
         ({"ports": [{"port": 65536}]}, "port: a port is between"),
@@ -954,16 +905,6 @@ def test_a_change_renders_what_changed_and_no_more() -> None:
     }
 
 
-def test_a_slice_may_change_hands() -> None:
-    raw = [service("demo/a"), service("demo/b")]
-    one = endpoint_slice("demo/a", endpoint("10.0.0.1"), name="x")
-    two = endpoint_slice("demo/b", endpoint("10.0.0.1"), name="x")
-    translate = renderer()
-    for slices, owners in (([one], "a"), ([two], "b"), ([one], "a"), ([], "")):
-        found = translate.render(objects_of(*raw, *slices))
-        assert [name for name in "ab" if shown(found, f"demo/{name}/http")] == list(owners)
-
-
 def test_a_node_that_changes_moves_its_endpoints() -> None:
     config = {"endpoint": {"locality": {"zone": {"label": "topology.kubernetes.io/zone"}}}}
     raw = [service("demo/a"), service("demo/b")]
@@ -976,14 +917,6 @@ def test_a_node_that_changes_moves_its_endpoints() -> None:
     assert two.files["eds/demo_a_http.yaml"] is one.files["eds/demo_a_http.yaml"]
     three = translate.render(objects_of(*raw))
     assert shown(three, "demo/a/http") == ["10.0.0.1:8080"]
-
-
-def test_a_store_that_is_changed_in_place_is_seen() -> None:
-    translate, objects = renderer(), objects_of(service())
-    translate.render(objects)
-    key = ("demo", "other")
-    objects.services[key] = loader.service_from(service("demo/other"))  # type: ignore[index]
-    assert list(clusters(translate.render(objects))) == ["demo/other/http", "demo/web/http"]
 
 
 # ------------------------------------------------------------------------------------------
@@ -1052,10 +985,9 @@ def test_yaml_means_what_json_means(value: Any) -> None:
     assert yaml.load(emitted(value), yaml.CSafeLoader) == value
 
 
-@pytest.mark.parametrize("text", TRICKY)
-def test_tricky_strings_stay_strings(text: str) -> None:
+def test_tricky_strings_stay_strings() -> None:
     """In every place of a document, and to a YAML 1.1 parser too."""
-    value = {text: [text, [text], {text: text}]}
+    value = {text: [text, [text], {text: text}] for text in TRICKY}
     assert yaml.safe_load(emitted(value)) == value
 
 

@@ -54,30 +54,32 @@ class _Answer(asyncio.Protocol):
 
 
 class Backend(Closing):
-    """One backend on 127.0.0.1; `status` may be changed while it runs."""
+    """One backend."""
 
-    def __init__(self, name: str, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
         self.name = name
+        self.host = host
         self.port = port
         self.tls = tls
         self.requests = 0
         self.transports: set[asyncio.Transport] = set()
-        self.answer = b""
-        self.respond()
+        body = f"{name}\n".encode()
+        head = f"HTTP/1.1 200 OK\r\nx-backend: {name}\r\ncontent-type: text/plain\r\n"
+        self.answer = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self._thread: threading.Thread | None = None
 
-    def respond(self, status: int = 200) -> None:
-        """What every request gets from now on."""
-        body = f"{self.name}\n".encode()
-        head = f"HTTP/1.1 {status} X\r\nx-backend: {self.name}\r\ncontent-type: text/plain\r\n"
-        self.answer = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Answer(self), "127.0.0.1", self.port, ssl=self.tls, backlog=1024
+            lambda: _Answer(self), self.host, self.port, ssl=self.tls, backlog=1024
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
