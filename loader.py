@@ -1231,9 +1231,9 @@ class Route(NamedTuple):
 class ServicePlan(NamedTuple):
     """What one Service becomes; depends on it and on the configuration alone."""
 
-    clusters: tuple[Cluster, ...]
+    clusters: Sequence[Cluster]
     route: Route | None
-    problems: tuple[str, ...]
+    problems: Sequence[str]
 
 
 def warning_line(key: Key, problems: Sequence[str]) -> str:
@@ -1267,8 +1267,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         clusters = [cluster for cluster in planned if cluster]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    route = route_of(service, clusters, config, problems)
-    return ServicePlan(tuple(clusters), route, tuple(problems))
+    return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
@@ -1664,6 +1663,30 @@ def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
     names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
     return {json.loads(name) if name[0] == '"' else name: text
             for name, text in zip(names, texts, strict=True)}
+
+
+class Clusters(NamedTuple):
+    """The clusters of a CDS file by name, as texts; and what is around them."""
+
+    frame: Json  # the other fields of the response; None in YAML
+    texts: Mapping[str, bytes]
+
+
+@functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
+def clusters_of(file: File) -> Clusters | None:
+    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
+    if file.content[:1] == b"{":
+        try:
+            frame = parse_json(file.content)
+            resources = frame.pop("resources", [])
+            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
+                                                   ensure_ascii=False).encode()
+                     for each in resources}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return Clusters(frame, texts) if len(texts) == len(resources) else None
+    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+    return None if rendered is None else Clusters(None, rendered)
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
@@ -2289,30 +2312,6 @@ def notify_order(paths: Iterable[str], files: Files) -> list[str]:
 
 
 # -- old and new clusters together --------------------------------------------------------------
-
-
-class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts; and what is around them."""
-
-    frame: Json  # the other fields of the response; None in YAML
-    texts: Mapping[str, bytes]
-
-
-@functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
-def clusters_of(file: File) -> Clusters | None:
-    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    if file.content[:1] == b"{":
-        try:
-            frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
-    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    return None if rendered is None else Clusters(None, rendered)
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
