@@ -834,7 +834,7 @@ class Service(NamedTuple):
     external_name: str | None
     family: str
     labels: Texts
-    annotations: Mapping[str, str]
+    annotations: Texts
 
 
 class Endpoint(NamedTuple):
@@ -1236,7 +1236,7 @@ class ServicePlan(NamedTuple):
     problems: Sequence[str]
 
 
-def warning_line(key: Key, problems: Sequence[str]) -> str:
+def service_line(key: Key, problems: Sequence[str]) -> str:
     """One line for one Service, whatever there is to say about it."""
     return f"service {'/'.join(key)}: {shortened(problems, '; ')}"
 
@@ -1557,8 +1557,7 @@ def shares(weights: Sequence[int | None]) -> list[int]:
 
 def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, bool, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. With it what is to be said, for the first Service concerned: whether it is a
-    problem, or else shares that follow from those of others."""
+    prefix split it. And for the log: the first Service concerned, whether it is a problem, why."""
     rendered, said, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
@@ -1753,7 +1752,7 @@ class Renderer:
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._routes, self._warnings = b"", list[str]()
-        self._splits: list[str] = []  # as they were logged last
+        self._splits: set[str] = set()  # as they were logged last
         self._plans, self._hosts = Memo(plan_service), Memo(self._host)
         self._rendered, self._files = Memo(self._service), Memo(self._file)
 
@@ -1783,7 +1782,7 @@ class Renderer:
             resources += texts
             files |= eds
             if problems:
-                warnings.append(warning_line(key, problems))
+                warnings.append(service_line(key, problems))
         comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
         files |= self._files({
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
@@ -1817,11 +1816,11 @@ class Renderer:
         for _, said in hosts.values():
             for key, is_problem, text in said:
                 (problems if is_problem else splits)[key].append(text)
-        before, self._splits = self._splits, [warning_line(key, splits[key]) for key in splits]
-        for line in self._splits:
-            if line not in before:  # not a warning: nothing is wrong
-                log.info("%s", line)
-        self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+        lines = {service_line(key, texts) for key, texts in splits.items()}
+        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
+            log.info("%s", line)
+        self._splits = lines
+        self._warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._warnings = ["--services: no Service matches the selector"]
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
