@@ -45,32 +45,6 @@ HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 # Clusters
 
 
-def test_one_cluster_a_port_each_with_an_eds_file() -> None:
-    found = rendered(
-        service("demo/web", port("http", 80), port("admin", 9000, 9001)),
-        endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": 8080, "admin": 9001}),
-    )
-    assert list(clusters(found)) == ["demo/web/http", "demo/web/admin"]
-    assert clusters(found)["demo/web/http"] == {
-        "@type": "type.googleapis.com/envoy.config.cluster.v3.Cluster",
-        "name": "demo/web/http",
-        "type": "EDS",
-        "eds_cluster_config": {
-            "eds_config": {
-                "resource_api_version": "V3",
-                "path_config_source": {"path": f"{r.CURRENT}/eds/demo_web_http.yaml"},
-            }
-        },
-    }
-    assert sorted(found.files) == [
-        *("cds.yaml", "eds/demo_web_admin.yaml", "eds/demo_web_http.yaml", "rds.yaml")
-    ]
-    assert shown(found) == ["10.0.0.1:8080"]
-    assert shown(found, "demo/web/admin") == ["10.0.0.1:9001"]
-    assert found.clusters == {"eds": 2, "inline": 0, "dns": 0}
-    assert not found.warnings
-
-
 def test_comments_name_the_source_and_the_type_is_seen_without_resources() -> None:
     found = render(service(), endpoint_slice())
     assert found.files["eds/demo_web_http.yaml"].content.startswith(
