@@ -480,12 +480,6 @@ def test_the_notes_show_a_command_that_gives_half(weights: Object) -> None:
     assert {entry["weight"] for entry in split} == {50}
 
 
-def test_requests_match_whatever_port_their_host_header_has() -> None:
-    (routes,) = xds(render(load_values("weights-values.yaml")))["rds.yaml"]["resources"]
-    assert routes["ignore_port_in_host_matching"] is True
-    assert [host["domains"] for host in routes["virtual_hosts"]] == [["*"], ["podinfo.example"]]
-
-
 def test_what_envoy_advises_at_the_edge() -> None:
     release = render()
     (listener,) = xds(release)["lds.yaml"]["resources"]
@@ -635,6 +629,14 @@ def test_restart_only_for_what_is_read_once() -> None:
 # Errors
 
 
+ONE = {"b": {"weight": 1, "port": 1}}
+
+
+def upstreams(**given: Object) -> Object:
+    """Each upstream with these fields and one backend, unless it has `backends`."""
+    return {"upstreams": {name: {"backends": ONE, **more} for name, more in given.items()}}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -658,10 +660,10 @@ def test_restart_only_for_what_is_read_once() -> None:
         ({"config": {"endpoint": {"locality": {"zone": {"label": "a", "literal": "b"}}}}}, "zone"),
         ({"xds": {"eds/a.yaml": "x"}}, "eds/a.yaml"),
         ({"xds": {"rds.yaml": [{"name": "x"}]}}, "rds.yaml"),
-        ({"upstreams": {"a": {"backends": {}}}}, "backends"),
-        ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": 1000001}}}}}, "weight"),
-        ({"upstreams": {"a": {"backends": {"b": {"port": 1, "weight": "50%"}}}}}, "weight"),
-        ({"upstreams": {"a": {"prefix": "x", "backends": {"b": {"weight": 1}}}}}, "prefix"),
+        (upstreams(a={"backends": {}}), "backends"),
+        (upstreams(a={"backends": {"b": {"port": 1, "weight": 1000001}}}), "weight"),
+        (upstreams(a={"backends": {"b": {"port": 1, "weight": "50%"}}}), "weight"),
+        (upstreams(a={"prefix": "x"}), "prefix"),
         ({"tests": {"statuses": ["200"]}}, "statuses"),
         # what a schema cannot express
         ({"loader": {"image": {"repository": ""}}}, 'loader.image.repository: "" has no registry'),
@@ -681,32 +683,14 @@ def test_restart_only_for_what_is_read_once() -> None:
             {"listener": {"port": 8080}, "envoy": {"ports": {"web": {"containerPort": 8080}}}},
             "listener.port: no entry of service.ports has it as targetPort (8080 or web)",
         ),
-        (
-            {"upstreams": {"a": {"domains": ["x:80"], "backends": {"b": {"port": 1}}}}},
-            "domain x:80: give it without a port",
-        ),
-        ({"upstreams": {"a": {"backends": {"b": {"weight": 1}}}}}, "b: port is required"),
-        ({"upstreams": {"a": {"backends": {"b": {"weight": 0, "port": 1}}}}}, "sum to 0"),
+        (upstreams(a={"domains": ["x:80"]}), "domain x:80: give it without a port"),
+        (upstreams(a={"backends": {"b": {"weight": 1}}}), "b: port is required"),
+        (upstreams(a={"backends": {"b": {"weight": 0, "port": 1}}}), "sum to 0"),
         ({"listener": {"enabled": False}}, "nothing for Envoy to read"),
+        ({"listener": {"enabled": False}, **upstreams(a={})}, "listener.enabled"),
+        ({"services": {"enabled": True, "selector": "*"}, **upstreams(a={})}, "discovered"),
         (
-            {
-                "listener": {"enabled": False},
-                "upstreams": {"a": {"backends": {"b": {"weight": 1, "port": 1}}}},
-            },
-            "listener.enabled",
-        ),
-        (
-            {
-                "services": {"enabled": True, "selector": "*"},
-                "upstreams": {"a": {"backends": {"b": {"weight": 1, "port": 1}}}},
-            },
-            "discovered",
-        ),
-        (
-            {
-                "xds": {"rds.yaml": "resources: []"},
-                "upstreams": {"a": {"backends": {"b": {"weight": 1, "port": 1}}}},
-            },
+            {"xds": {"rds.yaml": "resources: []"}, **upstreams(a={})},
             "rds.yaml would replace the file",
         ),
         (
@@ -715,30 +699,12 @@ def test_restart_only_for_what_is_read_once() -> None:
         ),
         ({"terminationGracePeriodSeconds": 20}, "drain.seconds"),
         (
-            {
-                "upstreams": {
-                    "a": {"domains": ["x", "y"], "backends": {"b": {"weight": 1, "port": 1}}},
-                    "c": {"domains": ["Y"], "backends": {"b": {"weight": 1, "port": 1}}},
-                }
-            },
+            upstreams(a={"domains": ["x", "y"]}, c={"domains": ["Y"]}),
             "domain Y is another upstream's",
         ),
+        (upstreams(a={}, c={}), "prefix / of these domains"),
         (
-            {
-                "upstreams": {
-                    "a": {"backends": {"b": {"weight": 1, "port": 1}}},
-                    "c": {"backends": {"b": {"weight": 1, "port": 1}}},
-                }
-            },
-            "prefix / of these domains",
-        ),
-        (
-            {
-                "upstreams": {
-                    "a": {"backends": {"b": {"weight": 1, "port": 1}}},
-                    "c": {"prefix": "/c", "backends": {"b": {"weight": 1, "port": 2}}},
-                }
-            },
+            upstreams(a={}, c={"prefix": "/c", "backends": {"b": {"weight": 1, "port": 2}}}),
             "a backend of this name that differs",
         ),
     ],

@@ -24,6 +24,7 @@ import pytest
 
 from tests.support.envoy import (
     Config,
+    admin_connection,
     assignment,
     bootstrap,
     dynamic_resources,
@@ -131,11 +132,7 @@ class Node:
         return number
 
     def admin(self, number: int, path: str) -> str:
-        connection = http.client.HTTPConnection("envoy")
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(10)
-        with contextlib.closing(connection):
-            connection.sock.connect(str(self.root / f"{number}.sock"))
+        with contextlib.closing(admin_connection(f"unix:{self.root}/{number}.sock")) as connection:
             connection.request("GET", path)
             return connection.getresponse().read().decode()
 

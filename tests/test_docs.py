@@ -72,6 +72,16 @@ def test_every_test_that_is_named_exists(page: str) -> None:
     assert [target for target in named if not names_a_test(target)] == []
 
 
+def test_each_line_of_what_holds_against_whom_has_a_test() -> None:
+    """docs/security.md; that the tests exist is shown above."""
+    page = (ROOT / "docs" / "security.md").read_text()
+    section = page.partition("## What holds against whom")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (?!what |---)(.*) \|$", section, re.M)
+    assert len(rows) > 25
+    for row in rows:
+        assert re.search(r"`tests/\w+\.py::\w+`", row.split(" | ")[2]), row
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_test_that_a_letter_leads_to_exists(page: str) -> None:
     """Where a page says: `L` stands for `tests/test_x.py`."""
@@ -171,14 +181,7 @@ def commands(text: str) -> Iterator[list[str]]:
             yield words[1:]
 
 
-@pytest.mark.parametrize(
-    "page,test",
-    [
-        ("docs/options.md", "test_the_command_lines_of_the_options_run"),
-        ("README.md", "test_the_command_lines_of_the_readme_are_taken"),
-    ],
-)
-def test_command_lines_are_taken(page: str, test: str) -> None:
+def taken(page: str, test: str) -> None:
     found = list(commands(block_for(page, test)))
     assert len(found) >= 3
     for arguments in found:
@@ -186,11 +189,11 @@ def test_command_lines_are_taken(page: str, test: str) -> None:
 
 
 def test_the_command_lines_of_the_options_run() -> None:
-    test_command_lines_are_taken("docs/options.md", "test_the_command_lines_of_the_options_run")
+    taken("docs/options.md", "test_the_command_lines_of_the_options_run")
 
 
 def test_the_command_lines_of_the_readme_are_taken() -> None:
-    test_command_lines_are_taken("README.md", "test_the_command_lines_of_the_readme_are_taken")
+    taken("README.md", "test_the_command_lines_of_the_readme_are_taken")
 
 
 def test_what_is_rejected() -> None:

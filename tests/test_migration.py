@@ -49,21 +49,6 @@ def test_the_go_charts_arguments_work_as_they_are(server: ApiServer, tmp_path: P
         loader.stop()
 
 
-def test_files_of_the_go_tool_are_taken_over_and_foreign_ones_named(
-    server: ApiServer, tmp_path: Path
-) -> None:
-    current = tmp_path / "current"
-    current.mkdir()
-    (current / "rds.yaml").write_text("old")
-    (current / "gone.yaml").write_text("of a key deleted long ago")
-    args = [*shared(server, tmp_path), "--insecure", "--namespace=demo", "--configmap=edge-xds"]
-    done = run([*args, "--onetime"])
-    assert done.returncode == 0, done.stderr
-    assert (current / "rds.yaml").read_text() == FILES["rds.yaml"]
-    assert (current / "gone.yaml").exists()
-    assert "gone.yaml" in done.stderr
-
-
 def test_what_the_page_sets_to_null() -> None:
     """Each of its remedies against a default."""
     (words,) = re.findall(r"what you do not want: (.*?)\.\n\n", PAGE, re.DOTALL)

@@ -37,90 +37,78 @@ from tests.support.rendering import (
 WEB = "web.demo.svc.cluster.local"
 
 
-@pytest.mark.parametrize(
-    ("raw", "wanted"),
-    [
-        pytest.param([service()], {}, id="no annotation, no route"),
-        pytest.param([routed(route="false", hosts="x")], {}, id="false switches off"),
-        pytest.param(
-            [routed(route="true")], {f"{WEB}, {WEB}:*": ["/ -> demo/web/http"]}, id="the default"
-        ),
-        pytest.param(
-            [routed(hosts="B.example, a.EXAMPLE,,a.example")],
-            {
-                "a.example, a.example:*": ["/ -> demo/web/http"],
-                "b.example, b.example:*": ["/ -> demo/web/http"],
-            },
-            id="hosts, lower case, each once",
-        ),
-        pytest.param(
-            [routed(hosts="*, *.example, *-x.example, x.*, x-*, under_score.x")],
-            {
-                "*": ["/ -> demo/web/http"],
-                "*-x.example": ["/ -> demo/web/http"],
-                "*.example": ["/ -> demo/web/http"],
-                "under_score.x, under_score.x:*": ["/ -> demo/web/http"],
-                "x-*": ["/ -> demo/web/http"],
-                "x.*": ["/ -> demo/web/http"],
-            },
-            id="wildcards",
-        ),
-        pytest.param(
-            [
-                routed("demo/a", hosts="h", prefix="/"),
-                routed("demo/b", hosts="h", prefix="/api"),
-                routed("demo/c", hosts="h", prefix="/api/v2/"),
-                routed("demo/d", hosts="h", prefix="/app"),
-            ],
-            {
-                "h, h:*": [
-                    *("/api/v2/ -> demo/c/http", "/api -> demo/b/http"),
-                    *("/app -> demo/d/http", "/ -> demo/a/http"),
-                ]
-            },
-            id="from most to least specific",
-        ),
-        pytest.param(
-            [
-                routed("demo/b", hosts="h", weight="10"),
-                routed("demo/a", hosts="h", weight="1000000"),
-                routed("demo/d", hosts="h", weight="0"),
-            ],
-            {"h, h:*": ["/ -> demo/a/http=1000000, demo/b/http=10, demo/d/http=0"]},
-            id="weights",
-        ),
-        pytest.param(
-            [routed(f"demo/{name}", hosts="h") for name in "abc"],
-            {"h, h:*": ["/ -> demo/a/http=1, demo/b/http=1, demo/c/http=1"]},
-            id="no weights: equal parts",
-        ),
-        pytest.param(
-            [routed("demo/a", port("grpc", 9000), hosts="h", grpc="x.v1.Greeter, Health")],
-            {"h, h:*": ["/x.v1.Greeter/ -> demo/a/grpc", "/Health/ -> demo/a/grpc"]},
-            id="gRPC services",
-        ),
-        pytest.param(
-            [routed("demo/a", port("grpc", 9000), hosts="h", grpc="Health", prefix="/x")],
-            {"h, h:*": ["/Health/ -> demo/a/grpc", "/x -> demo/a/grpc"]},
-            id="gRPC services and a prefix",
-        ),
-        pytest.param(
-            [routed("demo/a", port("metrics", 9000), port("http", 80), route="true")],
-            {"a.demo.svc.cluster.local, a.demo.svc.cluster.local:*": ["/ -> demo/a/http"]},
-            id="the first HTTP port",
-        ),
-        pytest.param(
-            [routed("demo/a", port("x", 9000), port("http", 80), hosts="h, *.h", port="x")],
-            {"*.h": ["/ -> demo/a/x"], "h, h:*": ["/ -> demo/a/x"]},
-            id="that one port, and no domain for others",
-        ),
-        pytest.param(
-            [routed("demo/a", port("x", 9000), port("y", 81), hosts="h", port="81")],
-            {"h, h:*": ["/ -> demo/a/y"]},
-            id="port by number",
-        ),
-    ],
-)
+ROUTES: dict[str, tuple[list[Object], dict[str, list[str]]]] = {
+    "no annotation, no route": ([service()], {}),
+    "false switches off": ([routed(route="false", hosts="x")], {}),
+    "the default": ([routed(route="true")], {f"{WEB}, {WEB}:*": ["/ -> demo/web/http"]}),
+    "hosts, lower case, each once": (
+        [routed(hosts="B.example, a.EXAMPLE,,a.example")],
+        {
+            "a.example, a.example:*": ["/ -> demo/web/http"],
+            "b.example, b.example:*": ["/ -> demo/web/http"],
+        },
+    ),
+    "wildcards": (
+        [routed(hosts="*, *.example, *-x.example, x.*, x-*, under_score.x")],
+        {
+            "*": ["/ -> demo/web/http"],
+            "*-x.example": ["/ -> demo/web/http"],
+            "*.example": ["/ -> demo/web/http"],
+            "under_score.x, under_score.x:*": ["/ -> demo/web/http"],
+            "x-*": ["/ -> demo/web/http"],
+            "x.*": ["/ -> demo/web/http"],
+        },
+    ),
+    "from most to least specific": (
+        [
+            routed("demo/a", hosts="h", prefix="/"),
+            routed("demo/b", hosts="h", prefix="/api"),
+            routed("demo/c", hosts="h", prefix="/api/v2/"),
+            routed("demo/d", hosts="h", prefix="/app"),
+        ],
+        {
+            "h, h:*": [
+                *("/api/v2/ -> demo/c/http", "/api -> demo/b/http"),
+                *("/app -> demo/d/http", "/ -> demo/a/http"),
+            ]
+        },
+    ),
+    "weights": (
+        [
+            routed("demo/b", hosts="h", weight="10"),
+            routed("demo/a", hosts="h", weight="1000000"),
+            routed("demo/d", hosts="h", weight="0"),
+        ],
+        {"h, h:*": ["/ -> demo/a/http=1000000, demo/b/http=10, demo/d/http=0"]},
+    ),
+    "no weights: equal parts": (
+        [routed(f"demo/{name}", hosts="h") for name in "abc"],
+        {"h, h:*": ["/ -> demo/a/http=1, demo/b/http=1, demo/c/http=1"]},
+    ),
+    "gRPC services": (
+        [routed("demo/a", port("grpc", 9000), hosts="h", grpc="x.v1.Greeter, Health")],
+        {"h, h:*": ["/x.v1.Greeter/ -> demo/a/grpc", "/Health/ -> demo/a/grpc"]},
+    ),
+    "gRPC services and a prefix": (
+        [routed("demo/a", port("grpc", 9000), hosts="h", grpc="Health", prefix="/x")],
+        {"h, h:*": ["/Health/ -> demo/a/grpc", "/x -> demo/a/grpc"]},
+    ),
+    "the first HTTP port": (
+        [routed("demo/a", port("metrics", 9000), port("http", 80), route="true")],
+        {"a.demo.svc.cluster.local, a.demo.svc.cluster.local:*": ["/ -> demo/a/http"]},
+    ),
+    "that one port, and no domain for others": (
+        [routed("demo/a", port("x", 9000), port("http", 80), hosts="h, *.h", port="x")],
+        {"*.h": ["/ -> demo/a/x"], "h, h:*": ["/ -> demo/a/x"]},
+    ),
+    "port by number": (
+        [routed("demo/a", port("x", 9000), port("y", 81), hosts="h", port="81")],
+        {"h, h:*": ["/ -> demo/a/y"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "wanted"), ROUTES.values(), ids=ROUTES)
 def test_routes(raw: list[Object], wanted: dict[str, list[str]]) -> None:
     found = rendered(*raw)
     assert routes(found) == wanted

@@ -7,12 +7,10 @@ intermediate of another fails the verification: "old and new never mixed" is wha
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import http.client
 import json
-import os
 import socket
 import ssl
 import statistics
@@ -25,8 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import trustme
 
-import loader
-from tests.conftest import NAMESPACE, StartEnvoy, StartLoader
+from tests.conftest import NAMESPACE, RunLoader, StartEnvoy, StartLoader
 from tests.support.apiserver import ApiServer
 from tests.support.busy import busy
 from tests.support.envoy import (
@@ -253,29 +250,9 @@ def edge(root: trustme.CA, start_envoy: StartEnvoy) -> Iterator[Callable[[Path],
     server.close()
 
 
-def secret_of(issued: Issued, ca: bytes) -> Any:
-    """As the API server gives it."""
-    values = {"tls.crt": issued[0], "tls.key": issued[1], "ca.crt": ca}
-    return {
-        "metadata": {"namespace": NAMESPACE, "name": "web-tls"},
-        "data": {key: base64.b64encode(value).decode() for key, value in values.items()},
-    }
-
-
-def files_of(obj: Any) -> dict[str, loader.File]:
-    """The SDS files of an object, by path in the snapshot."""
-    return {f"sds/{name}": file for name, file in loader.secret_from(obj).files.items()}
-
-
-def move_in(current: Path, files: Any) -> None:
-    """What publication comes down to for one file: a rename into the directory."""
-    for path, file in files.items():
-        target = current / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = current.parent / f"fresh-{target.name}"
-        fresh.write_bytes(file.content)
-        fresh.chmod(file.mode)
-        os.rename(fresh, target)
+def put(api: ApiServer, cert: bytes, key: bytes, ca: bytes) -> None:
+    keys = {"tls.crt": cert, "tls.key": key, "ca.crt": ca}
+    api.secret(NAMESPACE, "web-tls", keys, type="kubernetes.io/tls")
 
 
 def rotate_under_load(
@@ -338,8 +315,7 @@ def test_fifty_rotations_of_the_secret(
     ca = root.cert_pem.bytes()
 
     def publish(one: Issued) -> None:
-        keys = {"tls.crt": one.cert, "tls.key": one.key, "ca.crt": ca}
-        api.secret(NAMESPACE, "web-tls", keys, type="kubernetes.io/tls")
+        put(api, one.cert, one.key, ca)
 
     publish(issue(root))
     running_loader = start_loader("--watch", "--secret", "web-tls")
@@ -366,34 +342,38 @@ def test_a_bad_pair_keeps_the_last_and_is_named(
     edge: Callable[[Path], Edge],
 ) -> None:
     ca, good, other = root.cert_pem.bytes(), issue(root), issue(root)
-    keys = {"tls.crt": good.cert, "tls.key": good.key, "ca.crt": ca}
-    api.secret(NAMESPACE, "web-tls", keys, type="kubernetes.io/tls")
+    put(api, good.cert, good.key, ca)
     running_loader = start_loader("--watch", "--secret", "web-tls")
     wait_until(lambda: (out / "current" / CA_FILE).exists(), message="the first snapshot")
     running = edge(out / "current")
     assert running.downstream() == good.fingerprint
     before = (out / "current" / PAIR_FILE).read_bytes()
-    api.secret(NAMESPACE, "web-tls", {**keys, "tls.key": other.key}, type="kubernetes.io/tls")
+    put(api, good.cert, other.key, ca)
     running_loader.wait_log("secret demo/web-tls: tls.key is not the key of the first certificate")
     assert (out / "current" / PAIR_FILE).read_bytes() == before
     assert running.downstream() == running.upstream() == good.fingerprint
-    keys = {"tls.crt": other.cert, "tls.key": other.key, "ca.crt": ca}
-    api.secret(NAMESPACE, "web-tls", keys, type="kubernetes.io/tls")
+    put(api, other.cert, other.key, ca)
     wait_until(lambda: running.downstream() == other.fingerprint, message="the repaired pair")
 
 
 def test_envoy_itself_refuses_a_mismatched_pair_and_keeps_the_last(
-    tmp_path: Path, root: trustme.CA, edge: Callable[[Path], Edge]
+    api: ApiServer,
+    out: Path,
+    root: trustme.CA,
+    run_loader: RunLoader,
+    edge: Callable[[Path], Edge],
 ) -> None:
     """Why the check may be left to Envoy where this machine has no anonymous memory."""
-    current, ca = tmp_path / "current", root.cert_pem.bytes()
     good, other = issue(root), issue(root)
-    files = files_of(secret_of(good, ca))
-    move_in(current, files)
-    running = edge(current)
-    mixed = files[PAIR_FILE].content.replace(quoted(good.key), quoted(other.key))
-    assert mixed != files[PAIR_FILE].content
-    move_in(current, {PAIR_FILE: loader.file_of(mixed, "test", 0o600)})
+    put(api, good.cert, good.key, root.cert_pem.bytes())
+    assert run_loader("--onetime", "--secret", "web-tls").returncode == 0
+    running = edge(out / "current")
+    content = (out / "current" / PAIR_FILE).read_bytes()
+    mixed = content.replace(quoted(good.key), quoted(other.key))
+    assert mixed != content
+    fresh = out / "fresh"
+    fresh.write_bytes(mixed)
+    fresh.rename(out / "current" / PAIR_FILE)
     running.envoy.wait_stat("sds.demo/web-tls.update_rejected", 1)
     assert running.downstream() == good.fingerprint
 
@@ -403,17 +383,19 @@ def quoted(pem: bytes) -> bytes:
 
 
 def test_envoy_shows_no_key_and_takes_every_spelling_of_pem(
-    tmp_path: Path, root: trustme.CA, edge: Callable[[Path], Edge]
+    api: ApiServer,
+    out: Path,
+    root: trustme.CA,
+    run_loader: RunLoader,
+    edge: Callable[[Path], Edge],
 ) -> None:
     """CR LF and comments go as base64; both spellings are the same to Envoy."""
-    current, ca, good = tmp_path / "current", root.cert_pem.bytes(), issue(root)
-    windows = Issued(
-        good.cert.replace(b"\n", b"\r\n"), "# für Web\n".encode() + good.key, good.fingerprint
-    )
-    files = files_of(secret_of(windows, ca))
-    assert b"inline_bytes" in files[PAIR_FILE].content
-    move_in(current, files)
-    running = edge(current)
+    good = issue(root)
+    key = "# für Web\n".encode() + good.key
+    put(api, good.cert.replace(b"\n", b"\r\n"), key, root.cert_pem.bytes())
+    assert run_loader("--onetime", "--secret", "web-tls").returncode == 0
+    assert b"inline_bytes" in (out / "current" / PAIR_FILE).read_bytes()
+    running = edge(out / "current")
     assert running.downstream() == running.upstream() == good.fingerprint
     dump = running.envoy.admin("/config_dump")
     assert "demo/web-tls" in dump

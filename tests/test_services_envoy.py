@@ -5,7 +5,6 @@ Pods are backends on 127.0.0.2 and so on, all on one port as pods are.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -14,7 +13,7 @@ import shlex
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -346,113 +345,57 @@ def test_http2_where_the_port_says_so(shop: Shop) -> None:
 # Pods that come and go
 
 
-class Pods:
-    """HTTP servers on addresses of their own and one port, in one thread; they really end."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.requests: dict[str, int] = {}
-        self._servers: dict[str, asyncio.Server] = {}
-        self._writers: dict[str, set[asyncio.StreamWriter]] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-
-    async def _serve(
-        self, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._writers[address].add(writer)
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while await reader.readuntil(b"\r\n\r\n"):
-                self.requests[address] += 1
-                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nok\n")
-        self._writers[address].discard(writer)
-        writer.close()
-
-    async def _start(self, address: str) -> None:
-        self.requests[address] = 0
-        self._writers[address] = set()
-        self._servers[address] = await asyncio.start_server(
-            lambda reader, writer: self._serve(address, reader, writer), address, self.port
-        )
-
-    async def _stop(self, address: str) -> None:
-        self._servers.pop(address).close()
-        for writer in list(self._writers[address]):
-            writer.transport.abort()
-
-    def start(self, *addresses: str) -> None:
-        for address in addresses:
-            asyncio.run_coroutine_threadsafe(self._start(address), self._loop).result(5)
-
-    def stop(self, *addresses: str) -> None:
-        """At once, with all its connections."""
-        for address in addresses:
-            asyncio.run_coroutine_threadsafe(self._stop(address), self._loop).result(5)
-
-    def close(self) -> None:
-        self.stop(*self._servers)
-        time.sleep(0.05)  # the connections' tasks end
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-        self._loop.close()
-
-
 def terminating(address: str) -> Object:
     conditions = {"ready": False, "serving": True, "terminating": True}
     return {"addresses": [address], "conditions": conditions}
 
 
-def health(envoy: Envoy, cluster: str) -> dict[str, str]:
-    """What the EDS file says of each address, as Envoy has it."""
-    return {
-        host["address"]["socket_address"]["address"]: host["health_status"].get(
-            "eds_health_status", "HEALTHY"
-        )
-        for host in envoy.clusters().get(cluster, [])
-    }
-
-
 @pytest.mark.skipif(not have_wrk(), reason="wrk is not installed")
 @pytest.mark.parametrize("mode", ["eds", "inline"])
-def test_rolling_100_endpoints_under_load_loses_no_request(mode: str, shop: Shop) -> None:
+def test_rolling_100_endpoints_under_load_loses_no_request(
+    mode: str, shop: Shop, pod: StartPod
+) -> None:
     """Ten at a time: new ones are ready, old ones terminate, end while still listed, and go.
 
     A pod ends as soon as Envoy knows that it is DRAINING, which is long before it leaves the slice.
     """
     old = [f"127.0.1.{i}" for i in range(1, 101)]
     new = [f"127.0.2.{i}" for i in range(1, 101)]
-    with contextlib.closing(Pods(held_port())) as pods:
-        pods.start(*old)
-        shop.endpoints("web", pods.port, *old)
-        shop.service("web", hosts=HOST)
-        envoy = shop.start("--endpoints", mode)
-        wait_until(lambda: len(envoy.clusters().get("demo/web/http", [])) == 100, 10)
-        with Load([shop.front.port], connections=8, host=HOST) as load:
-            time.sleep(0.3)
-            for i in range(0, 100, 10):
-                come, go = new[: i + 10], old[i : i + 10]
-                pods.start(*new[i : i + 10])
-                shop.endpoints("web", pods.port, *come, name="web-y")
-                rest: list[str | Object] = [*old[i + 10 :]]
-                shop.endpoints("web", pods.port, *rest, *map(terminating, go))
+    port = held_port()
+    pods = {each: pod(each, each, port) for each in old}
+    shop.endpoints("web", port, *old)
+    shop.service("web", hosts=HOST)
+    shop.start("--endpoints", mode)
 
-                def knows(addresses: Sequence[str] = go) -> bool:
-                    known = health(envoy, "demo/web/http")
-                    return all(known.get(each) == "DRAINING" for each in addresses)
+    def known() -> dict[str, str]:
+        """What the endpoints say of each address, as Envoy has it."""
+        found = shop.hosts("demo/web/http")
+        return {where.partition(":")[0]: health for where, _, _, health in found}
 
-                wait_until(knows, 10, f"{go[0]}... are DRAINING")
-                time.sleep(0.1)  # what is under way ends
-                pods.stop(*go)
-                time.sleep(0.1)
-                shop.endpoints("web", pods.port, *rest)
-            wait_until(lambda: health(envoy, "demo/web/http").keys() == set(new), 10, "all new")
-            time.sleep(0.2)
-            total = load.stop()
-        print(f"rolling 100 endpoints, {mode}: {total}")
-        assert total.failed == 0, f"{total}; {shop.front.failed()}"
-        assert total.requests > 1000
-        assert all(pods.requests[address] > 0 for address in new)
+    wait_until(lambda: len(known()) == 100, 10)
+    with Load([shop.front.port], connections=8, host=HOST) as load:
+        time.sleep(0.3)
+        for i in range(0, 100, 10):
+            come, go = new[: i + 10], old[i : i + 10]
+            pods |= {each: pod(each, each, port) for each in new[i : i + 10]}
+            shop.endpoints("web", port, *come, name="web-y")
+            rest: list[str | Object] = [*old[i + 10 :]]
+            shop.endpoints("web", port, *rest, *map(terminating, go))
+
+            gone = dict.fromkeys(go, "DRAINING")
+            wait_until(lambda gone=gone: gone.items() <= known().items(), 10)  # type: ignore[misc]
+            time.sleep(0.1)  # what is under way ends
+            for each in go:
+                pods[each].close()
+            time.sleep(0.1)
+            shop.endpoints("web", port, *rest)
+        wait_until(lambda: known().keys() == set(new), 10, "all new")
+        time.sleep(0.2)
+        total = load.stop()
+    print(f"rolling 100 endpoints, {mode}: {total}")
+    assert total.failed == 0, f"{total}; {shop.front.failed()}"
+    assert total.requests > 1000
+    assert all(pods[address].requests > 0 for address in new)
 
 
 def test_a_zone_that_is_lost_fails_over(shop: Shop, pod: StartPod) -> None:

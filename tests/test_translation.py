@@ -45,32 +45,6 @@ HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 # Clusters
 
 
-def test_one_cluster_a_port_each_with_an_eds_file() -> None:
-    found = rendered(
-        service("demo/web", port("http", 80), port("admin", 9000, 9001)),
-        endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": 8080, "admin": 9001}),
-    )
-    assert list(clusters(found)) == ["demo/web/http", "demo/web/admin"]
-    assert clusters(found)["demo/web/http"] == {
-        "@type": "type.googleapis.com/envoy.config.cluster.v3.Cluster",
-        "name": "demo/web/http",
-        "type": "EDS",
-        "eds_cluster_config": {
-            "eds_config": {
-                "resource_api_version": "V3",
-                "path_config_source": {"path": f"{r.CURRENT}/eds/demo_web_http.yaml"},
-            }
-        },
-    }
-    assert sorted(found.files) == [
-        *("cds.yaml", "eds/demo_web_admin.yaml", "eds/demo_web_http.yaml", "rds.yaml")
-    ]
-    assert shown(found) == ["10.0.0.1:8080"]
-    assert shown(found, "demo/web/admin") == ["10.0.0.1:9001"]
-    assert found.clusters == {"eds": 2, "inline": 0, "dns": 0}
-    assert not found.warnings
-
-
 def test_comments_name_the_source_and_the_type_is_seen_without_resources() -> None:
     found = render(service(), endpoint_slice())
     assert found.files["eds/demo_web_http.yaml"].content.startswith(
@@ -175,115 +149,91 @@ HINTED = (
 )
 
 
-@pytest.mark.parametrize(
-    ("slices", "config", "wanted"),
-    [
-        pytest.param([endpoint_slice()], {}, [], id="empty"),
-        pytest.param(
-            [endpoint_slice("demo/web", endpoint("10.0.0.10"), endpoint("10.0.0.9"))],
-            {},
-            ["10.0.0.9:8080", "10.0.0.10:8080"],
-            id="numeric order",
-        ),
-        pytest.param(
-            [
-                endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": 8080}, name="x"),
-                endpoint_slice("demo/web", endpoint("10.0.0.2"), ports={"http": 9090}, name="y"),
-                endpoint_slice("demo/web", endpoint("10.0.0.3"), ports={"admin": 80}, name="z"),
-            ],
-            {},
-            ["10.0.0.1:8080", "10.0.0.2:9090"],
-            id="a named target port differs from pod to pod",
-        ),
-        pytest.param(
-            [
-                endpoint_slice(
-                    "demo/web",
-                    *(endpoint("10.0.0.1", state="ready"), endpoint("10.0.0.2", state="unknown")),
-                    *(
-                        endpoint("10.0.0.3", state="draining"),
-                        endpoint("10.0.0.4", state="unready"),
-                    ),
-                    endpoint("10.0.0.5", state="terminating"),
-                )
-            ],
-            {},
-            ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8080 DRAINING"],
-            id="conditions",
-        ),
-        pytest.param(
-            [
-                endpoint_slice(
-                    "demo/web",
-                    *(
-                        endpoint("10.0.0.3", state="draining"),
-                        endpoint("10.0.0.4", state="unready"),
-                    ),
-                )
-            ],
-            {"include_not_ready": True},
-            ["10.0.0.3:8080 DRAINING", "10.0.0.4:8080 UNHEALTHY"],
-            id="include_not_ready",
-        ),
-        pytest.param(
-            [
-                endpoint_slice("demo/web", endpoint("10.0.0.1", state="draining"), name="x"),
-                endpoint_slice("demo/web", endpoint("10.0.0.1", zone="a"), name="y"),
-                endpoint_slice("demo/web", endpoint("10.0.0.1", zone="b"), name="z"),
-            ],
-            {},
-            ["a/0 10.0.0.1:8080"],
-            id="an address seen twice takes its best state",
-        ),
-        pytest.param(
-            [
-                endpoint_slice(
-                    "demo/web", endpoint("fd00::1"), endpoint("fd00:0::1"), family="IPv6"
-                ),
-                endpoint_slice("demo/web", endpoint("10.0.0.1")),
-            ],
-            {"families": ["ipv6"]},
-            ["fd00:0::1:8080"],
-            id="IPv6 alone, one address in two spellings",
-        ),
-        pytest.param(
-            [endpoint_slice("demo/web", *ZONED)],
-            {"prefer_zone": "b"},
-            ["b/0 10.0.0.2:8080", "a/1 10.0.0.1:8080", "c/1 10.0.0.3:8080"],
-            id="prefer_zone",
-        ),
-        pytest.param(
-            [endpoint_slice("demo/web", *ZONED)],
-            {"prefer_zone": "d"},
-            ["a/0 10.0.0.1:8080", "b/0 10.0.0.2:8080", "c/0 10.0.0.3:8080"],
-            id="the own zone is empty",
-        ),
-        pytest.param(
-            [endpoint_slice("demo/web", *HINTED)],
-            {"prefer_zone": "b"},
-            ["a/0 10.0.0.1:8080", "b/1 10.0.0.2:8080", "c/1 10.0.0.3:8080 DRAINING"],
-            id="hints",
-        ),
-        pytest.param(
-            [endpoint_slice("demo/web", *HINTED)],
-            {},
-            ["a/0 10.0.0.1:8080", "b/0 10.0.0.2:8080", "c/0 10.0.0.3:8080 DRAINING"],
-            id="hints count only with prefer_zone",
-        ),
-        pytest.param(
-            [
-                endpoint_slice("demo/web", *HINTED),
-                endpoint_slice("demo/web", endpoint("10.0.0.9", zone="b"), name="y"),
-            ],
-            {"prefer_zone": "b"},
-            [
-                *("b/0 10.0.0.2:8080", "b/0 10.0.0.9:8080"),
-                *("a/1 10.0.0.1:8080", "c/1 10.0.0.3:8080 DRAINING"),
-            ],
-            id="hints count only if every ready endpoint has them",
-        ),
-    ],
-)
+def web(*endpoints: Object, **more: Any) -> Object:
+    """A slice of demo/web."""
+    return endpoint_slice("demo/web", *endpoints, **more)
+
+
+ENDPOINTS: dict[str, tuple[list[Object], Object, list[str]]] = {
+    "empty": ([endpoint_slice()], {}, []),
+    "numeric order": (
+        [web(endpoint("10.0.0.10"), endpoint("10.0.0.9"))],
+        {},
+        ["10.0.0.9:8080", "10.0.0.10:8080"],
+    ),
+    "a named target port differs from pod to pod": (
+        [
+            web(endpoint("10.0.0.1"), ports={"http": 8080}, name="x"),
+            web(endpoint("10.0.0.2"), ports={"http": 9090}, name="y"),
+            web(endpoint("10.0.0.3"), ports={"admin": 80}, name="z"),
+        ],
+        {},
+        ["10.0.0.1:8080", "10.0.0.2:9090"],
+    ),
+    "conditions": (
+        [
+            web(
+                endpoint("10.0.0.1", state="ready"),
+                endpoint("10.0.0.2", state="unknown"),
+                endpoint("10.0.0.3", state="draining"),
+                endpoint("10.0.0.4", state="unready"),
+                endpoint("10.0.0.5", state="terminating"),
+            )
+        ],
+        {},
+        ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.3:8080 DRAINING"],
+    ),
+    "include_not_ready": (
+        [web(endpoint("10.0.0.3", state="draining"), endpoint("10.0.0.4", state="unready"))],
+        {"include_not_ready": True},
+        ["10.0.0.3:8080 DRAINING", "10.0.0.4:8080 UNHEALTHY"],
+    ),
+    "an address seen twice takes its best state": (
+        [
+            web(endpoint("10.0.0.1", state="draining"), name="x"),
+            web(endpoint("10.0.0.1", zone="a"), name="y"),
+            web(endpoint("10.0.0.1", zone="b"), name="z"),
+        ],
+        {},
+        ["a/0 10.0.0.1:8080"],
+    ),
+    "IPv6 alone, one address in two spellings": (
+        [web(endpoint("fd00::1"), endpoint("fd00:0::1"), family="IPv6"), web(endpoint("10.0.0.1"))],
+        {"families": ["ipv6"]},
+        ["fd00:0::1:8080"],
+    ),
+    "prefer_zone": (
+        [web(*ZONED)],
+        {"prefer_zone": "b"},
+        ["b/0 10.0.0.2:8080", "a/1 10.0.0.1:8080", "c/1 10.0.0.3:8080"],
+    ),
+    "the own zone is empty": (
+        [web(*ZONED)],
+        {"prefer_zone": "d"},
+        ["a/0 10.0.0.1:8080", "b/0 10.0.0.2:8080", "c/0 10.0.0.3:8080"],
+    ),
+    "hints": (
+        [web(*HINTED)],
+        {"prefer_zone": "b"},
+        ["a/0 10.0.0.1:8080", "b/1 10.0.0.2:8080", "c/1 10.0.0.3:8080 DRAINING"],
+    ),
+    "hints count only with prefer_zone": (
+        [web(*HINTED)],
+        {},
+        ["a/0 10.0.0.1:8080", "b/0 10.0.0.2:8080", "c/0 10.0.0.3:8080 DRAINING"],
+    ),
+    "hints count only if every ready endpoint has them": (
+        [web(*HINTED), web(endpoint("10.0.0.9", zone="b"), name="y")],
+        {"prefer_zone": "b"},
+        [
+            *("b/0 10.0.0.2:8080", "b/0 10.0.0.9:8080"),
+            *("a/1 10.0.0.1:8080", "c/1 10.0.0.3:8080 DRAINING"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("slices", "config", "wanted"), ENDPOINTS.values(), ids=ENDPOINTS)
 @pytest.mark.parametrize("mode", ["eds", "inline"])
 def test_endpoints(slices: list[Object], config: Object, wanted: list[str], mode: str) -> None:
     found = rendered(service(), *slices, config={"endpoint": config}, endpoints=mode)
@@ -763,34 +713,6 @@ def test_a_malformed_slice_is_rejected(change: Object, error: str) -> None:
         loader.endpointslice_from({**endpoint_slice(), **change})
 
 
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["metadata", "spec", "name", "namespace", "labels", "ports", "port",
-                         "endpoints", "addresses", "conditions", "subsets", "ip", "x"]),
-        inner,
-        max_size=4,
-    ),
-    max_leaves=12,
-)  # fmt: skip
-
-
-@given(ANYTHING)
-def test_anything_is_reduced_or_rejected(raw: Any) -> None:
-    for reduce in (
-        *(loader.service_from, loader.endpointslice_from),
-        *(loader.endpoints_from, loader.node_from),
-    ):
-        said = "no error"
-        try:
-            reduce(raw)
-        except ValueError as error:
-            said = str(error)
-        assert said
-        assert "\n" not in said
-
-
 # ------------------------------------------------------------------------------------------
 # Properties
 
@@ -991,19 +913,6 @@ def test_tricky_strings_stay_strings() -> None:
     assert yaml.safe_load(emitted(value)) == value
 
 
-@pytest.mark.parametrize("fmt", ["yaml", "json"])
-def test_a_secret_is_one_quoted_string(fmt: str) -> None:
-    """One writer for everything: what a PEM file holds comes out as it went in."""
-    pem = "-----BEGIN X-----\n" + "Ab+/=\n" * 50 + "-----END X-----\n"
-    resource = {"@type": "t", "name": "x", "inline_string": pem}
-    written = [loader.element(fmt, resource)]
-    content = loader.discovery_response(fmt, "Of secret x.\nMore.", "t", written)
-    found = r.content_of(f"x.{fmt}", loader.file_of(content, ""))
-    assert (found["type_url"], found["resources"]) == ("t", [resource])
-    assert content.count(b"BEGIN") == 1
-    assert content.count(b"\n") < 12
-
-
 def test_rendered_yaml_is_split_and_joined() -> None:
     """As planning the steps needs it: old and new clusters in one file."""
     one = render(service("demo/a"), service("demo/b"), endpoints="inline").files["cds.yaml"]
@@ -1033,31 +942,6 @@ def test_rendered_yaml_is_split_and_joined() -> None:
                     one.content.replace(b"resources:\n", b"resources:\n# x\n"),
                     two["rds.yaml"].content[:-20]):  # fmt: skip
         assert loader.rendered_clusters(foreign) is None
-
-
-def test_yaml_that_a_person_likes_to_read() -> None:
-    value = {
-        "a": 1,
-        "list": [{"x": "1s", "z": [1, [2, 3]]}, {}, [], "10.0.0.1"],
-        "empty": {},
-        "text": "two words",
-        "e": 1e16,
-    }
-    assert emitted(value) == (
-        "a: 1\n"
-        "list:\n"
-        "- x: 1s\n"
-        "  z:\n"
-        "  - 1\n"
-        "  - - 2\n"
-        "    - 3\n"
-        "- {}\n"
-        "- []\n"
-        "- 10.0.0.1\n"
-        "empty: {}\n"
-        'text: "two words"\n'
-        "e: 1.0e+16\n"
-    )
 
 
 def test_a_thousand_services_are_rendered_in_no_time() -> None:

@@ -1,24 +1,12 @@
-"""HTTP backends that answer with their name: in this process, or in one of their own for load.
-
-with Backends("v1", "v2") as backends:      # a process of its own
-    backends.ports["v1"]
-"""
+"""HTTP backends that answer with their name."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import ssl
-import subprocess
-import sys
 import threading
-from collections.abc import Sequence
-from pathlib import Path
 
 from tests.support.closing import Closing
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Answer(asyncio.Protocol):
@@ -113,50 +101,15 @@ class Backend(Closing):
 
 
 class Backends(Closing):
-    """Several backends in one process of their own: load does not share the tests' interpreter."""
+    """Several backends by name."""
 
     def __init__(self, *names: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.backend", *names],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the backends exited with {self.process.wait()}")
-        self.ports: dict[str, int] = json.loads(line)
+        self._each = [Backend(name).__enter__() for name in names]
+        self.ports = {each.name: each.port for each in self._each}
 
     def __getitem__(self, name: str) -> int:
         return self.ports[name]
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-async def _serve(names: Sequence[str]) -> None:
-    backends = [
-        Backend(name, int(port or 0)) for name, _, port in (n.partition("=") for n in names)
-    ]
-    for backend in backends:
-        await backend.listen()
-    print(json.dumps({backend.name: backend.port for backend in backends}), flush=True)
-    await asyncio.Event().wait()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="HTTP backends that answer with their name.")
-    parser.add_argument("names", nargs="+", metavar="NAME[=PORT]")
-    try:
-        asyncio.run(_serve(parser.parse_args(argv).names))
-    except KeyboardInterrupt:
-        pass
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        for each in self._each:
+            each.close()

@@ -12,7 +12,6 @@ import http.client
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support.apiserver import ApiServer, Rule
-from tests.support.envoy import envoy_path
+from tests.support.envoy import admin_connection, envoy_path
 from tests.support.loader import Loader, run, wait_until
 from tests.support.manifests import Object, Release, command, containers
 from tests.support.tls import Authority
@@ -39,11 +38,9 @@ class Answer(NamedTuple):
     connection: str
 
 
-def ask(
-    connection: http.client.HTTPConnection, path: str, host: str = "", method: str = "GET"
-) -> Answer:
+def ask(connection: http.client.HTTPConnection, path: str, host: str = "") -> Answer:
     with contextlib.closing(connection):
-        connection.request(method, path, headers={"Host": host} if host else {})
+        connection.request("GET", path, headers={"Host": host} if host else {})
         response = connection.getresponse()
         text = response.read().decode()
         return Answer(response.status, text, response.getheader("connection") or "")
@@ -233,13 +230,9 @@ class Pod:
     def get(self, path: str = "/", host: str = "") -> Answer:
         return self.ask(10000, path, host)
 
-    def admin(self, path: str, method: str = "GET") -> Answer:
+    def admin(self, path: str) -> Answer:
         """What Envoy's admin interface answers, on its Unix socket."""
-        connection = http.client.HTTPConnection("envoy")
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(5)
-        connection.sock.connect(str(self.admin_directory / "admin.sock"))
-        return ask(connection, path, method=method)
+        return ask(admin_connection(f"unix:{self.admin_directory}/admin.sock"), path)
 
     def loader_container(self) -> Object:
         return next(
