@@ -323,21 +323,6 @@ def test_unknown_fields_are_taken_and_warned_about(stage: Stage) -> None:
     assert stage.log.count_log("NACKed") == 0
 
 
-def test_a_nacked_file_is_shown_in_metrics_until_it_is_mended(stage: Stage) -> None:
-    stage.start()
-    stage.patch({"rds.yaml": "resources: {"})
-    stage.log.wait_log("Envoy NACKed rds.yaml")
-    row = 'xds_loader_nacked_files{file="rds.yaml"} 1'
-    wait_until(lambda: row in stage.asked("/metrics")[1], 5, row)
-    wait_until(lambda: stage.states()["rds.yaml"] == "nacked", 5, "nacked in /snapshot")
-    status, body = stage.asked("/readyz")
-    assert status == 200
-    assert "nacked: rds.yaml" in body
-    stage.patch({"rds.yaml": stage.files()["rds.yaml"]})
-    wait_until(lambda: row not in stage.asked("/metrics")[1], 5, "it is no more")
-    stage.log.wait_log("INFO warning over: rds.yaml")
-
-
 @pytest.mark.parametrize("signal", ["kill", "stop"])
 def test_a_loader_that_starts_again_does_not_try_nacked_bytes(signal: str, stage: Stage) -> None:
     stage.start()

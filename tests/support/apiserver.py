@@ -375,8 +375,7 @@ class Raw(NamedTuple):
 class Stream(NamedTuple):
     """A watch that answers 200 and these chunks, one each, as they are.
 
-    `then`: `clean` (the last chunk is there), `cut` (end of connection between chunks),
-    `midchunk` (within one), `silent` (open for ever) or `watch` (goes on as the true one).
+    `then`: `clean` (the last chunk is there), `cut` (end of connection) or `silent` (for ever).
     """
 
     chunks: Sequence[bytes]
@@ -858,16 +857,13 @@ class ApiServer(Closing):
             watch.lines.put(_MIDCHUNK if midchunk else _CLEAN if clean else _ABRUPT)
         return len(watches)
 
-    def inject(self, line: bytes, match: Match = "", *, end: bool = False) -> int:
-        """Send bytes as a chunk on the open watches that match, and end them. How many."""
-        script = _Script(match, Drop())
+    def inject(self, line: bytes, *, end: bool = False) -> None:
+        """Send bytes as a chunk on every open watch, and end it properly if asked to."""
         with self._lock:
-            watches = [watch for watch in self._watches if script.matches(watch.request)]
-            for watch in watches:
+            for watch in self._watches:
                 watch.lines.put(line)
                 if end:
                     watch.lines.put(_CLEAN)
-        return len(watches)
 
     def bookmark(self) -> None:
         """Send a bookmark now on every watch that allows them."""
@@ -1375,32 +1371,11 @@ class _Exchange:
             self.connection.send(b"", b"%x\r\n%s\r\n" % (len(piece), piece))
         if script.then == "clean":
             self.end_stream()
-        elif script.then == "cut":
-            raise _Gone
-        elif script.then == "midchunk":
-            self.connection.send(b'ff\r\n{"type":"MODIFIED","obj')
-            raise _Gone
         elif script.then == "silent":
             self.silence(1e9)
-        elif script.then == "watch":
-            self.go_on_watching()
         else:
-            raise AssertionError(script.then)
-
-    def go_on_watching(self) -> None:
-        found = self.route()
-        assert found is not None
-        resource, namespace, name = found
-        labels = label_selector(self.request.query.get("labelSelector", ""))
-        fields = dict(field_selector(self.request.query.get("fieldSelector", "")))
-        if name:
-            fields["metadata.name"] = name
-        opened = self.api._open_watch(Scope(resource, namespace, labels, fields), self.request)
-        assert isinstance(opened, _Watch)
-        try:
-            self.pump(opened)
-        finally:
-            self.api._close_watch(opened)
+            assert script.then == "cut"
+            raise _Gone
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
