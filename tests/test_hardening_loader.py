@@ -244,19 +244,6 @@ def test_a_configmap_of_any_values_is_reduced() -> None:
             assert ("k" in names) == (one == "text")
 
 
-def test_a_configmap_of_odd_values_ends_no_sidecar(
-    start_loader: StartLoader, tmp_path: Path, out: Path
-) -> None:
-    source = tmp_path / "objects.json"
-    item = {"kind": "ConfigMap", "metadata": {"name": "envoy-xds"},
-            "data": {"a": None, "b": "1"}, "binaryData": {"a": "eA=="}}  # fmt: skip
-    source.write_text(json.dumps(item))
-    words = ("--configmap", "envoy-xds", "--from-file", str(source), "--sync-interval", "50ms")
-    running = start_loader(*words)
-    wait_files(out, {"b": "1"})
-    running.stop()
-
-
 def test_a_name_that_is_no_text_is_previewed(run_loader: RunLoader, tmp_path: Path) -> None:
     source = tmp_path / "objects.json"
     metadata = {"name": "\ud800", "labels": {"a": "b"}}
