@@ -224,16 +224,6 @@ def test_a_changed_mode_is_a_change(output: loader.Output, out: Path) -> None:
 # -- hard links
 
 
-def test_an_unchanged_file_is_a_hard_link(output: loader.Output, out: Path) -> None:
-    """Only what changed is written."""
-    publish(output, {"same": "s", "eds/same": "t", "new": "1"})
-    before = inodes(out, "same", "eds/same", "new")
-    publish(output, {"same": "s", "eds/same": "t", "new": "2"})
-    after = inodes(out, "same", "eds/same", "new")
-    assert after.pop("new") != before.pop("new")
-    assert after == before
-
-
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.EXDEV])
 def test_where_the_kernel_refuses_links_files_are_copied(
     output: loader.Output, out: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
