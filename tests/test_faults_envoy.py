@@ -316,10 +316,13 @@ def test_fault_12_the_very_first_files_may_be_nacked(path: str, order: str, stag
     status, body = stage.asked("/readyz")
     assert status == 200
     assert f"nacked: {path}" in body
-    assert f'xds_loader_nacked_files{{file="{path}"}} 1' in stage.asked("/metrics")[1]
+    row = f'xds_loader_nacked_files{{file="{path}"}} 1'
+    wait_until(lambda: row in stage.asked("/metrics")[1])
     stage.patch(stage.files())
     stage.await_acked()
     wait_until(lambda: stage.asked("/startz")[0] == 200)
+    wait_until(lambda: row not in stage.asked("/metrics")[1])
+    stage.log.wait_log(f"INFO warning over: {path}")
     stage.await_served(*GOOD)
 
 
