@@ -2641,7 +2641,7 @@ class Output:
         """Create the directory if need be and be its only loader, for the life of the process;
         False while another one is. flock(2) on the directory itself: no lock file that another
         user's init container left."""
-        make_directories(self.root)
+        os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -2968,9 +2968,10 @@ def linked(old: str, new: str) -> bool:
 
 
 def write_file(place: str, content: bytes, mode: int) -> None:
-    """A new file; the mode is exact because the umask is 0 (see `run`)."""
+    """A new file, of exactly this mode."""
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
+        os.fchmod(number, mode)  # whatever the umask
         view = memoryview(content)
         while view:
             view = view[os.write(number, view) :]
@@ -3008,14 +3009,6 @@ def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
             yield from walk(root, f"{path}/")
         else:
             yield path, f"{root}/{path}"
-
-
-def make_directories(place: str) -> None:
-    """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if not os.path.isdir(place):
-        make_directories(os.path.dirname(place))
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(place, 0o755)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5111,7 +5104,7 @@ def run(options: Options) -> int:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
-    os.umask(0)  # modes are as stated, whatever the umask was
+    os.umask(0o022)  # of the directories that are made, whatever it was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
