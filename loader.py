@@ -2714,9 +2714,7 @@ class Output:
                     return name
         self._own_parents(name, files)
         for path, file in files.items():
-            old, new = self._path(self.snapshot, path), self._path(name, path)
-            if not (same_file(self.published.get(path), file) and linked(old, new)):
-                write_file(new, file.content, file.mode)
+            self._put(self._path(name, path), path, file)
         return name
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
@@ -2790,21 +2788,18 @@ class Output:
         needed = {path: file for path, file in acked.items()
                   if not (same_file(self.published.get(path), file)
                           and same_file(files.get(path), file))}
-        changed = [path for path in {**self._kept, **needed}
-                   if path not in needed or self._kept.get(path) != needed[path].digest]
-        if changed:
-            self._own_parents(ACKED_FILES)
-        for path in changed:
-            place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
-            self._kept[path] = ""  # whatever becomes of the next calls
-            remove(place)
-            if file is None:
-                del self._kept[path]
+        for path in {**self._kept, **needed}:
+            file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
+            if file and self._kept.get(path) == file.digest:
                 continue
-            shown = same_file(self.published.get(path), file)
-            if not (shown and linked(self._path(self.snapshot, path), place)):
-                write_file(place, file.content, file.mode)
-            self._kept[path] = file.digest
+            self._own_parents(ACKED_FILES)
+            self._kept[path] = "unknown"  # if one of the next calls fails
+            remove(place)
+            if file:
+                self._put(place, path, file)
+                self._kept[path] = file.digest
+            else:
+                del self._kept[path]
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
@@ -2846,6 +2841,14 @@ class Output:
             files[path] = file_of(content, source, mode, kind_of(content) or kind)
             room -= len(content)
         return files
+
+    def _put(self, place: str, path: str, file: File) -> None:
+        """Make a new file: if it is published, by a hard link where the kernel allows it."""
+        if same_file(self.published.get(path), file):
+            with contextlib.suppress(OSError):
+                os.link(self._path(self.snapshot, path), place, follow_symlinks=False)
+                return
+        write_file(place, file.content, file.mode)
 
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
@@ -2958,15 +2961,6 @@ def remove(place: str, depth: int = DEPTH) -> None:
         os.rmdir(place)
 
 
-def linked(old: str, new: str) -> bool:
-    """link(2); False where there is none, for whatever reason: then the file is written."""
-    try:
-        os.link(old, new, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
-
-
 def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file, of exactly this mode."""
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -2998,11 +2992,10 @@ def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
     """Every entry under a directory that is no directory, as (relative path, place)."""
     if not is_directory(root):
         return
-    try:
-        with os.scandir(f"{root}/{below}") as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return  # pruned by a loader that lives, while a preview reads
+    found = []
+    # What is not there was pruned by a loader that lives, while a preview reads.
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{below}") as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
