@@ -1912,10 +1912,8 @@ FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
-    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
-    caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
-    holds the key again.
-    """
+    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it. The raw
+    object must not be kept: an annotation often holds the key again."""
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
@@ -1926,18 +1924,15 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
     if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
         raise ValueError("the name is too long for a file name")
-    resources: dict[str, dict[str, Json]] = {}
-    if cert:
-        resources[stem] = {"name": label, "tls_certificate": {
-            "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
-    if ca:
-        resources[f"{stem}_ca"] = {
-            "name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
+    pair = {"name": label, "tls_certificate": {
+        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
     files, source = {}, f"secret {label}"
-    for stem, resource in resources.items():
-        text = element(form, {"@type": SDS_TYPE, **resource})
-        content = response(form, source, SDS_TYPE, [text])
-        files[f"{stem}.{form}"] = file_of(content, source, mode)
+    for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
+        if pem:
+            text = element(form, {"@type": SDS_TYPE, **resource})
+            content = response(form, source, SDS_TYPE, [text])
+            files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
     return Keys(files)
 
 
@@ -1957,9 +1952,8 @@ def pem_source(pem: bytes) -> dict[str, str]:
 
 
 def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
-    """Raise ValueError for whatever Envoy would reject, as far as the standard library can tell,
-    and for nothing that Envoy would accept.
-    """
+    """ValueError for what Envoy would reject, as far as the standard library can tell, and for
+    nothing that Envoy would accept."""
     if not (cert or key or ca):
         raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
@@ -1978,10 +1972,8 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def check_pair(cert: bytes, key: bytes) -> None:
-    """Raise ValueError for a key of another certificate. OpenSSL reads pairs from files only:
-    anonymous memory has a name in /proc, and the key touches no disk. Where there is none (macOS)
-    Envoy judges the pair itself.
-    """
+    """ValueError for a key of another certificate. OpenSSL reads pairs from files only: anonymous
+    memory has a name in /proc, and no disk is touched. Without it (macOS) only Envoy judges."""
     try:
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
             file.write(cert + b"\n" + key)
@@ -2005,15 +1997,14 @@ def tls_context() -> ssl.SSLContext:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource from whatever source, a private key, or PEM
-    in base64."""
+    """Whether a file must not be shown: an SDS resource, a private key, or PEM in base64."""
     marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
     return any(mark in content for mark in marks)
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print: itself, or a line in its place, without a hash, by which guesses could
-    be tested. With `published`, the bytes on disk, it tells whether they differ."""
+    """The content to print, or a line in its place: not with a hash, by which guesses are tested,
+    but whether it differs from what is `published`."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -2638,9 +2629,8 @@ class Output:
     # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader, for the life of the process;
-        False while another one is. flock(2) on the directory itself: no lock file that another
-        user's init container left."""
+        """Create the directory if need be and be its only loader; False while another one is. The
+        directory itself is locked: a lock file could be another user's."""
         os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
