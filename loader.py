@@ -2583,6 +2583,7 @@ def with_named(
 # The disk
 # ---------------------------------------------------------------------------------------------
 #
+# A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
@@ -2618,7 +2619,7 @@ class Output:
         self.root = os.path.abspath(root)
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
-        self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
+        self.foreign: list[str] = []  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
@@ -2775,9 +2776,8 @@ class Output:
     def keep_acked(self, acked: Files, files: Files) -> None:
         """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
         no others."""
-        needed = {path: file for path, file in acked.items()
-                  if not (same_file(self.published.get(path), file)
-                          and same_file(files.get(path), file))}
+        needed = {path: acked[path] for shown in (self.published, files)
+                  for path in moved_paths(shown, acked)}
         for path in {**self._kept, **needed}:
             file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
             if file and self._kept.get(path) == file.digest:
@@ -2818,8 +2818,8 @@ class Output:
     def _load(self, name: str, slash: str = "/") -> dict[str, File]:
         """The regular files of a directory, and of each what is remembered."""
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
-        for entry, place in walk(self._path(name)):
-            parts = entry.split(slash)
+        for entry in walk(self._path(name)):
+            parts, place = entry.split(slash), self._path(name, entry)
             if any(map(key_problem, parts)) or not (found := read_file(place, room)):
                 continue
             path, (content, mode) = "/".join(parts), found
@@ -2846,7 +2846,7 @@ class Output:
             return [*files, name]
         wrong = [path for path, file in files.items()
                  if read_file(self._path(name, path)) != (file.content, file.mode)]
-        return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
+        return wrong + [path for path in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
@@ -2895,18 +2895,17 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._links, foreign = set(self.published), []
-        for path, place in walk(self._path(CURRENT)):
+        self._links, self.foreign = set(self.published), []
+        for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
-                foreign.append(path)
+                self.foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
             else:
-                os.unlink(place)
+                os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
-        self.foreign = tuple(foreign)
         return repaired
 
     def _snapshots(self) -> list[str]:
@@ -2978,8 +2977,8 @@ def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     return None
 
 
-def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
-    """Every entry under a directory that is no directory, as (relative path, place)."""
+def walk(root: str, below: str = "") -> Iterator[str]:
+    """The relative path of every entry under a directory that is no directory."""
     if not is_directory(root):
         return
     found = []
@@ -2991,7 +2990,7 @@ def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
             yield from walk(root, f"{path}/")
         else:
-            yield path, f"{root}/{path}"
+            yield path
 
 
 # ---------------------------------------------------------------------------------------------
