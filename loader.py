@@ -1900,10 +1900,8 @@ FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles:
-    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
-    caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
-    holds the key again.
-    """
+    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it. The raw
+    object must not be kept: an annotation often holds the key again."""
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
@@ -1914,18 +1912,15 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles
     label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
     if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
         raise ValueError("the name is too long for a file name")
-    resources: dict[str, dict[str, Json]] = {}
-    if cert:
-        resources[stem] = {"name": label, "tls_certificate": {
-            "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
-    if ca:
-        resources[f"{stem}_ca"] = {
-            "name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
+    pair = {"name": label, "tls_certificate": {
+        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
     files, source = {}, f"secret {label}"
-    for stem, resource in resources.items():
-        text = element(form, {"@type": SDS_TYPE, **resource})
-        content = discovery_response(form, source, SDS_TYPE, [text])
-        files[f"{stem}.{form}"] = file_of(content, source, mode)
+    for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
+        if pem:
+            text = element(form, {"@type": SDS_TYPE, **resource})
+            content = discovery_response(form, source, SDS_TYPE, [text])
+            files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
     return ObjectFiles(files)
 
 
@@ -1945,9 +1940,8 @@ def pem_source(pem: bytes) -> dict[str, str]:
 
 
 def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
-    """Raise ValueError for whatever Envoy would reject, as far as the standard library can tell,
-    and for nothing that Envoy would accept.
-    """
+    """ValueError for what Envoy would reject, as far as the standard library can tell, and for
+    nothing that Envoy would accept."""
     if not (cert or key or ca):
         raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
@@ -1966,10 +1960,8 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def check_pair(cert: bytes, key: bytes) -> None:
-    """Raise ValueError for a key of another certificate. OpenSSL reads pairs from files only:
-    anonymous memory has a name in /proc, and the key touches no disk. Where there is none (macOS)
-    Envoy judges the pair itself.
-    """
+    """ValueError for a key of another certificate. OpenSSL reads pairs from files only: anonymous
+    memory has a name in /proc, and no disk is touched. Without it (macOS) only Envoy judges."""
     try:
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
             file.write(cert + b"\n" + key)
@@ -1993,15 +1985,14 @@ def tls_context() -> ssl.SSLContext:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource from whatever source, a private key, or PEM
-    in base64."""
+    """Whether a file must not be shown: an SDS resource, a private key, or PEM in base64."""
     marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
     return any(mark in content for mark in marks)
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print: itself, or a line in its place, without a hash, by which guesses could
-    be tested. With `published`, the bytes on disk, it tells whether they differ."""
+    """The content to print, or a line in its place: not with a hash, by which guesses are tested,
+    but whether it differs from what is `published`."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -2530,6 +2521,7 @@ def with_named(
 # The disk
 # ---------------------------------------------------------------------------------------------
 #
+# A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
@@ -2565,7 +2557,7 @@ class Output:
         self.root = os.path.abspath(root)
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
-        self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
+        self.foreign: list[str] = []  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
@@ -2576,10 +2568,9 @@ class Output:
     # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader, for the life of the process;
-        False while another one is. flock(2) on the directory itself: no lock file that another
-        user's init container left."""
-        make_directories(self.root)
+        """Create the directory if need be and be its only loader; False while another one is. The
+        directory itself is locked: a lock file could be another user's."""
+        os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -2652,9 +2643,7 @@ class Output:
                     return name
         self._own_parents(name, files)
         for path, file in files.items():
-            old, new = self._path(self.snapshot, path), self._path(name, path)
-            if not (same_file(self.published.get(path), file) and linked(old, new)):
-                write_file(new, file.content, file.mode)
+            self._put(self._path(name, path), path, file)
         return name
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
@@ -2725,24 +2714,20 @@ class Output:
     def keep_acked(self, acked: Files, files: Files) -> None:
         """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
         no others."""
-        needed = {path: file for path, file in acked.items()
-                  if not (same_file(self.published.get(path), file)
-                          and same_file(files.get(path), file))}
-        changed = [path for path in {**self._kept, **needed}
-                   if path not in needed or self._kept.get(path) != needed[path].digest]
-        if changed:
-            self._own_parents(ACKED_FILES)
-        for path in changed:
-            place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
-            self._kept[path] = ""  # whatever becomes of the next calls
-            remove(place)
-            if file is None:
-                del self._kept[path]
+        needed = {path: acked[path] for shown in (self.published, files)
+                  for path in moved_paths(shown, acked)}
+        for path in {**self._kept, **needed}:
+            file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
+            if file and self._kept.get(path) == file.digest:
                 continue
-            shown = same_file(self.published.get(path), file)
-            if not (shown and linked(self._path(self.snapshot, path), place)):
-                write_file(place, file.content, file.mode)
-            self._kept[path] = file.digest
+            self._own_parents(ACKED_FILES)
+            self._kept[path] = "unknown"  # if one of the next calls fails
+            remove(place)
+            if file:
+                self._put(place, path, file)
+                self._kept[path] = file.digest
+            else:
+                del self._kept[path]
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
@@ -2771,8 +2756,8 @@ class Output:
     def _load(self, name: str, slash: str = "/") -> dict[str, File]:
         """The regular files of a directory, and of each what is remembered."""
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
-        for entry, place in walk(self._path(name)):
-            parts = entry.split(slash)
+        for entry in walk(self._path(name)):
+            parts, place = entry.split(slash), self._path(name, entry)
             if any(map(key_problem, parts)) or not (found := read_file(place, room)):
                 continue
             path, (content, mode) = "/".join(parts), found
@@ -2785,13 +2770,21 @@ class Output:
             room -= len(content)
         return files
 
+    def _put(self, place: str, path: str, file: File) -> None:
+        """Make a new file: if it is published, by a hard link where the kernel allows it."""
+        if same_file(self.published.get(path), file):
+            with contextlib.suppress(OSError):
+                os.link(self._path(self.snapshot, path), place, follow_symlinks=False)
+                return
+        write_file(place, file.content, file.mode)
+
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
         wrong = [path for path, file in files.items()
                  if read_file(self._path(name, path)) != (file.content, file.mode)]
-        return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
+        return wrong + [path for path in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
@@ -2840,18 +2833,17 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._links, foreign = set(self.published), []
-        for path, place in walk(self._path(CURRENT)):
+        self._links, self.foreign = set(self.published), []
+        for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
-                foreign.append(path)
+                self.foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
             else:
-                os.unlink(place)
+                os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
-        self.foreign = tuple(foreign)
         return repaired
 
     def _snapshots(self) -> list[str]:
@@ -2896,19 +2888,11 @@ def remove(place: str, depth: int = DEPTH) -> None:
         os.rmdir(place)
 
 
-def linked(old: str, new: str) -> bool:
-    """link(2); False where there is none, for whatever reason: then the file is written."""
-    try:
-        os.link(old, new, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
-
-
 def write_file(place: str, content: bytes, mode: int) -> None:
-    """A new file; the mode is exact because the umask is 0 (see `run`)."""
+    """A new file, of exactly this mode."""
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
+        os.fchmod(number, mode)  # whatever the umask
         view = memoryview(content)
         while view:
             view = view[os.write(number, view) :]
@@ -2931,29 +2915,20 @@ def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     return None
 
 
-def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
-    """Every entry under a directory that is no directory, as (relative path, place)."""
+def walk(root: str, below: str = "") -> Iterator[str]:
+    """The relative path of every entry under a directory that is no directory."""
     if not is_directory(root):
         return
-    try:
-        with os.scandir(f"{root}/{below}") as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return  # pruned by a loader that lives, while a preview reads
+    found = []
+    # What is not there was pruned by a loader that lives, while a preview reads.
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{below}") as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
             yield from walk(root, f"{path}/")
         else:
-            yield path, f"{root}/{path}"
-
-
-def make_directories(place: str) -> None:
-    """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if not os.path.isdir(place):
-        make_directories(os.path.dirname(place))
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(place, 0o755)
+            yield path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5002,7 +4977,7 @@ def run(options: Options) -> int:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
-    os.umask(0)  # modes are as stated, whatever the umask was
+    os.umask(0o022)  # of the directories that are made, whatever it was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
