@@ -511,7 +511,7 @@ WATCH_SHORT = 1.0
 # proper end after that much silence may hide a new server with an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
 
-RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
+RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
 
 ONETIME_POLL = 1.0  # seconds between two lists with --onetime
 
@@ -539,7 +539,9 @@ class Reflector(threading.Thread):
         self._quiet = once and not options.timeout  # an error is the end, and reported as such
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
-        self._asked = threading.Event()  # by refresh(): ends each wait
+        self._rejections = 0  # failures in a row that are answers
+        self._suspect = False  # the next server may be another one, with an etcd that was restored
+        self._refresh = threading.Event()  # requested; ends each wait
         self._watching: socket.socket | None = None
 
     def objects(self) -> dict[Key, Any]:
@@ -547,44 +549,41 @@ class Reflector(threading.Thread):
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        self._asked.set()
+        self._refresh.set()
         if watching := self._watching:
             cut(watching)
 
     def run(self) -> None:
-        """List, and then again or watch; resume a watch that ended, list again where only that
-        helps. After a failure the server may be another one: its etcd may have been restored."""
-        suspect, answers, api = False, 0, self._api
-        while True:
+        """List, and then watch or list again; go on after whatever fails."""
+        while not self.absent:
             try:
-                if self._asked.is_set():
-                    self._asked.clear()
-                    self._forget("refresh")
-                elif suspect and api and self._version and api.is_future(self.query, self._version):
-                    self._forget("future")
-                if not api or not self._version:
-                    self._relist()
-                if self.absent:
-                    return
-                if api:
-                    suspect = self._follow(api)
+                if self._refresh.is_set():
+                    self._refresh.clear()
+                    self._drop_version("refresh")
+                if self._api:
+                    self._watch(self._api)
                 else:
-                    self._failures = 0
-                    self._asked.wait(self._interval)
-                answers = 0
+                    self._relist()
+                    self._failures = self._rejections = 0
+                    self._refresh.wait(self._interval)
             except ApiError as error:
-                if self._asked.is_set():
-                    continue  # refresh() cut the watch
-                suspect, answers = True, answers + 1 if error.status else 0
-                if error.status == 410 or (api and answers >= RELIST_AFTER):
-                    self._forget("expired" if error.status == 410 else "rejected")
-                    if answers == 1:
-                        continue
-                self._report(error)
-                self._asked.wait(self._delay(error.retry_after))
+                if not self._refresh.is_set():  # else refresh() cut the watch
+                    self._failed(error)
 
-    def _forget(self, reason: str) -> None:
-        """Drop the version: the next step is a list. The objects stay until it has come."""
+    def _failed(self, error: ApiError) -> None:
+        """Ask again after a pause, for a list where only that helps."""
+        self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
+        if error.status == 410:
+            self._drop_version("expired")
+            if self._rejections == 1:
+                return
+        elif self._api and self._rejections >= RELIST_AFTER:
+            self._drop_version("rejected")
+        self._report(error)
+        self._refresh.wait(self._delay(error.retry_after))
+
+    def _drop_version(self, reason: str) -> None:
+        """The next request is a list. The objects stay until it has come."""
         self._version = ""
         self._count(reason)
 
@@ -626,8 +625,14 @@ class Reflector(threading.Thread):
             bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
             return old
 
-    def _follow(self, api: Api) -> bool:
-        """Watch until the server ends it properly; whether that end wants a closer look."""
+    def _watch(self, api: Api) -> None:
+        """Watch from the last version (of a list, where there is none) until the server ends it."""
+        if self._suspect and self._version and api.is_future(self.query, self._version):
+            self._drop_version("future")
+        if not self._version:
+            self._relist()
+            if self.absent:
+                return
         events = api.watch(self.query, self._version)
         next(events)
         began = last = time.monotonic()
@@ -635,7 +640,7 @@ class Reflector(threading.Thread):
         self._recovered()
         self._watching = api.socket
         try:
-            while not self._asked.is_set() and (event := next(events, None)):
+            while not self._refresh.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event)
         finally:
@@ -644,10 +649,10 @@ class Reflector(threading.Thread):
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = min(self._failures, 1)
+        self._suspect, self._rejections = now - last >= SUSPICIOUS_SILENCE, 0
         self._count("ended")
         if now - began < WATCH_SHORT:
-            self._asked.wait(self._delay())
-        return now - last >= SUSPICIOUS_SILENCE
+            self._refresh.wait(self._delay())
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
