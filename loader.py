@@ -4873,14 +4873,6 @@ class Option(NamedTuple):
     def variable(self) -> str:
         return f"XDS_LOADER_{self.attribute.upper()}"
 
-    @property
-    def value(self) -> Any:
-        """What it has where it is not given; None where `default` says it in words."""
-        if self.repeats or not self.metavar:
-            return () if self.repeats else False
-        with contextlib.suppress(ValueError):
-            return self.parse(self.default) if self.default else None
-
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
@@ -4928,8 +4920,8 @@ SECTIONS = {
     "ACK and NACK": (
         Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
-               "--envoy-admin only where it is given", "100ms"),
+        Option("step-delay", go_duration, "D", "pause between ordered steps",
+               "100ms where Envoy is not asked, else none"),
         Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
@@ -4956,7 +4948,8 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 class Options(types.SimpleNamespace):
     """What was asked for: the value of each option by its name (with `_`), parsed and checked.
 
-    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`, `warnings`.
+    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`,
+    `unknown_variables`.
     """
 
 
@@ -4990,30 +4983,33 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def given_values(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The value (or, of repeatable options, the values) of each option that was given."""
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        where, texts = f"--{option.name}", words.get(option.name, [])
-        if not texts and option.name not in ("help", "version"):
-            where, text = option.variable, environ.get(option.variable, "")
-            texts = text.split() if option.repeats else [text] if text else []
-        found = [value_of(where, option.parse, text) for text in texts]
-        if found:
-            values[option.attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
-    return values
+def option_value(option: Option, words: Mapping[str, list[str]],
+                 environ: Mapping[str, str]) -> Any:
+    """What is given on the command line, else in the environment, else the default; None where
+    there is none, or one that is said in words."""
+    where, texts = f"--{option.name}", words.get(option.name, [])
+    if not texts and option.name not in ("help", "version"):
+        where, text = option.variable, environ.get(option.variable, "")
+        texts = text.split() if option.repeats else [text] if text else []
+    values = [value_of(where, option.parse, text) for text in texts]
+    if option.repeats:
+        return tuple(dict.fromkeys(values))
+    if not values and option.default:
+        with contextlib.suppress(ValueError):
+            values = [option.parse(option.default)]
+    return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    given = given_values(command_line_words(argv), environ)
-    options = Options(**{option.attribute: option.value for option in OPTIONS} | given)
-    options.step_delay = given.get("step_delay")  # None: only where Envoy is not asked
-    once = options.onetime or options.dry_run
-    check_combination(options, once)
-    options.mode = "watch" if options.watch and not options.from_file else "poll"
-    if once:  # it asks nobody, and serves nothing
-        options.mode, options.listen, options.envoy_admin = "once", None, None
+    words = command_line_words(argv)
+    options = Options(**{option.attribute: option_value(option, words, environ)
+                         for option in OPTIONS})
+    options.mode = ("once" if options.onetime or options.dry_run
+                    else "watch" if options.watch and not options.from_file else "poll")
+    check_combination(options)
+    if options.mode == "once":  # it asks nobody, and serves nothing
+        options.listen = options.envoy_admin = None
     options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
@@ -5023,19 +5019,14 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
     options.node_name = environ.get("NODE_NAME", "")
-    options.warnings = []
-    if options.trafficsplit_api_version is not None:
-        options.warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any "
-                                "more")
     known = {option.variable for option in OPTIONS}
-    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]
-    if unknown:
-        options.warnings.append(f"no option has the environment variable {shortened(unknown)}")
+    options.unknown_variables = [
+        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+        and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     return options
 
 
-def check_combination(options: Options, once: bool) -> None:
+def check_combination(options: Options) -> None:
     """Combinations that make no sense, before any request."""
     services = options.services is not None
     selected = services or options.configmap_selector is not None
@@ -5044,7 +5035,7 @@ def check_combination(options: Options, once: bool) -> None:
         (options.configmap or options.secret or selected,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
-        (once or options.from_file != "-", "--from-file - needs --onetime"),
+        (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
         (pair or options.from_file, "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
         (services or not options.config, "--config needs --services"),
@@ -5113,8 +5104,11 @@ def help_text() -> str:
 def run(options: Options) -> int:
     """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
-    for warning in options.warnings:
-        log.warning("%s", warning)
+    if options.trafficsplit_api_version:
+        log.warning("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    if options.unknown_variables:
+        log.warning("no option has the environment variable %s",
+                    shortened(options.unknown_variables))
     config = read_config(options.config)
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
@@ -5131,11 +5125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         words = command_line_words(arguments)
-        for name in ("help", "version"):
-            if words.get(name, ["false"])[-1] != "false":
-                version = f"envoy-xds-configmap-loader {__version__}\n"
-                print_out([(version if name == "version" else help_text()).encode()])
-                return 0
+        if "help" in words or "version" in words:
+            version = f"envoy-xds-configmap-loader {__version__}\n"
+            print_out([(help_text() if "help" in words else version).encode()])
+            return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
