@@ -180,8 +180,7 @@ def shortened(names: Sequence[str]) -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# Seconds for a handshake; of silence within an answer; for a whole one: no server holds a thread by
-# trickling.
+# Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
@@ -190,13 +189,9 @@ PAGE, LIST_PAGES = 500, 2_000
 # Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
 LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 
-# An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
-# (etcd was restored) is silent for ever, like a half-open connection.
-WATCH_SILENCE = 80.0
-
-# The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
-# together do not renew together (client-go: 5 to 10 minutes).
-WATCH_SECONDS = (300, 600)
+# Seconds of silence within a watch, which is bookmarked about once a minute; and until the server
+# is asked to end it: random, so that sidecars that started together do not renew together.
+WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
 
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
@@ -258,16 +253,15 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """What was asked for did not come: the status of the answer (0: there was none), and how many
-    seconds the server asks to wait."""
+    """A failed request: the status of the answer (0: none), and for how long the server asks to
+    wait, in seconds."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status, self.retry_after = status, retry_after
 
 
-# What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# what is not HTTP. A host name that no resolver accepts (`a..b`) is a ValueError.
+# What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 Response = http.client.HTTPResponse
@@ -287,8 +281,8 @@ class Api:
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object that matches, page by page; the resourceVersion to watch
-        from. What is not plainly such a list is unknown, never empty."""
+        """Call `keep` with each object that matches; returns the resourceVersion to watch from.
+        What is not plainly such a list is an error, never empty."""
         kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
@@ -305,8 +299,8 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether `version` is one that this server never reached: its etcd was reset. (It waits
-        up to 3 s for the version to come before its 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
+        3 s, before it answers 504.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -317,8 +311,8 @@ class Api:
         return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """An event "OPEN" when the server has answered, and then its own, until it ends the watch
-        properly; else ApiError (410: a status or an ERROR event, as a real server sends it)."""
+        """An event "OPEN" when the server has answered, and then its own until it ends the watch
+        properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
         response, rest = self._ask(query, "watch", asked)[0], bytearray()
@@ -469,15 +463,14 @@ class Api:
 
 
 def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread: who reads finds the end of the stream."""
+    """End a connection, from any thread: who reads from it finds the end of the stream."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would make it a plain one
 
 
 @contextlib.contextmanager
 def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Cut what takes longer. (A time limit of a socket is for each read: who sends an answer byte
-    by byte is within it for ever.)"""
+    """Cut a connection that is in use for longer. (A socket's own limit is for each read alone.)"""
     timer = threading.Timer(seconds, cut, (sock,))
     timer.daemon = True
     timer.start()
@@ -503,17 +496,13 @@ def body_of(response: Response) -> bytes:
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 
-# A watch that ends sooner is followed by a pause: a server or a proxy that ends each at once must
-# not be asked thousands of times a second.
-WATCH_SHORT = 1.0
-
-# A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
-# proper end after that much silence may hide a new server with an older etcd behind it.
-SUSPICIOUS_SILENCE = 30.0
-
+WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
-
 ONETIME_POLL = 1.0  # seconds between two lists with --onetime
+
+# A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
+# such an end the next server may have an older etcd behind it.
+SUSPICIOUS_SILENCE = 30.0
 
 
 class Reflector(threading.Thread):
@@ -579,7 +568,11 @@ class Reflector(threading.Thread):
                 return
         elif self._api and self._rejections >= RELIST_AFTER:
             self._drop_version("rejected")
-        self._report(error)
+        self._count(f"status {error.status}" if error.status else "cut")
+        self.trouble = error
+        if not self._quiet:
+            log.outage(self._topic, str(error))
+        self._wake("trouble")
         self._refresh.wait(self._delay(error.retry_after))
 
     def _drop_version(self, reason: str) -> None:
@@ -675,14 +668,6 @@ class Reflector(threading.Thread):
             self.trouble = None
             log.recovered(self._topic, f"{self.query}: answered again")
             self._wake("trouble")
-
-    def _report(self, error: ApiError) -> None:
-        """Log what failed: once, until it is another failure."""
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = error
-        if not self._quiet:
-            log.outage(self._topic, str(error))
-        self._wake("trouble")
 
     def _count(self, reason: str) -> None:
         log.debug("%s: again (%s)", self.query, reason)
@@ -4946,11 +4931,8 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
 class Options(types.SimpleNamespace):
-    """What was asked for: the value of each option by its name (with `_`), parsed and checked.
-
-    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`,
-    `unknown_variables`.
-    """
+    """The value of each option by its name (with `_`), checked; and what follows from them and the
+    environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
