@@ -614,8 +614,8 @@ class Reflector(threading.Thread):
             value = self._parse(item)
             return old if value == old else value
         except (ValueError, RecursionError) as error:
-            name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
-            bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
+            name = "/".join(filter(None, key))
+            bad[key] = f"{self.query.resource.kind.lower()} {name}: {error}"
             return old
 
     def _watch(self, api: Api) -> None:
@@ -4999,14 +4999,13 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 def check_combination(options: Options) -> None:
     """Combinations that make no sense, before any request."""
     services = options.services is not None
-    selected = services or options.configmap_selector is not None
-    pair = bool(options.client_cert) == bool(options.client_key)
     for holds, text in (
-        (options.configmap or options.secret or selected,
+        (options.configmap or options.secret or services or options.configmap_selector is not None,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
         (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
-        (pair or options.from_file, "--client-cert and --client-key belong together"),
+        (options.from_file or bool(options.client_cert) == bool(options.client_key),
+         "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
         (services or not options.config, "--config needs --services"),
         (options.output_dir, "--output-dir is empty"),
