@@ -178,8 +178,7 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# Seconds for a handshake; of silence within an answer; for a whole one: no server holds a thread by
-# trickling.
+# Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
@@ -188,13 +187,9 @@ PAGE, LIST_PAGES = 500, 2_000
 # Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
 LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 
-# An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
-# (etcd was restored) is silent for ever, like a half-open connection.
-WATCH_SILENCE = 80.0
-
-# The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
-# together do not renew together (client-go: 5 to 10 minutes).
-WATCH_SECONDS = (300, 600)
+# Seconds of silence within a watch, which is bookmarked about once a minute; and until the server
+# is asked to end it: random, so that sidecars that started together do not renew together.
+WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
 
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
@@ -256,16 +251,15 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """What was asked for did not come: the status of the answer (0: there was none), and how many
-    seconds the server asks to wait."""
+    """A failed request: the status of the answer (0: none), and for how long the server asks to
+    wait, in seconds."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status, self.retry_after = status, retry_after
 
 
-# What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# what is not HTTP. A host name that no resolver accepts (`a..b`) is a ValueError.
+# What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 Response = http.client.HTTPResponse
@@ -285,8 +279,8 @@ class Api:
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object that matches, page by page; the resourceVersion to watch
-        from. What is not plainly such a list is unknown, never empty."""
+        """Call `keep` with each object that matches; returns the resourceVersion to watch from.
+        What is not plainly such a list is an error, never empty."""
         kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
@@ -303,8 +297,8 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether `version` is one that this server never reached: its etcd was reset. (It waits
-        up to 3 s for the version to come before its 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
+        3 s, before it answers 504.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -315,8 +309,8 @@ class Api:
         return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """An event "OPEN" when the server has answered, and then its own, until it ends the watch
-        properly; else ApiError (410: a status or an ERROR event, as a real server sends it)."""
+        """An event "OPEN" when the server has answered, and then its own until it ends the watch
+        properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
         response, rest = self._ask(query, "watch", asked)[0], bytearray()
@@ -467,15 +461,14 @@ class Api:
 
 
 def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread: who reads finds the end of the stream."""
+    """End a connection, from any thread: who reads from it finds the end of the stream."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would make it a plain one
 
 
 @contextlib.contextmanager
 def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Cut what takes longer. (A time limit of a socket is for each read: who sends an answer byte
-    by byte is within it for ever.)"""
+    """Cut a connection that is in use for longer. (A socket's own limit is for each read alone.)"""
     timer = threading.Timer(seconds, cut, (sock,))
     timer.daemon = True
     timer.start()
@@ -501,17 +494,13 @@ def body_of(response: Response) -> bytes:
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 
-# A watch that ends sooner is followed by a pause: a server or a proxy that ends each at once must
-# not be asked thousands of times a second.
-WATCH_SHORT = 1.0
-
-# A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
-# proper end after that much silence may hide a new server with an older etcd behind it.
-SUSPICIOUS_SILENCE = 30.0
-
-RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
-
+WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
+RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
 ONETIME_POLL = 1.0  # seconds between two lists with --onetime
+
+# A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
+# such an end the next server may have an older etcd behind it.
+SUSPICIOUS_SILENCE = 30.0
 
 
 class Reflector(threading.Thread):
@@ -536,7 +525,9 @@ class Reflector(threading.Thread):
         self._interval = ONETIME_POLL if once else options.sync_interval
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
-        self._asked = threading.Event()  # by refresh(): ends each wait
+        self._rejections = 0  # failures in a row that are answers
+        self._suspect = False  # the next server may be another one, with an etcd that was restored
+        self._refresh = threading.Event()  # requested; ends each wait
         self._watching: socket.socket | None = None
 
     def objects(self) -> dict[Key, Any]:
@@ -544,46 +535,43 @@ class Reflector(threading.Thread):
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        self._asked.set()
+        self._refresh.set()
         if watching := self._watching:
             cut(watching)
 
     def run(self) -> None:
-        """List, and then again or watch; resume a watch that ended, list again where only that
-        helps. After a failure the server may be another one: its etcd may have been restored."""
-        suspect, answers, api = False, 0, self._api
-        while True:
+        """List, and then watch or list again; go on after whatever fails."""
+        while not self.absent:
             try:
-                if self._asked.is_set():
-                    self._asked.clear()
-                    self._forget("refresh")
-                elif suspect and api and self._version and api.is_future(self.query, self._version):
-                    self._forget("future")
-                if not api or not self._version:
-                    self._relist()
-                if self.absent:
-                    return
-                if api:
-                    suspect = self._follow(api)
+                if self._refresh.is_set():
+                    self._refresh.clear()
+                    self._drop_version("refresh")
+                if self._api:
+                    self._watch(self._api)
                 else:
-                    self._failures = 0
-                    self._asked.wait(self._interval)
-                answers = 0
+                    self._relist()
+                    self._failures = self._rejections = 0
+                    self._refresh.wait(self._interval)
             except ApiError as error:
-                if self._asked.is_set():
-                    continue  # refresh() cut the watch
-                suspect, answers = True, answers + 1 if error.status else 0
-                if error.status == 410 or (api and answers >= RELIST_AFTER):
-                    self._forget("expired" if error.status == 410 else "rejected")
-                    if answers == 1:
-                        continue
-                self._count(f"status {error.status}" if error.status else "cut")
-                self.trouble = error
-                self._wake("trouble")
-                self._asked.wait(self._delay(error.retry_after))
+                if not self._refresh.is_set():  # else refresh() cut the watch
+                    self._failed(error)
 
-    def _forget(self, reason: str) -> None:
-        """Drop the version: the next step is a list. The objects stay until it has come."""
+    def _failed(self, error: ApiError) -> None:
+        """Ask again after a pause, for a list where only that helps."""
+        self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
+        if error.status == 410:
+            self._drop_version("expired")
+            if self._rejections == 1:
+                return
+        elif self._api and self._rejections >= RELIST_AFTER:
+            self._drop_version("rejected")
+        self._count(f"status {error.status}" if error.status else "cut")
+        self.trouble = error
+        self._wake("trouble")
+        self._refresh.wait(self._delay(error.retry_after))
+
+    def _drop_version(self, reason: str) -> None:
+        """The next request is a list. The objects stay until it has come."""
         self._version = ""
         self._count(reason)
 
@@ -621,12 +609,18 @@ class Reflector(threading.Thread):
             value = self._parse(item)
             return old if value == old else value
         except (ValueError, RecursionError) as error:
-            name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
-            bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
+            name = "/".join(filter(None, key))
+            bad[key] = f"{self.query.resource.kind.lower()} {name}: {error}"
             return old
 
-    def _follow(self, api: Api) -> bool:
-        """Watch until the server ends it properly; whether that end wants a closer look."""
+    def _watch(self, api: Api) -> None:
+        """Watch from the last version (of a list, where there is none) until the server ends it."""
+        if self._suspect and self._version and api.is_future(self.query, self._version):
+            self._drop_version("future")
+        if not self._version:
+            self._relist()
+            if self.absent:
+                return
         events = api.watch(self.query, self._version)
         next(events)
         began = last = time.monotonic()
@@ -634,7 +628,7 @@ class Reflector(threading.Thread):
         self._recovered()
         self._watching = api.socket
         try:
-            while not self._asked.is_set() and (event := next(events, None)):
+            while not self._refresh.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event)
         finally:
@@ -643,10 +637,10 @@ class Reflector(threading.Thread):
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = min(self._failures, 1)
+        self._suspect, self._rejections = now - last >= SUSPICIOUS_SILENCE, 0
         self._count("ended")
         if now - began < WATCH_SHORT:
-            self._asked.wait(self._delay())
-        return now - last >= SUSPICIOUS_SILENCE
+            self._refresh.wait(self._delay())
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
@@ -706,16 +700,6 @@ class FileSource:
             if item["kind"] == query.resource.kind and named and selects(wanted, labels):
                 keep(item)
         return ""
-
-    def elsewhere(self, query: Query) -> str:
-        """Where the named object of a query is, which is not where it was looked for; or ""."""
-        kind, keys = query.resource.kind, []
-        with contextlib.suppress(LoaderError):
-            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
-        same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
-        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
@@ -2216,8 +2200,6 @@ class Sources:
             self._kept[named] = files
         elif named not in self._kept:
             wanted.missing.append(source)
-            if self._file and not bad and (hint := self._file.elsewhere(query)):
-                wanted.notes.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
             wanted.notes.append(f"{source} {state}: its last files stay published")
@@ -4545,7 +4527,7 @@ def preview(options: Options, config: Config) -> int:
         # a copy that nobody else can read (0700), and that goes again
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
-                make_directories(os.path.dirname(f"{directory}/{path}"))
+                os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
                 write_file(f"{directory}/{path}", file.content, file.mode)
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
@@ -4727,14 +4709,6 @@ class Option(NamedTuple):
     def variable(self) -> str:
         return f"XDS_LOADER_{self.attribute.upper()}"
 
-    @property
-    def value(self) -> Any:
-        """What it has where it is not given; None where `default` says it in words."""
-        if self.repeats or not self.metavar:
-            return () if self.repeats else False
-        with contextlib.suppress(ValueError):
-            return self.parse(self.default) if self.default else None
-
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
@@ -4782,8 +4756,8 @@ SECTIONS = {
     "ACK and NACK": (
         Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
-               "--envoy-admin only where it is given", "100ms"),
+        Option("step-delay", go_duration, "D", "pause between ordered steps",
+               "100ms where Envoy is not asked, else none"),
         Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
@@ -4808,10 +4782,8 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
 class Options(types.SimpleNamespace):
-    """What was asked for: the value of each option by its name (with `_`), parsed and checked.
-
-    And what follows from several: `mode` ("once", "watch" or "poll"), `node_name`, `warnings`.
-    """
+    """The value of each option by its name (with `_`), checked; and what follows from them and the
+    environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -4844,30 +4816,33 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def given_values(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The value (or, of repeatable options, the values) of each option that was given."""
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        where, texts = f"--{option.name}", words.get(option.name, [])
-        if not texts and option.name not in ("help", "version"):
-            where, text = option.variable, environ.get(option.variable, "")
-            texts = text.split() if option.repeats else [text] if text else []
-        found = [value_of(where, option.parse, text) for text in texts]
-        if found:
-            values[option.attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
-    return values
+def option_value(option: Option, words: Mapping[str, list[str]],
+                 environ: Mapping[str, str]) -> Any:
+    """What is given on the command line, else in the environment, else the default; None where
+    there is none, or one that is said in words."""
+    where, texts = f"--{option.name}", words.get(option.name, [])
+    if not texts and option.name not in ("help", "version"):
+        where, text = option.variable, environ.get(option.variable, "")
+        texts = text.split() if option.repeats else [text] if text else []
+    values = [value_of(where, option.parse, text) for text in texts]
+    if option.repeats:
+        return tuple(dict.fromkeys(values))
+    if not values and option.default:
+        with contextlib.suppress(ValueError):
+            values = [option.parse(option.default)]
+    return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    given = given_values(command_line_words(argv), environ)
-    options = Options(**{option.attribute: option.value for option in OPTIONS} | given)
-    options.step_delay = given.get("step_delay")  # None: only where Envoy is not asked
-    once = options.onetime or options.dry_run
-    check_combination(options, once)
-    options.mode = "watch" if options.watch and not options.from_file else "poll"
-    if once:  # it asks nobody, and serves nothing
-        options.mode, options.listen, options.envoy_admin = "once", None, None
+    words = command_line_words(argv)
+    options = Options(**{option.attribute: option_value(option, words, environ)
+                         for option in OPTIONS})
+    options.mode = ("once" if options.onetime or options.dry_run
+                    else "watch" if options.watch and not options.from_file else "poll")
+    check_combination(options)
+    if options.mode == "once":  # it asks nobody, and serves nothing
+        options.listen = options.envoy_admin = None
     options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
@@ -4877,29 +4852,23 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
     options.node_name = environ.get("NODE_NAME", "")
-    options.warnings = []
-    if options.trafficsplit_api_version is not None:
-        options.warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any "
-                                "more")
     known = {option.variable for option in OPTIONS}
-    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]
-    if unknown:
-        options.warnings.append(f"no option has the environment variable {shortened(unknown)}")
+    options.unknown_variables = [
+        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+        and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     return options
 
 
-def check_combination(options: Options, once: bool) -> None:
+def check_combination(options: Options) -> None:
     """Combinations that make no sense, before any request."""
     services = options.services is not None
-    selected = services or options.configmap_selector is not None
-    pair = bool(options.client_cert) == bool(options.client_key)
     for holds, text in (
-        (options.configmap or options.secret or selected,
+        (options.configmap or options.secret or services or options.configmap_selector is not None,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
-        (once or options.from_file != "-", "--from-file - needs --onetime"),
-        (pair or options.from_file, "--client-cert and --client-key belong together"),
+        (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
+        (options.from_file or bool(options.client_cert) == bool(options.client_key),
+         "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
         (services or not options.config, "--config needs --services"),
         (options.output_dir, "--output-dir is empty"),
@@ -4967,8 +4936,11 @@ def help_text() -> str:
 def run(options: Options) -> int:
     """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
-    for warning in options.warnings:
-        log.warning("%s", warning)
+    if options.trafficsplit_api_version:
+        log.warning("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    if options.unknown_variables:
+        log.warning("no option has the environment variable %s",
+                    shortened(options.unknown_variables))
     config = read_config(options.config)
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
@@ -4986,11 +4958,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         words = command_line_words(arguments)
-        for name in ("help", "version"):
-            if words.get(name, ["false"])[-1] != "false":
-                version = f"envoy-xds-configmap-loader {__version__}\n"
-                print_out([(version if name == "version" else help_text()).encode()])
-                return 0
+        if "help" in words or "version" in words:
+            version = f"envoy-xds-configmap-loader {__version__}\n"
+            print_out([(help_text() if "help" in words else version).encode()])
+            return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
