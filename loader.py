@@ -2620,6 +2620,7 @@ class Output:
         self.root = os.path.abspath(root)
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
+        self.switched_at = 0.0  # when it was switched to, Unix time
         self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
@@ -2649,6 +2650,8 @@ class Output:
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         self.published, self.snapshot = self.peek(), self._switched()
+        if self.snapshot:
+            self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
         done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
@@ -2674,10 +2677,6 @@ class Output:
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -2727,7 +2726,7 @@ class Output:
         self._links.difference_update(gone)
         self._own_parents(CURRENT, files.keys() - self.published.keys())
         self._link(SWITCH, name)  # 5
-        self.snapshot, self.published = name, files
+        self.snapshot, self.published, self.switched_at = name, files, time.time()
         self._before = before if before != name else self._before
         self._notify(changed)  # 6
         remove(self._path(MARKER))  # 7
@@ -4226,7 +4225,6 @@ class Loop:
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
-        self._switched_at = 0.0  # Unix time of the snapshot
         self._step_at = 0.0  # when the step that waits may be published
         self._check_at = 0.0  # when the files on disk are checked
         self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
@@ -4276,7 +4274,6 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self._switched_at = self.output.switched_at()
         self._check_at = time.monotonic() + self.options.sync_interval
         self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
@@ -4417,7 +4414,7 @@ class Loop:
         if step is None:
             asking.waits_since = 0.0
             at_start = not self._published_at and self.options.mode != "once"
-            if at_start and self._wanted and same_files(published, self._wanted.files):
+            if at_start and same_files(published, wanted):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
@@ -4467,7 +4464,7 @@ class Loop:
         finally:  # whatever failed, Envoy may have read what was switched to
             if self.output.published is not before or again:
                 self.asking.moved(before, files, desired, again)
-        self._published_at, self._switched_at = time.monotonic(), time.time()
+        self._published_at = time.monotonic()
         took = self._published_at - self._event_at
         metrics.add("xds_loader_publications_total", (step.name,))
         metrics.add("xds_loader_published_files_total", by=len(paths))
@@ -4514,7 +4511,7 @@ class Loop:
                    if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
         version = self.output.snapshot[2:]
         self._listener.status = status = Status(
-            files, version, self._switched_at, states,
+            files, version, self.output.switched_at, states,
             missing=(*wanted.missing, *wanted.unknown),
             stale=(*wanted.stale, *self.sources.trouble()) if files else (),
             started=bool(version) and asking.started,
@@ -4525,7 +4522,7 @@ class Loop:
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
         metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
-        metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
+        metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
 
