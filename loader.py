@@ -3999,7 +3999,7 @@ class Wakes:
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
 
-    def take(self, seconds: float) -> list[tuple[str, Any]]:
+    def wait(self, seconds: float) -> list[tuple[str, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
         while not self._news and (left := until - time.monotonic()) > 0:
@@ -4064,7 +4064,6 @@ class Asking:
         if self.link not in (MET, SILENT):
             return pause
         if self._look.warming and now < since + WARM_BOUND:
-            self.look_at = self.look_at or now
             return since + WARM_BOUND
         if unjudged(self.known, self._output.published, step):
             return max(pause, self._silent_until)
@@ -4136,7 +4135,7 @@ class Asking:
 
     # -- what Envoy does --------------------------------------------------------------------------
 
-    def take(self, what: str, news: Any) -> None:
+    def found(self, what: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, LINKS[what]
         silent_until = self._silent_until or now + SILENT_BOUND
@@ -4218,7 +4217,7 @@ class Loop:
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
         self.asking = Asking(self.output, options.step_delay)
-        self.check = Check(options.check_cmd, self.output, self.wakes.put)
+        self.check_command = CheckCommand(options.check_cmd, self.output, self.wakes.put)
         self.stopping = False
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
@@ -4226,7 +4225,7 @@ class Loop:
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
         self._step_at = 0.0  # when the step that waits may be published
-        self._check_at = 0.0  # when the files on disk are checked
+        self._repair_at = 0.0  # when the files on disk are checked
         self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
@@ -4248,7 +4247,7 @@ class Loop:
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
-            self.check.stop()
+            self.check_command.stop()
         self.asking.end()
         return 0
 
@@ -4274,7 +4273,7 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self._check_at = time.monotonic() + self.options.sync_interval
+        self._repair_at = time.monotonic() + self.options.sync_interval
         self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
@@ -4284,12 +4283,12 @@ class Loop:
         """--onetime: when the sources are complete, publish step by step."""
         while True:
             self.composed(deadline)
-            if self.check.refusal:
+            if self.check_command.refusal:
                 self.output.prune()
-                raise LoaderError(self.check.refusal)
+                raise LoaderError(self.check_command.refusal)
             while self._advance():
                 pass
-            if not self._step_at and not self.check.running:
+            if not self._step_at and not self.check_command.running:
                 return
             self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
 
@@ -4318,17 +4317,17 @@ class Loop:
         """When the loop turns if nothing happens."""
         asked = self.asking.asked
         times = (self.asking.look_at, asked.until if asked else self._step_at,
-                 self._retry_at or self._check_at)
+                 self._retry_at or self._repair_at)
         return min(each for each in times if each)
 
     def _await(self, until: float) -> None:
         """Sleep until something happens; afterwards everything that happened is taken in."""
-        news = self.wakes.take(until - time.monotonic())
+        news = self.wakes.wait(until - time.monotonic())
         self._take(news)
         burst = self._published_at + DEBOUNCE_QUIET
         if any(what == "objects" and at < burst for what, at in news):
             end = time.monotonic() + DEBOUNCE_GATHER
-            while time.monotonic() < end and (news := self.wakes.take(DEBOUNCE_QUIET)):
+            while time.monotonic() < end and (news := self.wakes.wait(DEBOUNCE_QUIET)):
                 self._take(news)
 
     def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
@@ -4343,14 +4342,14 @@ class Loop:
                 case "refresh":
                     log.info("SIGHUP: checking and publishing now")
                     self.sources.refresh()
-                    self._check_at = time.monotonic()
-                    self._retry_at = min(self._retry_at, self._check_at)
+                    self._repair_at = time.monotonic()
+                    self._retry_at = min(self._retry_at, self._repair_at)
                 case "checked":
-                    self.check.end(news)
+                    self.check_command.end(news)
                 case "warning":
                     log.warning("%s", news)
                 case _ if what in LINKS:
-                    self.asking.take(what, news)
+                    self.asking.found(what, news)
 
     # -- turning ------------------------------------------------------------------------------
 
@@ -4365,8 +4364,8 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            if now >= self._check_at:
-                self._check_disk()
+            if now >= self._repair_at:
+                self._repair()
             if self.asking.mixed:
                 self.output.notify_again(self.asking.mixed)
                 self.asking.mixed = ()
@@ -4386,9 +4385,9 @@ class Loop:
         hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
         return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
 
-    def _check_disk(self) -> None:
+    def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
-        self._check_at = time.monotonic() + self.options.sync_interval
+        self._repair_at = time.monotonic() + self.options.sync_interval
         repaired = self.output.check() if self.output.snapshot else []
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -4401,7 +4400,7 @@ class Loop:
         if back is not None:
             self._publish(back, back.files)
             return True
-        wanted = self._checked()
+        wanted = self._desired()
         if wanted is None:
             return False
         asking.known = retried(asking.known, wanted, published)
@@ -4437,8 +4436,9 @@ class Loop:
         self.note("trouble", trouble)
         return self._wanted
 
-    def _checked(self) -> Files | None:
-        """What is to be published unless Envoy NACKed it; None where that is not known."""
+    def _desired(self) -> Files | None:
+        """What is wanted and can be published, as far as --check-cmd lets it pass; None where that
+        is not known."""
         wanted, published = self._compose(), self.output.published
         if not wanted.complete:
             return None
@@ -4451,7 +4451,7 @@ class Loop:
             *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
               for path in self.output.foreign if path not in files),
         ])
-        return self.check.passed(files)
+        return self.check_command.passed(files)
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
@@ -4530,9 +4530,8 @@ class Loop:
 def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
     if wanted.missing:
-        hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
-        if options.from_file:
-            hint = "--from-file must hold it, in this namespace"
+        hint = ("--from-file must hold it, in this namespace" if options.from_file else
+                "create it, or wait for it with --timeout")
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
     reasons = (*wanted.failed, *trouble.values(),
                f"no answer in time for {', '.join(wanted.unknown)}")
@@ -4611,7 +4610,7 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
-class Check:
+class CheckCommand:
     """--check-cmd, which runs beside the loop, once for each version."""
 
     def __init__(self, command: Sequence[str] | None, output: Output,
