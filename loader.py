@@ -3982,12 +3982,9 @@ OVER = {
 
 
 class Wakes:
-    """The news for the main thread, and a wait for them that a signal ends.
-
-    A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
-    sets a flag that nobody looks at. To the pipe the interpreter itself writes
-    (signal.set_wakeup_fd), so that select(2) returns at once.
-    """
+    """The news for the main thread, and a wait for them that a signal ends: the interpreter itself
+    writes to the pipe (signal.set_wakeup_fd). A wait on a lock would miss a signal that comes just
+    before it."""
 
     def __init__(self) -> None:
         self._news: deque[tuple[str, Any]] = deque()
@@ -4050,10 +4047,8 @@ class Asking:
         return self.admin is None or self._started or self.link == BLIND
 
     def opens_at(self, step: str) -> float:
-        """When a step may be published (monotonic).
-
-        References and removals wait until what went out before them is judged by Envoy, and no
-        cluster warms. Where Envoy is not asked or does not tell, a pause stands for it.
+        """When a step may be published (monotonic). References and removals wait until Envoy has
+        judged what went out before, and no cluster warms; or, where it does not tell, for a pause.
         """
         now = time.monotonic()
         if step not in WAITING_STEPS:
@@ -4212,7 +4207,8 @@ class Loop:
     """The main thread: waits, composes, plans, publishes, and takes in what Envoy made of it."""
 
     def __init__(self, options: Options, config: Config) -> None:
-        self.options = options
+        self.options, self._once = options, options.mode == "once"
+        self._deadline = time.monotonic() + options.timeout  # of a one-time run
         self.wakes = Wakes()
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
@@ -4234,13 +4230,11 @@ class Loop:
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
-        deadline = time.monotonic() + self.options.timeout
-        once = self.options.mode == "once"
         try:
-            self._open(deadline if once else None)
-            if once:
-                self._publish_once(deadline)
-            while not self.stopping and not once:
+            self._open()
+            if self._once:
+                self._publish_once()
+            while not self.stopping and not self._once:
                 self._turn()
                 self._report()
                 self._await(self._next_at())
@@ -4251,7 +4245,7 @@ class Loop:
         self.asking.end()
         return 0
 
-    def _open(self, deadline: float | None) -> None:
+    def _open(self) -> None:
         """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
@@ -4262,7 +4256,7 @@ class Loop:
             self._listener = Listener(host, port, metrics)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
-            if deadline is not None and time.monotonic() >= deadline:
+            if self._once and time.monotonic() >= self._deadline:
                 raise LoaderError(text)
             self.note("lock", [f"{text}; waiting for its end"])
             self._report()
@@ -4279,10 +4273,10 @@ class Loop:
         if self.options.envoy_admin:
             self.asking.start(self.options.envoy_admin, self.wakes.put)
 
-    def _publish_once(self, deadline: float) -> None:
+    def _publish_once(self) -> None:
         """--onetime: when the sources are complete, publish step by step."""
         while True:
-            self.composed(deadline)
+            self.composed()
             if self.check_command.refusal:
                 self.output.prune()
                 raise LoaderError(self.check_command.refusal)
@@ -4292,18 +4286,18 @@ class Loop:
                 return
             self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
 
-    def composed(self, deadline: float) -> Wanted:
+    def composed(self) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
         waits = self.options.timeout > 0
         while not self.stopping:
             wanted = self._compose()
             if wanted.complete:
                 return wanted
-            late = time.monotonic() >= deadline
+            late = time.monotonic() >= self._deadline
             if wanted.failed or (late and (wanted.missing or waits)):
                 raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
             # Without --timeout each request has bounds of its own.
-            self._await(deadline if waits else time.monotonic() + 60.0)
+            self._await(self._deadline if waits else time.monotonic() + 60.0)
             self._wanted = None  # a request may have failed
         raise LoaderError("ended by a signal before there was a snapshot to publish")
 
@@ -4412,7 +4406,7 @@ class Loop:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            at_start = not self._published_at and self.options.mode != "once"
+            at_start = not self._published_at and not self._once
             if at_start and same_files(published, wanted):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
@@ -4428,7 +4422,7 @@ class Loop:
         """What the sources ask for now."""
         if self._wanted is None:
             self._wanted = self.sources.compose(self.output.published)
-        waits = self.options.timeout or self.options.mode != "once"  # else it is an error
+        waits = self.options.timeout or not self._once  # else it is an error
         missing = self._wanted.missing if waits else ()
         trouble = self.sources.trouble().values() if waits else ()
         self.note("sources", [*self._wanted.notes,
@@ -4573,10 +4567,7 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
     """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
-
-    It has a process group of its own, which is killed at the end: a process that the command left
-    behind must not read the next snapshot's files, nor hold this one.
-    """
+    Its process group is killed at the end: no process that it left behind may hold these files."""
     import subprocess
 
     try:
@@ -4664,13 +4655,12 @@ class CheckCommand:
 
 def preview(options: Options, config: Config) -> int:
     """--dry-run: print the files, or with --diff what would change; touch nothing."""
-    # The kernel ignores signals to process 1 that have no handler: without this one a preview in
-    # a container would not end.
+    # To process 1 of a container the kernel sends only signals that have a handler.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
     loop.output.published = loop.output.peek()
     loop.sources.start(loop.output.published)
-    files = loop.composed(time.monotonic() + options.timeout).files
+    files = loop.composed().files
     loop.note("json", json_warnings(files))
     if options.diff:
         published = loop.output.published
