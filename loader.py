@@ -3503,8 +3503,7 @@ class Admin(threading.Thread):
         if self._hot:
             counts, hidden = {}, "it was restarted hot, and counts for its parent too"
             if not before:
-                self._wake("warning", "Envoy was restarted hot: start it with "
-                                      "--disable-hot-restart")
+                log.warning("Envoy was restarted hot: start it with --disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
@@ -3972,7 +3971,7 @@ DISK_HINTS: Mapping[int | None, str] = {
     errno.EMFILE: "raise the limit of open files",
 }
 
-# What is said when all trouble of a topic is over; of other topics each warning ends on its own.
+# What is said when a topic is without trouble again; in other topics each warning ends on its own.
 OVER = {
     "trouble": "all sources have answered again",
     "lock": "the other loader has ended",
@@ -4340,8 +4339,6 @@ class Loop:
                     self._retry_at = min(self._retry_at, self._repair_at)
                 case "checked":
                     self.check_command.end(news)
-                case "warning":
-                    log.warning("%s", news)
                 case _ if what in LINKS:
                     self.asking.found(what, news)
 
@@ -4422,12 +4419,12 @@ class Loop:
         """What the sources ask for now."""
         if self._wanted is None:
             self._wanted = self.sources.compose(self.output.published)
-        waits = self.options.timeout or not self._once  # else it is an error
-        missing = self._wanted.missing if waits else ()
-        trouble = self.sources.trouble().values() if waits else ()
-        self.note("sources", [*self._wanted.notes,
-                              *(f"waiting for {source}: it does not exist" for source in missing)])
-        self.note("trouble", trouble)
+        notes = self._wanted.notes
+        if self.options.timeout or not self._once:  # else these are errors
+            notes = [*notes, *(f"waiting for {source}: it does not exist"
+                               for source in self._wanted.missing)]
+            self.note("trouble", self.sources.trouble().values())
+        self.note("sources", notes)
         return self._wanted
 
     def _desired(self) -> Files | None:
