@@ -2539,6 +2539,7 @@ class Output:
         self.root = os.path.abspath(root)
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
+        self.switched_at = 0.0  # when it was switched to, Unix time
         self.foreign: list[str] = []  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
@@ -2567,6 +2568,8 @@ class Output:
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         self.published, self.snapshot = self.peek(), self._switched()
+        if self.snapshot:
+            self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
         done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
@@ -2592,10 +2595,6 @@ class Output:
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -2643,7 +2642,7 @@ class Output:
         self._links.difference_update(gone)
         self._own_parents(CURRENT, files.keys() - self.published.keys())
         self._link(SWITCH, name)  # 5
-        self.snapshot, self.published = name, files
+        self.snapshot, self.published, self.switched_at = name, files, time.time()
         self._before = before if before != name else self._before
         self._notify(changed)  # 6
         remove(self._path(MARKER))  # 7
@@ -3809,7 +3808,7 @@ DISK_HINTS: Mapping[int | None, str] = {
     errno.EMFILE: "raise the limit of open files",
 }
 
-# What is said when all trouble of a topic is over; of other topics each warning ends on its own.
+# What is said when a topic is without trouble again; in other topics each warning ends on its own.
 OVER = {
     "trouble": "all sources have answered again",
     "lock": "the other loader has ended",
@@ -3819,12 +3818,9 @@ OVER = {
 
 
 class Wakes:
-    """The news for the main thread, and a wait for them that a signal ends.
-
-    A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
-    sets a flag that nobody looks at. To the pipe the interpreter itself writes
-    (signal.set_wakeup_fd), so that select(2) returns at once.
-    """
+    """The news for the main thread, and a wait for them that a signal ends: the interpreter itself
+    writes to the pipe (signal.set_wakeup_fd). A wait on a lock would miss a signal that comes just
+    before it."""
 
     def __init__(self) -> None:
         self._news: deque[tuple[str, Any]] = deque()
@@ -3836,7 +3832,7 @@ class Wakes:
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
 
-    def take(self, seconds: float) -> list[tuple[str, Any]]:
+    def wait(self, seconds: float) -> list[tuple[str, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
         while not self._news and (left := until - time.monotonic()) > 0:
@@ -3887,10 +3883,8 @@ class Asking:
         return self.admin is None or self._started or self.link == BLIND
 
     def opens_at(self, step: str) -> float:
-        """When a step may be published (monotonic).
-
-        References and removals wait until what went out before them is judged by Envoy, and no
-        cluster warms. Where Envoy is not asked or does not tell, a pause stands for it.
+        """When a step may be published (monotonic). References and removals wait until Envoy has
+        judged what went out before, and no cluster warms; or, where it does not tell, for a pause.
         """
         now = time.monotonic()
         if step not in WAITING_STEPS:
@@ -3901,7 +3895,6 @@ class Asking:
         if self.link not in (MET, SILENT):
             return pause
         if self._look.warming and now < since + WARM_BOUND:
-            self.look_at = self.look_at or now
             return since + WARM_BOUND
         if unjudged(self.known, self._output.published, step):
             return max(pause, self._silent_until)
@@ -3973,7 +3966,7 @@ class Asking:
 
     # -- what Envoy does --------------------------------------------------------------------------
 
-    def take(self, what: str, news: Any) -> None:
+    def found(self, what: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, LINKS[what]
         silent_until = self._silent_until or now + SILENT_BOUND
@@ -4050,21 +4043,21 @@ class Loop:
     """The main thread: waits, composes, plans, publishes, and takes in what Envoy made of it."""
 
     def __init__(self, options: Options, config: Config) -> None:
-        self.options = options
+        self.options, self._once = options, options.mode == "once"
+        self._deadline = time.monotonic() + options.timeout  # of a one-time run
         self.wakes = Wakes()
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
         self.asking = Asking(self.output, options.step_delay)
-        self.check = Check(options.check_cmd, self.output, self.wakes.put)
+        self.check_command = CheckCommand(options.check_cmd, self.output, self.wakes.put)
         self.stopping = False
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
-        self._switched_at = 0.0  # Unix time of the snapshot
         self._step_at = 0.0  # when the step that waits may be published
-        self._check_at = 0.0  # when the files on disk are checked
+        self._repair_at = 0.0  # when the files on disk are checked
         self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
@@ -4073,24 +4066,22 @@ class Loop:
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
-        deadline = time.monotonic() + self.options.timeout
-        once = self.options.mode == "once"
         try:
-            self._open(deadline if once else None)
-            if once:
-                self._publish_once(deadline)
-            while not self.stopping and not once:
+            self._open()
+            if self._once:
+                self._publish_once()
+            while not self.stopping and not self._once:
                 self._turn()
                 self._report()
                 self._await(self._next_at())
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
-            self.check.stop()
+            self.check_command.stop()
         self.asking.end()
         return 0
 
-    def _open(self, deadline: float | None) -> None:
+    def _open(self) -> None:
         """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
@@ -4101,7 +4092,7 @@ class Loop:
             self._listener = Listener(host, port, metrics)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
-            if deadline is not None and time.monotonic() >= deadline:
+            if self._once and time.monotonic() >= self._deadline:
                 raise LoaderError(text)
             self.note("lock", [f"{text}; waiting for its end"])
             self._report()
@@ -4112,30 +4103,29 @@ class Loop:
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self._switched_at = self.output.switched_at()
-        self._check_at = time.monotonic() + self.options.sync_interval
+        self._repair_at = time.monotonic() + self.options.sync_interval
         self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
             self.asking.start(self.options.envoy_admin, self.wakes.put)
 
-    def _publish_once(self, deadline: float) -> None:
+    def _publish_once(self) -> None:
         """--onetime: when the sources are complete, publish step by step."""
         while True:
-            self.composed(deadline)
-            if self.check.refusal:
+            self.composed()
+            if self.check_command.refusal:
                 self.output.prune()
-                raise LoaderError(self.check.refusal)
+                raise LoaderError(self.check_command.refusal)
             while self._advance():
                 pass
-            if not self._step_at and not self.check.running:
+            if not self._step_at and not self.check_command.running:
                 return
             self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
 
-    def composed(self, deadline: float) -> Wanted:
+    def composed(self) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
         patient = self.options.timeout > 0
-        deadline += 0.0 if patient else ONE_TRY_SECONDS
+        deadline = self._deadline + (0.0 if patient else ONE_TRY_SECONDS)
         while not self.stopping:
             wanted, trouble = self._compose(), self.sources.trouble()
             if wanted.complete:
@@ -4158,17 +4148,17 @@ class Loop:
         """When the loop turns if nothing happens."""
         asked = self.asking.asked
         times = (self.asking.look_at, asked.until if asked else self._step_at,
-                 self._retry_at or self._check_at)
+                 self._retry_at or self._repair_at)
         return min(each for each in times if each)
 
     def _await(self, until: float) -> None:
         """Sleep until something happens; afterwards everything that happened is taken in."""
-        news = self.wakes.take(until - time.monotonic())
+        news = self.wakes.wait(until - time.monotonic())
         self._take(news)
         burst = self._published_at + DEBOUNCE_QUIET
         if any(what == "objects" and at < burst for what, at in news):
             end = time.monotonic() + DEBOUNCE_GATHER
-            while time.monotonic() < end and (news := self.wakes.take(DEBOUNCE_QUIET)):
+            while time.monotonic() < end and (news := self.wakes.wait(DEBOUNCE_QUIET)):
                 self._take(news)
 
     def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
@@ -4183,12 +4173,12 @@ class Loop:
                 case "refresh":
                     log.info("SIGHUP: checking and publishing now")
                     self.sources.refresh()
-                    self._check_at = time.monotonic()
-                    self._retry_at = min(self._retry_at, self._check_at)
+                    self._repair_at = time.monotonic()
+                    self._retry_at = min(self._retry_at, self._repair_at)
                 case "checked":
-                    self.check.end(news)
+                    self.check_command.end(news)
                 case _ if what in LINKS:
-                    self.asking.take(what, news)
+                    self.asking.found(what, news)
 
     # -- turning ------------------------------------------------------------------------------
 
@@ -4203,8 +4193,8 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            if now >= self._check_at:
-                self._check_disk()
+            if now >= self._repair_at:
+                self._repair()
             if self.asking.mixed:
                 self.output.notify_again(self.asking.mixed)
                 self.asking.mixed = ()
@@ -4224,9 +4214,9 @@ class Loop:
         hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
         return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
 
-    def _check_disk(self) -> None:
+    def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
-        self._check_at = time.monotonic() + self.options.sync_interval
+        self._repair_at = time.monotonic() + self.options.sync_interval
         repaired = self.output.check() if self.output.snapshot else []
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -4239,7 +4229,7 @@ class Loop:
         if back is not None:
             self._publish(back, back.files)
             return True
-        wanted = self._checked()
+        wanted = self._desired()
         if wanted is None:
             return False
         asking.known = retried(asking.known, wanted, published)
@@ -4251,8 +4241,8 @@ class Loop:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            at_start = not self._published_at and self.options.mode != "once"
-            if at_start and self._wanted and same_files(published, self._wanted.files):
+            at_start = not self._published_at and not self._once
+            if at_start and same_files(published, wanted):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
@@ -4267,16 +4257,17 @@ class Loop:
         """What the sources ask for now."""
         if self._wanted is None:
             self._wanted = self.sources.compose(self.output.published)
-        waits = self.options.timeout or self.options.mode != "once"  # else it is an error
-        missing = self._wanted.missing if waits else ()
-        trouble = self.sources.trouble().values() if waits else ()
-        self.note("sources", [*self._wanted.notes,
-                              *(f"waiting for {source}: it does not exist" for source in missing)])
-        self.note("trouble", map(str, trouble))
+        notes = self._wanted.notes
+        if self.options.timeout or not self._once:  # else these are errors
+            notes = [*notes, *(f"waiting for {source}: it does not exist"
+                               for source in self._wanted.missing)]
+            self.note("trouble", map(str, self.sources.trouble().values()))
+        self.note("sources", notes)
         return self._wanted
 
-    def _checked(self) -> Files | None:
-        """What is to be published unless Envoy NACKed it; None where that is not known."""
+    def _desired(self) -> Files | None:
+        """What is wanted and can be published, as far as --check-cmd lets it pass; None where that
+        is not known."""
         wanted, published = self._compose(), self.output.published
         if not wanted.complete:
             return None
@@ -4289,7 +4280,7 @@ class Loop:
             *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
               for path in self.output.foreign if path not in files),
         ])
-        return self.check.passed(files)
+        return self.check_command.passed(files)
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
@@ -4302,7 +4293,7 @@ class Loop:
         finally:  # whatever failed, Envoy may have read what was switched to
             if self.output.published is not before or again:
                 self.asking.moved(before, files, desired, again)
-        self._published_at, self._switched_at = time.monotonic(), time.time()
+        self._published_at = time.monotonic()
         took = self._published_at - self._event_at
         metrics.add("xds_loader_publications_total", (step.name,))
         metrics.add("xds_loader_published_files_total", by=len(paths))
@@ -4350,7 +4341,7 @@ class Loop:
                    or is_nacked(wanted.files.get(path), nack, acked.get(path))}
         version = self.output.snapshot[2:]
         self._listener.status = status = Status(
-            files, version, self._switched_at, states,
+            files, version, self.output.switched_at, states,
             missing=(*wanted.missing, *wanted.unknown),
             stale=(*wanted.stale, *self.sources.trouble()) if files else (),
             started=bool(version) and asking.started,
@@ -4361,7 +4352,7 @@ class Loop:
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
         metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
-        metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
+        metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
 
@@ -4369,9 +4360,8 @@ class Loop:
 def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
     if wanted.missing:
-        hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
-        if options.from_file:
-            hint = "--from-file must hold it, in this namespace"
+        hint = ("--from-file must hold it, in this namespace" if options.from_file else
+                "create it, or wait for it with --timeout")
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
     reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
     if options.apiserver == NO_POD:
@@ -4412,10 +4402,7 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
     """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
-
-    It has a process group of its own, which is killed at the end: a process that the command left
-    behind must not read the next snapshot's files, nor hold this one.
-    """
+    Its process group is killed at the end: no process that it left behind may hold these files."""
     import subprocess
 
     try:
@@ -4449,7 +4436,7 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
-class Check:
+class CheckCommand:
     """--check-cmd, which runs beside the loop, once for each version."""
 
     def __init__(self, command: Sequence[str] | None, output: Output,
@@ -4503,13 +4490,12 @@ class Check:
 
 def preview(options: Options, config: Config) -> int:
     """--dry-run: print the files, or with --diff what would change; touch nothing."""
-    # The kernel ignores signals to process 1 that have no handler: without this one a preview in
-    # a container would not end.
+    # To process 1 of a container the kernel sends only signals that have a handler.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
     loop.output.published = loop.output.peek()
     loop.sources.start(loop.output.published)
-    files = loop.composed(time.monotonic() + options.timeout).files
+    files = loop.composed().files
     loop.note("json", json_warnings(files))
     if options.diff:
         published = loop.output.published

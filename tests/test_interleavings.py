@@ -382,7 +382,7 @@ class Explorer:
     # -- the loader, as Loop does it ------------------------------------------------------------
 
     def plan(self, state: State) -> tuple[Known, Step | None, Files]:
-        """Loop._advance and Loop._checked."""
+        """Loop._advance and Loop._desired."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
                frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)
@@ -455,7 +455,7 @@ class Explorer:
                               and loader.same_file(files.get(path), file))}
 
     def lose(self, state: State) -> None:
-        """Asking.take: nothing listens, or the connection ended."""
+        """Asking.found: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
             now = 0.0 if state.ended == "soon" else LATER
             known = state.known._replace(back_at=0.0)
