@@ -3019,7 +3019,9 @@ def make_directories(place: str) -> None:
 # clocks nor versions are needed, and what the counts do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-PENDING, MIXED, HIDDEN = "pending", "mixed", "hidden"  # why one is unknown, as Outcome has it
+# What one look may tell as well: it was not attempted yet; it was ACKed and NACKed, so that Envoy
+# must be notified once more.
+PENDING, MIXED = "pending", "mixed"
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
@@ -3082,16 +3084,6 @@ class Known(NamedTuple):
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
-
-
-class Outcome(NamedTuple):
-    """What one look told."""
-
-    acks: tuple[str, ...] = ()
-    nacks: tuple[str, ...] = ()
-    mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
-    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
-    pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
 # -- which counters are about which file ---------------------------------------------------------
@@ -3196,24 +3188,22 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
     return known._replace(suspects=frozenset() if again else suspects), blamed
 
 
-def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
-    """What the counts tell about each published file that is not judged yet.
+def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str, list[str]]]:
+    """What the counts tell about the published files that are not judged yet: the paths by state.
 
-    While in doubt, a look is believed only when the next one agrees: Envoy may have been asked in
-    the moment between a move and its reading.
+    UNKNOWN: Envoy keeps no counters. PENDING is what somebody waits for.
     """
-    if known.doubt:
-        pending = tuple(path for path, file in files.items() if file.kind)
-        return known._replace(doubt=False), Outcome(pending=pending)
+    if known.doubt:  # Envoy may have been asked between a move and its reading: ask again
+        return known._replace(doubt=False), by_state({
+            path: PENDING for path, file in files.items() if file.kind})
     told, open_scopes = told_by(known, files, look)
-    found = {state: tuple(path for path in told if told[path] == state)
-             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: times for path, times in known.moves.items() if told.get(path) == PENDING}
+    found = by_state(told)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**moves, **dict.fromkeys(found[MIXED], 1)},  # they will be notified once more
+        moves={path: 1 if told[path] == MIXED else known.moves.get(path, 1)
+               for path in (*found[MIXED], *found[PENDING])},
         states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
     )
     for path in found[ACKED]:
@@ -3224,9 +3214,14 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if path not in known.states)
-    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
-                                          waits)
+    found[PENDING] = [path for path in found[PENDING] if path not in known.states]
+    return settled(known, files), found
+
+
+def by_state(told: Mapping[str, str]) -> dict[str, list[str]]:
+    """The paths by what one look told about them."""
+    return {state: [path for path in told if told[path] == state]
+            for state in (ACKED, NACKED, UNREAD, UNKNOWN, PENDING, MIXED)}
 
 
 def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set[str]]:
@@ -3240,7 +3235,7 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = judged(known, look, read_by, known.moves.get(path, 1))
+        told[path] = verdict(known, look, read_by, known.moves.get(path, 1))
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
@@ -3263,13 +3258,13 @@ def rejected_unnamed(
             if state == UNREAD and files[path].kind in kinds and path not in known.acked]
 
 
-def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
+def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
     """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
     """
     if not read_by:
-        return HIDDEN if look.hidden else UNREAD if look.live else PENDING
+        return UNKNOWN if look.hidden else UNREAD if look.live else PENDING
     told = set()
     for scope in read_by:
         now, before = look.counts[scope], known.counts.get(scope, Counts())
@@ -4163,18 +4158,19 @@ class Asking:
                         shortened(self.asked.moved))
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
-        self._tell_nacks(outcome.nacks)
-        self.unsaved = self.unsaved or bool(outcome.acks)
-        self.mixed += outcome.mixed
-        if not outcome.pending:
-            self.notes = [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays unknown: "
-                          f"{look.hidden}"] if outcome.hidden else []
+        self._tell_nacks(outcome[NACKED])
+        self.unsaved = self.unsaved or bool(outcome[ACKED])
+        self.mixed += tuple(outcome[MIXED])
+        if not outcome[PENDING]:
+            hidden = shortened(sorted(outcome[UNKNOWN]))
+            self.notes = [f"what Envoy makes of {hidden} stays unknown: {look.hidden}"
+                          ] if hidden else []
         states = self.known.states
         if look.live and files and not self._started:
-            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome[UNKNOWN]
                                 for path, file in files.items() if file.kind in STARTING_KINDS)
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self.asked is not None and (outcome.nacks or not waiting):
+        waiting = bool(outcome[PENDING] or outcome[MIXED] or not look.live)
+        if self.asked is not None and (outcome[NACKED] or not waiting):
             self.end(told=True)  # a rollback does not wait for the other files
         unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:

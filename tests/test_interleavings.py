@@ -481,15 +481,15 @@ class Explorer:
         mended = set(state.known.nacks)
         known, outcome = loader.after_look(state.known, state.published, look)
         state.know(known)
-        self.burn(state, outcome.nacks)
+        self.burn(state, outcome[NACKED])
         state.doubt = state.doubt and state.first
         self.mend(state, mended - set(state.known.nacks))
-        if outcome.mixed:
-            state.own_envoy().move(outcome.mixed)
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if state.asked is not None and (outcome.nacks or not waiting):
+        if outcome[loader.MIXED]:
+            state.own_envoy().move(outcome[loader.MIXED])
+        waiting = bool(outcome[loader.PENDING] or outcome[loader.MIXED] or not look.live)
+        if state.asked is not None and (outcome[NACKED] or not waiting):
             state.asked = None
-        if outcome.acks or outcome.nacks:
+        if outcome[ACKED] or outcome[NACKED]:
             self.remember(state)  # before anything is published
         state.warming = look.warming
         unknown = any(file.kind and not loader.is_judged(state.known, path)

@@ -13,8 +13,11 @@ import yaml
 from loader import (
     ACKED,
     CDS_COMMENT,
+    MIXED,
     NACKED,
+    PENDING,
     SERVICES_SOURCE,
+    UNKNOWN,
     UNREAD,
     Counts,
     File,
@@ -359,9 +362,9 @@ ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
 def met() -> Known:
     """Envoy has ACKed everything."""
     known, first = after_look(Known(), A, look(ONE))
-    assert set(first.pending) == set(A), "the first look of all is not believed"
+    assert set(first[PENDING]) == set(A), "the first look of all is not believed"
     known, outcome = after_look(known, A, look(ONE))
-    assert set(outcome.acks) == set(A)
+    assert set(outcome[ACKED]) == set(A)
     return known
 
 
@@ -380,7 +383,7 @@ def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
     known = after_publication(met(), A, new, new)
     known, outcome = after_look(known, new, look({**ONE, "rds": counts}))
     assert known.states.get("rds.yaml") == state
-    assert (outcome.mixed == ("rds.yaml",)) == (counts == (3, 2, 1))
+    assert (outcome[MIXED] == ["rds.yaml"]) == (counts == (3, 2, 1))
     assert known.acked["rds.yaml"] == (new if state == ACKED else A)["rds.yaml"]
 
 
@@ -391,9 +394,9 @@ def test_one_of_two_subscriptions_is_not_enough() -> None:
     both = {**look({**ONE, "rds": (2, 2, 0)}).counts, **one}
     known = known._replace(counts={**(known.counts or {}), **one})
     known, outcome = after_look(known, new, Look(both, True))
-    assert outcome.pending == ("rds.yaml",)
+    assert outcome[PENDING] == ["rds.yaml"]
     both["http.b.rds.routes"] = Counts(2, 1, 1)
-    assert after_look(known, new, Look(both, True))[1].nacks == ("rds.yaml",)
+    assert after_look(known, new, Look(both, True))[1][NACKED] == ["rds.yaml"]
 
 
 def test_what_nobody_reads_and_what_is_hidden() -> None:
@@ -401,25 +404,25 @@ def test_what_nobody_reads_and_what_is_hidden() -> None:
     known, _ = after_look(met(), files, look(ONE))
     assert known.states["eds/x.json"] == UNREAD
     known, outcome = after_look(met(), files, look(ONE, hidden="a stats_matcher"))
-    assert outcome.hidden == ("eds/x.json",)
+    assert outcome[UNKNOWN] == ["eds/x.json"]
     assert "eds/x.json" not in known.states
 
 
 def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
     files = A | {"rds.yaml": text("{", "rds")}
     known, outcome = after_look(Known(doubt=False), files, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome.nacks == ("rds.yaml",)
+    assert outcome[NACKED] == ["rds.yaml"]
     other = text(real.response("routes", real.route_config({"a": 1}, "other")))
     more = files | {"new.yaml": other}
     known = after_publication(known, files, more, more)
     known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome.nacks == ()
+    assert outcome[NACKED] == []
     assert known.states["new.yaml"] == UNREAD
 
 
 def test_another_process_confirmed_nothing_yet() -> None:
     known, first = after_look(after_meeting(met(), 1.0), A, look({}, live=False))
-    assert (known.states, set(first.pending)) == ({}, set(A))
+    assert (known.states, set(first[PENDING])) == ({}, set(A))
     assert known.acked == A, "what is rolled back to stays"
     assert is_read(known, "rds.yaml"), "by the process before"
     known, _ = after_look(known, A, look({**ONE, "lds": (1, 0, 1)}))
@@ -465,7 +468,7 @@ def test_a_thousand_eds_files_are_one_look() -> None:
     first = time.process_time()
     known, outcome = after_look(known, changed, Look(counts, True))
     again = time.process_time()
-    assert outcome.acks == ("eds/c5.json",)
+    assert outcome[ACKED] == ["eds/c5.json"]
     less = {path: files[path] for path in [*files][100:]} | {"cds.yaml": on_eds(*names[100:])}
     assert len(with_needed(less, changed, lambda path: True)) == len(less)
     assert first - began < 0.3
