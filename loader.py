@@ -2289,8 +2289,7 @@ class Sources:
 #   references  that, and the changed references
 #   removals    D
 #
-# Each is complete and consistent, and they follow from what is published and what is desired, so a
-# loader that was killed between two goes on where it was.
+# Each is complete and consistent. What is on disk tells which is next, also after a restart.
 
 INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
     "initial", "children", "clusters", "references", "removals", "rollback",
@@ -2370,8 +2369,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     """A file on the way from old to new: of CDS the clusters of both, of two with one name the new.
 
     `keep`: the old clusters to take along; None for all. YAML of a ConfigMap is never rewritten:
-    it goes out at once, or with the removals if it has fewer names and all of them were there.
-    united(united(a, b), b) == united(a, b).
+    it goes out now, or with the removals if it only has fewer names.
     """
     if new.kind != "cds" and old.kind != "cds":
         return new
@@ -2453,10 +2451,7 @@ def names_by_path(path: str, files: Files) -> set[str]:
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
-    """Those of the names that a text has as a word.
-
-    A route that takes its cluster from a header or a plugin names none: nobody can tell.
-    """
+    """Those of the names that a text has as a word."""
     text = content.replace(b"\\/", b"/")
     words = {word.strip(b":") for word in WORD.findall(text)}
     return frozenset(
@@ -2467,13 +2462,11 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
 
 def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
     """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found, longest = set[str](), max(map(len, paths), default=0)
+    found, depth = set[str](), 1 + max((path.count("/") for path in paths), default=0)
     for content in contents if paths else ():
         for place in places_in(content):
-            rest = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
-            while rest := rest.partition("/")[2]:
-                if rest in paths:
-                    found.add(rest)
+            parts = place.rsplit("/", depth)
+            found |= {end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in paths}
     return found
 
 
@@ -2511,11 +2504,8 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that somebody still needs.
-
-    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
-    file that is read and that no published file names is named by the bootstrap.
-    """
+    """The desired files, and those without a source that an Envoy which starts would miss: other
+    files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
@@ -2528,7 +2518,7 @@ def allowed(
     """What may be published of `desired` after NACKs, and why the rest waits, in words.
 
     A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
+    theirs too, and what bytes that are kept name stays as well.
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
@@ -3015,8 +3005,8 @@ def make_directories(place: str) -> None:
 #
 # For every move of a file Envoy counts one update_attempt for each subscription that reads it, and
 # with it exactly one of update_success (ACK) or update_rejected and update_failure (NACK). One
-# publication is asked about at a time, so the counts before and after it tell everything. Neither
-# clocks nor versions are needed, and what the counts do not tell stays unknown.
+# publication is asked about at a time, so the counts before and after it tell everything. What they
+# do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
 # What one look may tell as well: it was not attempted yet; it was ACKed and NACKed, so that Envoy
@@ -3072,15 +3062,14 @@ class Known(NamedTuple):
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
-    # The Envoy process of now:
-    # Of published files. UNKNOWN: not judged in time once, nobody waits for it; absent: not yet.
+    # Of published files, by the Envoy process of now. UNKNOWN: it was not attempted in time once,
+    # and nobody waits for it again. Absent: not judged yet.
     states: Mapping[str, str] = {}
     moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
-    back_at: float = 0.0  # when it was met
-    # Before it:
+    back_at: float = 0.0  # when it was reached (monotonic)
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
@@ -3167,10 +3156,10 @@ def named_things(file: File, files: Files) -> frozenset[str]:
     return clusters | paths_in([file.content], files.keys())
 
 
-def after_meeting(known: Known, now: float) -> Known:
+def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, moves={}, counts={}, doubt=True, back_at=now)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3184,8 +3173,8 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
     blamed = unproven if again else ()
     for path in blamed:
         known = with_nack(known, path, files, "Envoy ended twice on it")
-    known = after_meeting(known, known.back_at)
-    return known._replace(suspects=frozenset() if again else suspects), blamed
+    suspects = frozenset() if again else suspects
+    return after_meeting(known)._replace(suspects=suspects), blamed
 
 
 def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str, list[str]]]:
@@ -3385,19 +3374,16 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    A connection that is kept tells when its process ends. `wake` gets ("connected", None) for a
-    new one, ("meet", None) once its process answered, ("blind", why) where what answers is not
-    Envoy, ("look", Look) for each answer to `ask`, ("silent", why) where there is none in time,
-    ("end", why) when nothing listens or the connection ended, and ("closed", why) for the end of
-    one that nobody answered.
+    A connection that is kept tells when its process ends. `wake` gets "connected"; "meet" once the
+    process answered; a "look" for each `ask`, or "silent" or "blind" and why there is none; "end"
+    and why when nothing listens or the process ended, else "closed" with the connection.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._filtered = self._live = False
-        self._rejected, self._reason = 0, ""
+        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
 
     def ask(self) -> None:
         """Look at Envoy now; the answer is a wake."""
@@ -3418,8 +3404,8 @@ class Admin(threading.Thread):
             else:
                 with kept:
                     met = self._stay(kept)
-                # A process that dies still accepts connections for a moment: the end of one that
-                # nobody answered counts only if there was none to be had before it.
+                # A process that dies accepts connections for a moment: one that nobody answered
+                # was that of another process only if there was none to be had before it.
                 self._wake("end" if met or refused else "closed",
                            f"{self.url}: the connection ended")
                 ended_at, refused = time.monotonic(), False
@@ -3440,8 +3426,7 @@ class Admin(threading.Thread):
         return sock
 
     def _stay(self, kept: socket.socket) -> bool:
-        """Meet the process behind a connection, and answer questions until the connection ends.
-        Returns whether it answered."""
+        """Look at the process behind a connection until that ends; whether it ever answered."""
         self._wake("connected", None)
         self.ask()
         met, end = False, kept.fileno()
@@ -3467,8 +3452,9 @@ class Admin(threading.Thread):
     def _meet(self) -> None:
         if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
             raise AdminError(NOT_ENVOY)
-        self._filtered = '"stats_matcher"' in self._get(STATS_MATCHER)
-        self._live, self._rejected, self._reason = False, 0, ""
+        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
+        if '"stats_matcher"' in self._get(STATS_MATCHER):
+            self._hidden = "its stats_matcher leaves the counters out"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
@@ -3481,8 +3467,7 @@ class Admin(threading.Thread):
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
-        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
-        return Look(counts, self._live, hidden,
+        return Look(counts, self._live, self._hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
 
@@ -4133,7 +4118,7 @@ class Asking:
             log.outage("envoy", f"Envoy does not answer: {news}")
             self.look_at = now + LOOK_LAST
         elif what == "meet":
-            self.known = after_meeting(self.known, self.known.back_at)
+            self.known = after_meeting(self.known)
             self._started, self._look_pause = False, LOOK_FIRST
             if self.asked is None:
                 self._await(ANSWER_BOUND)
@@ -4548,7 +4533,7 @@ def known_from(output: Output) -> Known:
             digest, kind, reason = map(str, row[:3])
             nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
-                 came=cluster_names(output.published.values()).union(output.published))
+                 came=things(output.published))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -458,8 +458,7 @@ class Explorer:
         """Asking.take: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
             now = 0.0 if state.ended == "soon" else LATER
-            known = state.known._replace(back_at=0.0)
-            known, blamed = loader.after_end(known, state.published, now)
+            known, blamed = loader.after_end(state.known, state.published, now)
             state.know(known)
             self.burn(state, blamed)
             self.remember(state)
@@ -469,7 +468,7 @@ class Explorer:
         state.link = "silent"
 
     def meet(self, state: State) -> None:
-        state.know(loader.after_meeting(state.known, 0.0))
+        state.know(loader.after_meeting(state.known))
         state.link, state.first = "meet", False
         state.asked = state.asked if state.asked is not None else ()
         state.waiting = True

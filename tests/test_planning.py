@@ -421,7 +421,7 @@ def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -
 
 
 def test_another_process_confirmed_nothing_yet() -> None:
-    known, first = after_look(after_meeting(met(), 1.0), A, look({}, live=False))
+    known, first = after_look(after_meeting(met()), A, look({}, live=False))
     assert (known.states, set(first[PENDING])) == ({}, set(A))
     assert known.acked == A, "what is rolled back to stays"
     assert is_read(known, "rds.yaml"), "by the process before"
@@ -435,9 +435,9 @@ def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
     known = after_publication(met(), A, bad, bad)
     known, blamed = after_end(known, bad, 100.0)
     assert blamed == ()
-    known, blamed = after_end(after_meeting(known, 105.0), bad, 116.0)
+    known, blamed = after_end(known._replace(back_at=105.0), bad, 116.0)
     assert blamed == (), "it ran for more than ten seconds"
-    known, blamed = after_end(after_meeting(known, 120.0), bad, 121.0)
+    known, blamed = after_end(known._replace(back_at=120.0), bad, 121.0)
     assert blamed == ("cds.yaml",)
     assert rollback(bad, known.acked, known.nacks) == (A, "rollback")
 
