@@ -3132,17 +3132,17 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    unjudged = any(file.kind and not is_judged(known, path) for path, file in before.items())
+    waiting = any(file.kind and not is_judged(known, path) for path, file in before.items())
     moves = {path: times for path, times in known.moves.items() if path in after}
     moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
-    came = known.came | (things(after) - things(before)) if unjudged else frozenset[str]()
+    came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or unjudged)
+        doubt=known.doubt or waiting)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3193,7 +3193,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
                 for scope, counts in look.counts.items()},
         moves={path: 1 if told[path] == MIXED else known.moves.get(path, 1)
                for path in (*found[MIXED], *found[PENDING])},
-        states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
+        states={**known.states, **{path: state for path, state in told.items()
+                                   if state in (ACKED, NACKED, UNREAD)}},
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3278,14 +3279,12 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
         if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
-    return known._replace(acked={**known.acked, path: file}, nacks=nacks,
-                          states={**known.states, path: ACKED})
+    return known._replace(acked={**known.acked, path: file}, nacks=nacks)
 
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     """Envoy rejected these bytes. If they are its last good ones, something else is wrong."""
     file, old = files[path], known.nacks.get(path)
-    known = known._replace(states={**known.states, path: NACKED})
     if old and same_file(known.acked.get(path), file):
         return known
     stood = frozenset[str]()
