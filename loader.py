@@ -2233,8 +2233,7 @@ class Sources:
 #   references  that, and the changed references
 #   removals    D
 #
-# Each is complete and consistent, and they follow from what is published and what is desired, so a
-# loader that was killed between two goes on where it was.
+# Each is complete and consistent. What is on disk tells which is next, also after a restart.
 
 INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
     "initial", "children", "clusters", "references", "removals", "rollback",
@@ -2290,8 +2289,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     """A file on the way from old to new: of CDS the clusters of both, of two with one name the new.
 
     `keep`: the old clusters to take along; None for all. YAML of a ConfigMap is never rewritten:
-    it goes out at once, or with the removals if it has fewer names and all of them were there.
-    united(united(a, b), b) == united(a, b).
+    it goes out now, or with the removals if it only has fewer names.
     """
     if new.kind != "cds" and old.kind != "cds":
         return new
@@ -2373,10 +2371,7 @@ def names_by_path(path: str, files: Files) -> set[str]:
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
-    """Those of the names that a text has as a word.
-
-    A route that takes its cluster from a header or a plugin names none: nobody can tell.
-    """
+    """Those of the names that a text has as a word."""
     text = content.replace(b"\\/", b"/")
     words = {word.strip(b":") for word in WORD.findall(text)}
     return frozenset(
@@ -2387,13 +2382,11 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
 
 def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
     """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found, longest = set[str](), max(map(len, paths), default=0)
+    found, depth = set[str](), 1 + max((path.count("/") for path in paths), default=0)
     for content in contents if paths else ():
         for place in places_in(content):
-            rest = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
-            while rest := rest.partition("/")[2]:
-                if rest in paths:
-                    found.add(rest)
+            parts = place.rsplit("/", depth)
+            found |= {end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in paths}
     return found
 
 
@@ -2431,11 +2424,8 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that somebody still needs.
-
-    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
-    file that is read and that no published file names is named by the bootstrap.
-    """
+    """The desired files, and those without a source that an Envoy which starts would miss: other
+    files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
@@ -2448,7 +2438,7 @@ def allowed(
     """What may be published of `desired` after NACKs, and why the rest waits, in words.
 
     A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
+    theirs too, and what bytes that are kept name stays as well.
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
@@ -2918,11 +2908,13 @@ def walk(root: str, below: str = "") -> Iterator[str]:
 #
 # For every move of a file Envoy counts one update_attempt for each subscription that reads it, and
 # with it exactly one of update_success (ACK) or update_rejected and update_failure (NACK). One
-# publication is asked about at a time, so the counts before and after it tell everything. Neither
-# clocks nor versions are needed, and what the counts do not tell stays unknown.
+# publication is asked about at a time, so the counts before and after it tell everything. What they
+# do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-PENDING, MIXED, HIDDEN = "pending", "mixed", "hidden"  # why one is unknown, as Outcome has it
+# What one look may tell as well: it was not attempted yet; it was ACKed and NACKed, so that Envoy
+# must be notified once more.
+PENDING, MIXED = "pending", "mixed"
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
@@ -2973,28 +2965,17 @@ class Known(NamedTuple):
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
-    # The Envoy process of now:
-    # Of published files. UNKNOWN: not judged in time once, nobody waits for it; absent: not yet.
+    # Of published files, by the Envoy process of now. UNKNOWN: it was not attempted in time once,
+    # and nobody waits for it again. Absent: not judged yet.
     states: Mapping[str, str] = {}
     moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
-    back_at: float = 0.0  # when it was met
-    # Before it:
+    back_at: float = 0.0  # when it was reached (monotonic)
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
-
-
-class Outcome(NamedTuple):
-    """What one look told."""
-
-    acks: tuple[str, ...] = ()
-    nacks: tuple[str, ...] = ()
-    mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
-    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
-    pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
 # -- which counters are about which file ---------------------------------------------------------
@@ -3054,17 +3035,17 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    unjudged = any(file.kind and not is_judged(known, path) for path, file in before.items())
+    waiting = any(file.kind and not is_judged(known, path) for path, file in before.items())
     moves = {path: times for path, times in known.moves.items() if path in after}
     moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
-    came = known.came | (things(after) - things(before)) if unjudged else frozenset[str]()
+    came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or unjudged)
+        doubt=known.doubt or waiting)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3078,10 +3059,10 @@ def named_things(file: File, files: Files) -> frozenset[str]:
     return clusters | paths_in([file.content], files.keys())
 
 
-def after_meeting(known: Known, now: float) -> Known:
+def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, moves={}, counts={}, doubt=True, back_at=now)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3095,29 +3076,28 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
     blamed = unproven if again else ()
     for path in blamed:
         known = with_nack(known, path, files, "Envoy ended twice on it")
-    known = after_meeting(known, known.back_at)
-    return known._replace(suspects=frozenset() if again else suspects), blamed
+    suspects = frozenset() if again else suspects
+    return after_meeting(known)._replace(suspects=suspects), blamed
 
 
-def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
-    """What the counts tell about each published file that is not judged yet.
+def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str, list[str]]]:
+    """What the counts tell about the published files that are not judged yet: the paths by state.
 
-    While in doubt, a look is believed only when the next one agrees: Envoy may have been asked in
-    the moment between a move and its reading.
+    UNKNOWN: Envoy keeps no counters. PENDING is what somebody waits for.
     """
-    if known.doubt:
-        pending = tuple(path for path, file in files.items() if file.kind)
-        return known._replace(doubt=False), Outcome(pending=pending)
+    if known.doubt:  # Envoy may have been asked between a move and its reading: ask again
+        return known._replace(doubt=False), by_state({
+            path: PENDING for path, file in files.items() if file.kind})
     told, open_scopes = told_by(known, files, look)
-    found = {state: tuple(path for path in told if told[path] == state)
-             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: times for path, times in known.moves.items() if told.get(path) == PENDING}
+    found = by_state(told)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**moves, **dict.fromkeys(found[MIXED], 1)},  # they will be notified once more
-        states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
+        moves={path: 1 if told[path] == MIXED else known.moves.get(path, 1)
+               for path in (*found[MIXED], *found[PENDING])},
+        states={**known.states, **{path: state for path, state in told.items()
+                                   if state in (ACKED, NACKED, UNREAD)}},
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3127,9 +3107,14 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if path not in known.states)
-    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
-                                          waits)
+    found[PENDING] = [path for path in found[PENDING] if path not in known.states]
+    return settled(known, files), found
+
+
+def by_state(told: Mapping[str, str]) -> dict[str, list[str]]:
+    """The paths by what one look told about them."""
+    return {state: [path for path in told if told[path] == state]
+            for state in (ACKED, NACKED, UNREAD, UNKNOWN, PENDING, MIXED)}
 
 
 def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set[str]]:
@@ -3143,7 +3128,7 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = judged(known, look, read_by, known.moves.get(path, 1))
+        told[path] = verdict(known, look, read_by, known.moves.get(path, 1))
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
@@ -3166,13 +3151,13 @@ def rejected_unnamed(
             if state == UNREAD and files[path].kind in kinds and path not in known.acked]
 
 
-def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
+def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
     """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
     """
     if not read_by:
-        return HIDDEN if look.hidden else UNREAD if look.live else PENDING
+        return UNKNOWN if look.hidden else UNREAD if look.live else PENDING
     told = set()
     for scope in read_by:
         now, before = look.counts[scope], known.counts.get(scope, Counts())
@@ -3197,14 +3182,12 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
         if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
-    return known._replace(acked={**known.acked, path: file}, nacks=nacks,
-                          states={**known.states, path: ACKED})
+    return known._replace(acked={**known.acked, path: file}, nacks=nacks)
 
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     """Envoy rejected these bytes. If they are its last good ones, something else is wrong."""
     file, old = files[path], known.nacks.get(path)
-    known = known._replace(states={**known.states, path: NACKED})
     if old and same_file(known.acked.get(path), file):
         return known
     stood = frozenset[str]()
@@ -3293,19 +3276,16 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    A connection that is kept tells when its process ends. `wake` gets ("connected", None) for a
-    new one, ("meet", None) once its process answered, ("blind", why) where what answers is not
-    Envoy, ("look", Look) for each answer to `ask`, ("silent", why) where there is none in time,
-    ("end", why) when nothing listens or the connection ended, and ("closed", why) for the end of
-    one that nobody answered.
+    A connection that is kept tells when its process ends. `wake` gets "connected"; "meet" once the
+    process answered; a "look" for each `ask`, or "silent" or "blind" and why there is none; "end"
+    and why when nothing listens or the process ended, else "closed" with the connection.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._filtered = self._live = False
-        self._rejected, self._reason = 0, ""
+        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
 
     def ask(self) -> None:
         """Look at Envoy now; the answer is a wake."""
@@ -3326,8 +3306,8 @@ class Admin(threading.Thread):
             else:
                 with kept:
                     met = self._stay(kept)
-                # A process that dies still accepts connections for a moment: the end of one that
-                # nobody answered counts only if there was none to be had before it.
+                # A process that dies accepts connections for a moment: one that nobody answered
+                # was that of another process only if there was none to be had before it.
                 self._wake("end" if met or refused else "closed",
                            f"{self.url}: the connection ended")
                 ended_at, refused = time.monotonic(), False
@@ -3348,8 +3328,7 @@ class Admin(threading.Thread):
         return sock
 
     def _stay(self, kept: socket.socket) -> bool:
-        """Meet the process behind a connection, and answer questions until the connection ends.
-        Returns whether it answered."""
+        """Look at the process behind a connection until that ends; whether it ever answered."""
         self._wake("connected", None)
         self.ask()
         met, end = False, kept.fileno()
@@ -3375,8 +3354,9 @@ class Admin(threading.Thread):
     def _meet(self) -> None:
         if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
             raise AdminError(NOT_ENVOY)
-        self._filtered = '"stats_matcher"' in self._get(STATS_MATCHER)
-        self._live, self._rejected, self._reason = False, 0, ""
+        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
+        if '"stats_matcher"' in self._get(STATS_MATCHER):
+            self._hidden = "its stats_matcher leaves the counters out"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
@@ -3389,8 +3369,7 @@ class Admin(threading.Thread):
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
-        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
-        return Look(counts, self._live, hidden,
+        return Look(counts, self._live, self._hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
 
@@ -3977,7 +3956,7 @@ class Asking:
             self.trouble = f"Envoy does not answer: {news}"
             self.look_at = now + LOOK_LAST
         elif what == "meet":
-            self.known = after_meeting(self.known, self.known.back_at)
+            self.known = after_meeting(self.known)
             self._started = False
             if self.asked is None:
                 self._expect(ANSWER_BOUND)
@@ -4000,18 +3979,19 @@ class Asking:
                         shortened(self.asked.moved))
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
-        self._tell_nacks(outcome.nacks)
-        self.unsaved = self.unsaved or bool(outcome.acks)
-        self.mixed += outcome.mixed
-        if not outcome.pending:
-            self.notes = [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays unknown: "
-                          f"{look.hidden}"] if outcome.hidden else []
+        self._tell_nacks(outcome[NACKED])
+        self.unsaved = self.unsaved or bool(outcome[ACKED])
+        self.mixed += tuple(outcome[MIXED])
+        if not outcome[PENDING]:
+            hidden = shortened(sorted(outcome[UNKNOWN]))
+            self.notes = [f"what Envoy makes of {hidden} stays unknown: {look.hidden}"
+                          ] if hidden else []
         states = self.known.states
         if look.live and files and not self._started:
-            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome[UNKNOWN]
                                 for path, file in files.items() if file.kind in STARTING_KINDS)
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self.asked is not None and (outcome.nacks or not waiting):
+        waiting = bool(outcome[PENDING] or outcome[MIXED] or not look.live)
+        if self.asked is not None and (outcome[NACKED] or not waiting):
             self.end(told=True)  # a rollback does not wait for the other files
         unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
@@ -4389,7 +4369,7 @@ def known_from(output: Output) -> Known:
             digest, kind, reason = map(str, row[:3])
             nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
-                 came=cluster_names(output.published.values()).union(output.published))
+                 came=things(output.published))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import yaml
 from loader import (
     ACKED,
     CDS_COMMENT,
+    MIXED,
     NACKED,
+    PENDING,
     SERVICES_SOURCE,
     UNREAD,
     Counts,
@@ -25,7 +27,6 @@ from loader import (
     Look,
     after_end,
     after_look,
-    after_meeting,
     after_publication,
     cluster_names,
     discovery_response,
@@ -283,9 +284,9 @@ ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
 def met() -> Known:
     """Envoy has ACKed everything."""
     known, first = after_look(Known(), A, look(ONE))
-    assert set(first.pending) == set(A), "the first look of all is not believed"
+    assert set(first[PENDING]) == set(A), "the first look of all is not believed"
     known, outcome = after_look(known, A, look(ONE))
-    assert set(outcome.acks) == set(A)
+    assert set(outcome[ACKED]) == set(A)
     return known
 
 
@@ -304,19 +305,19 @@ def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
     known = after_publication(met(), A, new, new)
     known, outcome = after_look(known, new, look({**ONE, "rds": counts}))
     assert known.states.get("rds.yaml") == state
-    assert (outcome.mixed == ("rds.yaml",)) == (counts == (3, 2, 1))
+    assert (outcome[MIXED] == ["rds.yaml"]) == (counts == (3, 2, 1))
     assert known.acked["rds.yaml"] == (new if state == ACKED else A)["rds.yaml"]
 
 
 def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
     files = A | {"rds.yaml": text("{", "rds")}
     known, outcome = after_look(Known(doubt=False), files, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome.nacks == ("rds.yaml",)
+    assert outcome[NACKED] == ["rds.yaml"]
     other = text(real.response("routes", real.route_config({"a": 1}, "other")))
     more = files | {"new.yaml": other}
     known = after_publication(known, files, more, more)
     known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome.nacks == ()
+    assert outcome[NACKED] == []
     assert known.states["new.yaml"] == UNREAD
 
 
@@ -325,9 +326,9 @@ def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
     known = after_publication(met(), A, bad, bad)
     known, blamed = after_end(known, bad, 100.0)
     assert blamed == ()
-    known, blamed = after_end(after_meeting(known, 105.0), bad, 116.0)
+    known, blamed = after_end(known._replace(back_at=105.0), bad, 116.0)
     assert blamed == (), "it ran for more than ten seconds"
-    known, blamed = after_end(after_meeting(known, 120.0), bad, 121.0)
+    known, blamed = after_end(known._replace(back_at=120.0), bad, 121.0)
     assert blamed == ("cds.yaml",)
     assert rollback(bad, known.acked, known.nacks) == (A, "rollback")
 
