@@ -524,10 +524,6 @@ def test_two_pods_are_spread_and_not_evicted_together(values: Object, several: b
     spread = release.pod.get("topologySpreadConstraints", [])
     keys = ["kubernetes.io/hostname", "topology.kubernetes.io/zone"] if several else []
     assert [constraint["topologyKey"] for constraint in spread] == keys
-    off = {**values, "topologySpreadConstraints": None, "podDisruptionBudget": {"enabled": False}}
-    without = render(off)
-    assert "topologySpreadConstraints" not in without.pod
-    assert without.all("PodDisruptionBudget") == []
 
 
 def test_images_by_digest() -> None:

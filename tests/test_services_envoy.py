@@ -24,7 +24,7 @@ from tests.support.apiserver import ApiServer, Client, Object
 from tests.support.backend import Backend
 from tests.support.disk import wait_converged
 from tests.support.dns import Resolver
-from tests.support.docs import block_for
+from tests.support.docs import ROOT, block_for
 from tests.support.envoy import Config, Envoy, http_listener, inotify_instances
 from tests.support.load import Poller, have_wrk
 from tests.support.loader import Loader, snapshot, wait_until
@@ -449,9 +449,6 @@ def test_a_zone_that_is_lost_fails_over(shop: Shop, pod: StartPod) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Routes by annotation
-
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def canary_commands() -> list[tuple[str, dict[str, str]]]:
