@@ -3929,7 +3929,7 @@ class Asking:
         self.end()
 
     def end(self, *, told: bool = False) -> None:
-        """The line of the publication that was asked about, when Envoy told all or nobody waits."""
+        """Envoy told all, or nobody waits any more: the publication's line in the log."""
         asked, self.asked = self.asked, None
         if asked is None or not asked.fields:
             return
@@ -4065,7 +4065,7 @@ class Loop:
         """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
-            signal.signal(number, lambda number, _: self._signalled(number))
+            signal.signal(number, self._signalled)
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
             host, port = self.options.listen
@@ -4120,7 +4120,7 @@ class Loop:
 
     # -- waiting ------------------------------------------------------------------------------
 
-    def _signalled(self, number: int) -> None:
+    def _signalled(self, number: int, _: object) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
         self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
 
@@ -4294,7 +4294,7 @@ class Loop:
         self.output.remember(state_of(self.asking.known))
         self.asking.unsaved = False
 
-    # -- words --------------------------------------------------------------------------------
+    # -- what is said -------------------------------------------------------------------------
 
     def note(self, topic: str, notes: Iterable[str]) -> None:
         """Warn once of each thing for as long as it lasts; a line when it is over."""
@@ -4429,8 +4429,7 @@ class CheckCommand:
         self._stop = threading.Event()
 
     def passed(self, desired: Files) -> Files | None:
-        """What it lets pass: all, or what it accepted last with endpoints and secrets of now; None
-        where there is nothing yet."""
+        """All, or what it accepted last with endpoints and secrets of now; else None."""
         if not self._command:
             return desired
         base = self._output.published if self._accepted is None else self._accepted
