@@ -4667,12 +4667,8 @@ class Option(NamedTuple):
     repeats: bool = False
 
     @property
-    def attribute(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
     def variable(self) -> str:
-        return f"XDS_LOADER_{self.attribute.upper()}"
+        return f"XDS_LOADER_{self.name.replace('-', '_').upper()}"
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
@@ -4801,7 +4797,7 @@ def option_value(option: Option, words: Mapping[str, list[str]],
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     words = command_line_words(argv)
-    options = Options(**{option.attribute: option_value(option, words, environ)
+    options = Options(**{option.name.replace("-", "_"): option_value(option, words, environ)
                          for option in OPTIONS})
     options.mode = ("once" if options.onetime or options.dry_run
                     else "watch" if options.watch and not options.from_file else "poll")
