@@ -496,7 +496,11 @@ BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, wit
 
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
-ONETIME_POLL = 1.0  # seconds between two lists with --onetime
+ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
+
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
+ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
 
 # A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
 # such an end the next server may have an older etcd behind it.
@@ -523,6 +527,7 @@ class Reflector(threading.Thread):
         once, watches = options.mode == "once", options.mode == "watch"
         self._api = client if watches and isinstance(client, Api) else None
         self._interval = ONETIME_POLL if once else options.sync_interval
+        self._one_try = once and not options.timeout
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
@@ -550,25 +555,31 @@ class Reflector(threading.Thread):
                     self._watch(self._api)
                 else:
                     self._relist()
+                    if self._one_try:
+                        return
                     self._failures = self._rejections = 0
                     self._refresh.wait(self._interval)
             except ApiError as error:
-                if not self._refresh.is_set():  # else refresh() cut the watch
-                    self._failed(error)
+                if self._refresh.is_set():
+                    continue  # refresh() cut the watch
+                pause = self._failed(error)
+                if self._one_try and self.trouble and self.trouble.status not in PASSING:
+                    return
+                self._refresh.wait(pause)
 
-    def _failed(self, error: ApiError) -> None:
-        """Ask again after a pause, for a list where only that helps."""
+    def _failed(self, error: ApiError) -> float:
+        """The seconds until the next request, which is a list where only that helps."""
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
         if error.status == 410:
             self._drop_version("expired")
             if self._rejections == 1:
-                return
+                return 0.0
         elif self._api and self._rejections >= RELIST_AFTER:
             self._drop_version("rejected")
         self._count(f"status {error.status}" if error.status else "cut")
         self.trouble = error
         self._wake("trouble")
-        self._refresh.wait(self._delay(error.retry_after))
+        return self._delay(error.retry_after)
 
     def _drop_version(self, reason: str) -> None:
         """The next request is a list. The objects stay until it has come."""
@@ -3768,9 +3779,6 @@ class Listener:
 DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2  # seconds
 STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
-# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
-# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
-ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
 # Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
