@@ -73,10 +73,8 @@ class UsageError(LoaderError):
 
 
 class File(NamedTuple):
-    """One file of a snapshot: bytes, their SHA-256 in hex, xDS kind, source object, mode.
-
-    `kind` is "cds", "eds", ... or "" for what is not xDS, decided once, when files are composed.
-    """
+    """One file of a snapshot. `digest` is its SHA-256 in hex; `kind` is "cds", "eds", ... or "" for
+    what is not xDS, decided once, when files are composed; `source` is the object it came from."""
 
     content: bytes
     digest: str
@@ -170,18 +168,17 @@ def why(error: BaseException) -> str:
     return " ".join(text.split())[:500].rstrip(": ")
 
 
-def shortened(names: Sequence[str]) -> str:
-    """A list for one log line."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+def shortened(texts: Sequence[str], between: str = ", ") -> str:
+    """A list for one log line: the first five, and how many more there are."""
+    more = [f"and {len(texts) - 5} more"] if len(texts) > 5 else []
+    return between.join([*texts[:5], *more])
 
 
 # ---------------------------------------------------------------------------------------------
 # Asking Kubernetes
 # ---------------------------------------------------------------------------------------------
 
-# Seconds for a handshake; of silence within an answer; for a whole one: no server holds a thread by
-# trickling.
+# Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
@@ -190,28 +187,12 @@ PAGE, LIST_PAGES = 500, 2_000
 # Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
 LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 
-# An API server bookmarks a watch about once a minute. One from a resourceVersion of the future
-# (etcd was restored) is silent for ever, like a half-open connection.
-WATCH_SILENCE = 80.0
-
-# The server ends a watch after timeoutSeconds; spread, so that a thousand sidecars that started
-# together do not renew together (client-go: 5 to 10 minutes).
-WATCH_SECONDS = (300, 600)
+# Seconds of silence within a watch, which is bookmarked about once a minute; and until the server
+# is asked to end it: random, so that sidecars that started together do not renew together.
+WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
 
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
-
-
-class Access(NamedTuple):
-    """Where the API server is and how to prove who asks. The token is read again for each request,
-    the other files for each connection: Kubernetes rotates both under a running pod."""
-
-    apiserver: str = ""
-    token_file: str = f"{SERVICE_ACCOUNT}/token"
-    ca_file: str = f"{SERVICE_ACCOUNT}/ca.crt"
-    client_cert: str = ""
-    client_key: str = ""
-    insecure: bool = False
 
 
 class Resource(NamedTuple):
@@ -270,16 +251,15 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """What was asked for did not come: the status of the answer (0: there was none), and how many
-    seconds the server asks to wait."""
+    """A failed request: the status of the answer (0: none), and for how long the server asks to
+    wait, in seconds."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
         self.status, self.retry_after = status, retry_after
 
 
-# What a broken network raises below http.client (IncompleteRead and bad status lines included), and
-# what is not HTTP. A host name that no resolver accepts (`a..b`) is a ValueError.
+# What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 Response = http.client.HTTPResponse
@@ -288,21 +268,22 @@ Event = tuple[str, dict[str, Json]]  # type, object
 
 class Api:
     """The Kubernetes REST API over one connection that is kept open; one thread uses it. (Not
-    `urllib.request`, which follows redirects.)"""
+    `urllib.request`, which follows redirects.) The token is read for each request, certificates
+    for each connection: Kubernetes rotates both under a running pod."""
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._url = urllib.parse.urlsplit(access.apiserver)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._url = urllib.parse.urlsplit(options.apiserver)
         self._connection = http.client.HTTPConnection("")  # not open
-        self._socket: socket.socket | None = None
+        self.socket: socket.socket  # of the connection, which itself forgets that of a last answer
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object that matches, page by page; the resourceVersion to watch
-        from. What is not plainly such a list is unknown, never empty."""
+        """Call `keep` with each object that matches; returns the resourceVersion to watch from.
+        What is not plainly such a list is an error, never empty."""
         kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
-            answer = object_in(self._ask(query, "list", page)[1])
+            answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
@@ -316,8 +297,8 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether `version` is one that this server never reached: its etcd was reset. (It waits
-        up to 3 s for the version to come before its 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
+        3 s, before it answers 504.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -328,8 +309,8 @@ class Api:
         return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """An event "OPEN" when the server has answered, and then its own, until it ends the watch
-        properly; else ApiError (410: a status or an ERROR event, as a real server sends it)."""
+        """An event "OPEN" when the server has answered, and then its own until it ends the watch
+        properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
         asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
         response, rest = self._ask(query, "watch", asked)[0], bytearray()
@@ -352,50 +333,44 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    def interrupt(self) -> None:
-        """End what goes on, from any thread: the one that reads finds the end of its stream."""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # (not SSLSocket's own shutdown: that one makes a plain socket of it)
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
     # -- one answer -------------------------------------------------------------------------
 
-    def _ask(self, query: Query, verb: str, page: Mapping[str, str]) -> tuple[Response, bytes]:
-        """An answer of status 200, and its body unless it is a watch's; ApiError for any other."""
+    def _ask(self, query: Query, verb: str,
+             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
+        """An answer of status 200, and the object in it ({} for anything else, and of a watch);
+        ApiError for any other."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         self._token = self._read_token()
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        timer = threading.Timer(ANSWER_SECONDS, self.interrupt)
-        timer.daemon = True
-        timer.start()
-        status = 0
+        target, status = self._url.path.rstrip("/") + query.target(page), 0
         try:
             connection = self._connected()
-            target = self._url.path.rstrip("/") + query.target(page)
-            connection.request("GET", target, headers=headers)
-            connection.sock.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
-            response = connection.getresponse()
-            status = response.status
-            body = b"" if status == 200 and verb == "watch" else body_of(response)
+            with bounded(self.socket, ANSWER_SECONDS):
+                connection.request("GET", target, headers=headers)
+                self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
+                response = connection.getresponse()
+                status = response.status
+                body = b"" if status == 200 and verb == "watch" else body_of(response)
         except BROKEN as error:
             self._connection.close()
             text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
             raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
-            timer.cancel()
             metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
+        said: dict[str, Json] = {}
+        with contextlib.suppress(ValueError):
+            said = json_object(parse_json(body))
         if status == 200:
-            return response, body
+            return response, said
         retry = response.headers.get("Retry-After", "")
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
-        raise self._refusal(query, verb, status, object_in(body), seconds)
+        raise self._refusal(query, verb, status, said, seconds)
 
     def _event(self, query: Query, line: bytes | bytearray) -> Event:
-        event = object_in(line)
-        kind, item = text_at(event, "type"), event.get("object")
-        if not kind or not isinstance(item, dict):
+        event = parse_json(line)
+        kind, item = member(event, "type", str), member(event, "object", dict)
+        if not kind or not item:
             raise ValueError("an event has no type or no object")
         if kind == "ERROR":
             code: Json = item.get("code")
@@ -406,7 +381,7 @@ class Api:
                  retry_after: float = 0.0) -> ApiError:
         """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
         other text of a server is shown: it may echo the request, token and all."""
-        path = self._access.token_file
+        path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         hint = {
             401: f"; is the token in {path} valid?",
@@ -442,12 +417,12 @@ class Api:
             kind = functools.partial(http.client.HTTPSConnection, context=self._context())
         connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
         connection.connect()
-        self._connection, self._socket = connection, connection.sock
+        self._connection, self.socket = connection, connection.sock
         return connection
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path, url = self._access.token_file, self._url
+        path, url = self._options.token_file, self._url
         try:
             with open(path, encoding="latin-1") as stream:
                 token = stream.read().strip()
@@ -465,32 +440,42 @@ class Api:
     def _context(self) -> ssl.SSLContext:
         """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
         service account."""
-        context, access = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._access
-        where = access.ca_file
+        context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
+        where = options.ca_file
         try:
-            if access.insecure:
+            if options.insecure:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
-            elif where == Access().ca_file and not os.path.exists(where):
+            elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
                 context.load_default_certs()
             else:
                 context.load_verify_locations(cafile=where)
-            if access.client_cert:
-                where = f"{access.client_cert}, {access.client_key}"
+            if options.client_cert:
+                where = f"{options.client_cert}, {options.client_key}"
                 # (an empty password: without one OpenSSL would ask on the terminal, and wait)
-                context.load_cert_chain(access.client_cert, access.client_key, password="")
+                context.load_cert_chain(options.client_cert, options.client_key, password="")
         except OSError as error:  # an SSLError is one
             hint = "check --ca-file, --client-cert and --client-key"
             raise ApiError(f"{where}: not a usable certificate ({why(error)}); {hint}") from None
         return context
 
 
-def object_in(text: bytes | bytearray) -> dict[str, Json]:
-    """The JSON object that a text is; an empty one for anything else."""
+def cut(sock: socket.socket) -> None:
+    """End a connection, from any thread: who reads from it finds the end of the stream."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would make it a plain one
+
+
+@contextlib.contextmanager
+def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """Cut a connection that is in use for longer. (A socket's own limit is for each read alone.)"""
+    timer = threading.Timer(seconds, cut, (sock,))
+    timer.daemon = True
+    timer.start()
     try:
-        return json_object(parse_json(text))
-    except ValueError:
-        return {}
+        yield
+    finally:
+        timer.cancel()
 
 
 def body_of(response: Response) -> bytes:
@@ -509,96 +494,84 @@ def body_of(response: Response) -> bytes:
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 
-# A watch that ends sooner is followed by a pause: a server or a proxy that ends each at once must
-# not be asked thousands of times a second.
-WATCH_SHORT = 1.0
+WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
+RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
+ONETIME_POLL = 1.0  # seconds between two lists with --onetime
 
-# A server that stops gracefully keeps an open watch silent for 60 s and then ends it properly. A
-# proper end after that much silence may hide a new server with an older etcd behind it.
+# A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
+# such an end the next server may have an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
-
-RELIST_AFTER = 3  # failures in a row that are answers to a resumed watch: only a list can help
-
-# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
-# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
-ONE_TRY_SECONDS = 1.25
-PASSING = frozenset((401, 403, 408, 429, *range(500, 600)))
 
 
 class Reflector(threading.Thread):
     """Keeps the objects of one query current in memory, and wakes the main thread on change.
 
-    `mode` is `once` (a try, with a second of retries), `poll` (a list every `interval` seconds) or
-    `watch` (a list, then watches that resume). `parse` reduces an API object to what is used of it;
-    what it rejects (ValueError) keeps its last good value and is named in `bad`. EndpointSlices
-    that the API server answers with 404 at the start are `absent`, for good. `wake` is called with
-    "objects" or "trouble" where these have changed.
+    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
+    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
+    is named in `bad`. EndpointSlices that the API server answers with 404 at the start are
+    `absent`, for good. `wake` is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
-                 client: Api | FileSource, wake: Callable[[str], None], mode: str,
-                 interval: float) -> None:
+                 client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = self.absent = self.failed = False
-        self.trouble = ""
+        self.synced = self.absent = False
+        self.trouble: ApiError | None = None
         self.bad: dict[Key, str] = {}
-        self._parse, self._client, self._wake = parse, client, wake
-        self._mode, self._interval, self._topic = mode, interval, str(query)
+        self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
+        once, watches = options.mode == "once", options.mode == "watch"
+        self._api = client if watches and isinstance(client, Api) else None
+        self._interval = ONETIME_POLL if once else options.sync_interval
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
-        self._asked = threading.Event()  # by refresh(): ends each wait
-        self._watching: Api | None = None
+        self._rejections = 0  # failures in a row that are answers
+        self._suspect = False  # the next server may be another one, with an etcd that was restored
+        self._refresh = threading.Event()  # requested; ends each wait
+        self._watching: socket.socket | None = None
 
     def objects(self) -> dict[Key, Any]:
         return self._objects.copy()
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
-        self._asked.set()
+        self._refresh.set()
         if watching := self._watching:
-            watching.interrupt()
+            cut(watching)
 
     def run(self) -> None:
-        """List, and then again or watch; resume a watch that ended, list again where only that
-        helps. After a failure the server may be another one: its etcd may have been restored."""
-        until, suspect, answers = time.monotonic() + ONE_TRY_SECONDS, False, 0
-        api = self._client if self._mode == "watch" and isinstance(self._client, Api) else None
-        while True:
+        """List, and then watch or list again; go on after whatever fails."""
+        while not self.absent:
             try:
-                if self._asked.is_set():
-                    self._asked.clear()
-                    self._forget("refresh")
-                elif suspect and api and self._version and api.is_future(self.query, self._version):
-                    self._forget("future")
-                if not api or not self._version:
-                    self._relist()
-                if self._mode == "once" or self.absent:
-                    return
-                if api:
-                    suspect = self._follow(api)
+                if self._refresh.is_set():
+                    self._refresh.clear()
+                    self._drop_version("refresh")
+                if self._api:
+                    self._watch(self._api)
                 else:
-                    self._failures = 0
-                    self._asked.wait(self._interval)
-                answers = 0
+                    self._relist()
+                    self._failures = self._rejections = 0
+                    self._refresh.wait(self._interval)
             except ApiError as error:
-                if self._asked.is_set():
-                    continue  # refresh() cut the watch
-                suspect, answers = True, answers + 1 if error.status else 0
-                if error.status == 410 or (api and answers >= RELIST_AFTER):
-                    self._forget("expired" if error.status == 410 else "rejected")
-                    if answers == 1:
-                        continue
-                delay = self._delay(error.retry_after)
-                late = time.monotonic() + delay > until
-                self.failed = self._mode == "once" and (late or error.status not in PASSING)
-                self._report(error)
-                if self.failed:
-                    return
-                self._asked.wait(delay)
+                if not self._refresh.is_set():  # else refresh() cut the watch
+                    self._failed(error)
 
-    def _forget(self, reason: str) -> None:
-        """Drop the version: the next step is a list. The objects stay until it has come."""
+    def _failed(self, error: ApiError) -> None:
+        """Ask again after a pause, for a list where only that helps."""
+        self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
+        if error.status == 410:
+            self._drop_version("expired")
+            if self._rejections == 1:
+                return
+        elif self._api and self._rejections >= RELIST_AFTER:
+            self._drop_version("rejected")
+        self._count(f"status {error.status}" if error.status else "cut")
+        self.trouble = error
+        self._wake("trouble")
+        self._refresh.wait(self._delay(error.retry_after))
+
+    def _drop_version(self, reason: str) -> None:
+        """The next request is a list. The objects stay until it has come."""
         self._version = ""
         self._count(reason)
 
@@ -636,20 +609,26 @@ class Reflector(threading.Thread):
             value = self._parse(item)
             return old if value == old else value
         except (ValueError, RecursionError) as error:
-            name = f"{self.query.resource.kind.lower()} {'/'.join(filter(None, key))}"
-            bad[key] = str(error) if str(error).startswith(name) else f"{name}: {error}"
+            name = "/".join(filter(None, key))
+            bad[key] = f"{self.query.resource.kind.lower()} {name}: {error}"
             return old
 
-    def _follow(self, api: Api) -> bool:
-        """Watch until the server ends it properly; whether that end wants a closer look."""
+    def _watch(self, api: Api) -> None:
+        """Watch from the last version (of a list, where there is none) until the server ends it."""
+        if self._suspect and self._version and api.is_future(self.query, self._version):
+            self._drop_version("future")
+        if not self._version:
+            self._relist()
+            if self.absent:
+                return
         events = api.watch(self.query, self._version)
         next(events)
         began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
         self._recovered()
-        self._watching = api
+        self._watching = api.socket
         try:
-            while not self._asked.is_set() and (event := next(events, None)):
+            while not self._refresh.is_set() and (event := next(events, None)):
                 last = time.monotonic()
                 self._apply(*event)
         finally:
@@ -658,10 +637,10 @@ class Reflector(threading.Thread):
                 self._failures = 0
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = min(self._failures, 1)
+        self._suspect, self._rejections = now - last >= SUSPICIOUS_SILENCE, 0
         self._count("ended")
         if now - began < WATCH_SHORT:
-            self._asked.wait(self._delay())
-        return now - last >= SUSPICIOUS_SILENCE
+            self._refresh.wait(self._delay())
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
@@ -681,17 +660,8 @@ class Reflector(threading.Thread):
 
     def _recovered(self) -> None:
         if self.trouble:
-            self.trouble = ""
-            log.recovered(self._topic, f"{self.query}: answered again")
+            self.trouble = None
             self._wake("trouble")
-
-    def _report(self, error: ApiError) -> None:
-        """Log what failed: once, until it is another failure."""
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = str(error)
-        if self._mode != "once":  # there the error is the end, and is reported as such
-            log.outage(self._topic, self.trouble)
-        self._wake("trouble")
 
     def _count(self, reason: str) -> None:
         log.debug("%s: again (%s)", self.query, reason)
@@ -700,7 +670,7 @@ class Reflector(threading.Thread):
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
         polls waits no longer than the interval, or 2 s."""
-        longest = BACKOFF_LAST if self._mode == "watch" else max(2.0, self._interval)
+        longest = BACKOFF_LAST if self._api else max(2.0, self._interval)
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
@@ -730,16 +700,6 @@ class FileSource:
             if item["kind"] == query.resource.kind and named and selects(wanted, labels):
                 keep(item)
         return ""
-
-    def elsewhere(self, query: Query) -> str:
-        """Where the named object of a query is, which is not where it was looked for; or ""."""
-        kind, keys = query.resource.kind, []
-        with contextlib.suppress(LoaderError):
-            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
-        same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
-        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
 
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
@@ -821,8 +781,8 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # Objects
 # ---------------------------------------------------------------------------------------------
 #
-# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike
-# there, as in Go's types; a wrong type or value raises ValueError that names the member.
+# `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike,
+# as in Go's types; a wrong type or value is a ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
 IPV4, IPV6 = "ipv4", "ipv6"
@@ -847,8 +807,8 @@ class ServicePort(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A Service. `external_name` is None unless its type is ExternalName; `family` is its first
-    one. Of annotations that cannot be ours only the names are kept."""
+    """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
+    Of annotations that cannot be ours only the names are kept."""
 
     namespace: str
     name: str
@@ -858,7 +818,7 @@ class Service(NamedTuple):
     external_name: str | None
     family: str
     labels: Texts
-    annotations: Mapping[str, str]
+    annotations: Texts
 
 
 class Endpoint(NamedTuple):
@@ -1048,29 +1008,30 @@ CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
 class Config(NamedTuple):
-    """What `--config` says; `cluster.name` is `cluster_name`, `endpoint.families` is `families`."""
+    """What `--config` says: `cluster_name` is `name` in its object `cluster`."""
 
     cluster_name: str = "{namespace}/{service}/{port}"
     cluster_base: Mapping[str, Json] = {}
     cluster_overrides: Sequence[Mapping[str, Json]] = ()
-    trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
-    include_not_ready: bool = False
-    families: Sequence[str] | None = None
-    eds_budget: int | None = None
-    prefer_zone: bool | str = False
-    external_name: str = ""
-    locality: Mapping[str, Mapping[str, Json]] = {}
+    cluster_trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
+    endpoint_include_not_ready: bool = False
+    endpoint_families: Sequence[str] | None = None
+    endpoint_eds_budget: int | None = None
+    endpoint_prefer_zone: bool | str = False
+    endpoint_external_name: str = ""
+    endpoint_locality: Mapping[str, Mapping[str, Json]] = {}
     route_name: str = "services"
     route_suffix: str = "cluster.local"
-    annotation_prefix: str = "xds-loader"
+    route_annotation_prefix: str = "xds-loader"
     cluster_domain: str = "cluster.local"
 
 
 class Rule(NamedTuple):
-    """What is expected somewhere in --config, and how to tell."""
+    """What is expected somewhere in --config, and how to tell; `inner`: a schema, checked first."""
 
     expected: str
     holds: Callable[[Json], object]
+    inner: Json = None
 
 
 def text_rule(expected: str, pattern: str) -> Rule:
@@ -1096,17 +1057,18 @@ def is_json(value: Json) -> bool:
 TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
 ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
 PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-# The schema: a rule, a list of items, (either this object, or that list), or an object with these
-# keys (None: a rule for the whole).
-PART = {"label": TEXT, "literal": TEXT, "node_name": exactly(True),
-        None: Rule("one of label, literal and node_name", lambda value: len(value) == 1)}
-MATCH = {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT,
-         "labels": Rule("an object of strings", lambda value: (
-             value and type(value) is dict and all(map(TEXT.holds, value.values())))),
-         None: Rule("something to match (what is for every cluster belongs into base)", bool)}
-OVERRIDE = {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True),
-            None: Rule("match, and one of merge and suppress", lambda value: (
-                value.get("match") and ("merge" in value) != ("suppress" in value)))}
+# A schema is a rule, an object with these keys, [the schema of each item of a list], or (the schema
+# of an object, the schema of a list).
+PART = Rule("one of label, literal and node_name", lambda value: len(value) == 1,
+            {"label": TEXT, "literal": TEXT, "node_name": exactly(True)})
+LABELS = Rule("an object of strings", lambda value: (
+    value and type(value) is dict and all(map(TEXT.holds, value.values()))))
+MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
+             {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT, "labels": LABELS})
+OVERRIDE = Rule(
+    "match, and one of merge and suppress",
+    lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
+    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True)})
 SCHEMA = {
     "cluster": {
         "base": PATCH,
@@ -1132,6 +1094,8 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     if type(schema) is tuple:
         schema = schema[type(value) is list]
     if type(schema) is Rule:
+        if schema.inner:
+            config_check(value, schema.inner, path)
         if not schema.holds(value):
             raise UsageError(f"{path}: {schema.expected} expected")
     elif type(value) is not type(schema):
@@ -1144,22 +1108,21 @@ def config_check(value: Json, schema: Json, path: str) -> None:
         for key, item in value.items():
             where = f"{path}.{key}" if re.fullmatch(r"\w+", key) else f"{path}[{json.dumps(key)}]"
             if key not in schema:
-                known = f"unknown key (one of {', '.join(sorted(filter(None, schema)))})"
+                known = f"unknown key (one of {', '.join(sorted(schema))})"
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
                 raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
-        if None in schema:
-            config_check(value, schema[None], path)
 
 
 def config_from(document: Json) -> Config:
     """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
     config_check(document, SCHEMA, "--config: $")
-    chosen = {}
-    for section, value in document.items():
-        for key, item in value.items() if type(value) is dict else [(section, value)]:
-            name = f"{section}_{key}"
-            chosen[name if name in Config._fields else key] = item
+    chosen: dict[str, Json] = {}
+    for name, value in document.items():
+        if type(value) is dict:
+            chosen |= {f"{name}_{key}": item for key, item in value.items()}
+        else:
+            chosen[name] = value
     return Config(**chosen)
 
 
@@ -1172,12 +1135,12 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.locality.values())
+    return any("label" in source for source in config.endpoint_locality.values())
 
 
 def needs_nodes(config: Config) -> bool:
     """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.prefer_zone is True or by_node_label(config)
+    return config.endpoint_prefer_zone is True or by_node_label(config)
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1211,10 +1174,9 @@ PORTS_MOST = 256
 HOSTS_MOST = PREFIXES_MOST = 32
 WEIGHT_MOST = 1_000_000
 SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
-NAMED_MOST = 5  # of what is wrong with one object, in the one line about it
 
-# What reaches Envoy's own pod, whatever DNS says: names that the kubelet and images write into
-# /etc/hosts, and each spelling of an IPv4 address that a resolver accepts (127.1, 0x7f000001).
+# What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
+# address that a resolver accepts (127.1, 0x7f000001).
 LOCAL_NAME = r"(?i)(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
 # What Envoy accepts in a domain, but for `*80`, which would take `x.example:80` from its owner.
 HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
@@ -1253,20 +1215,14 @@ class Route(NamedTuple):
 class ServicePlan(NamedTuple):
     """What one Service becomes; depends on it and on the configuration alone."""
 
-    clusters: tuple[Cluster, ...]
+    clusters: Sequence[Cluster]
     route: Route | None
-    problems: tuple[str, ...]
+    problems: Sequence[str]
 
 
-def warning_line(key: Key, problems: Sequence[str]) -> str:
+def service_line(key: Key, problems: Sequence[str]) -> str:
     """One line for one Service, whatever there is to say about it."""
-    line = f"service {'/'.join(key)}: {'; '.join(problems[:NAMED_MOST])}"
-    return line + (f"; and {len(problems) - NAMED_MOST} more" if problems[NAMED_MOST:] else "")
-
-
-def first_of(items: Sequence[str]) -> str:
-    """The first of some texts that somebody else wrote, and how many there are."""
-    return f"{items[0][:60]!a}" + (f" and {len(items) - 1} more" if items[1:] else "")
+    return f"service {'/'.join(key)}: {shortened(problems, '; ')}"
 
 
 def present(**members: Json) -> dict[str, Json]:
@@ -1281,7 +1237,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif external is not None and not config.external_name:
+    elif external is not None and not config.endpoint_external_name:
         problems.append("is left out: ExternalName needs endpoint.external_name in --config")
     elif external is not None and (
             not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
@@ -1289,14 +1245,13 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     else:
         kept = [port for port in service.ports if port.protocol in ("TCP", "UDP")][:PORTS_MOST]
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
-            problems.append(f"port {first_of(left_out)} is left out: the first {PORTS_MOST} TCP "
-                            f"and UDP ports are rendered")
+            problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
+                            f"{PORTS_MOST} TCP and UDP ports are rendered")
         planned = (plan_cluster(service, port, config, endpoints) for port in kept)
         clusters = [cluster for cluster in planned if cluster]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    route = route_of(service, clusters, config, problems)
-    return ServicePlan(tuple(clusters), route, tuple(problems))
+    return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
@@ -1316,14 +1271,14 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, options = config.families or (service.family,), dict[str, Json]()
+    families, options = config.endpoint_families or (service.family,), dict[str, Json]()
     host = service.external_name or service_dns_name(service, config.cluster_domain)
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
-        kind = config.external_name if service.external_name else "strict_dns"
+        kind = config.endpoint_external_name if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    patches = [override["merge"] for override in overrides]
-    for patch in (config.cluster_base, protocol_options(port, host, config.trusted_ca), *patches):
+    protocol = protocol_options(port, host, config.cluster_trusted_ca)
+    for patch in (config.cluster_base, protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
 
@@ -1385,7 +1340,7 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config.locality.get(name, {})
+        source = config.endpoint_locality.get(name, {})
         if "label" in source:
             default = labels.get(source["label"], "")
         found.append(node if "node_name" in source else source.get("literal", default))
@@ -1394,52 +1349,49 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.prefer_zone is not True:
-        return config.prefer_zone or None
+    if config.endpoint_prefer_zone is not True:
+        return config.endpoint_prefer_zone or None
     labels = nodes.get(node, {})
     default = labels.get("topology.kubernetes.io/zone", "")
     return locality_of(config, default, node, labels)[1] or None
 
 
-class View(NamedTuple):
-    """Where endpoints are seen from: `zone` is the own one, None where none is preferred."""
-
-    config: Config
-    zone: str | None
-    nodes: Mapping[str, Texts]
-
-
-def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], view: View) -> dict[str, Json]:
+def assignment_of(
+    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str | None,
+    nodes: Mapping[str, Texts],
+) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if view.config.include_not_ready else DRAINING
-    best: dict[tuple[int, bytes, int], tuple[str, int, tuple[str, ...], str]] = {}
+    worst = UNHEALTHY if config.endpoint_include_not_ready else DRAINING
+    candidates = []  # sorted by address and port, and of each of these the best first
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
         numbers = {number for name, number in found.ports if number and name == cluster.port.name}
         for endpoint in found.endpoints if numbers else ():
             if endpoint.state <= worst:
-                labels = view.nodes.get(endpoint.node, {})
-                locality = locality_of(view.config, endpoint.zone, endpoint.node, labels)
+                labels = nodes.get(endpoint.node, {})
+                locality = locality_of(config, endpoint.zone, endpoint.node, labels)
                 zones = endpoint.hints if hinted and endpoint.hints else locality[1:2]
-                far = int(view.zone is not None and view.zone not in zones)
+                away = preferred is not None and preferred not in zones
                 packed = socket.inet_pton(family, endpoint.address)
-                seen = (endpoint.state, far, locality, endpoint.address)
-                for key in [(rank, packed, number) for number in numbers]:
-                    best[key] = min(best.get(key, seen), seen)
-    nearest = min((far for _, far, _, _ in best.values()), default=0)
-    groups: dict[tuple[int, tuple[str, ...]], list[Json]] = {}
-    for (_, _, number), (state, far, locality, address) in sorted(best.items()):
-        groups.setdefault((far - nearest, locality), []).append(
-            lb_endpoint(address, number, cluster.port.protocol, state))
+                candidates += [(rank, packed, number, endpoint.state, away, locality,
+                                endpoint.address) for number in numbers]
+    groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
+    for _, packed, number, state, away, locality, address in sorted(candidates):
+        if (packed, number) not in seen:
+            seen.add((packed, number))
+            groups.setdefault((away, locality), []).append(
+                lb_endpoint(address, number, cluster.port.protocol, state))
+    all_away = all(away for away, _ in groups)
     localities = []
-    for (priority, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
+    for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
         place = present(region=region, zone=zone, sub_zone=sub_zone)
-        localities.append({**present(locality=place, priority=priority), "lb_endpoints": endpoints})
+        shown = present(locality=place, priority=int(away and not all_away))
+        localities.append({**shown, "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
 
 
@@ -1476,11 +1428,12 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route | None:
     """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
     an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = f"{config.annotation_prefix}/"
+    ours = f"{config.route_annotation_prefix}/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
-    if unknown := sorted(given.keys() - set(ROUTE_ANNOTATIONS)):
-        problems.append(f"unknown annotation {first_of([ours + name for name in unknown])}")
+    unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
+    if unknown:
+        problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return None
     route = Route((service.namespace, service.name), service.created, ())
@@ -1488,11 +1441,12 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         default = service_dns_name(service, config.route_suffix)
         asked = comma_separated((given.get("hosts") or default).lower())
         hosts = [host for host in asked[:HOSTS_MOST]
-                 if may_have(service, host, config.route_suffix)]
+                 if may_have(service, host, config.route_suffix.lower())]
         route = route._replace(hosts=hosts)
         if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
-            problems.append(f"{ours}hosts: left out: {first_of(wrong)}: not a valid host name (no "
-                            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
+            problems.append(
+                f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
+                f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
         if given.get("route", "true") != "true":
@@ -1519,13 +1473,14 @@ def comma_separated(text: str) -> list[str]:
 
 
 def may_have(service: Service, host: str, suffix: str) -> bool:
-    """Whether a Service may have a host: names of Services are their namespace's alone."""
-    ending, (head, dot, tail) = f".svc.{suffix}".lower(), host.rpartition(".svc.")
-    if host.endswith(ending):
-        head = host.removesuffix(ending)
-    elif not (dot and tail.endswith("*") and ending.startswith(f".svc.{tail[:-1]}")):
-        head = service.namespace  # no name of a Service
-    return bool(re.fullmatch(ROUTE_HOST, host)) and head.rpartition(".")[2] == service.namespace
+    """Whether a Service may have a host: names of Services are their namespace's alone, also with
+    `*` for an end of the suffix."""
+    name, dot, end = host.rpartition(".svc.")
+    if host.endswith(f".svc.{suffix}"):
+        name = host.removesuffix(f".svc.{suffix}")
+    elif not (dot and end.endswith("*") and suffix.startswith(end[:-1])):
+        name = service.namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
 
 
 def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
@@ -1537,7 +1492,7 @@ def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
     for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
                                  ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
         if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
-            raise ValueError(f"{ours}{what}: {first_of(wrong)}")
+            raise ValueError(f"{ours}{what}: {shortened(wrong)!a:.100}")
     return sorted({f"/{service}/" for service in services}.union(paths))
 
 
@@ -1584,31 +1539,29 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]
-                 ) -> tuple[Json, list[tuple[Key, str]], list[tuple[Key, str]]]:
+def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, bool, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
-    prefix split it. What is wrong, and shares that follow from others, are named for the first
-    Service concerned."""
-    rendered, problems, splits, prefixes = [], [], [], dict[str, list[Route]]()
+    prefix split it. And for the log: the first Service concerned, whether it is a problem, why."""
+    rendered, said, prefixes = [], [], dict[str, list[Route]]()
     for route in routes:
         for prefix in route.prefixes:
             prefixes.setdefault(prefix, []).append(route)
     for prefix in sorted(prefixes, key=lambda prefix: (-len(prefix), prefix)):
         members = prefixes[prefix][:SPLIT_MOST]
-        weights = shares([route.weight for route in members])
+        first, weights = members[0].service, shares([route.weight for route in members])
         split = [{"name": route.cluster, "weight": weight}
                  for route, weight in zip(members, weights, strict=True)]
         if not any(weights):
-            problems.append((members[0].service, f"{host}{prefix} has no route: all weights are 0"))
+            said.append((first, True, f"{host}{prefix} has no route: all weights are 0"))
             continue
         if 0 < [route.weight for route in members].count(None) < len(members):
-            text = ", ".join(f"{one['name']} {one['weight']}" for one in split[:NAMED_MOST])
-            splits.append((members[0].service, f"{host}{prefix} is split by weight: {text}"))
+            text = shortened([f"{one['name']} {one['weight']}" for one in split])
+            said.append((first, False, f"{host}{prefix} is split by weight: {text}"))
         action = {"weighted_clusters": {"clusters": split}} if members[1:] else {
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, problems, splits
+    return {"name": host, "domains": domains, **present(routes=rendered)}, said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1673,7 +1626,7 @@ def element(fmt: str, value: Json, indent: str = "") -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
+def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
     body = (b",\n" if fmt == "json" else b"").join(resources)
     version = hashlib.sha256(body).hexdigest()[:16]
@@ -1688,11 +1641,35 @@ def response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) 
 def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
     """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
     texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
-    if response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
+    if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
         return None
     names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
     return {json.loads(name) if name[0] == '"' else name: text
             for name, text in zip(names, texts, strict=True)}
+
+
+class Clusters(NamedTuple):
+    """The clusters of a CDS file by name, as texts; and what is around them."""
+
+    frame: Json  # the other fields of the response; None in YAML
+    texts: Mapping[str, bytes]
+
+
+@functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
+def clusters_of(file: File) -> Clusters | None:
+    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
+    if file.content[:1] == b"{":
+        try:
+            frame = parse_json(file.content)
+            resources = frame.pop("resources", [])
+            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
+                                                   ensure_ascii=False).encode()
+                     for each in resources}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return Clusters(frame, texts) if len(texts) == len(resources) else None
+    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
+    return None if rendered is None else Clusters(None, rendered)
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
@@ -1707,11 +1684,10 @@ def modes_on_disk(files: Files) -> dict[str, str]:
 
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
-    that a user may have on this node. Envoys share these, need one for a file and two while its
-    cluster warms, and abort when there are no more.
-    """
-    if config.eds_budget is not None:
-        return config.eds_budget
+    of a user on this node. All its Envoys share these, need one for a file (two while its cluster
+    warms), and abort without."""
+    if config.endpoint_eds_budget is not None:
+        return config.endpoint_eds_budget
     try:
         with open(MAX_USER_INSTANCES, encoding="ascii") as file:
             return int(file.read()) // 16
@@ -1720,9 +1696,8 @@ def inotify_budget(config: Config) -> int:
 
 
 class Memo:
-    """A function, called for all keys at once. Where the arguments are those of the last time the
-    result is too; unchanged ones are the same objects, so comparing ends at identity.
-    """
+    """A function, called for all keys at once; only where arguments differ from the last time's.
+    (Unchanged objects are the same objects: comparing them ends at identity.)"""
 
     def __init__(self, function: Callable[..., Json]) -> None:
         self._function = function
@@ -1739,33 +1714,29 @@ class Memo:
 
 
 class Rendering(NamedTuple):
-    """What all objects give. `splits`: shares that follow from others, which is nothing wrong.
-    `clusters` is how many there are of each mode."""
+    """What all objects give. `clusters` is how many there are of each mode."""
 
     files: dict[str, File]
     warnings: tuple[str, ...]
-    splits: tuple[str, ...]
     clusters: dict[str, int]
 
 
 class Renderer:
     """Renders Services again and again; a change in one of them renders that one. `current_dir` is
-    the absolute path under which Envoy reads; `modes`, of the clusters on disk when the loader
-    started, stay within the budget.
-    """
+    the absolute path under which Envoy reads; `modes` are those of the clusters on disk."""
 
     def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
                  node_name: str, budget: int, modes: Mapping[str, str]) -> None:
         self._config, self._endpoints, self._fmt = config, endpoints, fmt
         self._directory, self._node_name, self._budget = current_dir, node_name, budget
+        self._modes: dict[str, str] = {}  # of clusters by slices: those on disk, until decided
         on_eds = sorted(name for name, mode in modes.items() if mode == EDS)[:budget]
-        # Without one EDS file what is on disk was no decision of `auto`.
-        kept = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS) if on_eds else {}
-        self._modes = kept if endpoints == AUTO else {}
+        if endpoints == AUTO and on_eds:  # without EDS files it was no decision of `auto`
+            self._modes = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS)
         self._services: Mapping[Key, Service] | None = None
         self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
         self._routes, self._warnings = b"", list[str]()
-        self._splits: tuple[str, ...] = ()
+        self._splits: set[str] = set()  # as they were logged last
         self._plans, self._hosts = Memo(plan_service), Memo(self._host)
         self._rendered, self._files = Memo(self._service), Memo(self._file)
 
@@ -1776,7 +1747,7 @@ class Renderer:
             self._plan(self._services, other_files)
         config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.prefer_zone:
+        if zone is None and config.endpoint_prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
@@ -1795,13 +1766,13 @@ class Renderer:
             resources += texts
             files |= eds
             if problems:
-                warnings.append(warning_line(key, problems))
-        comment = RDS_COMMENT.format(prefix=config.annotation_prefix)
+                warnings.append(service_line(key, problems))
+        comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
         files |= self._files({
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
         modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
-        return Rendering(files, tuple(sorted(warnings)), self._splits,
+        return Rendering(files, tuple(sorted(warnings)),
                          {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
 
     def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
@@ -1824,15 +1795,16 @@ class Renderer:
             routes += [route] if route else []
         hosts = self._hosts({host: (host, routed) for host, routed
                              in sorted(routes_by_host(routes, problems).items())})
-        splits: dict[Key, list[str]] = {}
-        for _, found, shared in hosts.values():
-            for key, problem in found:
-                problems[key].append(problem)
-            for key, split in shared:
-                splits.setdefault(key, []).append(split)
-        self._splits = tuple(warning_line(key, splits[key]) for key in splits)
-        self._routes = self._route_configuration([text for text, *_ in hosts.values()])
-        self._warnings = [warning_line(key, problems[key]) for key in plans if problems[key]]
+        self._routes = self._route_configuration([text for text, _ in hosts.values()])
+        splits = defaultdict[Key, list[str]](list)
+        for _, said in hosts.values():
+            for key, is_problem, text in said:
+                (problems if is_problem else splits)[key].append(text)
+        lines = {service_line(key, texts) for key, texts in splits.items()}
+        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
+            log.info("%s", line)
+        self._splits = lines
+        self._warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             self._warnings = ["--services: no Service matches the selector"]
         inlined = [name for name, mode in self._modes.items() if mode == INLINE]
@@ -1846,14 +1818,14 @@ class Renderer:
         modes = {name: self._modes.get(name, self._endpoints) for name in names}
         if self._endpoints == AUTO:
             free = self._budget - sum(mode == EDS for mode in modes.values())
-            free -= other_files if self._config.eds_budget is None else 0
+            free -= other_files if self._config.endpoint_eds_budget is None else 0
             new = [name for name in names if modes[name] == AUTO]
             modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return modes
 
-    def _host(self, host: str, routes: list[Route]) -> tuple[Json, ...]:
-        found, *named = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), *named
+    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
+        found, said = virtual_host(host, routes)
+        return element(self._fmt, found, "  "), said
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
@@ -1879,7 +1851,7 @@ class Renderer:
                     problems.append(f"the number of the target port of {cluster.port.label} is not "
                                     f"known, so there is no endpoint")
             else:
-                assignment = assignment_of(cluster, slices, View(self._config, zone, nodes))
+                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
             if mode == EDS:
                 path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
@@ -1894,7 +1866,7 @@ class Renderer:
         return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
-        return file_of(response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
+        return file_of(discovery_response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1911,11 +1883,9 @@ OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 s
 FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
 
 
-def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
-    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it: the
-    caller keeps the last ones, all of them. The raw object must not be kept: an annotation often
-    holds the key again.
-    """
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles:
+    """The SDS files of a Secret. ValueError, without content, if anything is wrong with it. The raw
+    object must not be kept: an annotation often holds the key again."""
     metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
     namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
     if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
@@ -1926,19 +1896,16 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Keys:
     label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
     if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
         raise ValueError("the name is too long for a file name")
-    resources: dict[str, dict[str, Json]] = {}
-    if cert:
-        resources[stem] = {"name": label, "tls_certificate": {
-            "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
-    if ca:
-        resources[f"{stem}_ca"] = {
-            "name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
+    pair = {"name": label, "tls_certificate": {
+        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
     files, source = {}, f"secret {label}"
-    for stem, resource in resources.items():
-        text = element(form, {"@type": SDS_TYPE, **resource})
-        content = response(form, source, SDS_TYPE, [text])
-        files[f"{stem}.{form}"] = file_of(content, source, mode)
-    return Keys(files)
+    for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
+        if pem:
+            text = element(form, {"@type": SDS_TYPE, **resource})
+            content = discovery_response(form, source, SDS_TYPE, [text])
+            files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
+    return ObjectFiles(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -1957,9 +1924,8 @@ def pem_source(pem: bytes) -> dict[str, str]:
 
 
 def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
-    """Raise ValueError for whatever Envoy would reject, as far as the standard library can tell,
-    and for nothing that Envoy would accept.
-    """
+    """ValueError for what Envoy would reject, as far as the standard library can tell, and for
+    nothing that Envoy would accept."""
     if not (cert or key or ca):
         raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
@@ -1978,10 +1944,8 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def check_pair(cert: bytes, key: bytes) -> None:
-    """Raise ValueError for a key of another certificate. OpenSSL reads pairs from files only:
-    anonymous memory has a name in /proc, and the key touches no disk. Where there is none (macOS)
-    Envoy judges the pair itself.
-    """
+    """ValueError for a key of another certificate. OpenSSL reads pairs from files only: anonymous
+    memory has a name in /proc, and no disk is touched. Without it (macOS) only Envoy judges."""
     try:
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
             file.write(cert + b"\n" + key)
@@ -2005,15 +1969,14 @@ def tls_context() -> ssl.SSLContext:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource from whatever source, a private key, or PEM
-    in base64."""
+    """Whether a file must not be shown: an SDS resource, a private key, or PEM in base64."""
     marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
     return any(mark in content for mark in marks)
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print: itself, or a line in its place, without a hash, by which guesses could
-    be tested. With `published`, the bytes on disk, it tells whether they differ."""
+    """The content to print, or a line in its place: not with a hash, by which guesses are tested,
+    but whether it differs from what is `published`."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -2037,22 +2000,19 @@ KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own
 
 
 def key_problem(name: str) -> str:
-    """Why a key (or a part of a path) cannot be a file name here; empty if it can.
-
-    --from-file and `..state` do not come from the API server, which checks keys, and nothing may
-    ever leave the output directory.
-    """
+    """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
+    checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
     return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
-class Keys(NamedTuple):
+class ObjectFiles(NamedTuple):
     """The files of a ConfigMap or a Secret, and what in it cannot be one."""
 
     files: Mapping[str, File]
     problems: tuple[str, ...] = ()
 
 
-def configmap_from(item: dict[str, Any]) -> Keys:
+def configmap_from(item: dict[str, Any]) -> ObjectFiles:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
     metadata = json_object(item.get("metadata"))
     source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
@@ -2068,10 +2028,10 @@ def configmap_from(item: dict[str, Any]) -> Keys:
             problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
             files[key] = file_of(content, source)
-    return Keys(files, tuple(problems))
+    return ObjectFiles(files, tuple(problems))
 
 
-class Named(NamedTuple):
+class NamedObject(NamedTuple):
     """A ConfigMap or Secret that an option names, and the directory that its files go to."""
 
     query: Query
@@ -2086,17 +2046,15 @@ class Wanted(NamedTuple):
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
-    failed: list[str]  # what a one-time run could not list
 
     @property
     def complete(self) -> bool:
-        return not (self.unknown or self.missing or self.failed)
+        return not (self.unknown or self.missing)
 
 
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
-    where another source has a directory cannot be on disk beside it: it is left out.
-    """
+    cannot be where another source has a directory: it is left out."""
     files: dict[str, File] = {}
     warnings = []
     for layer in layers:
@@ -2143,8 +2101,7 @@ class Sources:
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
         self._selected: Query | None = None
-        self._splits: tuple[str, ...] = ()  # of routes, as they were logged last
-        self._kept: dict[Named, Files] = {}  # the last good files of each named object
+        self._kept: dict[NamedObject, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -2182,11 +2139,8 @@ class Sources:
         options, parse = self._options, PARSERS[query.resource]
         if query.resource is SECRETS:
             parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
-        mode, interval = options.mode, options.sync_interval
-        if mode == "once" and options.timeout:
-            mode, interval = "poll", ONETIME_POLL
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options.access), self._wake, mode, interval)
+            query, parse, self._file or Api(options), self._wake, options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2195,7 +2149,7 @@ class Sources:
         for reflector in self._reflectors.values():
             reflector.refresh()
 
-    def trouble(self) -> dict[str, str]:
+    def trouble(self) -> dict[str, ApiError]:
         """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
@@ -2210,11 +2164,10 @@ class Sources:
             files={}, missing=[], stale=[],
             notes=[bad for r in reflectors for bad in r.bad.values()],
             unknown=[str(r.query) for r in reflectors if not r.synced],
-            failed=[r.trouble for r in reflectors if r.failed],
         )
-        if wanted.failed or wanted.unknown:
+        if wanted.unknown:
             return wanted
-        layers = [self._named(named, wanted) for named in self._options.secret]
+        layers = [self._files_of(named, wanted) for named in self._options.secret]
         if self._selected is not None:
             found = self._reflectors[self._selected].objects()
             if not found:
@@ -2222,23 +2175,19 @@ class Sources:
             for _, configmap in sorted(found.items()):
                 wanted.notes.extend(configmap.problems)
                 layers.append(configmap.files)
-        layers += [self._named(named, wanted) for named in self._options.configmap]
+        layers += [self._files_of(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
             rendering = self._render(self._renderer, layers)
             metrics.replace("xds_loader_clusters", {
                 (mode,): count for mode, count in rendering.clusters.items()})
             wanted.notes.extend(rendering.warnings)
-            for split in rendering.splits:
-                if split not in self._splits:
-                    log.info("%s", split)
-            self._splits = rendering.splits
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
                                       for path, file in files.items()})
 
-    def _named(self, named: Named, wanted: Wanted) -> Files:
+    def _files_of(self, named: NamedObject, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         query, reflector = named.query, self._reflectors[named.query]
         key, source = (query.namespace, query.name), str(query)
@@ -2251,8 +2200,6 @@ class Sources:
             self._kept[named] = files
         elif named not in self._kept:
             wanted.missing.append(source)
-            if self._file and not bad and (hint := self._file.elsewhere(query)):
-                wanted.notes.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
             wanted.notes.append(f"{source} {state}: its last files stay published")
@@ -2265,14 +2212,11 @@ class Sources:
         for query, reflector in self._reflectors.items():
             found[query.resource] |= reflector.objects()
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
-        objects = Objects(
-            services=found[SERVICES],
-            slices=[*found[ENDPOINTSLICES].values(), *legacy],
-            nodes={name: node for (_, name), node in found[NODES].items()},
-        )
+        slices = [*found[ENDPOINTSLICES].values(), *legacy]
+        nodes = {name: node for (_, name), node in found[NODES].items()}
         kinds = {path: file.kind for layer in others for path, file in layer.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
-        return renderer.render(objects, other_files=subscriptions)
+        return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2289,8 +2233,7 @@ class Sources:
 #   references  that, and the changed references
 #   removals    D
 #
-# Each is complete and consistent, and they follow from what is published and what is desired, so a
-# loader that was killed between two goes on where it was.
+# Each is complete and consistent. What is on disk tells which is next, also after a restart.
 
 INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
     "initial", "children", "clusters", "references", "removals", "rollback",
@@ -2342,36 +2285,11 @@ def notify_order(paths: Iterable[str], files: Files) -> list[str]:
 # -- old and new clusters together --------------------------------------------------------------
 
 
-class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts; and what is around them."""
-
-    frame: Json  # the other fields of the response; None in YAML
-    texts: Mapping[str, bytes]
-
-
-@functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
-def clusters_of(file: File) -> Clusters | None:
-    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    if file.content[:1] == b"{":
-        try:
-            frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
-    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    return None if rendered is None else Clusters(None, rendered)
-
-
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     """A file on the way from old to new: of CDS the clusters of both, of two with one name the new.
 
     `keep`: the old clusters to take along; None for all. YAML of a ConfigMap is never rewritten:
-    it goes out at once, or with the removals if it has fewer names and all of them were there.
-    united(united(a, b), b) == united(a, b).
+    it goes out now, or with the removals if it only has fewer names.
     """
     if new.kind != "cds" and old.kind != "cds":
         return new
@@ -2392,7 +2310,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 def joined(frame: Json, texts: list[bytes]) -> bytes:
     """A CDS file of these clusters, within the frame of another."""
     if frame is None:
-        return response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
+        return discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
     version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
     fields = {key: value for key, value in frame.items() if key != "versionInfo"}
     fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
@@ -2453,10 +2371,7 @@ def names_by_path(path: str, files: Files) -> set[str]:
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
-    """Those of the names that a text has as a word.
-
-    A route that takes its cluster from a header or a plugin names none: nobody can tell.
-    """
+    """Those of the names that a text has as a word."""
     text = content.replace(b"\\/", b"/")
     words = {word.strip(b":") for word in WORD.findall(text)}
     return frozenset(
@@ -2467,13 +2382,11 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
 
 def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
     """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found, longest = set[str](), max(map(len, paths), default=0)
+    found, depth = set[str](), 1 + max((path.count("/") for path in paths), default=0)
     for content in contents if paths else ():
         for place in places_in(content):
-            rest = place[-longest - 1 :]  # of 200 KB of slashes not every end is looked at
-            while rest := rest.partition("/")[2]:
-                if rest in paths:
-                    found.add(rest)
+            parts = place.rsplit("/", depth)
+            found |= {end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in paths}
     return found
 
 
@@ -2492,38 +2405,27 @@ def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
 class Nack(NamedTuple):
     """Bytes that Envoy rejected: not tried again until the desired bytes are others."""
 
-    digest: str  # of the desired file
-    shown: str  # of the file as it was published: another one where clusters were united
+    digest: str  # as they were published
     kind: str
     reason: str
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None) -> bool:
-    """Whether these bytes are among those that Envoy rejected."""
-    return file is not None and nack is not None and file.digest in (nack.digest, nack.shown)
+def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+    """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
+    return file is not None and nack is not None and (
+        nack.digest in (file.digest, united(acked or file, file).digest))
 
 
 def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
-    """The snapshot without the NACKed bytes that are published, where there are ACKed ones.
-
-    Files that the ACKed bytes name come back with them.
-    """
-    back = {path: acked[path] for path, nack in nacks.items()
-            if path in acked and is_nacked(published.get(path), nack)
-            and not same_file(acked[path], published[path])}
-    if not back:
-        return None
-    gone = {path: file for path, file in acked.items() if path not in published}
-    return Step({**published, **named_files(back.values(), gone), **back}, ROLLBACK)
+    """The snapshot without the NACKed bytes that are published, where there are ACKed ones."""
+    files, _ = allowed(published, published, acked, nacks)
+    return None if same_files(files, published) else Step(files, ROLLBACK)
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that somebody still needs.
-
-    An Envoy that starts without a file that its bootstrap or a listener names has no listener. A
-    file that is read and that no published file names is named by the bootstrap.
-    """
+    """The desired files, and those without a source that an Envoy which starts would miss: other
+    files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
@@ -2536,12 +2438,11 @@ def allowed(
     """What may be published of `desired` after NACKs, and why the rest waits, in words.
 
     A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well. Everything else goes on.
+    theirs too, and what bytes that are kept name stays as well.
     """
     before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
-            if path in desired and (desired[path].digest == nack.digest or (
-                path in before and united(before[path], desired[path]).digest == nack.shown))]
+            if is_nacked(desired.get(path), nack, acked.get(path))]
     if not held:
         return desired, []
     notes = [f"{path}: NACKed by Envoy, "
@@ -2552,7 +2453,7 @@ def allowed(
                     for name in names_by_path(path, desired)}
     result = {**desired, **{path: before[path] for path in held if path in before}}
     while True:
-        result = with_named(result, desired, published, acked, nacks)
+        result = with_named(result, desired, published, acked)
         lacking = idle | (there - cluster_names(result.values()))
         missing = desired.keys() - result.keys()
         waiting = [path for path, file in result.items()
@@ -2568,7 +2469,7 @@ def allowed(
 
 
 def with_named(
-    result: Files, desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
+    result: Files, desired: Files, published: Files, acked: Files
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
@@ -2578,7 +2479,7 @@ def with_named(
     users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
         old = acked.get(path) or published.get(path)
-        if file.kind != "cds" or old is None or is_nacked(old, nacks.get(path)):
+        if file.kind != "cds" or old is None:
             continue
         lost = cluster_names([old]) - cluster_names(result.values())
         needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
@@ -2592,6 +2493,7 @@ def with_named(
 # The disk
 # ---------------------------------------------------------------------------------------------
 #
+# A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
 #
 #   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
@@ -2627,7 +2529,8 @@ class Output:
         self.root = os.path.abspath(root)
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
-        self.foreign: tuple[str, ...] = ()  # files in `current/` that are not ours
+        self.switched_at = 0.0  # when it was switched to, Unix time
+        self.foreign: list[str] = []  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
@@ -2638,10 +2541,9 @@ class Output:
     # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader, for the life of the process;
-        False while another one is. flock(2) on the directory itself: no lock file that another
-        user's init container left."""
-        make_directories(self.root)
+        """Create the directory if need be and be its only loader; False while another one is. The
+        directory itself is locked: a lock file could be another user's."""
+        os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -2656,6 +2558,8 @@ class Output:
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         self.published, self.snapshot = self.peek(), self._switched()
+        if self.snapshot:
+            self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
         done = ["links repaired"] if self._repair_links() else []
         marked = read_link(self._path(MARKER))
         if marked is not None:
@@ -2681,10 +2585,6 @@ class Output:
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
-
-    def switched_at(self) -> float:
-        """When the snapshot was switched to, Unix time; 0 where there is none."""
-        return os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -2714,9 +2614,7 @@ class Output:
                     return name
         self._own_parents(name, files)
         for path, file in files.items():
-            old, new = self._path(self.snapshot, path), self._path(name, path)
-            if not (same_file(self.published.get(path), file) and linked(old, new)):
-                write_file(new, file.content, file.mode)
+            self._put(self._path(name, path), path, file)
         return name
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
@@ -2734,7 +2632,7 @@ class Output:
         self._links.difference_update(gone)
         self._own_parents(CURRENT, files.keys() - self.published.keys())
         self._link(SWITCH, name)  # 5
-        self.snapshot, self.published = name, files
+        self.snapshot, self.published, self.switched_at = name, files, time.time()
         self._before = before if before != name else self._before
         self._notify(changed)  # 6
         remove(self._path(MARKER))  # 7
@@ -2787,24 +2685,20 @@ class Output:
     def keep_acked(self, acked: Files, files: Files) -> None:
         """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
         no others."""
-        needed = {path: file for path, file in acked.items()
-                  if not (same_file(self.published.get(path), file)
-                          and same_file(files.get(path), file))}
-        changed = [path for path in {**self._kept, **needed}
-                   if path not in needed or self._kept.get(path) != needed[path].digest]
-        if changed:
-            self._own_parents(ACKED_FILES)
-        for path in changed:
-            place, file = self._path(ACKED_FILES, path.replace("/", "%")), needed.get(path)
-            self._kept[path] = ""  # whatever becomes of the next calls
-            remove(place)
-            if file is None:
-                del self._kept[path]
+        needed = {path: acked[path] for shown in (self.published, files)
+                  for path in moved_paths(shown, acked)}
+        for path in {**self._kept, **needed}:
+            file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
+            if file and self._kept.get(path) == file.digest:
                 continue
-            shown = same_file(self.published.get(path), file)
-            if not (shown and linked(self._path(self.snapshot, path), place)):
-                write_file(place, file.content, file.mode)
-            self._kept[path] = file.digest
+            self._own_parents(ACKED_FILES)
+            self._kept[path] = "unknown"  # if one of the next calls fails
+            remove(place)
+            if file:
+                self._put(place, path, file)
+                self._kept[path] = file.digest
+            else:
+                del self._kept[path]
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
@@ -2833,8 +2727,8 @@ class Output:
     def _load(self, name: str, slash: str = "/") -> dict[str, File]:
         """The regular files of a directory, and of each what is remembered."""
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
-        for entry, place in walk(self._path(name)):
-            parts = entry.split(slash)
+        for entry in walk(self._path(name)):
+            parts, place = entry.split(slash), self._path(name, entry)
             if any(map(key_problem, parts)) or not (found := read_file(place, room)):
                 continue
             path, (content, mode) = "/".join(parts), found
@@ -2847,13 +2741,21 @@ class Output:
             room -= len(content)
         return files
 
+    def _put(self, place: str, path: str, file: File) -> None:
+        """Make a new file: if it is published, by a hard link where the kernel allows it."""
+        if same_file(self.published.get(path), file):
+            with contextlib.suppress(OSError):
+                os.link(self._path(self.snapshot, path), place, follow_symlinks=False)
+                return
+        write_file(place, file.content, file.mode)
+
     def _damage(self, name: str, files: Files) -> list[str]:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
         wrong = [path for path, file in files.items()
                  if read_file(self._path(name, path)) != (file.content, file.mode)]
-        return wrong + [path for path, _ in walk(self._path(name)) if path not in files]
+        return wrong + [path for path in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
         """OSError before anything is switched: the links of all files must be replaceable."""
@@ -2902,18 +2804,17 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._links, foreign = set(self.published), []
-        for path, place in walk(self._path(CURRENT)):
+        self._links, self.foreign = set(self.published), []
+        for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
-                foreign.append(path)
+                self.foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._links.add(path)  # its file could not be read: the next snapshot decides
             else:
-                os.unlink(place)
+                os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
-        self.foreign = tuple(foreign)
         return repaired
 
     def _snapshots(self) -> list[str]:
@@ -2958,19 +2859,11 @@ def remove(place: str, depth: int = DEPTH) -> None:
         os.rmdir(place)
 
 
-def linked(old: str, new: str) -> bool:
-    """link(2); False where there is none, for whatever reason: then the file is written."""
-    try:
-        os.link(old, new, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
-
-
 def write_file(place: str, content: bytes, mode: int) -> None:
-    """A new file; the mode is exact because the umask is 0 (see `run`)."""
+    """A new file, of exactly this mode."""
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
+        os.fchmod(number, mode)  # whatever the umask
         view = memoryview(content)
         while view:
             view = view[os.write(number, view) :]
@@ -2993,29 +2886,20 @@ def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
     return None
 
 
-def walk(root: str, below: str = "") -> Iterator[tuple[str, str]]:
-    """Every entry under a directory that is no directory, as (relative path, place)."""
+def walk(root: str, below: str = "") -> Iterator[str]:
+    """The relative path of every entry under a directory that is no directory."""
     if not is_directory(root):
         return
-    try:
-        with os.scandir(f"{root}/{below}") as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-    except FileNotFoundError:
-        return  # pruned by a loader that lives, while a preview reads
+    found = []
+    # What is not there was pruned by a loader that lives, while a preview reads.
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{below}") as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         path = f"{below}{entry.name}"
         if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
             yield from walk(root, f"{path}/")
         else:
-            yield path, f"{root}/{path}"
-
-
-def make_directories(place: str) -> None:
-    """mkdir -p, each with mode 0755 (os.makedirs would leave the upper ones to the umask)."""
-    if not os.path.isdir(place):
-        make_directories(os.path.dirname(place))
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(place, 0o755)
+            yield path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3024,11 +2908,13 @@ def make_directories(place: str) -> None:
 #
 # For every move of a file Envoy counts one update_attempt for each subscription that reads it, and
 # with it exactly one of update_success (ACK) or update_rejected and update_failure (NACK). One
-# publication is asked about at a time, so the counts before and after it tell everything. Neither
-# clocks nor versions are needed, and what the counts do not tell stays unknown.
+# publication is asked about at a time, so the counts before and after it tell everything. What they
+# do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-PENDING, MIXED, HIDDEN = "pending", "mixed", "hidden"  # why one is unknown, as Outcome has it
+# What one look may tell as well: it was not attempted yet; it was ACKed and NACKed, so that Envoy
+# must be notified once more.
+PENDING, MIXED = "pending", "mixed"
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
@@ -3074,40 +2960,22 @@ class Look(NamedTuple):
     reason: str = ""  # why listeners were rejected, in Envoy's words
 
 
-class Move(NamedTuple):
-    """How a published file came to stand where it is."""
-
-    times: int = 0  # since Envoy judged it: so many attempts are to be seen
-    blame: str = ""  # the digest that a NACK is about: of the desired bytes, if nothing else is new
-    late: bool = False  # it was not attempted in time once: nobody waits for it again
-
-
 class Known(NamedTuple):
     """What Envoy made of the files, as far as it is known. A value: each fact makes a new one."""
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
-    # The Envoy process of now:
-    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD of published files; absent is unknown
-    moves: Mapping[str, Move] = {}
+    # Of published files, by the Envoy process of now. UNKNOWN: it was not attempted in time once,
+    # and nobody waits for it again. Absent: not judged yet.
+    states: Mapping[str, str] = {}
+    moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     blind: bool = False  # its counters do not tell
-    back_at: float = 0.0  # when it was met
-    # Before it:
+    back_at: float = 0.0  # when it was reached (monotonic)
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
-
-
-class Outcome(NamedTuple):
-    """What one look told."""
-
-    acks: tuple[str, ...] = ()
-    nacks: tuple[str, ...] = ()
-    mixed: tuple[str, ...] = ()  # both: Envoy must be notified once more to tell
-    hidden: tuple[str, ...] = ()  # Envoy keeps no counters of these
-    pending: tuple[str, ...] = ()  # read by Envoy, but not attempted yet
 
 
 # -- which counters are about which file ---------------------------------------------------------
@@ -3167,23 +3035,17 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    open_kinds = {path: file.kind for path, file in before.items()
-                  if file.kind and path not in known.states}
-    moves = {path: move for path, move in known.moves.items() if path in after}
-    for path in moved:
-        move, proven = moves.get(path, Move()), known.acked.get(path)
-        blame = desired.get(path) if proven is None or same_file(before.get(path), proven) else None
-        moves[path] = move._replace(times=move.times + 1, blame=(blame or after[path]).digest)
+    waiting = any(file.kind and not is_judged(known, path) for path, file in before.items())
+    moves = {path: times for path, times in known.moves.items() if path in after}
+    moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
-    came = frozenset[str]()
-    if any(open_kinds[path] in REFERENCE_KINDS for path in open_kinds.keys() - moved):
-        came = known.came | (things(after) - things(before))
+    came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and path not in moved},
+                if path in after and (path not in moved or state == UNKNOWN)},
         moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or bool(open_kinds))
+        doubt=known.doubt or waiting)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3197,11 +3059,10 @@ def named_things(file: File, files: Files) -> frozenset[str]:
     return clusters | paths_in([file.content], files.keys())
 
 
-def after_meeting(known: Known, now: float) -> Known:
+def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    moves = {path: Move(blame=move.blame) for path, move in known.moves.items()}
-    return known._replace(states=unread, moves=moves, counts={}, doubt=True, back_at=now)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True)
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3215,31 +3076,28 @@ def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str,
     blamed = unproven if again else ()
     for path in blamed:
         known = with_nack(known, path, files, "Envoy ended twice on it")
-    known = after_meeting(known, known.back_at)
-    return known._replace(suspects=frozenset() if again else suspects), blamed
+    suspects = frozenset() if again else suspects
+    return after_meeting(known)._replace(suspects=suspects), blamed
 
 
-def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
-    """What the counts tell about each published file that is not judged yet.
+def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str, list[str]]]:
+    """What the counts tell about the published files that are not judged yet: the paths by state.
 
-    While in doubt, a look is believed only when the next one agrees: Envoy may have been asked in
-    the moment between a move and its reading.
+    UNKNOWN: Envoy keeps no counters. PENDING is what somebody waits for.
     """
-    if known.doubt:
-        pending = tuple(path for path, file in files.items() if file.kind)
-        return known._replace(doubt=False), Outcome(pending=pending)
+    if known.doubt:  # Envoy may have been asked between a move and its reading: ask again
+        return known._replace(doubt=False), by_state({
+            path: PENDING for path, file in files.items() if file.kind})
     told, open_scopes = told_by(known, files, look)
-    found = {state: tuple(path for path in told if told[path] == state)
-             for state in (ACKED, NACKED, MIXED, UNREAD, PENDING, HIDDEN)}
-    moves = {path: move._replace(times=int(told[path] == MIXED),  # it will be notified once more
-                                 late=move.late and told[path] != ACKED)
-             for path, move in known.moves.items() if told.get(path, PENDING) != PENDING}
+    found = by_state(told)
     known = known._replace(
         blind=bool(look.hidden),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
-        moves={**known.moves, **moves},
-        states={**known.states, **dict.fromkeys(found[UNREAD], UNREAD)},
+        moves={path: 1 if told[path] == MIXED else known.moves.get(path, 1)
+               for path in (*found[MIXED], *found[PENDING])},
+        states={**known.states, **{path: state for path, state in told.items()
+                                   if state in (ACKED, NACKED, UNREAD)}},
     )
     for path in found[ACKED]:
         known = with_ack(known, path, files)
@@ -3249,9 +3107,14 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, Outcome]:
         known = with_nack(known, path, files, reason)
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    waits = tuple(path for path in found[PENDING] if is_awaited(known, path))
-    return settled(known, files), Outcome(found[ACKED], found[NACKED], found[MIXED], found[HIDDEN],
-                                          waits)
+    found[PENDING] = [path for path in found[PENDING] if path not in known.states]
+    return settled(known, files), found
+
+
+def by_state(told: Mapping[str, str]) -> dict[str, list[str]]:
+    """The paths by what one look told about them."""
+    return {state: [path for path in told if told[path] == state]
+            for state in (ACKED, NACKED, UNREAD, UNKNOWN, PENDING, MIXED)}
 
 
 def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set[str]]:
@@ -3265,7 +3128,7 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = judged(known, look, read_by, known.moves.get(path, Move()).times)
+        told[path] = verdict(known, look, read_by, known.moves.get(path, 1))
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
@@ -3288,20 +3151,20 @@ def rejected_unnamed(
             if state == UNREAD and files[path].kind in kinds and path not in known.acked]
 
 
-def judged(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
+def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
     """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
     """
     if not read_by:
-        return HIDDEN if look.hidden else UNREAD if look.live else PENDING
+        return UNKNOWN if look.hidden else UNREAD if look.live else PENDING
     told = set()
     for scope in read_by:
         now, before = look.counts[scope], known.counts.get(scope, Counts())
         if now.attempt < before.attempt:
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = max(moves, 1) if scope in known.counts else 1  # a new one reads what there is
+        expected = moves if scope in known.counts else 1  # a new one reads what there is
         if now.attempt - before.attempt < expected:
             told.add(PENDING)
         else:
@@ -3319,14 +3182,12 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
         if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
-    return known._replace(acked={**known.acked, path: file}, nacks=nacks,
-                          states={**known.states, path: ACKED})
+    return known._replace(acked={**known.acked, path: file}, nacks=nacks)
 
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     """Envoy rejected these bytes. If they are its last good ones, something else is wrong."""
     file, old = files[path], known.nacks.get(path)
-    known = known._replace(states={**known.states, path: NACKED})
     if old and same_file(known.acked.get(path), file):
         return known
     stood = frozenset[str]()
@@ -3334,8 +3195,7 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
         stood = old.stood
     elif file.kind in REFERENCE_KINDS:
         stood = named_things(file, files) - known.came
-    blame = known.moves.get(path, Move()).blame or file.digest
-    nack = Nack(blame, file.digest, file.kind, reason, stood)
+    nack = Nack(file.digest, file.kind, reason, stood)
     return known._replace(nacks={**known.nacks, path: nack})
 
 
@@ -3365,20 +3225,19 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    moves = {path: known.moves.get(path, Move())._replace(late=True) for path in late}
-    return known._replace(moves={**known.moves, **moves}), late
+    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)}), late
 
 
-def is_awaited(known: Known, path: str) -> bool:
-    """Whether a step waits for what Envoy makes of a file: not once nobody read it in time."""
-    return known.states.get(path) != UNREAD and not known.moves.get(path, Move()).late
+def is_judged(known: Known, path: str) -> bool:
+    """Whether it is known what Envoy makes of a published file."""
+    return known.states.get(path, UNKNOWN) != UNKNOWN
 
 
 def is_read(known: Known, path: str) -> bool:
     """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
     only drains."""
     state = known.states.get(path)
-    read = state in (ACKED, NACKED) or path in known.nacks or (not state and path in known.acked)
+    read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
     return read and path not in known.named
 
 
@@ -3386,7 +3245,7 @@ def unjudged(known: Known, files: Files, step: str) -> list[str]:
     """The published files that Envoy is to judge before this step."""
     kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
     return [path for path, file in files.items()
-            if file.kind in kinds and path not in known.states]
+            if file.kind in kinds and not is_judged(known, path)]
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -3417,19 +3276,16 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    A connection that is kept tells when its process ends. `wake` gets ("connected", None) for a
-    new one, ("meet", None) once its process answered, ("blind", why) where what answers is not
-    Envoy, ("look", Look) for each answer to `ask`, ("silent", why) where there is none in time,
-    ("end", why) when nothing listens or the connection ended, and ("closed", why) for the end of
-    one that nobody answered.
+    A connection that is kept tells when its process ends. `wake` gets "connected"; "meet" once the
+    process answered; a "look" for each `ask`, or "silent" or "blind" and why there is none; "end"
+    and why when nothing listens or the process ended, else "closed" with the connection.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._filtered = self._live = self._hot = False
-        self._rejected, self._reason = 0, ""
+        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
 
     def ask(self) -> None:
         """Look at Envoy now; the answer is a wake."""
@@ -3450,8 +3306,8 @@ class Admin(threading.Thread):
             else:
                 with kept:
                     met = self._stay(kept)
-                # A process that dies still accepts connections for a moment: the end of one that
-                # nobody answered counts only if there was none to be had before it.
+                # A process that dies accepts connections for a moment: one that nobody answered
+                # was that of another process only if there was none to be had before it.
                 self._wake("end" if met or refused else "closed",
                            f"{self.url}: the connection ended")
                 ended_at, refused = time.monotonic(), False
@@ -3472,8 +3328,7 @@ class Admin(threading.Thread):
         return sock
 
     def _stay(self, kept: socket.socket) -> bool:
-        """Meet the process behind a connection, and answer questions until the connection ends.
-        Returns whether it answered."""
+        """Look at the process behind a connection until that ends; whether it ever answered."""
         self._wake("connected", None)
         self.ask()
         met, end = False, kept.fileno()
@@ -3499,26 +3354,22 @@ class Admin(threading.Thread):
     def _meet(self) -> None:
         if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
             raise AdminError(NOT_ENVOY)
-        self._filtered = '"stats_matcher"' in self._get(STATS_MATCHER)
-        self._live, self._rejected, self._reason = False, 0, ""
+        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
+        if '"stats_matcher"' in self._get(STATS_MATCHER):
+            self._hidden = "its stats_matcher leaves the counters out"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
         counts, gauges = parse_stats(self._get(STATS))
-        hidden = "its stats_matcher leaves the counters out" if self._filtered else ""
-        # The kept connection may be that of a parent, whose events its child counts.
-        before, self._hot = self._hot, gauges.get("server.hot_restart_epoch", 0) > 0
-        if self._hot:
-            counts, hidden = {}, "it was restarted hot, and counts for its parent too"
-            if not before:
-                self._wake("warning", "Envoy was restarted hot: start it with "
-                                      "--disable-hot-restart")
+        if gauges.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
+            raise AdminError("it was restarted hot, and counts for its parent too: start it with "
+                             "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         if rejected > self._rejected:
             self._reason = listener_errors(self._get(
                 "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
         self._rejected = rejected
-        return Look(counts, self._live, hidden,
+        return Look(counts, self._live, self._hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
                     gauges.get("server.dynamic_unknown_fields", 0), self._reason)
 
@@ -3528,30 +3379,20 @@ class Admin(threading.Thread):
         connection = http.client.HTTPConnection("localhost")
         connection.sock = self._connect()
         connection.sock.settimeout(None)
-        timer = threading.Timer(ANSWER_BOUND, cut, (connection.sock,))
-        timer.daemon = True
-        timer.start()
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            status, body = response.status, response.read(ANSWER_BYTES + 1)
+            with bounded(connection.sock, ANSWER_BOUND):
+                connection.request("GET", path)
+                response = connection.getresponse()
+                status, body = response.status, response.read(ANSWER_BYTES + 1)
         except http.client.HTTPException:
             status, body = 0, b""  # it speaks something else, or was cut off
         finally:
-            timer.cancel()
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
         if status not in (200, 503):  # /ready is 503 until Envoy is live
             raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
-
-
-def cut(sock: socket.socket) -> None:
-    """End what goes on over a socket, from any thread. (A time limit of a socket is for each read:
-    who sends an answer byte by byte is within it for ever.)"""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
@@ -3583,9 +3424,6 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Seconds until an outage is logged again, and lines about it until then: errors that differ each
-# time must not flood either.
-REMINDER, OUTAGE_LINES = 300.0, 8
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
 STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
@@ -3596,32 +3434,12 @@ class Log:
     fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
     counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
-    def __init__(self, fd: int = 2, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._fd, self._clock = fd, clock
-        self._lock = threading.Lock()
-        self._blocked = False
-        self._outages: dict[str, dict[str, float]] = {}  # topic -> message -> when it was written
+    def __init__(self, fd: int = 2) -> None:
+        self._fd, self._lock, self._blocked = fd, threading.Lock(), False
         self.configure("text", "info")
 
     def configure(self, form: str, level: str) -> None:
         self._form, self._level = form, LOG_LEVELS.index(level)
-
-    def outage(self, topic: str, message: str, /, **fields: object) -> None:
-        """A warning about something persistent: once, and again every five minutes; else debug."""
-        now = self._clock()
-        with self._lock:
-            past = self._outages.get(topic, {})
-            past = {each: at for each, at in past.items() if now - at < REMINDER}
-            due = message not in past and len(past) < OUTAGE_LINES
-            self._outages[topic] = {**past, message: now} if due else past
-        self._write("warning" if due else "debug", message, **fields)
-
-    def recovered(self, topic: str, message: str) -> None:
-        """The end of an outage: one line if there was one, else nothing."""
-        with self._lock:
-            was_out = self._outages.pop(topic, None) is not None
-        if was_out:
-            self._write("info", message)
 
     def _write(self, level: str, message: str, /, *args: object, **fields: object) -> None:
         if LOG_LEVELS.index(level) < self._level:
@@ -3803,13 +3621,13 @@ metrics = Metrics(__version__)
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
 
-CONNECTIONS_MAX = 256  # beyond it the oldest is closed: a crowd makes room by those that dawdle
+CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
-TICK = 0.2  # seconds between two looks for connections past their time
 HEAD_MAX = 8192  # bytes that are read of a request
-# An answer that costs more than a probe's is used for so many times as long as it took to make, so
-# that rendering for clients that ask without a pause takes a twentieth of a CPU at most.
+# An answer that costs more than a probe's is used again for 20 times as long as it took to make:
+# clients that ask without a pause take a twentieth of a CPU.
 REUSED = 20
+COSTLY = {"/metrics": "text/plain; version=0.0.4; charset=utf-8", "/snapshot": "application/json"}
 
 
 class Status(NamedTuple):
@@ -3829,13 +3647,11 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str, bytes]
-"""An HTTP response: status code, Content-Type, body."""
+Answer = tuple[int, str, bytes]  # status code, Content-Type, body
 
 
-def text_answer(code: int, *lines: str) -> Answer:
-    body = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
-    return code, "text/plain; charset=utf-8", body
+def text_answer(code: int, text: str) -> Answer:
+    return code, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -3845,24 +3661,23 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
     lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return text_answer(200 if status.version and started else 503, *lines)
+    return text_answer(200 if status.version and started else 503, "\n".join(lines))
 
 
-def snapshot_answer(status: Status) -> Answer:
+def snapshot_body(status: Status) -> bytes:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
     rows = []
     for path, file in sorted(status.files.items()):
-        row: dict[str, Json] = {"path": path, "source": file.source}
-        if not holds_secret(file.content):
-            row |= {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({**row, "state": status.states[path]})
+        size = {"bytes": len(file.content), "sha256": file.digest}
+        rows.append({"path": path, "source": file.source, "state": status.states[path],
+                     **({} if holds_secret(file.content) else size)})
     body = {"version": status.version or None,
             "published_at": timestamp(status.published_at) if status.version else None,
             "files": rows,
             **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
             "missing": status.missing, "stale": status.stale}
-    return 200, "application/json", (json.dumps(body, indent=1) + "\n").encode()
+    return (json.dumps(body, indent=1) + "\n").encode()
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3873,73 +3688,52 @@ def listen_address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-class Client(NamedTuple):
-    """A connection: when it is closed at the latest, and what is left to do."""
-
-    socket: socket.socket
-    end: float
-    talk: Iterator[int]
-
-
 class Listener:
-    """The server of --listen, in one thread that waits for no client. The loop sets `status`."""
+    """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
     def __init__(self, host: str, port: int, recorded: Metrics) -> None:
         self.status = Status({}, last_turn=time.monotonic())
-        self.clients: dict[int, Client] = {}  # by descriptor, oldest first
-        self._recorded = recorded
-        self._kept: dict[str, tuple[float, Answer]] = {}  # path -> good until, answer
-        self._socket, self._poll = listening_socket(host, port), select.poll()
-        self._poll.register(self._socket, select.POLLIN)
+        self._recorded, self._rendering = recorded, threading.Lock()
+        self._kept = dict.fromkeys(COSTLY, (0.0, b""))  # path -> good until, body
+        both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
+        family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        try:
+            self._socket = socket.create_server(
+                (host, port), family=family, backlog=128, dualstack_ipv6=both)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
+            where, reason = f"{host or '*'} port {port}", why(error).partition(" (while")[0]
+            raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
+        recent: deque[socket.socket] = deque()
         while True:
-            for number, _ in self._poll.poll(TICK * 1000 if self.clients else None):
-                if number not in self.clients:
-                    self._accept()
-                    continue
-                try:
-                    self._poll.modify(number, next(self.clients[number].talk))
-                except (StopIteration, OSError):
-                    self._close(number)
-            now, crowd = time.monotonic(), len(self.clients) - CONNECTIONS_MAX
-            for place, (number, client) in enumerate([*self.clients.items()]):
-                if place < crowd or client.end < now:
-                    self._close(number)
+            try:
+                client, _ = self._socket.accept()
+                threading.Thread(target=self._talk, args=(client,), daemon=True).start()
+                recent.append(client)
+            except (OSError, RuntimeError):  # no descriptor, or no thread, is left: not to spin
+                time.sleep(0.01)
+            if len(recent) > CONNECTIONS_MAX:
+                with contextlib.suppress(OSError):  # it has ended already
+                    recent.popleft().shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
-        try:
-            client, _ = self._socket.accept()
-        except OSError:  # no descriptor is left: not to spin
-            time.sleep(0.01)
-            return
-        client.setblocking(False)
-        talk = self._talk(client)
-        self._poll.register(client, next(talk))
-        self.clients[client.fileno()] = Client(client, time.monotonic() + CONNECTION_TIME, talk)
-
-    def _close(self, number: int) -> None:
-        self._poll.unregister(number)
-        self.clients.pop(number).socket.close()
-
-    def _talk(self, client: socket.socket) -> Iterator[int]:
-        """One request and its answer; it yields what it waits for."""
-        head, block = b"", b"-"
-        while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
-            yield select.POLLIN
-            block = client.recv(HEAD_MAX - len(head))
-            head += block
-        asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
-        bad = text_answer(400, "not a GET of HTTP/1.1")
-        code, form, body = self.answer(asked[1]) if asked else bad
-        fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
-        line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
-        left = memoryview((line + fields).encode() + body)
-        while left:
-            yield select.POLLOUT
-            left = left[client.send(left) :]
+    def _talk(self, client: socket.socket) -> None:
+        """One request and its answer."""
+        end, head, block = time.monotonic() + CONNECTION_TIME, b"", b"-"
+        with client, contextlib.suppress(OSError):
+            while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
+                client.settimeout(max(end - time.monotonic(), 0))  # 0: for what is there already
+                block = client.recv(HEAD_MAX - len(head))
+                head += block
+            asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
+            bad = text_answer(400, "not a GET of HTTP/1.1")
+            code, form, body = self.answer(asked[1]) if asked else bad
+            line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
+            fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.settimeout(max(end - time.monotonic(), 0))
+            client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
     def answer(self, path: str) -> Answer:
         """What is served there."""
@@ -3950,27 +3744,15 @@ class Listener:
             return text_answer(503, late) if age > bound else text_answer(200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        until, answer = self._kept.get(path, (0.0, text_answer(404, "not found")))
-        if path in ("/metrics", "/snapshot") and began >= until:
-            if path == "/snapshot":
-                answer = snapshot_answer(status)
-            else:
-                answer = 200, "text/plain; version=0.0.4; charset=utf-8", self._recorded.render()
-            now = time.monotonic()
-            self._kept[path] = now + REUSED * (now - began), answer
-        return answer
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens; "" is every address, of IPv6 too if there is any."""
-    both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        reason = why(error).partition(" (while")[0]
-        where = f"{host or '*'} port {port}"
-        raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
+        if path not in COSTLY:
+            return text_answer(404, "not found")
+        with self._rendering:
+            began, (until, body) = time.monotonic(), self._kept[path]
+            if began >= until:
+                body = snapshot_body(status) if path == "/snapshot" else self._recorded.render()
+                now = time.monotonic()
+                self._kept[path] = now + REUSED * (now - began), body
+        return 200, COSTLY[path], body
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3986,7 +3768,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
 DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2  # seconds
 STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
-ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
+# `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
+# restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
+ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
 # Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
@@ -4003,14 +3787,19 @@ DISK_HINTS: Mapping[int | None, str] = {
     errno.EMFILE: "raise the limit of open files",
 }
 
+# What is said when a topic is without trouble again; in other topics each warning ends on its own.
+OVER = {
+    "trouble": "all sources have answered again",
+    "lock": "the other loader has ended",
+    "disk": "the output directory can be written again",
+    "envoy": "Envoy answers",
+}
+
 
 class Wakes:
-    """The news for the main thread, and a wait for them that a signal ends.
-
-    A wait on a lock would not do: a signal that comes after the last bytecode and before the wait
-    sets a flag that nobody looks at. To the pipe the interpreter itself writes
-    (signal.set_wakeup_fd), so that select(2) returns at once.
-    """
+    """The news for the main thread, and a wait for them that a signal ends: the interpreter itself
+    writes to the pipe (signal.set_wakeup_fd). A wait on a lock would miss a signal that comes just
+    before it."""
 
     def __init__(self) -> None:
         self._news: deque[tuple[str, Any]] = deque()
@@ -4022,7 +3811,7 @@ class Wakes:
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
 
-    def take(self, seconds: float) -> list[tuple[str, Any]]:
+    def wait(self, seconds: float) -> list[tuple[str, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
         while not self._news and (left := until - time.monotonic()) > 0:
@@ -4051,6 +3840,7 @@ class Asking:
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self.notes: list[str] = []
+        self.trouble = ""  # why it does not answer
         self.unsaved = False  # there is something that a restart is to know
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
@@ -4064,7 +3854,7 @@ class Asking:
         self.admin = Admin(url, wake)
         self.admin.start()
         if self._output.published:
-            self._await(ANSWER_BOUND)
+            self._expect(ANSWER_BOUND)
 
     @property
     def started(self) -> bool:
@@ -4072,10 +3862,8 @@ class Asking:
         return self.admin is None or self._started or self.link == BLIND
 
     def opens_at(self, step: str) -> float:
-        """When a step may be published (monotonic).
-
-        References and removals wait until what went out before them is judged by Envoy, and no
-        cluster warms. Where Envoy is not asked or does not tell, a pause stands for it.
+        """When a step may be published (monotonic). References and removals wait until Envoy has
+        judged what went out before, and no cluster warms; or, where it does not tell, for a pause.
         """
         now = time.monotonic()
         if step not in WAITING_STEPS:
@@ -4086,7 +3874,6 @@ class Asking:
         if self.link not in (MET, SILENT):
             return pause
         if self._look.warming and now < since + WARM_BOUND:
-            self.look_at = self.look_at or now
             return since + WARM_BOUND
         if unjudged(self.known, self._output.published, step):
             return max(pause, self._silent_until)
@@ -4098,7 +3885,7 @@ class Asking:
         """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
-                 if is_awaited(known, path)}
+                 if known.states.get(path) not in (UNREAD, UNKNOWN)}
         if kinds & CHILD_KINDS:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
@@ -4109,15 +3896,16 @@ class Asking:
         """Ask what became of a publication; its line in the log comes with the answer."""
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
-            self._await(ASK_BOUND[self.link == MET],
-                        tuple(path for path in moved if files[path].kind), fields)
+            self._expect(ASK_BOUND[self.link == MET],
+                         tuple(path for path in moved if files[path].kind), fields)
             self._ask()
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _await(self, bound: float, moved: tuple[str, ...] = (),
-               fields: Mapping[str, object] | None = None) -> None:
-        now = time.monotonic()
+    def _expect(self, bound: float, moved: tuple[str, ...] = (),
+                fields: Mapping[str, object] | None = None) -> None:
+        """The next publication waits for an answer, so many seconds at most."""
+        now, self._look_pause = time.monotonic(), LOOK_FIRST
         self.asked = Asked(moved, fields, now, now + bound)
 
     def _ask(self) -> None:
@@ -4141,9 +3929,8 @@ class Asking:
         self.end()
 
     def end(self, *, told: bool = False) -> None:
-        """The line of the publication that was asked about, when Envoy told all or nobody waits."""
+        """Envoy told all, or nobody waits any more: the publication's line in the log."""
         asked, self.asked = self.asked, None
-        self._look_pause = LOOK_FIRST
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - asked.at, self.known.states
@@ -4158,7 +3945,7 @@ class Asking:
 
     # -- what Envoy does --------------------------------------------------------------------------
 
-    def take(self, what: str, news: Any) -> None:
+    def found(self, what: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, LINKS[what]
         silent_until = self._silent_until or now + SILENT_BOUND
@@ -4166,20 +3953,18 @@ class Asking:
         if what == "connected":
             self.known = self.known._replace(back_at=now)
         elif what == "silent":
-            log.outage("envoy", f"Envoy does not answer: {news}")
+            self.trouble = f"Envoy does not answer: {news}"
             self.look_at = now + LOOK_LAST
         elif what == "meet":
-            self.known = after_meeting(self.known, self.known.back_at)
-            self._started, self._look_pause = False, LOOK_FIRST
+            self.known = after_meeting(self.known)
+            self._started = False
             if self.asked is None:
-                self._await(ANSWER_BOUND)
+                self._expect(ANSWER_BOUND)
         elif what == "look":
-            log.recovered("envoy", "Envoy answers")
-            self.look_at = 0.0
+            self.trouble, self.look_at = "", 0.0
             self._take_look(news, now)
         else:
-            log.outage("envoy", f"Envoy is not asked: {news}")
-            self.look_at = 0.0
+            self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
             if what == "end" and before in (MET, SILENT):
                 self._started = False
                 self.known, blamed = after_end(self.known, self._output.published, now)
@@ -4194,28 +3979,26 @@ class Asking:
                         shortened(self.asked.moved))
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
-        self._tell_nacks(outcome.nacks)
-        self.unsaved = self.unsaved or bool(outcome.acks)
-        self.mixed += outcome.mixed
-        if not outcome.pending:
-            self.notes = [f"what Envoy makes of {shortened(sorted(outcome.hidden))} stays unknown: "
-                          f"{look.hidden}"] if outcome.hidden else []
+        self._tell_nacks(outcome[NACKED])
+        self.unsaved = self.unsaved or bool(outcome[ACKED])
+        self.mixed += tuple(outcome[MIXED])
+        if not outcome[PENDING]:
+            hidden = shortened(sorted(outcome[UNKNOWN]))
+            self.notes = [f"what Envoy makes of {hidden} stays unknown: {look.hidden}"
+                          ] if hidden else []
         states = self.known.states
         if look.live and files and not self._started:
-            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome.hidden
+            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome[UNKNOWN]
                                 for path, file in files.items() if file.kind in STARTING_KINDS)
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if self.asked is not None and (outcome.nacks or not waiting):
+        waiting = bool(outcome[PENDING] or outcome[MIXED] or not look.live)
+        if self.asked is not None and (outcome[NACKED] or not waiting):
             self.end(told=True)  # a rollback does not wait for the other files
-        unknown = any(file.kind and path not in states for path, file in files.items())
+        unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
             self._plan_look(now)
-        else:
-            self._look_pause = LOOK_FIRST
 
     def _plan_look(self, now: float) -> None:
-        """Look again: soon while something waits, ever more seldom while all it can do is to
-        become known."""
+        """Look again: soon while something waits, else ever more seldom."""
         soon = self.asked is not None or self.waits_since
         last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
         self._look_pause = min(self._look_pause * 1.5, last)
@@ -4240,21 +4023,21 @@ class Loop:
     """The main thread: waits, composes, plans, publishes, and takes in what Envoy made of it."""
 
     def __init__(self, options: Options, config: Config) -> None:
-        self.options = options
+        self.options, self._once = options, options.mode == "once"
+        self._deadline = time.monotonic() + options.timeout  # of a one-time run
         self.wakes = Wakes()
         self.sources = Sources(options, config, self.wakes.put)
         self.output = Output(options.output_dir)
         self.asking = Asking(self.output, options.step_delay)
-        self.check = Check(options.check_cmd, self.output, self.wakes.put)
+        self.check_command = CheckCommand(options.check_cmd, self.output, self.wakes.put)
         self.stopping = False
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
-        self._switched_at = 0.0  # Unix time of the snapshot
         self._step_at = 0.0  # when the step that waits may be published
-        self._check_at = 0.0  # when the files on disk are checked
+        self._repair_at = 0.0  # when the files on disk are checked
         self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
@@ -4263,83 +4046,81 @@ class Loop:
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
-        deadline = time.monotonic() + self.options.timeout
-        once = self.options.mode == "once"
         try:
-            self._open(deadline if once else None)
-            if once:
-                self._publish_once(deadline)
-            while not self.stopping and not once:
+            self._open()
+            if self._once:
+                self._publish_once()
+            while not self.stopping and not self._once:
                 self._turn()
                 self._report()
                 self._await(self._next_at())
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
-            self.check.stop()
+            self.check_command.stop()
         self.asking.end()
         return 0
 
-    def _open(self, deadline: float | None) -> None:
+    def _open(self) -> None:
         """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
-            signal.signal(number, lambda number, _: self._signalled(number))
+            signal.signal(number, self._signalled)
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
             host, port = self.options.listen
             self._listener = Listener(host, port, metrics)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
-            if deadline is not None and time.monotonic() >= deadline:
+            if self._once and time.monotonic() >= self._deadline:
                 raise LoaderError(text)
-            log.outage("lock", f"{text}; waiting for its end")
+            self.note("lock", [f"{text}; waiting for its end"])
             self._report()
             self._await(time.monotonic() + LOCK_POLL)
             if self.stopping:
                 return
-        log.recovered("lock", f"{self.output.root}: the other loader has ended")
+        self.note("lock", [])
         done = self.output.recover()
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self._switched_at = self.output.switched_at()
-        self._check_at = time.monotonic() + self.options.sync_interval
+        self._repair_at = time.monotonic() + self.options.sync_interval
         self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
             self.asking.start(self.options.envoy_admin, self.wakes.put)
 
-    def _publish_once(self, deadline: float) -> None:
+    def _publish_once(self) -> None:
         """--onetime: when the sources are complete, publish step by step."""
         while True:
-            self.composed(deadline)
-            if self.check.refusal:
+            self.composed()
+            if self.check_command.refusal:
                 self.output.prune()
-                raise LoaderError(self.check.refusal)
+                raise LoaderError(self.check_command.refusal)
             while self._advance():
                 pass
-            if not self._step_at and not self.check.running:
+            if not self._step_at and not self.check_command.running:
                 return
             self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
 
-    def composed(self, deadline: float) -> Wanted:
+    def composed(self) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
-        waits = self.options.timeout > 0
+        patient = self.options.timeout > 0
+        deadline = self._deadline + (0.0 if patient else ONE_TRY_SECONDS)
         while not self.stopping:
-            wanted = self._compose()
+            wanted, trouble = self._compose(), self.sources.trouble()
             if wanted.complete:
                 return wanted
-            late = time.monotonic() >= deadline
-            if wanted.failed or (late and (wanted.missing or waits)):
-                raise LoaderError(unfinished(wanted, self.sources.trouble(), self.options))
-            # Without --timeout each request has bounds of its own.
-            self._await(deadline if waits else time.monotonic() + 60.0)
-            self._wanted = None  # a request may have failed
+            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
+            # A first answer may be slow: each request has bounds of its own.
+            until = deadline if patient or trouble else time.monotonic() + 60.0
+            if (lasting and not patient) or time.monotonic() >= until:
+                raise LoaderError(unfinished(wanted, trouble, self.options))
+            self._await(until)
         raise LoaderError("ended by a signal before there was a snapshot to publish")
 
     # -- waiting ------------------------------------------------------------------------------
 
-    def _signalled(self, number: int) -> None:
+    def _signalled(self, number: int, _: object) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
         self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
 
@@ -4347,17 +4128,17 @@ class Loop:
         """When the loop turns if nothing happens."""
         asked = self.asking.asked
         times = (self.asking.look_at, asked.until if asked else self._step_at,
-                 self._retry_at or self._check_at)
+                 self._retry_at or self._repair_at)
         return min(each for each in times if each)
 
     def _await(self, until: float) -> None:
         """Sleep until something happens; afterwards everything that happened is taken in."""
-        news = self.wakes.take(until - time.monotonic())
+        news = self.wakes.wait(until - time.monotonic())
         self._take(news)
         burst = self._published_at + DEBOUNCE_QUIET
         if any(what == "objects" and at < burst for what, at in news):
             end = time.monotonic() + DEBOUNCE_GATHER
-            while time.monotonic() < end and (news := self.wakes.take(DEBOUNCE_QUIET)):
+            while time.monotonic() < end and (news := self.wakes.wait(DEBOUNCE_QUIET)):
                 self._take(news)
 
     def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
@@ -4372,20 +4153,19 @@ class Loop:
                 case "refresh":
                     log.info("SIGHUP: checking and publishing now")
                     self.sources.refresh()
-                    self._check_at = time.monotonic()
-                    self._retry_at = min(self._retry_at, self._check_at)
+                    self._repair_at = time.monotonic()
+                    self._retry_at = min(self._retry_at, self._repair_at)
                 case "checked":
-                    self.check.end(news)
-                case "warning":
-                    log.warning("%s", news)
+                    self.check_command.end(news)
                 case _ if what in LINKS:
-                    self.asking.take(what, news)
+                    self.asking.found(what, news)
 
     # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
         self.asking.turn()
+        self.note("envoy", filter(None, [self.asking.trouble]))
         now = time.monotonic()
         if self._retry_at > now:
             return
@@ -4393,8 +4173,8 @@ class Loop:
             if self._retry_at:
                 self.output.recover()
                 self._retry_at = 0.0
-            if now >= self._check_at:
-                self._check_disk()
+            if now >= self._repair_at:
+                self._repair()
             if self.asking.mixed:
                 self.output.notify_again(self.asking.mixed)
                 self.asking.mixed = ()
@@ -4403,9 +4183,10 @@ class Loop:
             while self.asking.asked is None and not self.stopping and self._advance():
                 pass
             self._backoff = BACKOFF_FIRST
+            self.note("disk", [])
         except OSError as error:
             metrics.add("xds_loader_errors_total", ("disk",))
-            log.outage("disk", self._disk_trouble(error), next_try_s=round(self._backoff, 1))
+            self.note("disk", [self._disk_trouble(error)])
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(2 * self._backoff, BACKOFF_LAST)
 
@@ -4413,9 +4194,9 @@ class Loop:
         hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
         return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
 
-    def _check_disk(self) -> None:
+    def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
-        self._check_at = time.monotonic() + self.options.sync_interval
+        self._repair_at = time.monotonic() + self.options.sync_interval
         repaired = self.output.check() if self.output.snapshot else []
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -4428,7 +4209,7 @@ class Loop:
         if back is not None:
             self._publish(back, back.files)
             return True
-        wanted = self._checked()
+        wanted = self._desired()
         if wanted is None:
             return False
         asking.known = retried(asking.known, wanted, published)
@@ -4440,8 +4221,8 @@ class Loop:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            at_start = not self._published_at and self.options.mode != "once"
-            if at_start and self._wanted and same_files(published, self._wanted.files):
+            at_start = not self._published_at and not self._once
+            if at_start and same_files(published, wanted):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
@@ -4456,14 +4237,17 @@ class Loop:
         """What the sources ask for now."""
         if self._wanted is None:
             self._wanted = self.sources.compose(self.output.published)
-        waits = self.options.timeout or self.options.mode != "once"  # else it is an error
-        missing = self._wanted.missing if waits else ()
-        self.note("sources", [*self._wanted.notes,
-                              *(f"waiting for {source}: it does not exist" for source in missing)])
+        notes = self._wanted.notes
+        if self.options.timeout or not self._once:  # else these are errors
+            notes = [*notes, *(f"waiting for {source}: it does not exist"
+                               for source in self._wanted.missing)]
+            self.note("trouble", map(str, self.sources.trouble().values()))
+        self.note("sources", notes)
         return self._wanted
 
-    def _checked(self) -> Files | None:
-        """What is to be published unless Envoy NACKed it; None where that is not known."""
+    def _desired(self) -> Files | None:
+        """What is wanted and can be published, as far as --check-cmd lets it pass; None where that
+        is not known."""
         wanted, published = self._compose(), self.output.published
         if not wanted.complete:
             return None
@@ -4476,7 +4260,7 @@ class Loop:
             *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
               for path in self.output.foreign if path not in files),
         ])
-        return self.check.passed(files)
+        return self.check_command.passed(files)
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
@@ -4489,7 +4273,7 @@ class Loop:
         finally:  # whatever failed, Envoy may have read what was switched to
             if self.output.published is not before or again:
                 self.asking.moved(before, files, desired, again)
-        self._published_at, self._switched_at = time.monotonic(), time.time()
+        self._published_at = time.monotonic()
         took = self._published_at - self._event_at
         metrics.add("xds_loader_publications_total", (step.name,))
         metrics.add("xds_loader_published_files_total", by=len(paths))
@@ -4500,7 +4284,6 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         })
-        log.recovered("disk", f"{self.output.root} can be written again")
         self._remember()
         self.output.prune()
 
@@ -4511,30 +4294,34 @@ class Loop:
         self.output.remember(state_of(self.asking.known))
         self.asking.unsaved = False
 
-    # -- words --------------------------------------------------------------------------------
+    # -- what is said -------------------------------------------------------------------------
 
     def note(self, topic: str, notes: Iterable[str]) -> None:
         """Warn once of each thing for as long as it lasts; a line when it is over."""
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
         for note in sorted(lasting - before):
             log.warning("%s", note)
-        for note in sorted(before - lasting):
-            log.info("warning over: %s", note.partition(": ")[0])
+        if topic not in OVER:
+            for note in sorted(before - lasting):
+                log.info("warning over: %s", note.partition(": ")[0])
+        elif before and not lasting:
+            log.info("%s", OVER[topic])
         self._noted[topic] = lasting
 
     def _report(self) -> None:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [], [])
+        wanted = self._wanted or Wanted({}, [], [], [], [])
         asking, files = self.asking, self.output.published
         states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        states |= {path: NACKED for path, nack in asking.known.nacks.items()
-                   if is_nacked(files.get(path), nack) or is_nacked(wanted.files.get(path), nack)}
+        acked, nacks = asking.known.acked, asking.known.nacks
+        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
         version = self.output.snapshot[2:]
         self._listener.status = status = Status(
-            files, version, self._switched_at, states,
+            files, version, self.output.switched_at, states,
             missing=(*wanted.missing, *wanted.unknown),
             stale=(*wanted.stale, *self.sources.trouble()) if files else (),
             started=bool(version) and asking.started,
@@ -4545,23 +4332,21 @@ class Loop:
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
         metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
-        metrics.set("xds_loader_snapshot_timestamp_seconds", self._switched_at)
+        metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
         metrics.set("xds_loader_inotify_instances_used",
                     sum(bool(file.kind) for file in files.values()))
 
 
-def unfinished(wanted: Wanted, trouble: Mapping[str, str], options: Options) -> str:
+def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
     """Why a one-time run ends without a snapshot."""
     if wanted.missing:
-        hint = "create it" if options.timeout else "create it, or wait for it with --timeout"
-        if options.from_file:
-            hint = "--from-file must hold it, in this namespace"
+        hint = ("--from-file must hold it, in this namespace" if options.from_file else
+                "create it, or wait for it with --timeout")
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
-    reasons = (*wanted.failed, *trouble.values(),
-               f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.access.apiserver == NO_POD:
-        return f"{reasons[0]}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
-    return reasons[0]
+    reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
+    if options.apiserver == NO_POD:
+        return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
+    return str(reason)
 
 
 # -- what a restart is told --------------------------------------------------------------------
@@ -4571,7 +4356,7 @@ def state_of(known: Known) -> dict[str, Json]:
     """What is remembered of Envoy. No digest of a secret: one could test guesses at it."""
     return {
         "acked": {p: file.digest for p, file in known.acked.items() if file.kind != "sds"},
-        "nacked": {path: [*nack[:4], sorted(nack.stood)] for path, nack in known.nacks.items()
+        "nacked": {path: [*nack[:3], sorted(nack.stood)] for path, nack in known.nacks.items()
                    if nack.kind != "sds"},
     }
 
@@ -4580,11 +4365,11 @@ def known_from(output: Output) -> Known:
     """What the process before knew; entries that are not as we write them are left out."""
     nacks = {}
     for path, row in json_object(output.state.get("nacked")).items():
-        if isinstance(row, list) and len(row) == 5 and isinstance(row[4], list):
-            digest, shown, kind, reason = map(str, row[:4])
-            nacks[path] = Nack(digest, shown, kind, reason, frozenset(map(str, row[4])))
+        if isinstance(row, list) and len(row) == 4 and isinstance(row[3], list):
+            digest, kind, reason = map(str, row[:3])
+            nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
-                 came=cluster_names(output.published.values()).union(output.published))
+                 came=things(output.published))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4597,10 +4382,7 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
     """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
-
-    It has a process group of its own, which is killed at the end: a process that the command left
-    behind must not read the next snapshot's files, nor hold this one.
-    """
+    Its process group is killed at the end: no process that it left behind may hold these files."""
     import subprocess
 
     try:
@@ -4634,7 +4416,7 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
-class Check:
+class CheckCommand:
     """--check-cmd, which runs beside the loop, once for each version."""
 
     def __init__(self, command: Sequence[str] | None, output: Output,
@@ -4647,8 +4429,7 @@ class Check:
         self._stop = threading.Event()
 
     def passed(self, desired: Files) -> Files | None:
-        """What it lets pass: all, or what it accepted last with endpoints and secrets of now; None
-        where there is nothing yet."""
+        """All, or what it accepted last with endpoints and secrets of now; else None."""
         if not self._command:
             return desired
         base = self._output.published if self._accepted is None else self._accepted
@@ -4688,13 +4469,12 @@ class Check:
 
 def preview(options: Options, config: Config) -> int:
     """--dry-run: print the files, or with --diff what would change; touch nothing."""
-    # The kernel ignores signals to process 1 that have no handler: without this one a preview in
-    # a container would not end.
+    # To process 1 of a container the kernel sends only signals that have a handler.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
     loop.output.published = loop.output.peek()
     loop.sources.start(loop.output.published)
-    files = loop.composed(time.monotonic() + options.timeout).files
+    files = loop.composed().files
     loop.note("json", json_warnings(files))
     if options.diff:
         published = loop.output.published
@@ -4713,8 +4493,7 @@ def preview(options: Options, config: Config) -> int:
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
                 os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
-                with open(f"{directory}/{path}", "wb") as stream:
-                    stream.write(file.content)
+                write_file(f"{directory}/{path}", file.content, file.mode)
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0
@@ -4820,14 +4599,14 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Named:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> NamedObject:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return Named(Query(resource, namespace, object_name(name)), directory)
+    return NamedObject(Query(resource, namespace, object_name(name)), directory)
 
 
-def named_configmap(text: str) -> Named:
+def named_configmap(text: str) -> NamedObject:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
@@ -4888,20 +4667,8 @@ class Option(NamedTuple):
     repeats: bool = False
 
     @property
-    def attribute(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
     def variable(self) -> str:
-        return f"XDS_LOADER_{self.attribute.upper()}"
-
-    @property
-    def value(self) -> Any:
-        """What it has where it is not given; None where `default` says it in words."""
-        if self.repeats or not self.metavar:
-            return () if self.repeats else False
-        with contextlib.suppress(ValueError):
-            return self.parse(self.default) if self.default else None
+        return f"XDS_LOADER_{self.name.replace('-', '_').upper()}"
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
@@ -4950,8 +4717,8 @@ SECTIONS = {
     "ACK and NACK": (
         Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "pause between ordered steps; beside "
-               "--envoy-admin only where it is given", "100ms"),
+        Option("step-delay", go_duration, "D", "pause between ordered steps",
+               "100ms where Envoy is not asked, else none"),
         Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
@@ -4976,11 +4743,8 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
 class Options(types.SimpleNamespace):
-    """What was asked for: the value of each option by its name (with `_`), parsed and checked.
-
-    And what follows from several: `access`, `mode` ("once", "watch" or "poll"), `node_name` and
-    `warnings`.
-    """
+    """The value of each option by its name (with `_`), checked; and what follows from them and the
+    environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
 
 
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -5013,30 +4777,33 @@ def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{where} {shown!r}: {error}") from None
 
 
-def given_values(words: Mapping[str, list[str]], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The value (or, of repeatable options, the values) of each option that was given."""
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        where, texts = f"--{option.name}", words.get(option.name, [])
-        if not texts and option.name not in ("help", "version"):
-            where, text = option.variable, environ.get(option.variable, "")
-            texts = text.split() if option.repeats else [text] if text else []
-        found = [value_of(where, option.parse, text) for text in texts]
-        if found:
-            values[option.attribute] = tuple(dict.fromkeys(found)) if option.repeats else found[-1]
-    return values
+def option_value(option: Option, words: Mapping[str, list[str]],
+                 environ: Mapping[str, str]) -> Any:
+    """What is given on the command line, else in the environment, else the default; None where
+    there is none, or one that is said in words."""
+    where, texts = f"--{option.name}", words.get(option.name, [])
+    if not texts and option.name not in ("help", "version"):
+        where, text = option.variable, environ.get(option.variable, "")
+        texts = text.split() if option.repeats else [text] if text else []
+    values = [value_of(where, option.parse, text) for text in texts]
+    if option.repeats:
+        return tuple(dict.fromkeys(values))
+    if not values and option.default:
+        with contextlib.suppress(ValueError):
+            values = [option.parse(option.default)]
+    return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    given = given_values(command_line_words(argv), environ)
-    options = Options(**{option.attribute: option.value for option in OPTIONS} | given)
-    options.step_delay = given.get("step_delay")  # None: only where Envoy is not asked
-    once = options.onetime or options.dry_run
-    check_combination(options, once)
-    options.mode = "watch" if options.watch and not options.from_file else "poll"
-    if once:  # it asks nobody, and serves nothing
-        options.mode, options.listen, options.envoy_admin = "once", None, None
+    words = command_line_words(argv)
+    options = Options(**{option.name.replace("-", "_"): option_value(option, words, environ)
+                         for option in OPTIONS})
+    options.mode = ("once" if options.onetime or options.dry_run
+                    else "watch" if options.watch and not options.from_file else "poll")
+    check_combination(options)
+    if options.mode == "once":  # it asks nobody, and serves nothing
+        options.listen = options.envoy_admin = None
     options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
@@ -5045,32 +4812,24 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
             for it in getattr(options, kind)))
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
-    options.access = Access(**{name: value for name, value in vars(options).items()
-                               if name in Access._fields and value})
     options.node_name = environ.get("NODE_NAME", "")
-    options.warnings = []
-    if options.trafficsplit_api_version is not None:
-        options.warnings.append("--trafficsplit-api-version is ignored: SMI is not supported any "
-                                "more")
     known = {option.variable for option in OPTIONS}
-    unknown = [name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-               and name not in known and not re.fullmatch(SERVICE_LINK, name)]
-    if unknown:
-        options.warnings.append(f"no option has the environment variable {shortened(unknown)}")
+    options.unknown_variables = [
+        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+        and name not in known and not re.fullmatch(SERVICE_LINK, name)]
     return options
 
 
-def check_combination(options: Options, once: bool) -> None:
+def check_combination(options: Options) -> None:
     """Combinations that make no sense, before any request."""
     services = options.services is not None
-    selected = services or options.configmap_selector is not None
-    pair = bool(options.client_cert) == bool(options.client_key)
     for holds, text in (
-        (options.configmap or options.secret or selected,
+        (options.configmap or options.secret or services or options.configmap_selector is not None,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
-        (once or options.from_file != "-", "--from-file - needs --onetime"),
-        (pair or options.from_file, "--client-cert and --client-key belong together"),
+        (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
+        (options.from_file or bool(options.client_cert) == bool(options.client_key),
+         "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
         (services or not options.config, "--config needs --services"),
         (options.output_dir, "--output-dir is empty"),
@@ -5138,16 +4897,20 @@ def help_text() -> str:
 def run(options: Options) -> int:
     """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
-    for warning in options.warnings:
-        log.warning("%s", warning)
+    if options.trafficsplit_api_version:
+        log.warning("--trafficsplit-api-version is ignored: SMI is not supported any more")
+    if options.unknown_variables:
+        log.warning("no option has the environment variable %s",
+                    shortened(options.unknown_variables))
     config = read_config(options.config)
-    if options.access.insecure and not options.from_file:
+    if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    if options.services is not None and config.prefer_zone is True and not options.node_name:
+    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
+    if own_zone_wanted and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
-    os.umask(0)  # modes are as stated, whatever the umask was
+    os.umask(0o022)  # of the directories that are made, whatever it was
     return preview(options, config) if options.dry_run else Loop(options, config).run()
 
 
@@ -5156,11 +4919,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         words = command_line_words(arguments)
-        for name in ("help", "version"):
-            if words.get(name, ["false"])[-1] != "false":
-                version = f"envoy-xds-configmap-loader {__version__}\n"
-                print_out([(version if name == "version" else help_text()).encode()])
-                return 0
+        if "help" in words or "version" in words:
+            version = f"envoy-xds-configmap-loader {__version__}\n"
+            print_out([(help_text() if "help" in words else version).encode()])
+            return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)

@@ -106,23 +106,16 @@ def test_who_reads_no_further_is_no_error(words: str, tmp_path: Path) -> None:
 # -- one dash, two dashes, `=`, Go's switches
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--configmap", "x", "--onetime"],
-        ["-configmap", "x", "-onetime"],
-        ["-configmap=x", "-onetime"],
-        ["--configmap=x", "--onetime"],
-        ["-configmap", "demo/x", "-onetime=true"],
-        ["-configmap", "x", "-onetime=1", "-watch=false"],
-        ["-configmap", "x", "-onetime", "-watch"],
-        ["-configmap", "x", "-onetime", "-sync-interval=1m30.5s"],
-        ["-onetime", "-insecure=false", "-dry-run=false", "-configmap", "x"],
-    ],
-    ids=" ".join,
-)
-def test_spellings(run_loader: RunLoader, out: Path, args: list[str]) -> None:
-    done = run_loader(*args)
+@pytest.mark.parametrize("line", [
+    "--configmap x --onetime",
+    "-configmap=x -onetime",
+    "--configmap=x --onetime -sync-interval=1m30.5s",
+    "-configmap demo/x -onetime=true",
+    "-configmap x -onetime=1 -watch=false",
+    "-onetime -watch -insecure=false -dry-run=false -configmap x",
+])  # fmt: skip
+def test_spellings(run_loader: RunLoader, out: Path, line: str) -> None:
+    done = run_loader(*line.split())
     assert done.returncode == 0, done.stderr
     assert snapshot(out) == {"rds.yaml": b"x: 1\n"}
 
@@ -153,12 +146,8 @@ def test_the_predecessors_command_line_runs_unchanged(
     assert snapshot(out) == {"rds.yaml": b"default: 1\n"}
 
 
-@pytest.mark.parametrize("dash", ["-", "--"])
-def test_the_charts_option_is_taken_with_a_warning(
-    run_loader: RunLoader, out: Path, dash: str
-) -> None:
-    option = f"{dash}trafficsplit-api-version"
-    done = run_loader("--onetime", "--configmap", "x", option, "v1alpha2")
+def test_the_charts_option_is_taken_with_a_warning(run_loader: RunLoader, out: Path) -> None:
+    done = run_loader("--onetime", "--configmap", "x", "-trafficsplit-api-version", "v1alpha2")
     assert done.returncode == 0, done.stderr
     assert "trafficsplit-api-version" in done.stderr
     assert snapshot(out) == {"rds.yaml": b"x: 1\n"}
@@ -177,7 +166,7 @@ def test_smi_points_to_weights_by_annotation(
 
 # -- bad input
 
-BAD = {
+BAD = {  # values are below
     "an unknown option": ["--configmap", "x", "--nope"],
     "an unknown option with one dash": ["-configmap", "x", "-nope"],
     "an abbreviation": ["--configmap", "x", "--onet"],
@@ -185,29 +174,11 @@ BAD = {
     "no value": ["--onetime", "--configmap"],
     "no source": ["--onetime"],
     "a duration without unit": ["--configmap", "x", "--sync-interval", "30"],
-    "no duration": ["--configmap", "x", "--sync-interval", "soon"],
-    "an empty duration": ["--configmap", "x", "--sync-interval="],
-    "a negative duration": ["--configmap", "x", "-sync-interval=-30s"],
     "an interval of nothing": ["--configmap", "x", "-sync-interval=0s"],
-    "a timeout without unit": ["--configmap", "x", "--onetime", "--timeout", "5"],
     "no switch": ["--configmap", "x", "--watch=maybe"],
-    "an empty ConfigMap": ["--configmap", ""],
-    "a ConfigMap of three parts": ["--configmap", "a/b/c"],
-    "a ConfigMap without name": ["--configmap", "demo/"],
-    "a ConfigMap with a name that cannot be": ["--configmap", "Not_A_Name"],
-    "a namespace that cannot be": ["--configmap", "x", "--namespace", "Not A Namespace"],
-    "a directory above": ["--configmap", "x:../up"],
-    "a directory above, in the middle": ["--configmap", "x:a/../../b"],
-    "an absolute directory": ["--configmap", "x:/etc"],
-    "another scheme": ["--configmap", "x", "--apiserver", "ftp://127.0.0.1"],
-    "no URL": ["--configmap", "x", "--apiserver", "nonsense"],
-    "a log level": ["--configmap", "x", "--log-level", "loud"],
-    "a log format": ["--configmap", "x", "--log-format", "xml"],
     "a diff of what is written": ["--configmap", "x", "--onetime", "--diff"],
     "a certificate without key": ["--configmap", "x", "--client-cert", "c.pem"],
-    "a key without certificate": ["--configmap", "x", "--client-key", "c.key"],
     "stdin again and again": ["--configmap", "x", "--from-file", "-"],
-    "a command with an open quote": ["--configmap", "x", "--check-cmd", "'envoy"],
 }
 
 
@@ -325,17 +296,8 @@ def test_switches_off_leave_a_polling_sidecar(
     api.configmap("demo", "x", {"rds.yaml": "x: 2\n"})
     wait_files(out, {"rds.yaml": "x: 2\n"})
     assert not api.requests.matching(lambda request: request.is_watch)
+    assert len({request.connection for request in api.requests}) == 1
     loader.stop()
-
-
-def test_json_logs(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
-    loader = start_loader("--watch", "--configmap", "x", "--log-format", "json")
-    wait_files(out, {"rds.yaml": "x: 1\n"})
-    loader.stop()
-    assert loader.lines
-    for line in loader.lines:
-        entry = json.loads(line)
-        assert {"level", "msg"} <= set(entry) or {"level", "message"} <= set(entry)
 
 
 def test_quiet_logs(run_loader: RunLoader) -> None:
@@ -363,11 +325,18 @@ REJECTED = {
     "--secret-mode": ["0300", "0000", "1777", "666666", "rw", "0x1ff", "7"],
     "--services-namespace": ["shop.x", "-", "x" * 64],
     "--secret": ["a/b/c", "x:dir", "x" * 254, "a..b", ".a", "a\n"],
-    "--configmap": ["x:", "x:a//b", "x:a\nb", "x:..data"],
+    "--configmap": ["", "a/b/c", "demo/", "Not_A_Name", "x:", "x:a//b", "x:a\nb", "x:..data",
+                    "x:../up", "x:a/../../b", "x:/etc"],
+    "--namespace": ["Not A Namespace"],
+    "--apiserver": ["ftp://127.0.0.1", "nonsense"],
+    "--log-level": ["loud"],
+    "--log-format": ["xml"],
+    "--sync-interval": ["soon", ""],
     "--step-delay": ["1", "s", "1.2.3s", "1e3s", "-1s", "9" * 400 + "h", "1m 0s", "1d"],
     "--endpoints": ["EDS", ""],
-    "--check-cmd": ["", " "],
-    "--listen": ["9902", ":99999"],
+    "--check-cmd": ["", " ", "'envoy"],
+    "--listen": ["9902", ":99999", "", "::1:9000", ":", ":x", ":65536", ":-1", "[::1]", "a b:9",
+                 "[]:9", ":9\n", ":٣"],
 }  # fmt: skip
 BASE = ["--configmap", "base", "--services", "a=b"]
 
@@ -403,7 +372,7 @@ def test_what_the_options_become() -> None:
     assert [named.query.namespace for named in found] == ["demo", "shop"]
     assert options(NODE_NAME="node-1").node_name == "node-1"
     assert options("--from-file", "x", "--client-cert", "c").from_file == "x"
-    assert options(KUBERNETES_SERVICE_HOST="fd00::1").access.apiserver == "https://[fd00::1]:443"
+    assert options(KUBERNETES_SERVICE_HOST="fd00::1").apiserver == "https://[fd00::1]:443"
 
 
 def test_a_password_in_a_url_is_not_shown() -> None:

@@ -98,13 +98,13 @@ def test_the_reference_has_every_key_and_its_default() -> None:
     defaults = loader.Config()
     for key, value in (
         ("cluster.name", defaults.cluster_name),
-        ("cluster.trusted_ca", defaults.trusted_ca),
+        ("cluster.trusted_ca", defaults.cluster_trusted_ca),
         ("cluster_domain", defaults.cluster_domain),
-        ("endpoint.include_not_ready", json.dumps(defaults.include_not_ready)),
-        ("endpoint.prefer_zone", json.dumps(defaults.prefer_zone)),
+        ("endpoint.include_not_ready", json.dumps(defaults.endpoint_include_not_ready)),
+        ("endpoint.prefer_zone", json.dumps(defaults.endpoint_prefer_zone)),
         ("route.name", defaults.route_name),
         ("route.suffix", defaults.route_suffix),
-        ("route.annotation_prefix", defaults.annotation_prefix),
+        ("route.annotation_prefix", defaults.route_annotation_prefix),
     ):
         assert rows[key] == f"`{value}`"
 

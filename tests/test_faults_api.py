@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +22,6 @@ from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support import disk
 from tests.support.apiserver import (
     ApiServer,
-    Client,
     Cut,
     Drop,
     Fault,
@@ -44,9 +39,7 @@ from tests.support.apiserver import (
     redirect,
 )
 from tests.support.busy import within
-from tests.support.loader import ROOT, Loader, wait_until
-from tests.support.ports import held_port
-from tests.support.tls import Authority
+from tests.support.loader import Loader, wait_until
 from tests.support.tuned import tuned
 
 MODES = {"watch": ("--watch",), "poll": ("--sync-interval", "100ms")}
@@ -225,8 +218,6 @@ def test_an_outage(
     running.wait_log("published")
     if mode == "watch":
         api.wait_watches(1)
-    state = out / "..state"  # is written after the line in the log
-    wait_until(lambda: state.exists() and os.listdir(state) == ["loader.json"])
     sampler.start()
     wait_until((out / "..state/loader.json").exists)  # the last thing that a publication writes
     before = disk.fingerprint_at_rest(out)
@@ -317,101 +308,6 @@ def test_chaos(
     assert running.process.poll() is None
     assert "Traceback" not in running.log
     running.stop()
-
-
-# -- a server process of its own
-
-
-class Remote:
-    """The scripted server in a process, so that it can be killed and stopped by signals."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.port = held_port()
-        self._objects = scratch / "objects.json"
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self, generation: int) -> Client:
-        data = {"one.txt": str(generation), "two.txt": str(generation)}
-        metadata = {"name": "envoy-xds", "namespace": "demo"}
-        self._objects.write_text(
-            json.dumps([{"kind": "ConfigMap", "metadata": metadata, "data": data}])
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.apiserver", "--port", str(self.port),
-             "--load", str(self._objects)],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().startswith("http")
-        return Client(f"http://127.0.0.1:{self.port}")
-
-    def send(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def end(self, number: int = signal.SIGKILL) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        self.process.wait(10)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-@pytest.fixture
-def remote(tmp_path: Path) -> Iterator[Remote]:
-    found = Remote(tmp_path)
-    yield found
-    if found.process is not None and found.process.poll() is None:
-        found.end()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_server_process_that_is_ended_and_comes_back(
-    start_loader: StartLoader, out: Path, remote: Remote, sampler: Sampler, number: int, mode: str
-) -> None:
-    """Its etcd starts anew each time: versions jump back, and the list is another one."""
-    client = remote.start(1)
-    url = f"http://127.0.0.1:{remote.port}"
-    running = start_loader(*NAMED, *MODES[mode], "--apiserver", url, server=None)
-    wait_shown(out, 1, 5)
-    sampler.start()
-    for count in range(20):  # the version of the server is well ahead of the next one's
-        client.configmap("demo", "envoy-xds", {"pad": str(count)})
-    pad = out / "current/pad"
-    wait_until(lambda: pad.exists() and pad.read_text() == "19")
-    client.close()
-    remote.end(number)
-    time.sleep(0.3)
-    assert shown(out) == "1"
-    client = remote.start(2)
-    wait_shown(out, 2, 10)
-    client.configmap("demo", "envoy-xds", {"one.txt": "3", "two.txt": "3"})
-    wait_shown(out, 3, 10)
-    client.close()
-    sampler.finish(1, 2, 3)
-    running.stop()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_server_process_that_is_frozen(
-    start_loader: StartLoader, out: Path, remote: Remote, mode: str
-) -> None:
-    """SIGSTOP: the kernel goes on taking connections for it. Nothing is lost when it wakes."""
-    client = remote.start(1)
-    url = f"http://127.0.0.1:{remote.port}"
-    running = start_loader(*NAMED, *MODES[mode], "--apiserver", url, server=None)
-    wait_shown(out, 1, 5)
-    remote.send(signal.SIGSTOP)
-    time.sleep(1)
-    assert shown(out) == "1"
-    remote.send(signal.SIGCONT)
-    client.configmap("demo", "envoy-xds", {"one.txt": "2", "two.txt": "2"})
-    wait_shown(out, 2, 2)
-    remote.send(signal.SIGSTOP)
-    assert running.stop() < 1, "and it ends in time though the server does not answer"
-    remote.send(signal.SIGCONT)
-    client.close()
 
 
 # -- silence: with the bounds of 30 and 80 s made short, to see what they do
@@ -528,60 +424,7 @@ def test_huge_objects_cut_and_sent_again(
     assert running.resident() < 80 << 20
 
 
-# -- identity
-
-
-def test_everything_rotates_at_once(
-    start_loader: StartLoader, api_tls: ApiServer, authority: Authority, out: Path,
-    token_file: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    """A new CA, a new certificate and a new token, with the files a moment behind."""
-    put(api_tls, 1)
-    ca_file = tmp_path / "ca.crt"
-    ca_file.write_bytes(authority.ca_file.read_bytes())
-    where = ("--apiserver", api_tls.url, "--ca-file", str(ca_file))
-    running = start_loader(*NAMED, "--watch", *where, server=None)
-    wait_shown(out, 1, 5)
-    api_tls.stop()
-    renewed = Authority(tmp_path / "renewed")
-    api_tls.tls = renewed.server_context()
-    api_tls.tokens = {"token-2"}
-    api_tls.start()
-    put(api_tls, 2)
-    running.wait_log("--ca-file")
-    assert shown(out) == "1"
-    ca_file.write_bytes(renewed.ca_file.read_bytes())
-    running.wait_log("401")
-    token_file.write_text("token-2")
-    wait_shown(out, 2, 10)
-    for line in running.lines:
-        assert TOKEN not in line
-        assert "token-2" not in line
-
-
-# -- etcd, the clock, DNS
-
-
-def test_an_etcd_that_was_reset_is_noticed_at_a_bounded_cost(
-    start_loader: StartLoader, api: ApiServer, out: Path
-) -> None:
-    """Versions jump back; the reconnect is followed by one probe, and by one list."""
-    for generation in range(1, 30):
-        put(api, generation)
-    start_loader(*NAMED, "--watch")
-    wait_shown(out, 29, 5)
-    api.wait_watches(1)
-    asked = len(api.requests)
-    api.stop()
-    metadata = {"name": "envoy-xds", "namespace": "demo"}
-    data = {"one.txt": "5", "two.txt": "5"}
-    api.reset_etcd([{"kind": "ConfigMap", "metadata": metadata, "data": data}])
-    time.sleep(0.3)
-    api.start()
-    wait_shown(out, 5, 10)
-    put(api, 6)
-    wait_shown(out, 6, 5)
-    assert len(api.requests) - asked <= 5, api.requests[asked:]
+# -- the clock, DNS
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -316,10 +316,13 @@ def test_fault_12_the_very_first_files_may_be_nacked(path: str, order: str, stag
     status, body = stage.asked("/readyz")
     assert status == 200
     assert f"nacked: {path}" in body
-    assert f'xds_loader_nacked_files{{file="{path}"}} 1' in stage.asked("/metrics")[1]
+    row = f'xds_loader_nacked_files{{file="{path}"}} 1'
+    wait_until(lambda: row in stage.asked("/metrics")[1])
     stage.patch(stage.files())
     stage.await_acked()
     wait_until(lambda: stage.asked("/startz")[0] == 200)
+    wait_until(lambda: row not in stage.asked("/metrics")[1])
+    stage.log.wait_log(f"INFO warning over: {path}")
     stage.await_served(*GOOD)
 
 
@@ -530,7 +533,7 @@ def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> No
     try:
         envoy.command[-1] = "1"
         envoy.start(wait=False)
-        stage.log.wait_log("WARNING Envoy was restarted hot", 10)
+        stage.log.wait_log("WARNING Envoy is not asked: it was restarted hot", 10)
         wait_until(lambda: first.poll() is not None, 15)
         files = {"rds.yaml": to(x="e"), "eds-e.yaml": stage.endpoints(2)}
         stage.patch(files)

@@ -7,7 +7,6 @@ import base64
 import gzip
 import json
 import socket
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 
 from tests.conftest import RunLoader, StartLoader
 from tests.support import apiserver as k8s
+from tests.support.admin import Listener
 from tests.support.apiserver import ApiServer, Response, Stream
 from tests.support.busy import within
 from tests.support.loader import Loader, wait_files, wait_until
@@ -234,36 +234,19 @@ def test_an_event_without_end(tight: Callable[..., Loader], api: ApiServer, out:
 # -- time
 
 
-class Trickle:
+class Trickle(Listener):
     """A server that sends the start of an answer, and then a byte now and then for ever."""
 
     def __init__(self, start: bytes) -> None:
-        self._start = start
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
+        self.start = start
+        super().__init__()
 
-    def _serve(self) -> None:
+    def serve(self, client: socket.socket) -> None:
+        client.recv(65536)
+        client.sendall(self.start)
         while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._trickle, args=(connection,), daemon=True).start()
-
-    def _trickle(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                connection.recv(65536)
-                connection.sendall(self._start)
-                while True:
-                    connection.sendall(b" ")
-                    time.sleep(0.02)
-            except OSError:
-                pass
-
-    def close(self) -> None:
-        self._listener.close()
+            client.sendall(b" ")
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +257,11 @@ class Trickle:
 )  # fmt: skip
 def test_a_server_that_trickles_is_left(common: list[str], start: bytes) -> None:
     """Each byte comes in time, the answer never does."""
-    server = Trickle(start)
-    words = [*common, "--apiserver", server.url, *ONCE]
-    with Loader(words, prefix=tuned({"ANSWER_SECONDS": 0.5})) as running:
-        assert running.wait(8) == 1
-        assert "configmap demo/envoy-xds" in running.log
-    server.close()
+    with Trickle(start) as server:
+        words = [*common, "--apiserver", server.url, *ONCE]
+        with Loader(words, prefix=tuned({"ANSWER_SECONDS": 0.5})) as running:
+            assert running.wait(8) == 1
+            assert "configmap demo/envoy-xds" in running.log
 
 
 def test_no_server_makes_a_source_wait_for_years(

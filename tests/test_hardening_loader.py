@@ -23,7 +23,7 @@ import pytest
 
 import loader
 from tests.conftest import RunLoader, StartLoader
-from tests.support.admin import Listener
+from tests.support.admin import STATS, FakeEnvoy
 from tests.support.apiserver import ApiServer
 from tests.support.envoy import response
 from tests.support.loader import ROOT, wait_files, wait_until
@@ -31,30 +31,6 @@ from tests.support.stage import Stage
 
 ONCE = ("--onetime", "--configmap", "envoy-xds")
 WATCH = ("--watch", "--configmap", "envoy-xds")
-STATS = "cluster_manager.cds.update_attempt: 1\nlistener_manager.lds.update_attempt: 1\n"
-
-
-class Envoy(Listener):
-    """Answers like Envoy's admin interface, or as `answers` says: a body, or a way to send one."""
-
-    def __init__(self, **answers: str | Callable[[socket.socket], None]) -> None:
-        self.answers = {
-            "server_info": '"uptime_current_epoch": "1s"', "ready": "LIVE", "stats": STATS,
-            "config_dump": "{}", **answers,
-        }  # fmt: skip
-        self.asked: list[str] = []
-        super().__init__()
-
-    def serve(self, client: socket.socket) -> None:
-        while request := client.recv(65536):
-            path = re.split(r"[ ?]", request.decode())[1].strip("/")
-            self.asked.append(path)
-            answer = self.answers[path]
-            if isinstance(answer, str):
-                body = answer.encode()
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            else:
-                answer(client)
 
 
 def put(api: ApiServer, text: str = "1") -> None:
@@ -98,7 +74,7 @@ def test_a_planted_state_ends_no_loader(
     assert run_loader(*ONCE).returncode == 0
     state = out / "..state/loader.json"
     state.write_bytes(STATES[name])
-    with Envoy() as envoy:
+    with FakeEnvoy() as envoy:
         running = start_loader(*WATCH, "--envoy-admin", envoy.url)
         wait_until(lambda: "stats" in envoy.asked)
         put(api, "2")
@@ -149,7 +125,7 @@ def test_what_is_planted_is_not_waited_for(
     for place in PLACES[4:] if kind == "deep" else PLACES:
         planted(out / place, kind)
     routes = out / "current/rds.yaml"
-    with Envoy() as envoy:
+    with FakeEnvoy() as envoy:
         running = start_loader(*WATCH, "--sync-interval", "100ms", "--envoy-admin", envoy.url)
         for number in "23":
             put(api, number)
@@ -191,7 +167,7 @@ def test_an_admin_interface_that_trickles_holds_up_nothing(
 ) -> None:
     """It counts as silent, changes go on, it is asked again, and SIGTERM is not delayed."""
     put(api)
-    with Envoy() as envoy:
+    with FakeEnvoy() as envoy:
         running = start_loader(*WATCH, "--envoy-admin", envoy.url)
         wait_until(lambda: "stats" in envoy.asked)
         envoy.answers["stats"] = TRICKLES[name]
@@ -220,7 +196,7 @@ def test_odd_answers_of_an_admin_interface_end_no_loader(
     start_loader: StartLoader, api: ApiServer, out: Path, name: str
 ) -> None:
     put(api)
-    with Envoy(**FIGURES[name]) as envoy:
+    with FakeEnvoy(**FIGURES[name]) as envoy:
         running = start_loader(*WATCH, "--envoy-admin", envoy.url)
         wait_until(lambda: len(envoy.asked) >= 2, 8)
         put(api, "2")
@@ -242,8 +218,8 @@ def test_odd_answers_of_an_admin_interface_end_no_loader(
 def test_loopback_is_127_8_and_no_name_that_looks_like_it(
     host: str, sent: bool, token_file: Path
 ) -> None:
-    access = loader.Access(f"http://{host}:1", str(token_file), "")
-    api = loader.Api(access)
+    words = ["--configmap", "x", "--apiserver", f"http://{host}:1", "--token-file", str(token_file)]
+    api = loader.Api(loader.options_from(words, {}))
     with pytest.raises(loader.LoaderError) as error:
         api.list(loader.Query(loader.CONFIGMAPS, "demo"), print)
     assert ("plain HTTP" in str(error.value)) != sent, error.value
@@ -266,19 +242,6 @@ def test_a_configmap_of_any_values_is_reduced() -> None:
             names = list(found.files)
             assert sorted({*names}) == names
             assert ("k" in names) == (one == "text")
-
-
-def test_a_configmap_of_odd_values_ends_no_sidecar(
-    start_loader: StartLoader, tmp_path: Path, out: Path
-) -> None:
-    source = tmp_path / "objects.json"
-    item = {"kind": "ConfigMap", "metadata": {"name": "envoy-xds"},
-            "data": {"a": None, "b": "1"}, "binaryData": {"a": "eA=="}}  # fmt: skip
-    source.write_text(json.dumps(item))
-    words = ("--configmap", "envoy-xds", "--from-file", str(source), "--sync-interval", "50ms")
-    running = start_loader(*words)
-    wait_files(out, {"b": "1"})
-    running.stop()
 
 
 def test_a_name_that_is_no_text_is_previewed(run_loader: RunLoader, tmp_path: Path) -> None:
@@ -404,7 +367,7 @@ def test_no_digest_of_a_secret_is_remembered() -> None:
     """Neither of one that Envoy took nor of one that it refused: guesses could be tested at it."""
     sds = loader.file_of(b"type.googleapis.com/" + next(
         url for url, kind in loader.KINDS.items() if kind == "sds"), "secret demo/web")  # fmt: skip
-    nack = loader.Nack(sds.digest, sds.digest, sds.kind, "reason")
+    nack = loader.Nack(sds.digest, sds.kind, "reason")
     known = loader.Known(acked={"sds/a": sds}, nacks={"sds/b": nack})
     assert sds.digest not in json.dumps(loader.state_of(known))
 

@@ -382,7 +382,7 @@ class Explorer:
     # -- the loader, as Loop does it ------------------------------------------------------------
 
     def plan(self, state: State) -> tuple[Known, Step | None, Files]:
-        """Loop._advance and Loop._checked."""
+        """Loop._advance and Loop._desired."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
                frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)
@@ -455,11 +455,10 @@ class Explorer:
                               and loader.same_file(files.get(path), file))}
 
     def lose(self, state: State) -> None:
-        """Asking.take: nothing listens, or the connection ended."""
+        """Asking.found: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
             now = 0.0 if state.ended == "soon" else LATER
-            known = state.known._replace(back_at=0.0)
-            known, blamed = loader.after_end(known, state.published, now)
+            known, blamed = loader.after_end(state.known, state.published, now)
             state.know(known)
             self.burn(state, blamed)
             self.remember(state)
@@ -469,7 +468,7 @@ class Explorer:
         state.link = "silent"
 
     def meet(self, state: State) -> None:
-        state.know(loader.after_meeting(state.known, 0.0))
+        state.know(loader.after_meeting(state.known))
         state.link, state.first = "meet", False
         state.asked = state.asked if state.asked is not None else ()
         state.waiting = True
@@ -481,18 +480,18 @@ class Explorer:
         mended = set(state.known.nacks)
         known, outcome = loader.after_look(state.known, state.published, look)
         state.know(known)
-        self.burn(state, outcome.nacks)
+        self.burn(state, outcome[NACKED])
         state.doubt = state.doubt and state.first
         self.mend(state, mended - set(state.known.nacks))
-        if outcome.mixed:
-            state.own_envoy().move(outcome.mixed)
-        waiting = bool(outcome.pending or outcome.mixed or not look.live)
-        if state.asked is not None and (outcome.nacks or not waiting):
+        if outcome[loader.MIXED]:
+            state.own_envoy().move(outcome[loader.MIXED])
+        waiting = bool(outcome[loader.PENDING] or outcome[loader.MIXED] or not look.live)
+        if state.asked is not None and (outcome[NACKED] or not waiting):
             state.asked = None
-        if outcome.acks or outcome.nacks:
+        if outcome[ACKED] or outcome[NACKED]:
             self.remember(state)  # before anything is published
         state.warming = look.warming
-        unknown = any(file.kind and path not in state.known.states
+        unknown = any(file.kind and not loader.is_judged(state.known, path)
                       for path, file in state.published.items())
         state.waiting = waiting or unknown or bool(look.warming)
         if not unknown and NACKED not in state.known.states.values() and (

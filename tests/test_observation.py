@@ -8,7 +8,6 @@ import http.client
 import json
 import math
 import os
-import re
 import resource
 import socket
 import statistics
@@ -157,16 +156,6 @@ def test_snapshot_lists_files_and_serves_no_content(listener: Any) -> None:
                         "unread": ["note"]}  # fmt: skip
 
 
-def test_nothing_of_a_secret_is_in_any_answer(listener: Any) -> None:
-    listener.status = a_status()
-    digest = listener.status.files["sds/demo_web.yaml"].digest
-    for path in PATHS:
-        body = ask(listener.port, path).body
-        assert "PRIVATE" not in body
-        assert "c2VjcmV0" not in body
-        assert digest[:8] not in body
-
-
 def test_an_empty_status_is_a_snapshot_of_nothing(listener: Any) -> None:
     shown = json.loads(ask(listener.port, "/snapshot").body)
     assert (shown["version"], shown["published_at"], shown["files"]) == (None, None, [])
@@ -203,8 +192,9 @@ def test_any_request_ends(listener: Any, request: bytes) -> None:
     assert ask(listener.port, "/healthz").status == 200
 
 
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def connections() -> int:
+    """Those that the listeners of this process serve: each has a thread."""
+    return sum("(_talk)" in thread.name for thread in threading.enumerate())
 
 
 def test_silent_clients_cost_others_nothing(listener: Any) -> None:
@@ -223,11 +213,11 @@ def test_silent_clients_cost_others_nothing(listener: Any) -> None:
             assert ask(listener.port, "/healthz").status == 200
             slow += time.monotonic() - began > 0.5
         assert slow <= 2
-        assert len(listener.clients) <= loader.CONNECTIONS_MAX + 1
+        assert connections() <= loader.CONNECTIONS_MAX + 1
     finally:
         for sock in silent:
             sock.close()
-        wait_until(lambda: not listener.clients, 10, "all connections closed")
+        wait_until(lambda: not connections(), 10, "all connections closed")
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
@@ -259,28 +249,9 @@ def test_a_client_that_never_reads_is_gone_after_its_time(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", listener.port))
         sock.sendall(b"GET /snapshot HTTP/1.1\r\n\r\n")
-        wait_until(lambda: listener.clients, message="a connection")
-        wait_until(lambda: not listener.clients, message="no connection")
+        wait_until(connections, message="a connection")
+        wait_until(lambda: not connections(), message="no connection")
     assert ask(listener.port, "/healthz").status == 200
-
-
-def test_a_hundred_clients_at_once(listener: Any) -> None:
-    listener.status = a_status(started=True)
-    replies: list[int] = []
-
-    def scrape(path: str) -> None:
-        replies.extend(ask(listener.port, path).status for _ in range(5))
-
-    before = open_descriptors()
-    threads = [
-        threading.Thread(target=scrape, args=(PATHS[n % len(PATHS)],)) for n in range(100)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert replies == [200] * 500
-    wait_until(lambda: open_descriptors() <= before, message="all connections closed")
 
 
 def test_rendering_costs_a_twentieth_of_a_cpu(listener: Any) -> None:
@@ -338,17 +309,6 @@ def run_python(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_address_in_use_is_one_line(listener: Any) -> None:
-    with pytest.raises(loader.LoaderError) as caught:
-        loader.Listener("127.0.0.1", listener.port, loader.Metrics("1"))
-    wanted = f"--listen: cannot bind 127.0.0.1 port {listener.port}: Address already in use"
-    assert str(caught.value) == wanted
-    for host in ("no.such.host.invalid", "192.0.2.1", "x" * 64, "a..b"):
-        with pytest.raises(loader.LoaderError, match=r"^--listen: cannot bind ") as caught:
-            loader.Listener(host, 0, loader.Metrics("1"))
-        assert "\n" not in str(caught.value)
-
-
 def test_without_an_address_it_listens_on_every_one() -> None:
     server = loader.Listener("", 0, loader.Metrics("1"))
     assert ask(server.port, "/healthz").status == 200
@@ -369,15 +329,6 @@ def test_without_an_address_it_listens_on_every_one() -> None:
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert loader.listen_address(text) == address
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "9000", "::1:9000", ":", ":x", ":65536", ":-1", "[::1]", "a b:9", "[]:9", ":9\n", ":٣"],
-)
-def test_bad_addresses(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^is not a valid \[ADDRESS\]:PORT"):
-        loader.listen_address(text)
 
 
 # -- metrics -------------------------------------------------------------------------------------
@@ -469,19 +420,6 @@ def test_labels_arrive_as_they_are(value: str) -> None:
     assert sample.labels == {"kind": value}
 
 
-def test_the_order_is_fixed() -> None:
-    one, other = loader.Metrics("1"), loader.Metrics("1")
-    for kind in ("a", "b", "c"):
-        one.add("xds_loader_errors_total", (kind,))
-    for kind in ("c", "a", "b"):
-        other.add("xds_loader_errors_total", (kind,))
-
-    def mine(metrics: Any) -> list[bytes]:
-        return [line for line in metrics.render().splitlines() if b"process_" not in line]
-
-    assert mine(one) == mine(other)
-
-
 def test_replace_forgets_the_series_that_are_gone() -> None:
     metrics = loader.Metrics("1")
     name = "xds_loader_nacked_files"
@@ -490,12 +428,6 @@ def test_replace_forgets_the_series_that_are_gone() -> None:
     assert [s.labels for s in families(metrics.render())[name].samples] == [{"file": "cds.yaml"}]
     metrics.add("xds_loader_errors_total", ("api",), 0)
     assert families(metrics.render())["xds_loader_errors"].samples[0].value == 0
-
-
-def test_our_own_mistakes_are_loud() -> None:
-    metrics = loader.Metrics("1")
-    with pytest.raises(KeyError):
-        metrics.add("xds_loader_no_such_total")
 
 
 def test_no_count_is_lost_between_threads() -> None:
@@ -524,26 +456,15 @@ def test_what_the_process_uses() -> None:
     assert abs(found["process_start_time_seconds"].samples[0].value - time.time()) < 60
 
 
-def test_recording_costs_about_a_microsecond() -> None:
-    """Asserted with a wide margin, for machines that do other things as well."""
-    metrics = loader.Metrics("1")
-    began = time.process_time()
-    for _ in range(10_000):
-        metrics.add("xds_loader_publications_total", ("references",))
-        metrics.observe("xds_loader_publication_duration_seconds", 0.0012)
-    assert (time.process_time() - began) / 20_000 < 10e-6
-
-
 # -- the log -------------------------------------------------------------------------------------
 
 
 class Written:
-    """A log that writes to a file; `clock` is the time of outages."""
+    """A log that writes to a file."""
 
     def __init__(self, form: str = "text", level: str = "info") -> None:
-        self.now = 1000.0
         self.fd = os.memfd_create("log")
-        self.log = loader.Log(self.fd, clock=lambda: self.now)
+        self.log = loader.Log(self.fd)
         self.log.configure(form, level)
 
     def text(self) -> str:
@@ -557,34 +478,6 @@ class Written:
         os.close(self.fd)
 
 
-PUBLISHED: dict[str, object] = {
-    "version": "ab12",
-    "files": 1,
-    "changed": "rds.yaml",
-    "source": "configmap demo/envoy-xds",
-    "step": "references",
-    "duration_ms": 1.2,
-}
-
-
-def test_the_line_of_a_publication() -> None:
-    written = Written()
-    written.log.info("published", **PUBLISHED)
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO ", written.text())
-    assert written.lines() == [
-        "INFO published version=ab12 files=1 changed=rds.yaml "
-        'source="configmap demo/envoy-xds" step=references duration_ms=1.2'
-    ]
-
-
-def test_the_same_for_machines() -> None:
-    written = Written("json")
-    written.log.info("published", **PUBLISHED)
-    shown = json.loads(written.text())
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", shown.pop("time"))
-    assert shown == {"level": "info", "message": "published", **PUBLISHED}
-
-
 def test_levels() -> None:
     for at, level in enumerate(("debug", "info", "warning", "error")):
         written = Written(level=level)
@@ -592,14 +485,6 @@ def test_levels() -> None:
             getattr(written.log, name)("it is %s", name)
         assert len(written.lines()) == 4 - at
         assert written.lines()[-1] == "ERROR it is error"
-
-
-def test_arguments_are_formatted_only_when_written() -> None:
-    written = Written()
-    written.log.debug("%d", "not a number")
-    written.log.info("100%")
-    written.log.info("%s: %d objects", "configmaps", 3)
-    assert written.lines() == ["INFO 100%", "INFO configmaps: 3 objects"]
 
 
 ANY_TEXT = st.text(max_size=20) | st.sampled_from(["\n", "\u2028", "\x1b[31m", "\ud800"]).map(
@@ -647,38 +532,6 @@ def test_a_value_cannot_forge_a_field_or_colour_a_terminal() -> None:
     assert written.lines() == [
         'INFO rejected reason="x\\" level=ok" name="a\\u001b[31m" key="a=b" empty="" odd=ü'
     ]
-
-
-def test_an_outage_is_written_once_then_every_five_minutes_then_its_end() -> None:
-    written = Written()
-    for _ in range(601):
-        written.log.outage("api", "the API server does not answer", error="connection refused")
-        written.now += 1.0
-    assert len(written.lines()) == 3
-    written.log.recovered("api", "the API server answers again")
-    written.log.recovered("api", "the API server answers again")
-    assert written.lines()[3:] == ["INFO the API server answers again"]
-    written.log.outage("api", "the API server does not answer")
-    assert len(written.lines()) == 5
-
-
-def test_other_news_of_an_outage_is_written_but_not_without_end() -> None:
-    written = Written()
-    for _ in range(10):
-        written.log.outage("api", "connection refused")
-        written.log.outage("api", "timed out")
-        written.log.outage("configmap demo/x", "does not exist")
-    assert len(written.lines()) == 3
-    for number in range(1000):
-        written.log.outage("api", f"odd error {number}")
-    assert len(written.lines()) == 9
-
-
-def test_what_is_held_back_is_there_at_debug() -> None:
-    written = Written(level="debug")
-    written.log.outage("api", "timed out")
-    written.log.outage("api", "timed out")
-    assert [line.split(" ")[0] for line in written.lines()] == ["WARNING", "DEBUG"]
 
 
 def test_a_closed_stderr_ends_nothing() -> None:
@@ -792,9 +645,10 @@ def test_a_loader_from_missing_to_published(
     assert running.metric("process_resident_memory_bytes")[()] < 60e6
 
 
-def test_nothing_of_a_secret_is_told(
-    api: ApiServer, start_listening: Callable[..., Running]
+def test_nothing_of_a_secret_is_in_any_answer(
+    api: ApiServer, out: Path, start_listening: Callable[..., Running]
 ) -> None:
+    """Nor in the log; no digest either, by which guesses could be tested."""
     leaf = trustme.CA().issue_cert("web.example")
     cert = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
     key = leaf.private_key_pem.bytes()
@@ -805,6 +659,8 @@ def test_nothing_of_a_secret_is_told(
     said = "\n".join([*told, running.process.log])
     for line in key.splitlines()[1:-1]:
         assert line.decode() not in said
+    (file,) = (out / "current/sds").iterdir()
+    assert loader.file_of(file.read_bytes(), "").digest[:8] not in said
     (row,) = json.loads(told[-1])["files"]
     assert set(row) == {"path", "source", "state"}
 
@@ -876,7 +732,9 @@ def test_an_outage_is_quiet_and_ready(
     running.process.wait_log("warning")
     time.sleep(3)
     records = [json.loads(line) for line in running.process.lines]
-    assert 1 <= sum(record["level"] == "warning" for record in records) <= 2
+    warnings = [record["message"] for record in records if record["level"] == "warning"]
+    assert 1 <= len(warnings) <= 2
+    assert len(set(warnings)) == len(warnings), "each is written once"
     assert is_ready(running)
     assert "stale: " in ask(running.port, "/readyz").body
     api.start()
@@ -887,12 +745,18 @@ def test_an_outage_is_quiet_and_ready(
     assert (record["level"], record["message"], record["files"]) == ("info", "published", 1)
     assert "configmap demo/envoy-xds" in record["source"]
     wait_until(lambda: "stale" not in ask(running.port, "/readyz").body, 15, "not stale")
+    assert running.process.count_log("answered again") == 1
 
 
-def test_an_address_in_use_ends_the_loader(
-    api: ApiServer, listener: Any, run_loader: RunLoader
+def test_an_address_that_cannot_be_bound_ends_the_loader(
+    listener: Any, run_loader: RunLoader
 ) -> None:
-    done = run_loader("--watch", "--configmap", "x", "--listen", f"127.0.0.1:{listener.port}")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert f"cannot bind 127.0.0.1 port {listener.port}: Address already in use" in done.stderr
+    in_use = f"127.0.0.1:{listener.port}"
+    for address in (in_use, "no.such.host.invalid:1", "192.0.2.1:1", f"{'x' * 64}:1", "a..b:1"):
+        done = run_loader("--watch", "--configmap", "x", "--listen", address)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "--listen: cannot bind " in done.stderr
+        if address == in_use:
+            said = f"cannot bind 127.0.0.1 port {listener.port}: Address already in use"
+            assert said in done.stderr

@@ -1,9 +1,12 @@
-"""Where to go from what is published, and what Envoy's counts tell: pure functions, as tables."""
+"""Where to go from what is published, and what Envoy's counts tell: pure functions, as tables.
+
+What follows from a NACK is in test_interleavings.py, and on the real Envoy in test_ack_envoy.py and
+test_faults_envoy.py.
+"""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,23 +16,22 @@ import yaml
 from loader import (
     ACKED,
     CDS_COMMENT,
+    MIXED,
     NACKED,
+    PENDING,
     SERVICES_SOURCE,
     UNREAD,
     Counts,
     File,
     Known,
     Look,
-    Nack,
     after_end,
     after_look,
-    after_meeting,
     after_publication,
-    allowed,
     cluster_names,
+    discovery_response,
     element,
     file_of,
-    is_read,
     kind_of,
     mentioned,
     next_step,
@@ -37,13 +39,9 @@ from loader import (
     parse_stats,
     paths_in,
     resource_names,
-    response,
-    retried,
     rollback,
     same_files,
-    to_retry,
     united,
-    with_needed,
 )
 from tests.support import envoy as real
 
@@ -73,8 +71,8 @@ def yaml_cds(*names: str) -> File:
 
 
 def rendered(*names: str) -> File:
-    rows = [{"@type": CLUSTER, "name": name} for name in names]
-    content = response("yaml", CDS_COMMENT, CLUSTER, [element("yaml", row) for row in rows])
+    rows = [element("yaml", {"@type": CLUSTER, "name": name}) for name in names]
+    content = discovery_response("yaml", CDS_COMMENT, CLUSTER, rows)
     return file_of(content, SERVICES_SOURCE)
 
 
@@ -267,67 +265,6 @@ def test_children_are_noticed_first() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# After a NACK
-
-
-def nack(file: File, shown: File | None = None, *, stood: str = "") -> Nack:
-    return Nack(file.digest, (shown or file).digest, file.kind, "bad", frozenset(stood.split()))
-
-
-def test_a_nacked_file_keeps_its_acked_bytes_and_the_rest_goes_on() -> None:
-    desired = A | {"cds.yaml": cds("a", "bad"), "rds.yaml": rds("a", "a")}
-    files, notes = allowed(desired, A, A, {"cds.yaml": nack(desired["cds.yaml"])})
-    assert files == desired | {"cds.yaml": A["cds.yaml"]}
-    assert notes == ["cds.yaml: NACKed by Envoy, the last ACKed bytes stay"]
-    mended = desired | {"cds.yaml": cds("a", "good")}
-    assert allowed(mended, A, A, {"cds.yaml": nack(desired["cds.yaml"])}) == (mended, [])
-
-
-def test_routes_to_clusters_that_are_lacking_wait() -> None:
-    desired = A | {"cds.yaml": cds("a", "b"), "rds.yaml": rds("b"), "other.yaml": rds("a")}
-    files, notes = allowed(desired, A, A, {"cds.yaml": nack(desired["cds.yaml"])})
-    assert files == A | {"other.yaml": rds("a")}
-    assert notes[1:] == ["rds.yaml: waits for what Envoy NACKed"]
-
-
-def test_what_kept_routes_name_stays() -> None:
-    """Fault 1: their cluster would go."""
-    desired = A | {"cds.yaml": cds("b"), "rds.yaml": rds("b", "b")}
-    files, _ = allowed(desired, A, A, {"rds.yaml": nack(desired["rds.yaml"])})
-    assert cluster_names(files.values()) == {"a", "b"}
-    assert files["rds.yaml"] == A["rds.yaml"]
-    listeners = {"lds.yaml": nack(lds("new.yaml"))}
-    moved = {"cds.yaml": cds("a"), "new.yaml": rds("a"), "lds.yaml": lds("new.yaml")}
-    assert allowed(moved, A, A, listeners)[0]["rds.yaml"] == A["rds.yaml"]
-
-
-def test_a_new_file_that_was_nacked_is_not_routed_to() -> None:
-    eds_files = {"eds/b.json": text("broken", "eds"), "cds.yaml": on_eds("b")}
-    desired = A | eds_files | {"rds.yaml": rds("b")}
-    files, _ = allowed(desired, A, A, {"eds/b.json": nack(desired["eds/b.json"])})
-    assert files["rds.yaml"] == A["rds.yaml"]
-
-
-def test_rollback_takes_back_what_is_published() -> None:
-    bad = A | {"lds.yaml": lds("new.yaml"), "new.yaml": rds("a")}
-    del bad["rds.yaml"]
-    found = rollback(bad, A, {"lds.yaml": nack(bad["lds.yaml"])})
-    assert found is not None
-    assert found.files == A | {"new.yaml": rds("a")}, "with the file that it names"
-    assert rollback(A, A, {"lds.yaml": nack(bad["lds.yaml"])}) is None
-    assert rollback(bad, {}, {"lds.yaml": nack(bad["lds.yaml"])}) is None
-
-
-def test_a_file_without_a_source_stays_while_somebody_needs_it() -> None:
-    def kept(desired: Mapping[str, File], *read: str) -> set[str]:
-        return with_needed(desired, A, lambda path: path in read).keys() - desired.keys()
-
-    assert kept({"lds.yaml": A["lds.yaml"]}) == {"rds.yaml"}
-    assert kept({}, "lds.yaml") == {"lds.yaml", "rds.yaml"}, "and what it names"
-    assert kept({}) == set()
-
-
-# ---------------------------------------------------------------------------------------------
 # What one look tells
 
 
@@ -335,12 +272,10 @@ SCOPE = {"cds.yaml": "cluster_manager.cds", "rds.yaml": "http.ingress.rds.routes
 SCOPE |= {"lds.yaml": "listener_manager.lds"}
 
 
-def look(
-    counts: Mapping[str, tuple[int, int, int]], *, live: bool = True, hidden: str = ""
-) -> Look:
+def look(counts: Mapping[str, tuple[int, int, int]]) -> Look:
     """`{"cds": (attempt, success, failed)}`."""
     found = {SCOPE[f"{name}.yaml"]: Counts(*row) for name, row in counts.items()}
-    return Look(found, live, hidden)
+    return Look(found, True)
 
 
 ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
@@ -349,9 +284,9 @@ ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
 def met() -> Known:
     """Envoy has ACKed everything."""
     known, first = after_look(Known(), A, look(ONE))
-    assert set(first.pending) == set(A), "the first look of all is not believed"
+    assert set(first[PENDING]) == set(A), "the first look of all is not believed"
     known, outcome = after_look(known, A, look(ONE))
-    assert set(outcome.acks) == set(A)
+    assert set(outcome[ACKED]) == set(A)
     return known
 
 
@@ -370,51 +305,20 @@ def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
     known = after_publication(met(), A, new, new)
     known, outcome = after_look(known, new, look({**ONE, "rds": counts}))
     assert known.states.get("rds.yaml") == state
-    assert (outcome.mixed == ("rds.yaml",)) == (counts == (3, 2, 1))
+    assert (outcome[MIXED] == ["rds.yaml"]) == (counts == (3, 2, 1))
     assert known.acked["rds.yaml"] == (new if state == ACKED else A)["rds.yaml"]
-
-
-def test_one_of_two_subscriptions_is_not_enough() -> None:
-    new = A | {"rds.yaml": rds("b")}
-    known = after_publication(met(), A, new, new)
-    one = {"http.b.rds.routes": Counts(1, 1, 0)}
-    both = {**look({**ONE, "rds": (2, 2, 0)}).counts, **one}
-    known = known._replace(counts={**(known.counts or {}), **one})
-    known, outcome = after_look(known, new, Look(both, True))
-    assert outcome.pending == ("rds.yaml",)
-    both["http.b.rds.routes"] = Counts(2, 1, 1)
-    assert after_look(known, new, Look(both, True))[1].nacks == ("rds.yaml",)
-
-
-def test_what_nobody_reads_and_what_is_hidden() -> None:
-    files = A | {"eds/x.json": eds("x")}
-    known, _ = after_look(met(), files, look(ONE))
-    assert known.states["eds/x.json"] == UNREAD
-    known, outcome = after_look(met(), files, look(ONE, hidden="a stats_matcher"))
-    assert outcome.hidden == ("eds/x.json",)
-    assert "eds/x.json" not in known.states
 
 
 def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
     files = A | {"rds.yaml": text("{", "rds")}
     known, outcome = after_look(Known(doubt=False), files, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome.nacks == ("rds.yaml",)
+    assert outcome[NACKED] == ["rds.yaml"]
     other = text(real.response("routes", real.route_config({"a": 1}, "other")))
     more = files | {"new.yaml": other}
     known = after_publication(known, files, more, more)
     known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome.nacks == ()
+    assert outcome[NACKED] == []
     assert known.states["new.yaml"] == UNREAD
-
-
-def test_another_process_confirmed_nothing_yet() -> None:
-    known, first = after_look(after_meeting(met(), 1.0), A, look({}, live=False))
-    assert (known.states, set(first.pending)) == ({}, set(A))
-    assert known.acked == A, "what is rolled back to stays"
-    assert is_read(known, "rds.yaml"), "by the process before"
-    known, _ = after_look(known, A, look({**ONE, "lds": (1, 0, 1)}))
-    assert known.states["lds.yaml"] == NACKED
-    assert rollback(A, known.acked, known.nacks) is None, "there is nothing else"
 
 
 def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
@@ -422,45 +326,11 @@ def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
     known = after_publication(met(), A, bad, bad)
     known, blamed = after_end(known, bad, 100.0)
     assert blamed == ()
-    known, blamed = after_end(after_meeting(known, 105.0), bad, 116.0)
+    known, blamed = after_end(known._replace(back_at=105.0), bad, 116.0)
     assert blamed == (), "it ran for more than ten seconds"
-    known, blamed = after_end(after_meeting(known, 120.0), bad, 121.0)
+    known, blamed = after_end(known._replace(back_at=120.0), bad, 121.0)
     assert blamed == ("cds.yaml",)
     assert rollback(bad, known.acked, known.nacks) == (A, "rollback")
-
-
-def test_references_are_tried_again_when_what_they_need_is_there() -> None:
-    """Fault 2."""
-    wanted = A | {"rds.yaml": rds("late")}
-    known = met()._replace(nacks={"rds.yaml": nack(wanted["rds.yaml"], stood="a")})
-    assert retried(known, wanted, A).nacks
-    assert not retried(known, wanted, A | {"cds.yaml": cds("a", "late")}).nacks
-    # Without ACKed bytes they are published as they are: Envoy has to be notified again.
-    assert to_retry(known._replace(states={"rds.yaml": NACKED}), wanted) == []
-    assert to_retry(Known(states={"rds.yaml": NACKED}), wanted) == ["rds.yaml"]
-
-
-def test_a_thousand_eds_files_are_one_look() -> None:
-    """Fault 11: it took 0.19 s each time. Nor are those that go compared with all others."""
-    names = [f"c{i}" for i in range(1000)]
-    files = {f"eds/{name}.json": eds(name) for name in names} | {"cds.yaml": on_eds(*names)}
-    counts = {f"cluster.{name}": Counts(1, 1, 0) for name in names}
-    counts["cluster_manager.cds"] = Counts(1, 1, 0)
-    began = time.process_time()
-    known, _ = after_look(Known(doubt=False), files, Look(counts, True))
-    assert set(known.states.values()) == {ACKED}
-    changed = {**files, "eds/c5.json": eds("c5", 81)}
-    known = after_publication(known, files, changed, changed)
-    counts["cluster.c5"] = Counts(2, 2, 0)
-    first = time.process_time()
-    known, outcome = after_look(known, changed, Look(counts, True))
-    again = time.process_time()
-    assert outcome.acks == ("eds/c5.json",)
-    less = {path: files[path] for path in [*files][100:]} | {"cds.yaml": on_eds(*names[100:])}
-    assert len(with_needed(less, changed, lambda path: True)) == len(less)
-    assert first - began < 0.3
-    assert again - first < 0.02
-    assert time.process_time() - again < 0.3
 
 
 # ---------------------------------------------------------------------------------------------

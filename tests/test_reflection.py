@@ -29,7 +29,6 @@ from tests.support.tls import Authority
 MAPS = "/api/v1/namespaces/demo/configmaps"
 WATCH = ["--watch", "--configmap", "envoy-xds"]
 LIST = rf"GET {MAPS}\?(?!.*watch=)"  # a regex over Request.target
-EVERY = 0.1  # seconds between two polls
 
 
 def put(api: ApiServer, text: str, namespace: str = "demo") -> None:
@@ -63,20 +62,6 @@ def watching(start_loader: StartLoader, api: ApiServer, out: Path) -> Loader:
 
 
 # -- list
-
-
-def test_a_named_object_is_listed_by_field_selector(
-    run_loader: RunLoader, api: ApiServer, out: Path
-) -> None:
-    """So that RBAC by resourceNames suffices."""
-    api.rules = [Rule(["list", "watch", "get"], ["configmaps"], "demo", ["envoy-xds"])]
-    done = run_loader("--onetime", "--configmap", "envoy-xds")
-    assert done.returncode == 0, done.stderr
-    (request,) = api.requests
-    assert request.query["fieldSelector"] == "metadata.name=envoy-xds"
-    assert request.token == TOKEN
-    assert "watch" not in request.query
-    wait_text(out, "1")
 
 
 def test_resource_names_suffice_for_a_watch_too(
@@ -122,24 +107,11 @@ def test_pages_that_expire_are_listed_again(
     wait_files(out, {f"k{number}": "1" for number in range(1, 1200)})
 
 
-@pytest.mark.parametrize(
-    "fault", [k8s.Slow(64, 0.001), k8s.Stall(0.5)], ids=lambda f: type(f).__name__
-)
-def test_odd_but_right_answers(
-    run_loader: RunLoader, api: ApiServer, out: Path, fault: k8s.Fault
-) -> None:
-    api.fail_next(LIST, fault)
-    done = run_loader("--onetime", "--configmap", "envoy-xds")
-    assert done.returncode == 0, done.stderr
-    wait_text(out, "1")
-
-
-@pytest.mark.parametrize("code", [401, 403, 429, 500, 503])
 def test_a_transient_refusal_is_asked_again(
-    run_loader: RunLoader, api: ApiServer, out: Path, code: int
+    run_loader: RunLoader, api: ApiServer, out: Path
 ) -> None:
     """Right after its restart an API server refused a valid token, once, for some 20 ms."""
-    api.fail_next(LIST, k8s.failure(code, "Transient"))
+    api.fail_next(LIST, k8s.failure(403, "Transient"))
     done = run_loader("--onetime", "--configmap", "envoy-xds")
     assert done.returncode == 0, done.stderr
     wait_text(out, "1")
@@ -166,15 +138,6 @@ def test_a_refusal_is_not_final_for_a_sidecar(
     wait_text(out, "2", 15)
 
 
-def test_an_unreachable_server_is_named(run_loader: RunLoader, api: ApiServer, out: Path) -> None:
-    api.stop()
-    with within(4):
-        done = run_loader("--onetime", "--configmap", "envoy-xds", timeout=15)
-    assert done.returncode == 1
-    assert f"127.0.0.1:{api.port}" in done.stderr
-    assert not out.exists() or not (out / "..data").exists()
-
-
 def test_onetime_waits_for_an_api_server_that_comes_late(
     start_loader: StartLoader, api: ApiServer, out: Path
 ) -> None:
@@ -187,17 +150,6 @@ def test_onetime_waits_for_an_api_server_that_comes_late(
 
 
 # -- poll
-
-
-def test_polling_sees_changes_and_never_watches(
-    start_loader: StartLoader, api: ApiServer, out: Path
-) -> None:
-    start_loader("--configmap", "envoy-xds", "--sync-interval", f"{EVERY}s")
-    for text in "123":
-        put(api, text)
-        wait_text(out, text)
-    assert not api.requests.matching(is_watch)
-    assert len({request.connection for request in api.requests}) == 1
 
 
 def test_polling_goes_at_its_interval(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
@@ -285,21 +237,6 @@ def test_a_bookmark_is_a_version_and_nothing_else(
     wait_text(out, "2")
 
 
-def test_servers_end_watches_all_the_time(
-    start_loader: StartLoader, api: ApiServer, out: Path
-) -> None:
-    """Renewals are quick, resume where they were, and are no failure to be backed off from."""
-    start_loader(*WATCH)
-    wait_text(out, "1")
-    for number in range(10):
-        api.wait_watches(1)
-        api.bookmark()
-        api.close_watches()
-        put(api, f"n{number}")
-        wait_text(out, f"n{number}", 3)
-    assert len(api.requests.matching(lambda r: r.is_list and r.query.get("limit") != "1")) == 1
-
-
 def test_expired_in_the_stream_is_listed_again(watching: Loader, api: ApiServer, out: Path) -> None:
     api.stop()
     put(api, "2")
@@ -320,14 +257,7 @@ def test_expired_as_a_status_is_listed_again(watching: Loader, api: ApiServer, o
 
 
 @pytest.mark.parametrize(
-    "code, reason",
-    [
-        (410, "Expired"),
-        (410, "Gone"),
-        (500, "InternalError"),
-        (504, "Timeout"),
-        (429, "TooManyRequests"),
-    ],
+    "code, reason", [(410, "Expired"), (500, "InternalError"), (504, "Timeout")]
 )
 def test_error_events(watching: Loader, api: ApiServer, out: Path, code: int, reason: str) -> None:
     """None of them is an object; after each the truth is found again."""
@@ -352,32 +282,14 @@ def test_deletions_in_a_gap_are_seen(start_loader: StartLoader, api: ApiServer, 
     wait_files(out, {"a.yaml": "a", "c.yaml": "c"}, 10)
 
 
-def test_unknown_event_types_are_passed_over(
-    start_loader: StartLoader, api: ApiServer, out: Path
-) -> None:
+def test_unknown_event_types_are_passed_over(watching: Loader, api: ApiServer, out: Path) -> None:
     odd = b'{"type":"REFRESHED","object":{"kind":"ConfigMap","metadata":{"name":"envoy-xds",' \
           b'"namespace":"demo","resourceVersion":"7"},"data":{"rds.yaml":"odd"}}}\n'  # fmt: skip
-    api.fail_next("watch=", k8s.Stream([odd, b"\n", b'{"type":"ODD"}\n'], "watch"))
-    start_loader(*WATCH)
+    api.inject(odd + b"\n")
+    time.sleep(0.2)
     wait_text(out, "1")
-    api.wait_watches(1)
     put(api, "2")
     wait_text(out, "2", 10)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [b"no json\n", b"[]\n", b"null\n", b'{"type":"ADDED","object":null}\n', b'{"type":1}\n',
-     b'{"type":"MODIFIED","object":{"metadata":{}}}\n', b"\xff\xfe\n", b'{"type":"ADDED"'],
-)  # fmt: skip
-def test_garbage_in_a_watch(
-    start_loader: StartLoader, api: ApiServer, out: Path, line: bytes
-) -> None:
-    api.fail_next("watch=", k8s.Stream([line], "clean"))
-    start_loader(*WATCH)
-    wait_text(out, "1")
-    put(api, "2")
-    wait_text(out, "2", 5)
 
 
 def test_a_large_event_in_many_chunks(watching: Loader, api: ApiServer, out: Path) -> None:
@@ -395,12 +307,15 @@ def test_etcd_reset_is_noticed_soon_after_the_reconnect(
         put(api, f"n{number}")
     wait_text(out, "n29")
     old = {"kind": "ConfigMap", "metadata": {"name": "envoy-xds", "namespace": "demo"}}
+    asked = len(api.requests)
     api.stop()
     api.reset_etcd([{**old, "data": {"rds.yaml": "restored"}}])
+    time.sleep(0.3)
     api.start()
     wait_text(out, "restored", 10)
     put(api, "new")
     wait_text(out, "new", 5)
+    assert len(api.requests) - asked <= 5, api.requests[asked:]
 
 
 def test_etcd_reset_behind_a_graceful_restart(watching: Loader, api: ApiServer, out: Path) -> None:
@@ -471,18 +386,6 @@ def test_a_refused_token_is_read_again(
     wait_text(out, "2", 5)
 
 
-def test_a_token_file_replaced_by_rename_while_polling(
-    start_loader: StartLoader, api: ApiServer, out: Path, token_file: Path
-) -> None:
-    start_loader("--configmap", "envoy-xds", "--sync-interval", f"{EVERY}s")
-    wait_text(out, "1")
-    new = token_file.with_suffix(".new")
-    new.write_text("token-2\n")
-    api.tokens = {"token-1", "token-2"}
-    new.rename(token_file)
-    api.requests.wait_for(lambda request: request.token == "token-2")
-
-
 def test_no_token_where_none_is_needed(api: ApiServer, out: Path) -> None:
     """`kubectl proxy`: the service account's file is not there, and nobody asks for it."""
     from tests.support.loader import run
@@ -542,16 +445,6 @@ def test_an_encrypted_key_is_an_error_and_no_question(
     assert f"{locked}: not a usable certificate" in done.stderr
 
 
-def test_a_ca_file_that_is_missing_is_named(
-    run_loader: RunLoader, api_tls: ApiServer, tmp_path: Path
-) -> None:
-    missing = tmp_path / "missing.crt"
-    args = ("--onetime", "--configmap", "envoy-xds", "--apiserver", api_tls.url)
-    done = run_loader(*args, "--ca-file", str(missing), server=None)
-    assert done.returncode in (1, 2)
-    assert str(missing) in done.stderr
-
-
 def test_insecure_warns(run_loader: RunLoader, api_tls: ApiServer, out: Path) -> None:
     put(api_tls, "tls")
     args = ("--onetime", "--configmap", "envoy-xds", "--apiserver", api_tls.url, "-insecure")
@@ -594,7 +487,7 @@ def test_the_ca_rotates(
     wait_text(out, "2", 10)
 
 
-@pytest.mark.parametrize("how", [301, 302, 307, 308])
+@pytest.mark.parametrize("how", [301, 308])
 def test_a_bearer_token_follows_nobody(run_loader: RunLoader, api: ApiServer, how: int) -> None:
     with ApiServer() as elsewhere:
         put(elsewhere, "stolen")
@@ -641,14 +534,6 @@ def test_an_api_server_that_fails_is_not_hammered(
     assert second - first > 0.2
     assert third - second > 0.4
     assert len(api.requests) == 3
-
-
-def test_a_failed_connection_is_not_hammered_either(watching: Loader, api: ApiServer) -> None:
-    api.fail_next("GET", k8s.Drop(), times=1000)
-    before = len(api.requests)
-    api.close_watches(clean=False)
-    time.sleep(3)
-    assert len(api.requests) - before <= 10
 
 
 def test_watches_that_end_at_once_are_backed_off_from(watching: Loader, api: ApiServer) -> None:
@@ -710,34 +595,21 @@ def test_sighup_ends_a_pause(start_loader: StartLoader, api: ApiServer, out: Pat
     wait_text(out, "1")
 
 
-def test_a_failing_source_does_not_spam_the_log(start_loader: StartLoader, api: ApiServer) -> None:
-    api.fail_next("GET", k8s.failure(500, "InternalError"), times=1000)
-    loader = start_loader(*WATCH)
-    api.requests.wait_for(is_list, count=4, timeout=15)
-    assert len(loader.lines) <= len(api.requests) + 3
-
-
 # -- several sources
-
-
-def test_several_namespaces(start_loader: StartLoader, api: ApiServer, out: Path) -> None:
-    api.configmap("other", "more", {"cds.yaml": "1"})
-    start_loader(*WATCH, "--configmap", "other/more")
-    wait_files(out, {"rds.yaml": "1", "cds.yaml": "1"})
-    api.wait_watches(2)
-    api.configmap("other", "more", {"cds.yaml": "2"})
-    wait_files(out, {"rds.yaml": "1", "cds.yaml": "2"})
-    paths = {request.path for request in api.requests}
-    assert paths == {MAPS, "/api/v1/namespaces/other/configmaps"}
 
 
 def test_one_failing_source_does_not_stop_the_other(
     start_loader: StartLoader, api: ApiServer, out: Path
 ) -> None:
-    api.configmap("other", "more", {"cds.yaml": "1"})
+    """Each in a namespace of its own."""
+    api.configmap("other", "more", {"cds.yaml": "0"})
     start_loader(*WATCH, "--configmap", "other/more")
-    wait_files(out, {"rds.yaml": "1", "cds.yaml": "1"})
+    wait_files(out, {"rds.yaml": "1", "cds.yaml": "0"})
     api.wait_watches(2)
+    api.configmap("other", "more", {"cds.yaml": "1"})
+    wait_files(out, {"rds.yaml": "1", "cds.yaml": "1"})
+    paths = {request.path for request in api.requests}
+    assert paths == {MAPS, "/api/v1/namespaces/other/configmaps"}
     api.rules = [Rule(["list", "watch"], ["configmaps"], "demo")]
     api.close_watches()
     put(api, "2")
@@ -828,28 +700,6 @@ def test_a_file_of_endpoints_without_slices(
     assert failed.value.status == 404
 
 
-def test_a_file_says_where_else_an_object_is(tmp_path: Path) -> None:
-    path = tmp_path / "objects.json"
-    source = loader.FileSource(str(path), "demo")
-    named = loader.Query(loader.CONFIGMAPS, "demo", "envoy-xds")
-
-    def holding(*names: str) -> str:
-        keys = [name.split("/") for name in names]
-        path.write_text(json.dumps({"kind": "ConfigMapList", "items": [
-            {"metadata": {"namespace": namespace, "name": name}} for namespace, name in keys
-        ]}))  # fmt: skip
-        return source.elsewhere(named)
-
-    web = f"`{path}` holds configmap web/envoy-xds"
-    assert holding("web/envoy-xds", "web/other") == f"{web}; give --namespace web"
-    assert holding("web/envoy-xds", "a/envoy-xds") == f"`{path}` holds configmap a/envoy-xds, " \
-        "web/envoy-xds"  # fmt: skip
-    assert holding("demo/routes") == f"`{path}` holds configmap demo/routes"
-    assert holding() == ""
-    path.write_text("no JSON")
-    assert source.elsewhere(named) == ""
-
-
 # -- the end
 
 
@@ -882,8 +732,12 @@ def told_to_wait(api: ApiServer) -> None:
     api.close_watches()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("trouble", [quiet, frozen, stalled, half_a_body, away, told_to_wait])
+TROUBLES = [quiet, frozen, stalled, half_a_body, away, told_to_wait]
+
+
+@pytest.mark.parametrize(
+    "number, trouble", [(signal.SIGINT, quiet), *((signal.SIGTERM, each) for each in TROUBLES)]
+)
 def test_it_ends_within_a_second(
     watching: Loader, api: ApiServer, trouble: Callable[[ApiServer], None], number: int
 ) -> None:

@@ -135,13 +135,25 @@ def test_who_has_no_weight_takes_what_the_others_leave(
     assert loader.shares(weights) == wanted
 
 
-def test_one_annotation_is_a_canary_and_its_shares_are_named() -> None:
-    found = rendered(routed("demo/web", hosts="h"), routed("demo/web-2", hosts="h", weight="5"))
+def splits_in(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines about shares that were logged since the last look, all of them at INFO."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if " is split by weight" in line]
+    return [line.partition(" INFO ")[2] for line in lines]
+
+
+def test_one_annotation_is_a_canary_and_its_shares_are_named(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    raw = routed("demo/web", hosts="h"), routed("demo/web-2", hosts="h", weight="5")
+    found = rendered(*raw)
     assert routes(found) == {"h, h:*": ["/ -> demo/web/http=95, demo/web-2/http=5"]}
-    assert found.splits == (
-        "service demo/web: h/ is split by weight: demo/web/http 95, demo/web-2/http 5",
-    )
+    line = "service demo/web: h/ is split by weight: demo/web/http 95, demo/web-2/http 5"
+    assert {*splits_in(capfd)} == {line}
     assert not found.warnings
+    again = renderer()
+    for more, logged in (((), [line]), ((routed("demo/other", hosts="x"),), []), ((), [])):
+        again.render(objects_of(*raw, *more))
+        assert splits_in(capfd) == logged, "only where shares changed"
 
 
 def test_shares_are_logged_at_info(run_loader: RunLoader, tmp_path: Path) -> None:
@@ -382,7 +394,7 @@ def test_many_ports_and_endless_problems_are_one_line_too() -> None:
     assert "\n" not in "".join(found.warnings)
 
 
-def test_splits_of_many_are_one_line_for_each_service() -> None:
+def test_splits_of_many_are_one_line_for_each_service(capfd: pytest.CaptureFixture[str]) -> None:
     """Shares at 1,024 places, and weights that would sum up to more than Envoy reads."""
     many_hosts = ",".join(f"h{index}" for index in range(32))
     many_services = ",".join(f"s{index}" for index in range(32))
@@ -390,7 +402,7 @@ def test_splits_of_many_are_one_line_for_each_service() -> None:
     two = routed("demo/b", hosts=many_hosts, grpc=many_services, weight="5")
     found = renderer().render(objects_of(one, two))
     assert all(NO_SLICE in line for line in found.warnings)
-    [line] = found.splits
+    [line] = splits_in(capfd)
     assert line.startswith("service demo/a: h0/s10/ is split")
     assert line.endswith("; and 1019 more")
     crowd = [routed(f"demo/s{index}", hosts="h", weight="1000000") for index in range(5_000)]

@@ -6,11 +6,7 @@ import contextlib
 import gzip
 import http.client
 import json
-import os
-import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +17,6 @@ import pytest
 
 from tests.support import apiserver as k8s
 from tests.support.apiserver import ApiServer, Client
-from tests.support.loader import ROOT
 from tests.support.tls import Authority
 
 MAPS = "/api/v1/namespaces/demo/configmaps"
@@ -253,28 +248,6 @@ def test_the_end_of_a_watch(open_api: ApiServer, shortest: float, bookmarked: bo
     open_api.wait_watches(0)
 
 
-def test_watch_list(open_api: ApiServer) -> None:
-    open_api.configmap("demo", "a", {})
-    full = "sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true"
-    with Watch(open_api, full) as watch:
-        first, second = watch.event(), watch.event()
-        assert first is not None
-        assert second is not None
-        assert (first["type"], second["type"]) == ("ADDED", "BOOKMARK")
-        ended = second["object"]["metadata"]["annotations"]["k8s.io/initial-events-end"]
-        assert ended == "true"
-    with Watch(open_api, "sendInitialEvents=true") as watch:
-        assert watch.response.status == 422
-    open_api.watch_list = "off"
-    with Watch(open_api, full) as watch:
-        assert watch.response.status == 422
-    open_api.watch_list = "etcd34"
-    with Watch(open_api, full) as watch:
-        event = watch.event()
-        assert event is not None
-        assert event["object"]["code"] == 500
-
-
 def test_one_event_in_many_chunks(open_api: ApiServer) -> None:
     open_api.chunk_size = 1000
     with Watch(open_api, "resourceVersion=1") as watch:
@@ -336,12 +309,6 @@ def test_objects_change_over_http(open_api: ApiServer, client: Client) -> None:
         assert event is not None
         assert event["object"]["data"] == changed["data"] == {"x": "1", "z": "3"}
     assert client.request("POST", MAPS, {"metadata": {"name": "a"}})[0] == 409
-    stale = {"metadata": {"name": "a", "resourceVersion": "1"}}
-    assert client.request("PUT", f"{MAPS}/a", stale)[0] == 409
-    assert client.request("PUT", f"{MAPS}/a", {"data": {"k": "v"}})[1]["data"] == {"k": "v"}
-    patch = [{"op": "add", "path": "/data/l", "value": "w"}, {"op": "remove", "path": "/data/k"}]
-    kind = "application/json-patch+json"
-    assert client.request("PATCH", f"{MAPS}/a", patch, kind)[1]["data"] == {"l": "w"}
     assert client.request("DELETE", f"{MAPS}/a")[0] == 200
     code, body = client.request("GET", f"{MAPS}/a")
     assert (code, body["message"]) == (404, 'configmaps "a" not found')
@@ -470,19 +437,3 @@ def test_tls_and_client_certificates(tmp_path: Path) -> None:
         connection.close()
         with pytest.raises(ssl.SSLCertVerificationError):
             Client(api.url, ca_file=theirs.ca_file)
-
-
-def test_as_a_program(tmp_path: Path) -> None:
-    objects = tmp_path / "objects.json"
-    item = {"kind": "ConfigMap", "metadata": {"name": "a", "namespace": "demo"}, "data": {"k": "v"}}
-    objects.write_text(json.dumps({"kind": "List", "items": [item]}))
-    command = [sys.executable, "-m", "tests.support.apiserver", "--load", str(objects)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            client = Client(process.stdout.readline().strip())
-            assert client.request("GET", f"{MAPS}/a")[1]["data"] == {"k": "v"}
-            client.close()
-        finally:
-            os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(5) == 0

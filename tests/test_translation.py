@@ -71,8 +71,8 @@ def test_the_version_is_of_the_resources_alone() -> None:
         versions = {
             r.content_of(f"x.{fmt}", loader.file_of(content, ""))["version_info"]
             for content in (
-                loader.response(fmt, "one", "t", [loader.element(fmt, {"a": 1})]),
-                loader.response(fmt, "other", "t", [loader.element(fmt, {"a": 1})]),
+                loader.discovery_response(fmt, "one", "t", [loader.element(fmt, {"a": 1})]),
+                loader.discovery_response(fmt, "other", "t", [loader.element(fmt, {"a": 1})]),
             )
         }
         assert len(versions) == 1
@@ -584,7 +584,7 @@ def test_the_budget_is_a_sixteenth_of_the_instances(
     assert loader.inotify_budget(loader.Config()) == 8
     limit.write_text("8192\n")
     assert loader.inotify_budget(loader.Config()) == 512
-    assert loader.inotify_budget(loader.Config(eds_budget=3)) == 3
+    assert loader.inotify_budget(loader.Config(endpoint_eds_budget=3)) == 3
 
 
 # ------------------------------------------------------------------------------------------
@@ -916,7 +916,7 @@ def test_rendered_yaml_is_split_and_joined() -> None:
     assert other
 
     def joined(*clusters: bytes) -> bytes:
-        return loader.response("yaml", loader.CDS_COMMENT, loader.CLUSTER_TYPE, clusters)
+        return loader.discovery_response("yaml", loader.CDS_COMMENT, loader.CLUSTER_TYPE, clusters)
 
     assert list(split) == ["demo/a/http", "demo/b/http"]
     assert joined(*split.values()) == one.content

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tests.support.closing import Closing
 from tests.support.envoy import admin_connection
@@ -61,6 +62,32 @@ class Odd(Listener):
             client.recv(65536)
             client.sendall(self.answer)
             client.close()
+
+
+STATS = "cluster_manager.cds.update_attempt: 1\nlistener_manager.lds.update_attempt: 1\n"
+
+
+class FakeEnvoy(Listener):
+    """Answers like Envoy's admin interface, or as `answers` says: a body, or a way to send one."""
+
+    def __init__(self, **answers: str | Callable[[socket.socket], None]) -> None:
+        self.answers = {
+            "server_info": '"uptime_current_epoch": "1s"', "ready": "LIVE", "stats": STATS,
+            "config_dump": "{}", **answers,
+        }  # fmt: skip
+        self.asked: list[str] = []
+        super().__init__()
+
+    def serve(self, client: socket.socket) -> None:
+        while request := client.recv(65536):
+            path = re.split(r"[ ?]", request.decode())[1].strip("/")
+            self.asked.append(path)
+            answer = self.answers[path]
+            if isinstance(answer, str):
+                body = answer.encode()
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            else:
+                answer(client)
 
 
 class Relay(Listener):

@@ -8,13 +8,10 @@ resourceVersion, RBAC by resourceNames. On top of this come faults, one request 
         api.configmap("demo", "envoy-xds", {"rds.yaml": "..."})
         api.fail_next("GET /api/v1/.*watch=1", Stream([b'{"type":"ODD","object":{}}\\n']))
         api.requests.wait_for(is_watch, timeout=5)
-
-`python -m tests.support.apiserver --load objects.json` runs one as a process of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import gzip
@@ -24,7 +21,6 @@ import json
 import queue
 import re
 import select
-import signal
 import socket
 import ssl
 import sys
@@ -33,6 +29,7 @@ import time
 import urllib.parse
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -121,17 +118,10 @@ def to_json(value: object) -> bytes:
 
 def status_object(code: int, reason: str, message: str, **more: Any) -> Object:
     """A `Status`, the body of every failure (and the object of an ERROR event)."""
-    status: Object = {
-        "kind": "Status",
-        "apiVersion": "v1",
-        "metadata": {},
-        "status": "Failure",
-        "message": message,
-        "reason": reason,
-        "code": code,
-    }
-    status.update(more)
-    return status
+    return {
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+        "message": message, "reason": reason, "code": code, **more,
+    }  # fmt: skip
 
 
 def error_event(code: int, reason: str, message: str) -> bytes:
@@ -224,28 +214,18 @@ class Scope(NamedTuple):
 # The transcript
 
 
+@dataclass(eq=False)
 class Request:
     """One request as it came in. `status` is 0 until an answer begins (or for ever)."""
 
-    __slots__ = ("body", "connection", "headers", "method", "path", "query", "status", "time")
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        query: dict[str, str],
-        headers: dict[str, str],
-        connection: int,
-        body: bytes = b"",
-    ) -> None:
-        self.method = method
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.connection = connection
-        self.body = body
-        self.time = time.monotonic()
-        self.status = 0
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    connection: int
+    body: bytes = b""
+    status: int = 0
+    time: float = field(default_factory=time.monotonic)
 
     @property
     def target(self) -> str:
@@ -395,8 +375,7 @@ class Raw(NamedTuple):
 class Stream(NamedTuple):
     """A watch that answers 200 and these chunks, one each, as they are.
 
-    `then`: `clean` (the last chunk is there), `cut` (end of connection between chunks),
-    `midchunk` (within one), `silent` (open for ever) or `watch` (goes on as the true one).
+    `then`: `clean` (the last chunk is there), `cut` (end of connection) or `silent` (for ever).
     """
 
     chunks: Sequence[bytes]
@@ -596,22 +575,17 @@ class ApiServer(Closing):
         tls: ssl.SSLContext | None = None,
         tokens: Iterable[str] | None = None,
         rules: Iterable[Rule] | None = None,
-        port: int = 0,
-        start: bool = True,
     ) -> None:
         self.tls = tls
         self.tokens = None if tokens is None else set(tokens)
         self.rules = None if rules is None else list(rules)
-        self.user = "system:serviceaccount:demo:loader"
-        self._held = hold(port=port)  # nobody else gets the port while the server is away
+        self._held = hold()  # nobody else gets the port while the server is away
         self.port: int = self._held.getsockname()[1]
         self.missing_groups: set[str] = set()
         self.bookmark_interval = 60.0
         self.shortest_bookmarked = 10.0  # a watch of fewer seconds ends without a bookmark
         self.future_delay = 0.1  # the real one takes 3 s to say "Too large resource version"
         self.chunk_size = 0  # an event in chunks of so many bytes, 0: in one
-        self.latency = 0.0
-        self.watch_list = "on"  # "off": 422; "etcd34": an ERROR 500 in the stream
         self.requests = Transcript()
         self.connections_total = 0
         self._lock = threading.RLock()
@@ -630,8 +604,7 @@ class ApiServer(Closing):
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
         self._closing = threading.Event()
-        if start:
-            self.start()
+        self.start()
 
     # -- running
 
@@ -817,15 +790,10 @@ class ApiServer(Closing):
         ]
         metadata = _metadata(namespace, name, {"kubernetes.io/service-name": service})
         metadata["labels"].update(labels or {})
-        return self.put(
-            {
-                "kind": "EndpointSlice",
-                "metadata": metadata,
-                "addressType": address_type,
-                "endpoints": endpoints,
-                "ports": list(ports),
-            }
-        )
+        return self.put({
+            "kind": "EndpointSlice", "metadata": metadata, "addressType": address_type,
+            "endpoints": endpoints, "ports": list(ports),
+        })  # fmt: skip
 
     def node(self, name: str, labels: Mapping[str, str] | None = None) -> Object:
         return self.put({"kind": "Node", "metadata": _metadata("", name, labels)})
@@ -889,16 +857,13 @@ class ApiServer(Closing):
             watch.lines.put(_MIDCHUNK if midchunk else _CLEAN if clean else _ABRUPT)
         return len(watches)
 
-    def inject(self, line: bytes, match: Match = "", *, end: bool = False) -> int:
-        """Send bytes as a chunk on the open watches that match, and end them. How many."""
-        script = _Script(match, Drop())
+    def inject(self, line: bytes, *, end: bool = False) -> None:
+        """Send bytes as a chunk on every open watch, and end it properly if asked to."""
         with self._lock:
-            watches = [watch for watch in self._watches if script.matches(watch.request)]
-            for watch in watches:
+            for watch in self._watches:
                 watch.lines.put(line)
                 if end:
                     watch.lines.put(_CLEAN)
-        return len(watches)
 
     def bookmark(self) -> None:
         """Send a bookmark now on every watch that allows them."""
@@ -972,14 +937,11 @@ class ApiServer(Closing):
     def _open_watch(self, scope: Scope, request: Request) -> _Watch | bytes:
         """A registered watch with its backlog, or the line that says that it cannot be."""
         asked = request.query.get("resourceVersion", "")
-        initial = request.query.get("sendInitialEvents") in ("1", "true")
         with self._lock:
-            if asked in ("", "0") or initial:
+            if asked in ("", "0"):
                 watch = _Watch(scope, request, self._version)
                 for _, item in self._select(scope):
                     watch.lines.put(b'{"type":"ADDED","object":%s}\n' % item.json)
-                if initial:
-                    self._queue_bookmark(watch, {"k8s.io/initial-events-end": "true"})
             else:
                 since = int(asked)
                 if since < self._compacted:
@@ -1002,17 +964,13 @@ class ApiServer(Closing):
             self._watches.remove(watch)
             self._watches_changed.notify_all()
 
-    def _queue_bookmark(self, watch: _Watch, annotations: Object | None = None) -> None:
+    def _queue_bookmark(self, watch: _Watch) -> None:
         """Behind every event that it covers; a watch from the future never gets one."""
         with self._lock:
-            if not watch.bookmarks or watch.since > self._version:
-                return
-            if watch not in self._watches and annotations is None:
+            if not watch.bookmarks or watch.since > self._version or watch not in self._watches:
                 return
             resource = watch.scope.resource
             metadata: Object = {"resourceVersion": self.version, "creationTimestamp": None}
-            if annotations:
-                metadata["annotations"] = annotations
             obj = {"kind": resource.kind, "apiVersion": resource.api_version, "metadata": metadata}
             event = {"type": "BOOKMARK", "object": {**obj, **ZEROS.get(resource.kind, {})}}
             watch.lines.put(to_json(event) + b"\n")
@@ -1081,8 +1039,6 @@ class _Exchange:
         elif isinstance(fault, Slow):
             self.connection.pace = fault
         try:
-            if self.api.latency:
-                self.closing.wait(self.api.latency)
             self.answer()
             self.flush()
         except _Gone:
@@ -1148,8 +1104,6 @@ class _Exchange:
             return self.scripted_stream(self.fault)
         if not self.authenticated():
             return None
-        if self.discovery():
-            return None
         found = self.route()
         if found is None:
             return self.not_found()
@@ -1177,7 +1131,7 @@ class _Exchange:
     def verb(self, name: str) -> str:
         if self.request.is_watch:
             return "watch"
-        verbs = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
+        verbs = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
         return verbs.get(self.request.method, "get" if name else "list")
 
     def route(self) -> tuple[Resource, str, str] | None:
@@ -1211,16 +1165,12 @@ class _Exchange:
         return True
 
     def authorized(self, verb: str, resource: Resource, namespace: str, name: str) -> bool:
-        user = self.api.user
+        user, rules = "system:serviceaccount:demo:loader", self.api.rules
         if self.api.tokens is not None and self.request.token is None:
-            user, allowed = "system:anonymous", False
-        elif self.api.rules is None:
-            allowed = True
-        else:
-            allowed = any(
-                rule.allows(verb, resource.plural, namespace, name) for rule in self.api.rules
-            )
-        if allowed:
+            user = "system:anonymous"
+        elif rules is None or any(
+            rule.allows(verb, resource.plural, namespace, name) for rule in rules
+        ):
             return True
         where = f' in the namespace "{namespace}"' if namespace else " at the cluster scope"
         quoted = f' "{name}"' if name and verb not in ("list", "watch") else ""
@@ -1232,29 +1182,6 @@ class _Exchange:
             details={"group": resource.group, "kind": resource.plural},
         )
         return False
-
-    # -- discovery, so that kubectl works too
-
-    def discovery(self) -> bool:
-        path = self.request.path.rstrip("/")
-        groups = sorted({r.group for r in RESOURCES if r.group} - self.api.missing_groups)
-        if path in ("/healthz", "/readyz", "/livez"):
-            self.reply(200, b"ok", {"Content-Type": "text/plain; charset=utf-8"})
-        elif path == "/version":
-            self.reply(200, to_json({"major": "1", "minor": "36", "gitVersion": "v1.36.2"}))
-        elif path == "/api":
-            self.reply(200, to_json({"kind": "APIVersions", "versions": ["v1"]}))
-        elif path == "/apis":
-            named = [(g, {"groupVersion": f"{g}/v1", "version": "v1"}) for g in groups]
-            listed = [{"name": g, "versions": [v], "preferredVersion": v} for g, v in named]
-            body = {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
-            self.reply(200, to_json(body))
-        elif path == "/api/v1" or path in [f"/apis/{group}/v1" for group in groups]:
-            group = path.split("/")[2] if path.startswith("/apis") else ""
-            self.reply(200, to_json(_resource_list(group)))
-        else:
-            return False
-        return True
 
     # -- lists
 
@@ -1270,8 +1197,6 @@ class _Exchange:
                 return self.refuse(400, "BadRequest", f"invalid resource version: {asked!r}")
             if int(asked) > int(api.version):
                 return self.too_large(asked)
-            if query.get("resourceVersionMatch") == "Exact" and int(asked) < api._compacted:
-                return self.expired("The provided resource version is too old.")
         with api._lock:
             return self.page(scope, int(api.version), api._select(scope))
 
@@ -1313,15 +1238,10 @@ class _Exchange:
                 return self.page(scope, int(self.api.version), rest)
             page = self.api._pages.get((scope.resource.plural, token))
         if page is None:
-            return self.expired(
-                "The provided continue parameter is too old to display a consistent list result.",
-                base64.b64encode(to_json({**wanted, "fresh": True})).decode(),
-            )
+            fresh = base64.b64encode(to_json({**wanted, "fresh": True})).decode()
+            too_old = "The provided continue parameter is too old to display a consistent list"
+            return self.refuse(410, "Expired", f"{too_old} result.", metadata={"continue": fresh})
         return self.page(scope, *page)
-
-    def expired(self, message: str, token: str = "") -> None:
-        metadata = {"continue": token} if token else {}
-        self.refuse(410, "Expired", message, metadata=metadata)
 
     def get(self, scope: Scope, key: Key) -> None:
         found = self.api._objects[scope.resource].get(key)
@@ -1337,6 +1257,7 @@ class _Exchange:
     # -- writes
 
     def write(self, verb: str, scope: Scope, key: Key) -> None:
+        """Creations, deletions and merge patches: what kubectl is imitated with."""
         resource, api = scope.resource, self.api
         try:
             body = json.loads(self.request.body) if self.request.body else {}
@@ -1350,31 +1271,13 @@ class _Exchange:
                     message = f'{resource.plural} "{name.name}" already exists'
                     return self.refuse(409, "AlreadyExists", message)
                 return self.store(resource, name, body, 201)
+            if current is None:
+                return self.missing(resource, key)
             if verb == "delete":
-                if current is None:
-                    return self.missing(resource, key)
                 api.delete(resource.kind, key.namespace, key.name)
                 success = {"kind": "Status", "apiVersion": "v1", "status": "Success"}
                 return self.reply(200, to_json(success))
-            kind = self.request.headers.get("content-type", "").partition(";")[0]
-            if verb == "patch" and current is None and "apply-patch" not in kind:
-                return self.missing(resource, key)
-            if verb == "patch":
-                old = current.object if current else {}
-                patched = (
-                    json_patch(old, body) if kind == "application/json-patch+json"
-                    else merge_patch(old, body)
-                )  # fmt: skip
-                return self.store(resource, key, patched, 200)
-            asked = body.get("metadata", {}).get("resourceVersion")
-            if current is not None and asked not in (None, str(current.version)):
-                message = (
-                    f'Operation cannot be fulfilled on {resource.plural} "{key.name}": the object '
-                    "has been modified; please apply your changes to the latest version and try "
-                    "again"
-                )
-                return self.refuse(409, "Conflict", message)
-            return self.store(resource, key, body, 200 if current else 201)
+            return self.store(resource, key, merge_patch(current.object, body), 200)
 
     def store(self, resource: Resource, key: Key, obj: Object, status: int) -> None:
         if not key.name:
@@ -1392,17 +1295,6 @@ class _Exchange:
         asked = query.get("resourceVersion", "")
         if asked and not asked.isdigit():
             return self.refuse(400, "BadRequest", f"invalid resource version: {asked!r}")
-        if "sendInitialEvents" in query:
-            forbidden = self.api.watch_list == "off" or (
-                query.get("resourceVersionMatch") != "NotOlderThan"
-            )
-            if forbidden:
-                message = "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch"
-                return self.refuse(422, "Invalid", f"ListOptions.meta.k8s.io is invalid: {message}")
-            if self.api.watch_list == "etcd34":
-                self.begin_stream()
-                self.chunk(error_event(500, "InternalError", "watch-list needs a newer etcd"))
-                return self.end_stream()
         opened = self.api._open_watch(scope, self.request)
         try:
             self.begin_stream()
@@ -1479,55 +1371,11 @@ class _Exchange:
             self.connection.send(b"", b"%x\r\n%s\r\n" % (len(piece), piece))
         if script.then == "clean":
             self.end_stream()
-        elif script.then == "cut":
-            raise _Gone
-        elif script.then == "midchunk":
-            self.connection.send(b'ff\r\n{"type":"MODIFIED","obj')
-            raise _Gone
         elif script.then == "silent":
             self.silence(1e9)
-        elif script.then == "watch":
-            self.go_on_watching()
         else:
-            raise AssertionError(script.then)
-
-    def go_on_watching(self) -> None:
-        found = self.route()
-        assert found is not None
-        resource, namespace, name = found
-        labels = label_selector(self.request.query.get("labelSelector", ""))
-        fields = dict(field_selector(self.request.query.get("fieldSelector", "")))
-        if name:
-            fields["metadata.name"] = name
-        opened = self.api._open_watch(Scope(resource, namespace, labels, fields), self.request)
-        assert isinstance(opened, _Watch)
-        try:
-            self.pump(opened)
-        finally:
-            self.api._close_watch(opened)
-
-
-def _resource_list(group: str) -> Object:
-    verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
-    resources = [
-        {
-            "name": r.plural,
-            "singularName": r.kind.lower(),
-            "namespaced": r.namespaced,
-            "kind": r.kind,
-            "verbs": verbs,
-            "shortNames": {"configmaps": ["cm"], "services": ["svc"]}.get(r.plural, []),
-        }
-        for r in RESOURCES
-        if r.group == group
-    ]
-    version = f"{group}/v1" if group else "v1"
-    return {
-        "kind": "APIResourceList",
-        "apiVersion": "v1",
-        "groupVersion": version,
-        "resources": resources,
-    }
+            assert script.then == "cut"
+            raise _Gone
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -1543,25 +1391,8 @@ def merge_patch(target: Any, patch: Any) -> Any:
     return result
 
 
-def json_patch(target: Object, operations: Any) -> Object:
-    """The part of RFC 6902 that people type: add, replace and remove in objects."""
-    result: Object = json.loads(json.dumps(target))
-    for operation in operations:
-        *path, last = [
-            part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]
-        ]
-        place = result
-        for part in path:
-            place = place.setdefault(part, {})
-        if operation["op"] == "remove":
-            place.pop(last, None)
-        else:
-            place[last] = operation["value"]
-    return result
-
-
 # ---------------------------------------------------------------------------------------------
-# A client, and the server as a program
+# A client
 
 
 class Client:
@@ -1611,43 +1442,3 @@ class Client:
 
     def close(self) -> None:
         self._http.close()
-
-
-def _load(path: str) -> list[Object]:
-    """Objects of a file: one, a JSON array, or a `List`."""
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
-    if isinstance(content, dict):
-        content = content.get("items", [content])
-    objects: list[Object] = content
-    return objects
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A small Kubernetes API server on loopback.")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--load", action="append", default=[], metavar="FILE")
-    parser.add_argument("--token", action="append", help="accepted; without any, all are")
-    parser.add_argument("--tls-dir", type=Path, help="makes a CA there (ca.crt) and serves TLS")
-    parser.add_argument("--bookmark-interval", type=float, default=60.0)
-    options = parser.parse_args(argv)
-    tls = None
-    if options.tls_dir:
-        from tests.support.tls import Authority
-
-        tls = Authority(options.tls_dir).server_context()
-    done = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: done.set())
-    with ApiServer(tls=tls, tokens=options.token, port=options.port) as api:
-        api.bookmark_interval = options.bookmark_interval
-        for path in options.load:
-            for obj in _load(path):
-                api.put(obj)
-        print(api.url, flush=True)
-        done.wait()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

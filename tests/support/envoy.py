@@ -116,23 +116,16 @@ def dynamic_resources(cds: Config | None = None, lds: Config | None = None) -> C
     return {"dynamic_resources": {key: value for key, value in found.items() if value}}
 
 
-def http_listener(
-    port: int, routes: Config, *, name: str = "ingress", filters: Sequence[Config] = ()
-) -> Config:
+EXTENSIONS = "type.googleapis.com/envoy.extensions.filters."
+
+
+def http_listener(port: int, routes: Config, *, name: str = "ingress") -> Config:
     """A listener resource; `routes` is `rds_routes(...)` or `{"route_config": ...}`."""
+    router = {"@type": f"{EXTENSIONS}http.router.v3.Router"}
     manager: Config = {
-        "@type": "type.googleapis.com/envoy.extensions.filters.network."
-        "http_connection_manager.v3.HttpConnectionManager",
+        "@type": f"{EXTENSIONS}network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": name,
-        "http_filters": [
-            *filters,
-            {
-                "name": "envoy.filters.http.router",
-                "typed_config": {
-                    "@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"
-                },
-            },
-        ],
+        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": router}],
         **routes,
     }
     chain = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
@@ -184,12 +177,8 @@ def route_config(weights: Mapping[str, int], name: str = "routes") -> Config:
     else:
         clusters = [{"name": cluster, "weight": weight} for cluster, weight in weights.items()]
         action = {"weighted_clusters": {"clusters": clusters}}
-    host = {
-        "name": "all",
-        "domains": ["*"],
-        "routes": [{"match": {"prefix": "/"}, "route": action}],
-    }
-    return {"name": name, "virtual_hosts": [host]}
+    routes = [{"match": {"prefix": "/"}, "route": action}]
+    return {"name": name, "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]}
 
 
 TYPES = {
@@ -210,19 +199,10 @@ def response(kind: str, *resources: Config, version: str = "") -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def runtime_layers(symlink_root: Path | str, subdirectory: str = "") -> Config:
-    """A disk layer below an admin layer; merge it into the bootstrap."""
-    disk: Config = {"symlink_root": str(symlink_root)}
-    if subdirectory:
-        disk["subdirectory"] = subdirectory
-    layers = [{"name": "disk", "disk_layer": disk}, {"name": "admin", "admin_layer": {}}]
-    return {"layered_runtime": {"layers": layers}}
-
-
 def bootstrap(
     *parts: Config, listeners: Sequence[Config] = (), clusters: Sequence[Config] = ()
 ) -> Config:
-    """Static resources, and parts such as `dynamic_resources(...)` or `runtime_layers(...)`."""
+    """Static resources, and parts such as `dynamic_resources(...)`."""
     result: Config = {"static_resources": {"listeners": [*listeners], "clusters": [*clusters]}}
     for part in parts:
         result.update(part)
@@ -258,7 +238,6 @@ class Envoy:
         config: Config | str,
         base_dir: Path,
         *,
-        concurrency: int = 1,
         log_level: str = "info",
         args: Sequence[str] = (),
         start: bool = True,
@@ -281,7 +260,7 @@ class Envoy:
         self.command = [
             binary or envoy_path(),
             *("-c", str(self.config_file)),
-            *("--concurrency", str(concurrency)),
+            *("--concurrency", "1"),
             *("--log-path", str(self.log_file)),
             *("--log-level", log_level),
             "--disable-hot-restart",
@@ -426,10 +405,6 @@ class Envoy:
                 raise TimeoutError(f"{name} is {value!r} after {timeout} s:\n{self.log_tail()}")
             time.sleep(0.005)
 
-    def config_dump(self, query: str = "include_eds") -> Config:
-        result: Config = json.loads(self.admin(f"/config_dump?{query}"))
-        return result
-
     def clusters(self) -> dict[str, list[Config]]:
         """The hosts that Envoy has, by cluster."""
         found = json.loads(self.admin("/clusters?format=json")).get("cluster_statuses", [])
@@ -440,9 +415,3 @@ class Envoy:
         found = json.loads(self.admin("/listeners?format=json")).get("listener_statuses", [])
         ports = {one["name"]: one["local_address"]["socket_address"]["port_value"] for one in found}
         return ports
-
-    @property
-    def uptime_epoch(self) -> str:
-        """Differs after a restart."""
-        info = json.loads(self.admin("/server_info"))
-        return f"{self.pid}/{info['hot_restart_version']}"

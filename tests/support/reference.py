@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import loader
@@ -148,7 +149,8 @@ def escaped(text: str) -> str:
 def option_row(option: loader.Option) -> str:
     value = f" {escaped(option.metavar)}" if option.metavar else ""
     text = escaped(option.help) + "; repeatable" * option.repeats
-    default = f"`{option.default}`" if option.default.startswith(("/", "0", "1", "-")) else ""
+    shown = re.fullmatch("[-/0-9][^ ]*", option.default)
+    default = f"`{option.default}`" if shown else ""
     default = default or option.default
     return f"| `--{option.name}{value}` | {text} | {default} |"
 

@@ -43,9 +43,6 @@ class Upstreams(Envoy):
         host = {"name": "all", "domains": ["*"], "routes": [route]}
         return http_listener(port, {"route_config": {"virtual_hosts": [host]}}, name=name)
 
-    def name_of(self, port: int) -> str:
-        return f"v{self.ports.index(port)}"
-
 
 ACCESS_LOG = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog"
 

@@ -136,15 +136,6 @@ ANNOTATION = "xds-loader/"
 MERGE = "application/merge-patch+json"
 
 
-def service_of(name: str, *, weight: int | None = None) -> Config:
-    metadata: Config = {"name": name, "labels": {"app": "shop"}}
-    if weight is not None:
-        metadata["annotations"] = route_annotations(weight)
-    ports = [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}]
-    spec = {"type": "ClusterIP", "clusterIP": "10.0.0.1", "ports": ports}
-    return {"kind": "Service", "apiVersion": "v1", "metadata": metadata, "spec": spec}
-
-
 def route_annotations(weight: int | None) -> dict[str, str | None]:
     """The annotations of a Service that is routed to, or (null) those to take away."""
     if weight is None:
@@ -171,7 +162,8 @@ class Shop:
                 ports = [{"name": "http", "port": spec.port, "protocol": "TCP"}]
                 self.api.endpointslice(self.namespace, f"{name}-x", name, ["127.0.0.1"], ports)
             if name not in self.world.clusters:
-                self.api.put(self._in_namespace(service_of(name)))
+                ports = [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}]
+                self.api.service(self.namespace, name, ports, {"app": "shop"})
 
     def switch(self, wanted: World) -> None:
         """Routes to what came, then none to what goes, which is deleted: one call after another."""
@@ -201,9 +193,6 @@ class Shop:
         path = f"/api/v1/namespaces/{self.namespace}/services/{name}"
         status, answer = self.client.request("PATCH", path, patch, MERGE)
         assert status == 200, answer
-
-    def _in_namespace(self, obj: Config) -> Config:
-        return {**obj, "metadata": {**obj["metadata"], "namespace": self.namespace}}
 
 
 def populated(files: Mapping[str, bytes], cds: str) -> set[str]:
