@@ -39,7 +39,7 @@ from tests.support.envoy import (
     response,
     route_config,
 )
-from tests.support.loader import wait_files
+from tests.support.loader import Loader, wait_files
 from tests.support.ports import held_port
 from tests.support.tls import Authority
 
@@ -70,6 +70,13 @@ class World(NamedTuple):
         assert self.run("--onetime", "--configmap=envoy-xds").returncode == 0
         listener = http_listener(held_port(), rds_routes(file_source(self.out / reads)))
         return self.envoy(bootstrap(listeners=[listener]))
+
+    def asking(self, envoy: Envoy) -> Loader:
+        """A loader that asks this Envoy, and watches."""
+        admin = ["--envoy-admin", envoy.admin_url]
+        sidecar = self.start("--watch", "--configmap=envoy-xds", *admin)
+        self.api.wait_watches(1)
+        return sidecar
 
 
 @pytest.fixture
@@ -199,9 +206,7 @@ def edited(world: World) -> str:
 
 @symptom
 def refused(world: World) -> str:
-    envoy = world.with_envoy()
-    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
-    world.api.wait_watches(1)
+    sidecar = world.asking(world.with_envoy())
     world.put(rds_yaml=routes(204, domains=["*", "*"]))
     sidecar.wait_log("rollback.*ack=yes")
     sidecar.wait_log("last ACKed bytes stay")
@@ -222,9 +227,7 @@ def first_refused(world: World) -> str:
 
 @symptom
 def renamed(world: World) -> str:
-    envoy = world.with_envoy()
-    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
-    world.api.wait_watches(1)
+    sidecar = world.asking(world.with_envoy())
     world.put(rds_yaml=routes(204))
     sidecar.wait_log("ack=yes")  # now the loader knows who reads it
     world.put(routes_yaml=routes())
@@ -246,9 +249,7 @@ def hidden(world: World) -> str:
 
 @symptom
 def typo(world: World) -> str:
-    envoy = world.with_envoy()
-    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
-    world.api.wait_watches(1)
+    sidecar = world.asking(world.with_envoy())
     world.put(rds_yaml=routes(204))
     sidecar.wait_log("ack=yes")  # only now there is a count to compare with
     world.put(rds_yaml=routes(204, retry_polcy={"num_retries": 1}))
@@ -258,9 +259,7 @@ def typo(world: World) -> str:
 
 @symptom
 def unread(world: World) -> str:
-    envoy = world.with_envoy()
-    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
-    world.api.wait_watches(1)
+    sidecar = world.asking(world.with_envoy())
     other = response("routes", route_config({"x": 1}, "others"))
     world.put(rds_yaml=routes(), other_yaml=other)
     sidecar.wait_log("unread=other.yaml")
@@ -296,9 +295,7 @@ def mismatched_pair(world: World) -> str:
 
 
 def test_an_unquoted_version_is_nacked(world: World) -> None:
-    envoy = world.with_envoy()
-    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
-    world.api.wait_watches(1)
+    sidecar = world.asking(world.with_envoy())
     text = yaml.safe_dump({"version_info": 1, **json.loads(routes(204))}, sort_keys=False)
     world.put(rds_yaml=text)
     sidecar.wait_log("NACKed rds.yaml")
@@ -321,8 +318,7 @@ def test_a_port_in_host_is_another_domain(start_envoy: StartEnvoy) -> None:
 
 def test_a_route_to_no_cluster_is_accepted(world: World) -> None:
     envoy = world.with_envoy()
-    sidecar = world.start("--watch", "--configmap=envoy-xds", "--envoy-admin", envoy.admin_url)
-    world.api.wait_watches(1)
+    sidecar = world.asking(envoy)
     world.put(rds_yaml=response("routes", route_config({"no-such": 1})))
     sidecar.wait_log("published.*ack=yes")
     (port,) = envoy.listeners().values()
