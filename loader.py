@@ -712,6 +712,16 @@ class FileSource:
                 keep(item)
         return ""
 
+    def elsewhere(self, query: Query) -> str:
+        """Where the named object of a query is, which is not where it was looked for; or ""."""
+        kind, keys = query.resource.kind, []
+        with contextlib.suppress(LoaderError):
+            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
+        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
+
     def _objects(self) -> Sequence[dict[str, Json]]:
         """All objects of the file, each with a namespace if its kind has one."""
         stdin = self._path == "-"
@@ -2211,6 +2221,8 @@ class Sources:
             self._kept[named] = files
         elif named not in self._kept:
             wanted.missing.append(source)
+            if self._file and not bad and (hint := self._file.elsewhere(query)):
+                wanted.notes.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
             wanted.notes.append(f"{source} {state}: its last files stay published")

@@ -700,6 +700,28 @@ def test_a_file_of_endpoints_without_slices(
     assert failed.value.status == 404
 
 
+def test_a_file_says_where_else_an_object_is(tmp_path: Path) -> None:
+    path = tmp_path / "objects.json"
+    source = loader.FileSource(str(path), "demo")
+    named = loader.Query(loader.CONFIGMAPS, "demo", "envoy-xds")
+
+    def holding(*names: str) -> str:
+        keys = [name.split("/") for name in names]
+        path.write_text(json.dumps({"kind": "ConfigMapList", "items": [
+            {"metadata": {"namespace": namespace, "name": name}} for namespace, name in keys
+        ]}))  # fmt: skip
+        return source.elsewhere(named)
+
+    web = f"`{path}` holds configmap web/envoy-xds"
+    assert holding("web/envoy-xds", "web/other") == f"{web}; give --namespace web"
+    assert holding("web/envoy-xds", "a/envoy-xds") == f"`{path}` holds configmap a/envoy-xds, " \
+        "web/envoy-xds"  # fmt: skip
+    assert holding("demo/routes") == f"`{path}` holds configmap demo/routes"
+    assert holding() == ""
+    path.write_text("no JSON")
+    assert source.elsewhere(named) == ""
+
+
 # -- the end
 
 
