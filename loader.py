@@ -351,7 +351,14 @@ class Api:
                 self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
                 response = connection.getresponse()
                 status = response.status
-                body = b"" if status == 200 and verb == "watch" else body_of(response)
+                body = b""
+                try:
+                    if status != 200 or verb != "watch":
+                        body = body_of(response)
+                except BROKEN:
+                    if status == 200:
+                        raise
+                    self._connection.close()  # of an error the status tells enough
         except BROKEN as error:
             self._connection.close()
             text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
@@ -383,9 +390,10 @@ class Api:
         other text of a server is shown: it may echo the request, token and all."""
         path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
+        where = query.place or " in all namespaces"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name}{query.place}{sent}",
+            403: f"; grant the service account {verb} on {query.resource.name}{where}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
             **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
@@ -607,7 +615,8 @@ class Reflector(threading.Thread):
         changed = not self.synced or bad != self.bad or objects != self._objects
         self._objects, self.bad, self._version, self.synced = objects, bad, version, True
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
-        self._recovered()
+        if self.absent or not self._api:  # else the watch may fail yet
+            self._recovered()
         if changed:
             self._wake("objects")
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
@@ -755,7 +764,7 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     objects = []
     for value in values:  # which grows by the items of lists
         kind, items = text_at(value, "kind"), value.get("items") or []
-        if not kind or not isinstance(items, list):
+        if not kind or (kind.endswith("List") and not isinstance(items, list)):
             raise ValueError("holds something that is not a Kubernetes object")
         if kind.endswith("List"):
             values += [{"kind": kind.removesuffix("List"), **json_object(item)} for item in items]
@@ -1438,8 +1447,12 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        if not (found.ports and all(number for _, number in found.ports)):
-            yield f"endpoints of slice {found.name} are left out: it needs ports with numbers"
+        where = f"endpoints of slice {found.name} are left out"
+        if not found.ports:
+            yield f"{where}: it has no ports"
+        for cluster in clusters:
+            if (cluster.port.name, 0) in found.ports:
+                yield f"{where}: its port {cluster.port.label} has no number"
     there = {found.family for found in used}
     if there and not there & set(clusters[0].families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
@@ -2653,7 +2666,7 @@ class Output:
             if self._is_ours(path):
                 os.unlink(self._path(CURRENT, path))
         self._links.difference_update(gone)
-        self._own_parents(CURRENT, files.keys() - self.published.keys())
+        self._own_parents(CURRENT, changed)
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published, self.switched_at = name, files, time.time()
         self._before = before if before != name else self._before
@@ -4125,7 +4138,7 @@ class Loop:
     def composed(self) -> Wanted:
         """The complete files of a one-time run; LoaderError where there will be none."""
         patient = self.options.timeout > 0
-        deadline = self._deadline + (0.0 if patient else ONE_TRY_SECONDS)
+        deadline = self._deadline if patient else time.monotonic() + ONE_TRY_SECONDS
         while not self.stopping:
             wanted, trouble = self._compose(), self.sources.trouble()
             if wanted.complete:
@@ -4209,6 +4222,7 @@ class Loop:
             self.note("disk", [self._disk_trouble(error)])
             self._retry_at = time.monotonic() + self._backoff
             self._backoff = min(2 * self._backoff, BACKOFF_LAST)
+            self._step_at = 0.0  # it does not wait for its time, but for the disk
 
     def _disk_trouble(self, error: OSError) -> str:
         hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
@@ -4939,9 +4953,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         words = command_line_words(arguments)
-        if "help" in words or "version" in words:
+        wanted = [name for name in ("help", "version")
+                  if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
+        if wanted:
             version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([(help_text() if "help" in words else version).encode()])
+            print_out([(help_text() if "help" in wanted else version).encode()])
             return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:

@@ -76,6 +76,17 @@ def test_version(option: str) -> None:
     assert loader.__version__ in done.stdout.split()
 
 
+@pytest.mark.parametrize("option", ["--version", "-help"])
+def test_help_and_version_are_switches_as_in_go(option: str) -> None:
+    """An init container that printed its version instead of files would count as a success."""
+    done = run([f"{option}=false", "--from-file", "/nope"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nothing to load" in done.stderr
+    done = run([f"{option}=maybe"])
+    assert done.returncode == 2
+    assert "is not true or false" in done.stderr
+
+
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_help_and_version_win_over_bad_values(option: str) -> None:
     env = {"XDS_LOADER_TIMEOUT": "30", "XDS_LOADER_VERSION": "false"}

@@ -437,6 +437,23 @@ def test_directories_in_current_are_never_removed_even_when_empty(
     assert inodes(out, ".", "eds", "x", "x/y") == before
 
 
+@pytest.mark.parametrize("gone", ["removed", "a link to another directory"])
+def test_a_directory_that_somebody_took_away_is_made_again(
+    output: loader.Output, out: Path, tmp_path: Path, gone: str
+) -> None:
+    """With the change of a file in it, which follows no link out of `current/`."""
+    publish(output, {"eds/a.yaml": "1"})
+    place, other = out / "current/eds", tmp_path / "other"
+    other.mkdir()
+    place.rename(tmp_path / "away")
+    if gone != "removed":
+        place.symlink_to(other)
+    publish(output, {"eds/a.yaml": "2"})
+    assert not place.is_symlink()
+    assert texts(out) == {"eds/a.yaml": "2"}
+    assert not list(other.iterdir())
+
+
 def test_a_file_becomes_a_directory(output: loader.Output, out: Path) -> None:
     """`--configmap flags` with a key `runtime` becomes `--configmap flags:runtime`."""
     publish(output, {"runtime": "1", "k": "1"})

@@ -246,11 +246,11 @@ def test_endpoints(slices: list[Object], config: Object, wanted: list[str], mode
     [
         (
             [{**endpoint_slice("demo/web", endpoint("10.0.0.1")), "ports": None}],
-            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
+            "endpoints of slice web-ipv4 are left out: it has no ports",
         ),
         (
             [endpoint_slice("demo/web", endpoint("10.0.0.1"), ports={"http": None})],
-            "endpoints of slice web-ipv4 are left out: it needs ports with numbers",
+            "endpoints of slice web-ipv4 are left out: its port http has no number",
         ),
         (
             [endpoint_slice("demo/web", endpoint("fd00::1"), family="IPv6")],
