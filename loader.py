@@ -479,7 +479,10 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
     """Cut a connection that is in use for longer. (A socket's own limit is for each read alone.)"""
     timer = threading.Timer(seconds, cut, (sock,))
     timer.daemon = True
-    timer.start()
+    try:
+        timer.start()
+    except RuntimeError as error:  # no thread is left
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
     try:
         yield
     finally:
@@ -2449,8 +2452,11 @@ class Nack(NamedTuple):
 
 def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    return file is not None and nack is not None and (
-        nack.digest in (file.digest, united(acked or file, file).digest))
+    if file is None or nack is None or nack.digest == file.digest:
+        return file is not None and nack is not None
+    if acked is None or nack.digest == acked.digest:
+        return False  # the ACKed bytes themselves were NACKed by another Envoy
+    return nack.digest == united(acked, file).digest
 
 
 def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
@@ -2514,14 +2520,14 @@ def with_named(
     result = {**result, **named}
     users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
     for path, file in [*result.items()]:
-        old = acked.get(path) or published.get(path)
-        if file.kind != "cds" or old is None:
-            continue
-        lost = cluster_names([old]) - cluster_names(result.values())
-        needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
-        if needed:
-            result[path] = united(old, file, needed)
-            result |= named_files([result[path]], gone)  # the endpoints of these clusters
+        for old in (acked.get(path), published.get(path)) if file.kind == "cds" else ():
+            if old is None or (clusters_of(old) is None and file is not desired.get(path)):
+                continue  # it is one of the old files as a whole already
+            lost = cluster_names([old]) - cluster_names(result.values())
+            needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
+            if needed:
+                result[path] = united(old, result[path], needed)
+                result |= named_files([result[path]], gone)  # the endpoints of these clusters
     return result
 
 
@@ -4333,13 +4339,18 @@ class Loop:
     def note(self, topic: str, notes: Iterable[str]) -> None:
         """Warn once of each thing for as long as it lasts; a line when it is over."""
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
-        for note in sorted(lasting - before):
-            log.warning("%s", note)
-        if topic not in OVER:
+        if topic in OVER:  # what fails may say it with another port each time: no news
+            texts = {re.sub("[0-9]{4,}", "...", note): note for note in lasting}
+            new, lasting = [texts[key] for key in texts.keys() - before], frozenset(texts)
+            lasting |= before if lasting else frozenset()
+            if before and not lasting:
+                log.info("%s", OVER[topic])
+        else:
+            new = [*(lasting - before)]
             for note in sorted(before - lasting):
                 log.info("warning over: %s", note.partition(": ")[0])
-        elif before and not lasting:
-            log.info("%s", OVER[topic])
+        for note in sorted(new):
+            log.warning("%s", note)
         self._noted[topic] = lasting
 
     def _report(self) -> None:
@@ -4466,10 +4477,13 @@ class CheckCommand:
         """All, or what it accepted last with endpoints and secrets of now; else None."""
         if not self._command:
             return desired
-        base = self._output.published if self._accepted is None else self._accepted
+        if self._accepted is None and self._output.published:
+            self._accepted = self._output.published
+        base = self._accepted or {}
         fresh = {path: file for path, file in desired.items()
                  if path in base and file.kind in ("eds", "sds")}
-        version = version_of(desired)
+        # Endpoints and secrets are not judged: their changes must not start it again and again.
+        version = version_of({**desired, **{path: base[path] for path in fresh}})
         known = version == self._version and not self.running
         if same_files({**base, **fresh}, desired) or (known and not self.refusal):
             self._accepted = desired
@@ -4489,10 +4503,11 @@ class CheckCommand:
 
     def end(self, refusal: str) -> None:
         """It has accepted the staged files, or not."""
-        self.running, self.refusal, self._output.staged = None, refusal, ""
+        version, self._output.staged = self._output.staged[2:], ""
+        self.running, self.refusal = None, refusal
         if refusal:
             metrics.add("xds_loader_errors_total", ("check",))
-            log.error("%s; the last snapshot stays published", refusal, version=self._version)
+            log.error("%s; the last snapshot stays published", refusal, version=version)
 
     def stop(self) -> None:
         """No command outlives the loader."""
