@@ -25,9 +25,11 @@ from loader import (
     File,
     Known,
     Look,
+    Nack,
     after_end,
     after_look,
     after_publication,
+    allowed,
     cluster_names,
     discovery_response,
     element,
@@ -262,6 +264,18 @@ def planned(published: Mapping[str, File], desired: Mapping[str, File]) -> str:
 def test_children_are_noticed_first() -> None:
     files = A | {"eds/a.json": eds("a"), "note": NOTE}
     assert notify_order(files, files) == ["eds/a.json", "note", "cds.yaml", "rds.yaml", "lds.yaml"]
+
+
+# ---------------------------------------------------------------------------------------------
+# After a NACK: what neither the interleavings nor the real Envoy show
+
+
+def test_clusters_that_a_new_envoy_rejects_may_be_removed() -> None:
+    """It NACKed what an earlier one ACKed; their union with fewer clusters is that again."""
+    acked = {**A, "cds.yaml": cds("a", "bad")}
+    nacks = {"cds.yaml": Nack(acked["cds.yaml"].digest, "cds", "bad")}
+    assert allowed(A, acked, acked, nacks) == (A, [])
+    assert allowed(acked, acked, acked, nacks)[0] == acked
 
 
 # ---------------------------------------------------------------------------------------------

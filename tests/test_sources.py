@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -459,17 +460,18 @@ def moves_on(api: ApiServer, out: Path, address: str) -> None:
     wait_until(lambda: address in (out / EDS).read_text())
 
 
-@pytest.mark.parametrize("check", ["rejects", "is slow"])
+@pytest.mark.parametrize("check", ["rejects", "is slow", "accepts late"])
 def test_endpoints_and_secrets_wait_for_no_check(
     start_loader: StartLoader, api: ApiServer, out: Path, authority: Authority, check: str
 ) -> None:
-    """Neither for one that rejects the rest, nor for one that still runs; nor does SIGTERM."""
+    """Neither for one that rejects the rest, nor for one that still runs; nor does SIGTERM. And
+    they start it neither again nor anew."""
     api.service("demo", "web", [{"name": "http", "port": 80, "protocol": "TCP"}])
     endpoint(api, "10.0.0.1")
     api.configmap("demo", "a", {"note": "good"})
     ca = authority.ca_file.read_bytes()
     api.secret("demo", "web", {"ca.crt": ca})
-    how = "false" if check == "rejects" else "sleep 60"
+    how = {"rejects": "false", "is slow": "sleep 60", "accepts late": "sleep 1"}[check]
     command = f"sh -c 'grep -q good $1/note || {how}' check {{dir}}"
     loader = start_loader("--watch", "--services", "*", "--endpoints", "eds", "--configmap", "a",
                           "--secret", "web", "--check-cmd", command)  # fmt: skip
@@ -484,7 +486,16 @@ def test_endpoints_and_secrets_wait_for_no_check(
     before = sds.read_text()
     api.secret("demo", "web", {"ca.crt": ca + ca})
     wait_until(lambda: sds.read_text() != before)
-    assert (out / "current/note").read_text() == "good"
+    note = out / "current/note"
+    if check == "accepts late":
+        numbers = itertools.count(1)
+        while note.read_text() != "bad":
+            number = next(numbers)
+            assert number < 1_000, "it is never accepted"
+            moves_on(api, out, f"10.1.{number // 250}.{number % 250 + 1}")
+    else:
+        assert note.read_text() == "good"
+    assert loader.log.count("ERROR --check-cmd") == (check == "rejects")
     assert loader.stop() < 1.0
 
 
