@@ -1104,6 +1104,8 @@ class _Exchange:
             return self.scripted_stream(self.fault)
         if not self.authenticated():
             return None
+        if self.discovery():
+            return None
         found = self.route()
         if found is None:
             return self.not_found()
@@ -1127,6 +1129,25 @@ class _Exchange:
         if verb == "get":
             return self.get(scope, Key(namespace, name))
         return self.write(verb, scope, Key(namespace, name))
+
+    # -- discovery, so that kubectl works too
+
+    def discovery(self) -> bool:
+        path = self.request.path.rstrip("/")
+        groups = sorted({r.group for r in RESOURCES if r.group} - self.api.missing_groups)
+        if path == "/api":
+            self.reply(200, to_json({"kind": "APIVersions", "versions": ["v1"]}))
+        elif path == "/apis":
+            named = [(g, {"groupVersion": f"{g}/v1", "version": "v1"}) for g in groups]
+            listed = [{"name": g, "versions": [v], "preferredVersion": v} for g, v in named]
+            body = {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
+            self.reply(200, to_json(body))
+        elif path == "/api/v1" or path in [f"/apis/{group}/v1" for group in groups]:
+            group = path.split("/")[2] if path.startswith("/apis") else ""
+            self.reply(200, to_json(_resource_list(group)))
+        else:
+            return False
+        return True
 
     def verb(self, name: str) -> str:
         if self.request.is_watch:
@@ -1376,6 +1397,29 @@ class _Exchange:
         else:
             assert script.then == "cut"
             raise _Gone
+
+
+def _resource_list(group: str) -> Object:
+    verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
+    resources = [
+        {
+            "name": r.plural,
+            "singularName": r.kind.lower(),
+            "namespaced": r.namespaced,
+            "kind": r.kind,
+            "verbs": verbs,
+            "shortNames": {"configmaps": ["cm"], "services": ["svc"]}.get(r.plural, []),
+        }
+        for r in RESOURCES
+        if r.group == group
+    ]
+    version = f"{group}/v1" if group else "v1"
+    return {
+        "kind": "APIResourceList",
+        "apiVersion": "v1",
+        "groupVersion": version,
+        "resources": resources,
+    }
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
