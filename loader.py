@@ -3018,6 +3018,7 @@ class Known(NamedTuple):
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
+    late: frozenset[str] = frozenset()  # paths that were UNKNOWN, and not ACKed since
 
 
 # -- which counters are about which file ---------------------------------------------------------
@@ -3085,7 +3086,8 @@ def after_publication(
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and (path not in moved or state == UNKNOWN)},
+                if path in after and path not in moved} | dict.fromkeys(
+                    moved & known.late & after.keys(), UNKNOWN),
         moves=moves, named=named.intersection(after), came=came,
         doubt=known.doubt or waiting)
 
@@ -3104,7 +3106,7 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
     unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, moves={}, counts={}, doubt=True)
+    return known._replace(states=unread, moves={}, counts={}, doubt=True, late=frozenset())
 
 
 def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
@@ -3224,7 +3226,8 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
         if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
-    return known._replace(acked={**known.acked, path: file}, nacks=nacks)
+    return known._replace(acked={**known.acked, path: file}, nacks=nacks,
+                          late=known.late - {path})
 
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
@@ -3267,7 +3270,8 @@ def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
     late = [path for path in moved
             if path in files and files[path].kind and path not in known.states]
-    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)}), late
+    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)},
+                          late=known.late.union(late)), late
 
 
 def is_judged(known: Known, path: str) -> bool:
