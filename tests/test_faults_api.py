@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+import loader
 from tests.conftest import TOKEN, RunLoader, StartLoader
 from tests.support import disk
 from tests.support.apiserver import (
@@ -489,3 +490,59 @@ def test_one_run_ends_soon_and_says_why(
     OUTAGES[name].end(api)
     assert run_loader(*NAMED, "--onetime").returncode == 0
     assert shown(out) == "1"
+
+
+def test_an_error_answer_that_is_cut_keeps_its_status(
+    run_loader: RunLoader, api: ApiServer, out: Path
+) -> None:
+    """One try goes on after a 503, and not after an answer that is none."""
+    put(api, 1)
+    api.fail_next(LIST, Raw(b"HTTP/1.1 503 Busy\r\nContent-Length: 500\r\n\r\nhalf of it"))
+    done = run_loader(*NAMED, "--onetime")
+    assert done.returncode == 0, done.stderr
+    assert shown(out) == "1"
+
+
+def test_a_role_for_another_scope_is_named(run_loader: RunLoader, api: ApiServer) -> None:
+    api.rules = []
+    done = run_loader("--onetime", "--services", "*", "--services-namespace", "*")
+    assert done.returncode == 1
+    assert "grant the service account list on services in all namespaces" in done.stderr \
+        or "grant the service account list on endpointslices in all namespaces" in done.stderr
+
+
+def test_who_may_list_and_not_watch_is_told_once(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    put(api, 1)
+    api.rules = [Rule(["list"], ["configmaps"], "demo")]
+    running = start_loader(*NAMED, "--watch", prefix=HASTY)
+    api.requests.wait_for(lambda request: "watch" in request.query, count=5)
+    assert shown(out) == "1"
+    assert running.count_log("watch configmap") == 1
+    assert running.count_log("answered again") == 0
+
+
+def test_another_port_in_an_error_is_no_news(
+    start_loader: StartLoader, api: ApiServer
+) -> None:
+    for port in (43812, 50123, 61234):
+        api.fail_next(LIST, failure(500, "InternalError", f"read tcp 10.0.0.5:{port}: reset"))
+    put(api, 1)
+    running = start_loader(*NAMED, "--watch", prefix=HASTY)
+    running.wait_log("answered again")
+    assert running.count_log("read tcp") == 1
+
+
+def test_no_thread_is_left_for_a_request(
+    monkeypatch: pytest.MonkeyPatch, api: ApiServer
+) -> None:
+    """An error of this request, and not the end of the loader."""
+
+    def start(timer: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    options = loader.options_from([*NAMED, f"--apiserver={api.url}", "--token-file="], {})
+    monkeypatch.setattr(threading.Timer, "start", start)
+    with pytest.raises(loader.ApiError, match="temporarily unavailable"):
+        loader.Api(options).list(loader.Query(loader.CONFIGMAPS, "demo"), print)

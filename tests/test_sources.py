@@ -516,6 +516,17 @@ def test_objects_of_a_file(
     assert api.connections_total == 0
 
 
+def test_an_object_of_another_kind_may_have_items(
+    run_loader: RunLoader, tmp_path: Path, out: Path
+) -> None:
+    path = tmp_path / "objects.json"
+    other: Object = {"kind": "Foo", "metadata": {"name": "a"}, "items": {"a": 1}}
+    save(path, other, configmap("a", {"a": "1"}))
+    done = run_loader("--onetime", "--configmap", "a", "--from-file", str(path))
+    assert done.returncode == 0, done.stderr
+    assert snapshot(out) == {"a": b"1"}
+
+
 def test_objects_of_stdin(run_loader: RunLoader, out: Path) -> None:
     text = json.dumps(configmap("a", {"a": "1"}))
     done = run_loader("--onetime", "--configmap", "a", "--from-file", "-", stdin=text)
