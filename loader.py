@@ -2977,6 +2977,7 @@ STATS = "/stats?" + urllib.parse.urlencode({
 })
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
+LISTENER_ERRORS = "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"
 
 
 class AdminError(LoaderError):
@@ -3149,9 +3150,9 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
         reason = look.reason if files[path].kind == "lds" else ""
         reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
         known = with_nack(known, path, files, reason)
+    found[PENDING] = [path for path in found[PENDING] if path not in known.states]
     if not found[PENDING]:
         known = known._replace(came=frozenset())
-    found[PENDING] = [path for path in found[PENDING] if path not in known.states]
     return settled(known, files), found
 
 
@@ -3262,8 +3263,8 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
         return (file.kind in REFERENCE_KINDS and file.digest == nack.digest
                 and not named_things(file, published) <= nack.stood)
 
-    return known._replace(nacks={path: nack for path, nack in known.nacks.items()
-                                 if not is_over(path, nack)})
+    kept = {path: nack for path, nack in known.nacks.items() if not is_over(path, nack)}
+    return known if kept == known.nacks else known._replace(nacks=kept)
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
@@ -3331,7 +3332,7 @@ class Admin(threading.Thread):
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
+        self._live, self._hidden = False, ""
 
     def ask(self) -> None:
         """Look at Envoy now; the answer is a wake."""
@@ -3400,9 +3401,8 @@ class Admin(threading.Thread):
     def _meet(self) -> None:
         if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
             raise AdminError(NOT_ENVOY)
-        self._live, self._hidden, self._rejected, self._reason = False, "", 0, ""
-        if '"stats_matcher"' in self._get(STATS_MATCHER):
-            self._hidden = "its stats_matcher leaves the counters out"
+        matched = '"stats_matcher"' in self._get(STATS_MATCHER)
+        self._live, self._hidden = False, matched * "its stats_matcher leaves the counters out"
 
     def _look(self) -> Look:
         self._live = self._live or self._get("/ready").strip() == "LIVE"
@@ -3411,13 +3411,10 @@ class Admin(threading.Thread):
             raise AdminError("it was restarted hot, and counts for its parent too: start it with "
                              "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
-        if rejected > self._rejected:
-            self._reason = listener_errors(self._get(
-                "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"))
-        self._rejected = rejected
         return Look(counts, self._live, self._hidden,
                     gauges.get("cluster_manager.warming_clusters", 0),
-                    gauges.get("server.dynamic_unknown_fields", 0), self._reason)
+                    gauges.get("server.dynamic_unknown_fields", 0),
+                    listener_errors(self._get(LISTENER_ERRORS)) if rejected else "")
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
@@ -3884,11 +3881,10 @@ class Asking:
         self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
         self.notes: list[str] = []
         self.trouble = ""  # why it does not answer
-        self.unsaved = False  # there is something that a restart is to know
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
-        self._asked_at, self._look_pause = 0.0, LOOK_FIRST
+        self._asked_at = 0.0  # about a publication or a new process; then ever more seldom
         self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
         self._started = False
 
@@ -3941,26 +3937,22 @@ class Asking:
             files = self._output.published
             self._expect(ASK_BOUND[self.link == MET],
                          tuple(path for path in moved if files[path].kind), fields)
-            self._ask()
+            self.look_at = self._asked_at
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
     def _expect(self, bound: float, moved: tuple[str, ...] = (),
                 fields: Mapping[str, object] | None = None) -> None:
         """The next publication waits for an answer, so many seconds at most."""
-        now, self._look_pause = time.monotonic(), LOOK_FIRST
+        self._asked_at = now = time.monotonic()
         self.asked = Asked(moved, fields, now, now + bound)
-
-    def _ask(self) -> None:
-        assert self.admin is not None
-        self.look_at, self._asked_at = 0.0, time.monotonic()
-        self.admin.ask()
 
     def turn(self) -> None:
         """Look at Envoy if it is time; go on without its answer if it is late."""
         now = time.monotonic()
-        if self.look_at and now >= self.look_at:
-            self._ask()
+        if self.admin and self.look_at and now >= self.look_at:
+            self.look_at = 0.0
+            self.admin.ask()
         if self.asked is None or now < self.asked.until:
             return
         if self.link == MET and self.asked.moved:
@@ -4023,7 +4015,6 @@ class Asking:
         self._look = look
         self.known, outcome = after_look(self.known, files, look)
         self._tell_nacks(outcome[NACKED])
-        self.unsaved = self.unsaved or bool(outcome[ACKED])
         self.mixed += tuple(outcome[MIXED])
         if not outcome[PENDING]:
             hidden = shortened(sorted(outcome[UNKNOWN]))
@@ -4038,22 +4029,15 @@ class Asking:
             self.end(told=True)  # a rollback does not wait for the other files
         unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
         if waiting or unknown or look.warming or not self._started:
-            self._plan_look(now)
-
-    def _plan_look(self, now: float) -> None:
-        """Look again: soon while something waits, else ever more seldom."""
-        soon = self.asked is not None or self.waits_since
-        last = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
-        self._look_pause = min(self._look_pause * 1.5, last)
-        # A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms: leave it as much room.
-        took = min(now - self._asked_at, LOOK_LAST)  # or it was asked when Envoy was met
-        self.look_at = now + max(self._look_pause, took)
+            # (A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms.)
+            soon = self.asked is not None or self.waits_since
+            longest = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
+            self.look_at = now + min(max((now - self._asked_at) / 2, LOOK_FIRST), longest)
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
         """One line and one count for each file that Envoy rejected."""
         files = self._output.published
         for path in sorted(paths):
-            self.unsaved = True
             back = path in self.known.acked and not same_file(self.known.acked[path], files[path])
             metrics.add("xds_loader_nacks_total", (files[path].kind,))
             log.error("Envoy NACKed %s (%s): %s; %s", path, files[path].kind,
@@ -4076,6 +4060,7 @@ class Loop:
         self.stopping = False
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
+        self._remembered = Known()  # what a restart is told
         self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
@@ -4127,7 +4112,7 @@ class Loop:
         if done:
             log.info("%s: %s", self.output.root, "; ".join(done))
         self._repair_at = time.monotonic() + self.options.sync_interval
-        self.asking.known = known_from(self.output)
+        self.asking.known = self._remembered = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
             self.asking.start(self.options.envoy_admin, self.wakes.put)
@@ -4221,7 +4206,7 @@ class Loop:
             if self.asking.mixed:
                 self.output.notify_again(self.asking.mixed)
                 self.asking.mixed = ()
-            if self.asking.unsaved:
+            if self.asking.known is not self._remembered:
                 self._remember()
             while self.asking.asked is None and not self.stopping and self._advance():
                 pass
@@ -4333,10 +4318,10 @@ class Loop:
 
     def _remember(self) -> None:
         """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        self.asking.unsaved = True
-        self.output.keep_acked(self.asking.known.acked, self.output.published)
-        self.output.remember(state_of(self.asking.known))
-        self.asking.unsaved = False
+        known = self.asking.known
+        self.output.keep_acked(known.acked, self.output.published)
+        self.output.remember(state_of(known))
+        self._remembered = known
 
     # -- what is said -------------------------------------------------------------------------
 
