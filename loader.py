@@ -4192,9 +4192,9 @@ class Loop:
 
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
-        self.asking.turn()
-        self.note("envoy", filter(None, [self.asking.trouble]))
-        now = time.monotonic()
+        asking, now = self.asking, time.monotonic()
+        asking.turn()
+        self.note("envoy", filter(None, [asking.trouble]))
         if self._retry_at > now:
             return
         try:
@@ -4203,12 +4203,12 @@ class Loop:
                 self._retry_at = 0.0
             if now >= self._repair_at:
                 self._repair()
-            if self.asking.mixed:
-                self.output.notify_again(self.asking.mixed)
-                self.asking.mixed = ()
-            if self.asking.known is not self._remembered:
+            if asking.mixed:
+                self.output.notify_again(asking.mixed)
+                asking.mixed = ()
+            if asking.known is not self._remembered:
                 self._remember()
-            while self.asking.asked is None and not self.stopping and self._advance():
+            while asking.asked is None and not self.stopping and self._advance():
                 pass
             self._backoff = BACKOFF_FIRST
             self.note("disk", [])
@@ -4226,10 +4226,12 @@ class Loop:
     def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
         self._repair_at = time.monotonic() + self.options.sync_interval
-        repaired = self.output.check() if self.output.snapshot else []
+        repaired, files = self.output.check() if self.output.snapshot else [], self.output.published
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
+            self.asking.moved(files, files, files, [path for path in repaired if path in files])
+            self.asking.look_at = time.monotonic()
 
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
