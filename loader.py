@@ -3865,7 +3865,6 @@ class Asked(NamedTuple):
 
     moved: tuple[str, ...]  # xDS files
     fields: Mapping[str, object] | None  # of its line in the log
-    at: float
     until: float  # when it ends whatever Envoy did
 
 
@@ -3944,8 +3943,8 @@ class Asking:
     def _expect(self, bound: float, moved: tuple[str, ...] = (),
                 fields: Mapping[str, object] | None = None) -> None:
         """The next publication waits for an answer, so many seconds at most."""
-        self._asked_at = now = time.monotonic()
-        self.asked = Asked(moved, fields, now, now + bound)
+        self._asked_at = time.monotonic()
+        self.asked = Asked(moved, fields, self._asked_at + bound)
 
     def turn(self) -> None:
         """Look at Envoy if it is time; go on without its answer if it is late."""
@@ -3968,7 +3967,7 @@ class Asking:
         asked, self.asked = self.asked, None
         if asked is None or not asked.fields:
             return
-        took, states = time.monotonic() - asked.at, self.known.states
+        took, states = time.monotonic() - self._asked_at, self.known.states
         found = {states.get(path, UNKNOWN) for path in asked.moved}
         if told:
             metrics.observe("xds_loader_ack_duration_seconds", took)
@@ -3991,8 +3990,7 @@ class Asking:
             self.trouble = f"Envoy does not answer: {news}"
             self.look_at = now + LOOK_LAST
         elif what == "meet":
-            self.known = after_meeting(self.known)
-            self._started = False
+            self.known, self._started = after_meeting(self.known), False
             if self.asked is None:
                 self._expect(ANSWER_BOUND)
         elif what == "look":
@@ -4000,6 +3998,8 @@ class Asking:
             self._take_look(news, now)
         else:
             self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
+            if what == "blind":
+                self.known = after_meeting(self.known)
             if what == "end" and before in (MET, SILENT):
                 self._started = False
                 self.known, blamed = after_end(self.known, self._output.published, now)
