@@ -3819,22 +3819,6 @@ LINKS = {"connected": SILENT, "silent": SILENT, "meet": MET, "look": MET, "blind
          "end": "", "closed": ""}  # by what Admin found
 STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
-DISK_HINTS: Mapping[int | None, str] = {
-    errno.EACCES: "run init container, loader and Envoy as one user",
-    errno.EPERM: "run init container, loader and Envoy as one user",
-    errno.EROFS: "mount a writable volume there",
-    errno.ENOSPC: "make room: a snapshot needs what its changed files need",
-    errno.EMFILE: "raise the limit of open files",
-}
-
-# What is said when a topic is without trouble again; in other topics each warning ends on its own.
-OVER = {
-    "trouble": "all sources have answered again",
-    "lock": "the other loader has ended",
-    "disk": "the output directory can be written again",
-    "envoy": "Envoy answers",
-}
-
 
 class Wakes:
     """The news for the main thread, and a wait for them that a signal ends: the interpreter itself
@@ -4061,32 +4045,38 @@ class Loop:
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
         self._remembered = Known()  # what a restart is told
-        self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
+        self._noted: dict[str, dict[str, set[str]]] = {}  # by topic and subject: what was said
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
-        self._step_at = 0.0  # when the step that waits may be published
-        self._repair_at = 0.0  # when the files on disk are checked
-        self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
+        self._step_at = 0.0  # when the step that waits may be published; 0: none waits
+        self._check_at = 0.0  # when the files on disk are checked
+        self._backoff = 0.0  # seconds: the disk failed, nothing is tried before that check; 0: no
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
 
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
+        """Until SIGTERM or SIGINT; with --onetime until there is nothing left to publish."""
         try:
             self._open()
-            if self._once:
-                self._publish_once()
-            while not self.stopping and not self._once:
+            while not self.stopping:
                 self._turn()
                 self._report()
-                self._await(self._next_at())
+                waits = self._step_at or self.check_command.running or self.stopping
+                if self._once and not waits:
+                    return 1 if self.check_command.refusal else 0
+                asked = self.asking.asked
+                times = (asked.until if asked else self._step_at, self.asking.look_at,
+                         self._check_at)
+                self._await(min(filter(None, times)))
         except OSError as error:
             raise LoaderError(self._disk_trouble(error)) from error
         finally:
             self.check_command.stop()
-        self.asking.end()
+            self.asking.end()
+        if self._once:
+            raise LoaderError("ended by a signal before everything was published")
         return 0
 
     def _open(self) -> None:
@@ -4098,134 +4088,95 @@ class Loop:
         if self.options.listen:
             host, port = self.options.listen
             self._listener = Listener(host, port, metrics)
+        other = f"another loader works in {self.output.root}: give each its own --output-dir"
         while not self.output.lock():
-            text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if self._once and time.monotonic() >= self._deadline:
-                raise LoaderError(text)
-            self.note("lock", [f"{text}; waiting for its end"])
+                raise LoaderError(other)
+            self.note("lock", [f"{other}; waiting for its end"])
             self._report()
             self._await(time.monotonic() + LOCK_POLL)
             if self.stopping:
                 return
         self.note("lock", [])
-        done = self.output.recover()
-        if done:
+        if done := self.output.recover():
             log.info("%s: %s", self.output.root, "; ".join(done))
-        self._repair_at = time.monotonic() + self.options.sync_interval
+        self._check_at = time.monotonic() + self.options.sync_interval
         self.asking.known = self._remembered = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
             self.asking.start(self.options.envoy_admin, self.wakes.put)
 
-    def _publish_once(self) -> None:
-        """--onetime: when the sources are complete, publish step by step."""
-        while True:
-            self.composed()
-            if self.check_command.refusal:
-                self.output.prune()
-                raise LoaderError(self.check_command.refusal)
-            while self._advance():
-                pass
-            if not self._step_at and not self.check_command.running:
-                return
-            self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
-
-    def composed(self) -> Wanted:
-        """The complete files of a one-time run; LoaderError where there will be none."""
-        patient = self.options.timeout > 0
-        deadline = self._deadline if patient else time.monotonic() + ONE_TRY_SECONDS
-        while not self.stopping:
-            wanted, trouble = self._compose(), self.sources.trouble()
-            if wanted.complete:
-                return wanted
-            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
-            # A first answer may be slow: each request has bounds of its own.
-            until = deadline if patient or trouble else time.monotonic() + 60.0
-            if (lasting and not patient) or time.monotonic() >= until:
-                raise LoaderError(unfinished(wanted, trouble, self.options))
-            self._await(until)
-        raise LoaderError("ended by a signal before there was a snapshot to publish")
-
-    # -- waiting ------------------------------------------------------------------------------
-
     def _signalled(self, number: int, _: object) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
         self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
 
-    def _next_at(self) -> float:
-        """When the loop turns if nothing happens."""
-        asked = self.asking.asked
-        times = (self.asking.look_at, asked.until if asked else self._step_at,
-                 self._retry_at or self._repair_at)
-        return min(each for each in times if each)
-
     def _await(self, until: float) -> None:
-        """Sleep until something happens; afterwards everything that happened is taken in."""
+        """Sleep until something happens, and take in all that happened; of a burst, the rest too.
+        Nothing is published here."""
         news = self.wakes.wait(until - time.monotonic())
-        self._take(news)
         burst = self._published_at + DEBOUNCE_QUIET
-        if any(what == "objects" and at < burst for what, at in news):
-            end = time.monotonic() + DEBOUNCE_GATHER
-            while time.monotonic() < end and (news := self.wakes.wait(DEBOUNCE_QUIET)):
-                self._take(news)
-
-    def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
-        """Take in what happened; nothing is published here."""
-        for what, news in everything:
-            match what:
-                case "defect":
-                    raise news
-                case "objects":
-                    self._event_at = self._event_at if self._wanted is None else news
-                    self._wanted = None
-                case "refresh":
-                    log.info("SIGHUP: checking and publishing now")
-                    self.sources.refresh()
-                    self._repair_at = time.monotonic()
-                    self._retry_at = min(self._retry_at, self._repair_at)
-                case "checked":
-                    self.check_command.end(news)
-                case _ if what in LINKS:
-                    self.asking.found(what, news)
+        gathers = any(what == "objects" and at < burst for what, at in news)
+        end = time.monotonic() + DEBOUNCE_GATHER
+        while news:
+            for what, about in news:
+                match what:
+                    case "defect":
+                        raise about
+                    case "objects" if self._wanted is not None:
+                        self._wanted, self._event_at = None, about
+                    case "refresh":
+                        log.info("SIGHUP: checking and publishing now")
+                        self.sources.refresh()
+                        self._check_at = time.monotonic()
+                    case "checked":
+                        self.check_command.end(about)
+                    case _ if what in LINKS:
+                        self.asking.found(what, about)
+            gathers = gathers and time.monotonic() < end
+            news = self.wakes.wait(DEBOUNCE_QUIET) if gathers else []
 
     # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
-        asking, now = self.asking, time.monotonic()
+        asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", filter(None, [asking.trouble]))
-        if self._retry_at > now:
+        self.note("envoy", {"Envoy does not answer": asking.trouble} if asking.trouble else {})
+        self._step_at = 0.0
+        if self._backoff and now < self._check_at:
             return
         try:
-            if self._retry_at:
-                self.output.recover()
-                self._retry_at = 0.0
-            if now >= self._repair_at:
+            if self._backoff:
+                output.recover()
+            if now >= self._check_at:
+                self._check_at = now + self.options.sync_interval
                 self._repair()
             if asking.mixed:
-                self.output.notify_again(asking.mixed)
+                output.notify_again(asking.mixed)
                 asking.mixed = ()
-            if asking.known is not self._remembered:
-                self._remember()
-            while asking.asked is None and not self.stopping and self._advance():
-                pass
-            self._backoff = BACKOFF_FIRST
+            more = True
+            while more:
+                if asking.known is not self._remembered:
+                    output.keep_acked(asking.known.acked, output.published)
+                    output.remember(state_of(asking.known))
+                    self._remembered = asking.known
+                more = asking.asked is None and not self.stopping and self._advance()
+            self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
+            if self._once:
+                raise
             metrics.add("xds_loader_errors_total", ("disk",))
-            self.note("disk", [self._disk_trouble(error)])
-            self._retry_at = time.monotonic() + self._backoff
-            self._backoff = min(2 * self._backoff, BACKOFF_LAST)
-            self._step_at = 0.0  # it does not wait for its time, but for the disk
+            self.note("disk", {f"cannot publish to {output.root}": self._disk_trouble(error)})
+            self._backoff = min(2 * self._backoff or BACKOFF_FIRST, BACKOFF_LAST)
+            self._check_at = time.monotonic() + self._backoff
 
     def _disk_trouble(self, error: OSError) -> str:
-        hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
-        return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
+        return (f"cannot publish to {self.output.root}: {why(error)}; it must be a volume with "
+                "room, writable for init container, loader and Envoy as one user")
 
     def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
-        self._repair_at = time.monotonic() + self.options.sync_interval
         repaired, files = self.output.check() if self.output.snapshot else [], self.output.published
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -4235,7 +4186,7 @@ class Loop:
 
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
-        published, asking, self._step_at = self.output.published, self.asking, 0.0
+        published, asking = self.output.published, self.asking
         back = rollback(published, asking.known.acked, asking.known.nacks)
         if back is not None:
             self._publish(back, back.files)
@@ -4247,13 +4198,12 @@ class Loop:
         desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
         self.note("nacked", [*notes, *asking.notes])
         step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
-        again = to_retry(asking.known, published) if step is None else []
-        if again:
+        again: Sequence[str] = ()
+        if step is None and (again := to_retry(asking.known, published)):
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            at_start = not self._published_at and not self._once
-            if at_start and same_files(published, wanted):
+            if not (self._published_at or self._once) and same_files(published, wanted):
                 self._published_at = time.monotonic()
                 log.info("up to date", version=self.output.snapshot[2:])
             return False
@@ -4264,22 +4214,10 @@ class Loop:
         self._publish(step, wanted, again)
         return True
 
-    def _compose(self) -> Wanted:
-        """What the sources ask for now."""
-        if self._wanted is None:
-            self._wanted = self.sources.compose(self.output.published)
-        notes = self._wanted.notes
-        if self.options.timeout or not self._once:  # else these are errors
-            notes = [*notes, *(f"waiting for {source}: it does not exist"
-                               for source in self._wanted.missing)]
-            self.note("trouble", map(str, self.sources.trouble().values()))
-        self.note("sources", notes)
-        return self._wanted
-
     def _desired(self) -> Files | None:
         """What is wanted and can be published, as far as --check-cmd lets it pass; None where that
         is not known."""
-        wanted, published = self._compose(), self.output.published
+        wanted, published = self.composed(), self.output.published
         if not wanted.complete:
             return None
         files, unfit = self.output.fitting(wanted.files)
@@ -4292,6 +4230,30 @@ class Loop:
               for path in self.output.foreign if path not in files),
         ])
         return self.check_command.passed(files)
+
+    def composed(self) -> Wanted:
+        """What the sources ask for now. A one-time run waits until that is complete; LoaderError
+        where it will not be."""
+        options, patient = self.options, not self._once or self.options.timeout > 0
+        deadline = self._deadline if patient else time.monotonic() + ONE_TRY_SECONDS
+        while True:
+            if self._wanted is None:
+                self._wanted = self.sources.compose(self.output.published)
+            wanted, trouble = self._wanted, self.sources.trouble()
+            notes = wanted.notes
+            if patient:  # else these are errors
+                notes = [*notes, *(f"waiting for {source}: it does not exist"
+                                   for source in wanted.missing)]
+                self.note("trouble", trouble)
+            self.note("sources", notes)
+            if wanted.complete or self.stopping or not self._once:
+                return wanted
+            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
+            # A first answer may be slow: each request has bounds of its own.
+            until = deadline if patient or trouble else time.monotonic() + 60.0
+            if (lasting and not patient) or time.monotonic() >= until:
+                raise LoaderError(unfinished(wanted, trouble, options))
+            self._await(until)
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
@@ -4315,34 +4277,23 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         })
-        self._remember()
         self.output.prune()
-
-    def _remember(self) -> None:
-        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        known = self.asking.known
-        self.output.keep_acked(known.acked, self.output.published)
-        self.output.remember(state_of(known))
-        self._remembered = known
 
     # -- what is said -------------------------------------------------------------------------
 
-    def note(self, topic: str, notes: Iterable[str]) -> None:
-        """Warn once of each thing for as long as it lasts; a line when it is over."""
-        lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
-        if topic in OVER:  # what fails may say it with another port each time: no news
-            texts = {re.sub("[0-9]{4,}", "...", note): note for note in lasting}
-            new, lasting = [texts[key] for key in texts.keys() - before], frozenset(texts)
-            lasting |= before if lasting else frozenset()
-            if before and not lasting:
-                log.info("%s", OVER[topic])
-        else:
-            new = [*(lasting - before)]
-            for note in sorted(before - lasting):
-                log.info("warning over: %s", note.partition(": ")[0])
-        for note in sorted(new):
-            log.warning("%s", note)
-        self._noted[topic] = lasting
+    def note(self, topic: str, notes: Iterable[str] | Mapping[str, object]) -> None:
+        """Warn once of each thing for as long as it lasts; a line when it is over. A mapping has
+        what is wrong by its subject: as long as that lasts, only another text is news."""
+        texts = notes if isinstance(notes, Mapping) else {note: note for note in notes}
+        before = self._noted.get(topic, {})
+        self._noted[topic] = said = {  # an error may name another port each time: no news
+            subject: {re.sub("[0-9]{4,}", "...", str(text)), *before.get(subject, ())}
+            for subject, text in texts.items()}
+        for subject in sorted(said):
+            if said[subject] != before.get(subject):
+                log.warning("%s", texts[subject])
+        for subject in sorted(before.keys() - said.keys()):
+            log.info("warning over: %s", subject.partition(": ")[0])
 
     def _report(self) -> None:
         """Put what is known now before whoever asks over HTTP."""

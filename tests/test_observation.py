@@ -738,14 +738,14 @@ def test_an_outage_is_quiet_and_ready(
     assert is_ready(running)
     assert "stale: " in ask(running.port, "/readyz").body
     api.start()
-    running.process.wait_log("answered again", 15)
+    running.process.wait_log("warning over: configmap demo/envoy-xds", 15)
     api.configmap("demo", "envoy-xds", {"rds.yaml": "1"})
     found = running.process.wait_log('"published".*rds.yaml', 15, since=len(records))
     record = json.loads(found.string)
     assert (record["level"], record["message"], record["files"]) == ("info", "published", 1)
     assert "configmap demo/envoy-xds" in record["source"]
     wait_until(lambda: "stale" not in ask(running.port, "/readyz").body, 15, "not stale")
-    assert running.process.count_log("answered again") == 1
+    assert running.process.count_log("warning over") == 1
 
 
 def test_an_address_that_cannot_be_bound_ends_the_loader(

@@ -642,13 +642,13 @@ def test_the_second_loader_says_so_once_and_waits(
     for timeout in ("0s", "300ms"):
         done = run_loader(*ONCE, "--timeout", timeout)
         assert done.returncode == 1
-        assert f"{out}: another loader works here" in done.stderr
+        assert f"another loader works in {out}: " in done.stderr
     second = start_loader(*WATCH)
-    second.wait_log(f"{out}: another loader works here.*waiting")
+    second.wait_log(f"another loader works in {out}: .*waiting")
     assert disk.fingerprint(out) == before
     first.kill()
-    second.wait_log("the other loader has ended")
-    assert second.count_log("another loader works here") == 1
+    second.wait_log("INFO warning over: another loader works in ")
+    assert second.count_log("WARNING another loader works in ") == 1
     api.configmap("demo", "envoy-xds", {"rds.yaml": "2"})
     wait_files(out, {"rds.yaml": "2"})
     assert second.stop() < 1.0
@@ -704,7 +704,7 @@ def test_another_users_directory_is_said_with_what_to_do(
             for path in [out, *out.rglob("*")]:
                 os.chown(path, 0, 0, follow_symlinks=False)
             wait_files(out, {"rds.yaml": "2"})
-            running.wait_log("can be written again")
+            running.wait_log(f"INFO warning over: cannot publish to {out}")
         assert "Traceback" not in running.log
 
 
