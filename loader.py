@@ -1686,9 +1686,9 @@ def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
 
 
 class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts; and what is around them."""
+    """The clusters of a CDS file by name, as texts."""
 
-    frame: Json  # the other fields of the response; None in YAML
+    form: str  # "json" or "yaml"
     texts: Mapping[str, bytes]
 
 
@@ -1697,16 +1697,15 @@ def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
     if file.content[:1] == b"{":
         try:
-            frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
+            resources = parse_json(file.content).get("resources", [])
             texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
                                                    ensure_ascii=False).encode()
                      for each in resources}
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
+        return Clusters("json", texts) if len(texts) == len(resources) else None
     rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    return None if rendered is None else Clusters(None, rendered)
+    return None if rendered is None else Clusters("yaml", rendered)
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
@@ -2294,34 +2293,25 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot on the way from `published` to `desired`; None when it is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    changed = {path: published[path] for path in moved_paths(published, desired)
-               if path in published}
-    plain = {path for path, old in changed.items()
-             if not {old.kind, desired[path].kind} & REFERENCE_KINDS}
-    children = beside(published, {p: f for p, f in desired.items() if p not in published})
-    clusters = {**children, **{path: united(published[path], desired[path]) for path in plain}}
-    references = {**clusters, **{path: desired[path] for path in changed.keys() - plain}}
-    steps = [Step(clusters, CLUSTERS), Step(references, REFERENCES), Step(desired, REMOVALS)]
-    if len(plain) < len(changed) or any(changed[path].kind == "cds" for path in plain):
-        # Without a changed parent nobody reads the new files before they are all there.
-        steps.insert(0, Step(children, CHILDREN))
+    moved = moved_paths(published, desired)
+    new = {path: desired[path] for path in moved if path not in published}
+    references = {path: desired[path] for path in moved if path in published
+                  and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
+    others = {path: united(published[path], desired[path]) for path in moved
+              if path in published and path not in references}
+    above = {parent for path in new for parent in parents(path)}  # files that become directories
+    children = {path: file for path, file in published.items() if path not in above} | new
+    clusters = {**children, **others}
+    steps = [Step(children, CHILDREN), Step(clusters, CLUSTERS),
+             Step({**clusters, **references}, REFERENCES), Step(desired, REMOVALS)]
+    if not references and all(published[path].kind != "cds" for path in others):
+        del steps[0]  # no parent changes: nobody reads new files before they are all there
     return next((step for step in steps if not same_files(step.files, published)), None)
-
-
-def beside(published: Files, new: Files) -> dict[str, File]:
-    """Both sets of files, without the old ones where a new one needs a directory, or is one."""
-    above = {parent for path in new for parent in parents(path)}
-    kept = {path: file for path, file in published.items()
-            if path not in above and new.keys().isdisjoint(parents(path))}
-    return {**kept, **new}
 
 
 def notify_order(paths: Iterable[str], files: Files) -> list[str]:
     """Paths in the order in which Envoy shall notice them: children, CDS, RDS, LDS."""
     return sorted(paths, key=lambda path: (NOTIFY_RANK.get(files[path].kind, 0), path))
-
-
-# -- old and new clusters together --------------------------------------------------------------
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -2333,7 +2323,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
-    if one is None or two is None or type(one.frame) is not type(two.frame):
+    if one is None or two is None or one.form != two.form:
         fewer = names_in(new.content) < names_in(old.content)
         return old if fewer or keep is not None else new
     extra = {name: text for name, text in one.texts.items()
@@ -2342,18 +2332,9 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
         return new
     if {**extra, **two.texts} == one.texts:
         return old  # nothing new: the old file is the union
-    return file_of(joined(two.frame, [*two.texts.values(), *extra.values()]), new.source,
-                   new.mode, "cds")
-
-
-def joined(frame: Json, texts: list[bytes]) -> bytes:
-    """A CDS file of these clusters, within the frame of another."""
-    if frame is None:
-        return discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
-    version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
-    fields = {key: value for key, value in frame.items() if key != "versionInfo"}
-    fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
-    return (json.dumps(fields, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    content = discovery_response(two.form, CDS_COMMENT, CLUSTER_TYPE,
+                                 [*two.texts.values(), *extra.values()])
+    return file_of(content, new.source, new.mode, "cds")
 
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
@@ -2371,11 +2352,6 @@ def names_in(content: bytes) -> frozenset[str]:
     return frozenset(name.decode("utf-8", "replace") for _, name in NAME.findall(content))
 
 
-def places_in(content: bytes) -> list[str]:
-    """The paths in a text, each from its first slash."""
-    return [place.decode() for place in PLACE.findall(content.replace(b"\\/", b"/"))]
-
-
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
     """The clusters that CDS files hold; where a text does not tell, every name in it."""
     names: set[str] = set()
@@ -2384,29 +2360,6 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
             known = clusters_of(file)
             names |= known.texts.keys() if known else names_in(file.content)
     return frozenset(names)
-
-
-@functools.lru_cache(maxsize=4)
-def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
-    """By the base name of a file: the places that clusters name, and the names in these."""
-    if known := clusters_of(cds):
-        blocks = list(known.texts.values())
-    else:  # block YAML, as its dashes divide it
-        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
-        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
-    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
-    for block in blocks:
-        names = names_in(block)
-        for place in places_in(block):
-            found.setdefault(place.rpartition("/")[2], []).append((place, names))
-    return found
-
-
-def names_by_path(path: str, files: Files) -> set[str]:
-    """The names in the clusters whose endpoints are in this file."""
-    return {name for cds in files.values() if cds.kind == "cds"
-            for place, names in eds_clusters_of(cds).get(path.rpartition("/")[2], ())
-            if place.endswith(f"/{path}") for name in names}
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
@@ -2419,14 +2372,41 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
-    """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found, depth = set[str](), 1 + max((path.count("/") for path in paths), default=0)
-    for content in contents if paths else ():
-        for place in places_in(content):
-            parts = place.rsplit("/", depth)
-            found |= {end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in paths}
+def places_in(content: bytes) -> set[str]:
+    """The paths in a text, each from its first slash, and their ends: Envoy may have our directory
+    anywhere."""
+    found = set()
+    for place in PLACE.findall(content.replace(b"\\/", b"/")):
+        parts = place.decode().split("/")[-DEPTH:]
+        found |= {"/".join(parts[i:]) for i in range(len(parts))}
     return found
+
+
+def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
+    """Those of the paths that texts name."""
+    return {path for content in contents if paths for path in places_in(content) if path in paths}
+
+
+@functools.lru_cache(maxsize=4)
+def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
+    """By the places that clusters name: the names in each of these clusters."""
+    if known := clusters_of(cds):
+        blocks = list(known.texts.values())
+    else:  # block YAML, as its dashes divide it
+        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
+        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
+    found = defaultdict[str, list[frozenset[str]]](list)
+    for block in blocks:
+        names = names_in(block)
+        for place in places_in(block):
+            found[place].append(names)
+    return found
+
+
+def names_by_path(path: str, files: Files) -> set[str]:
+    """The names in the clusters whose endpoints are in this file."""
+    return {name for cds in files.values() if cds.kind == "cds"
+            for names in names_by_place(cds).get(path, ()) for name in names}
 
 
 def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
@@ -2450,10 +2430,10 @@ class Nack(NamedTuple):
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    if file is None or nack is None or nack.digest == file.digest:
-        return file is not None and nack is not None
+    if file is None or nack.digest == file.digest:
+        return file is not None
     if acked is None or nack.digest == acked.digest:
         return False  # the ACKed bytes themselves were NACKed by another Envoy
     return nack.digest == united(acked, file).digest
@@ -2515,19 +2495,20 @@ def with_named(
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
-    kept = [result[path] for path in moved_paths(desired, result)]
-    named = named_files(kept, gone)
-    result = {**result, **named}
-    users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
-    for path, file in [*result.items()]:
-        for old in (acked.get(path), published.get(path)) if file.kind == "cds" else ():
-            if old is None or (clusters_of(old) is None and file is not desired.get(path)):
-                continue  # it is one of the old files as a whole already
-            lost = cluster_names([old]) - cluster_names(result.values())
-            needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
-            if needed:
-                result[path] = united(old, result[path], needed)
-                result |= named_files([result[path]], gone)  # the endpoints of these clusters
+    result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
+    users = [file.content for path in moved_paths(desired, result)
+             if (file := result[path]).kind in REFERENCE_KINDS]
+    for path, old in [*acked.items(), *published.items()]:
+        cds = result.get(path)
+        if cds is None or cds.kind != "cds":
+            continue
+        if clusters_of(old) is None and cds is not desired.get(path):
+            continue  # it is one of the old files as a whole already
+        lost = cluster_names([old]) - cluster_names(result.values())
+        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        if needed:
+            result[path] = united(old, cds, needed)
+            result |= named_files([result[path]], gone)  # the endpoints of these clusters
     return result
 
 

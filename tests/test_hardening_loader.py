@@ -337,7 +337,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "words": lambda text: loader.mentioned(text, ["a/b", "a b", "x"]),
     "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
     "statistics": loader.names_of_resource,
-    "clusters": lambda text: loader.eds_clusters_of(loader.file_of(text, "x", kind="cds")),
+    "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),
     "our own CDS": lambda text: loader.modes_on_disk(
         {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
