@@ -2539,7 +2539,6 @@ SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
 SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]{1,9})?")
 DEPTH = 32  # of directories that we look into
-FILE_BYTES = 64 << 20  # a larger file on the volume is not ours
 SNAPSHOT_BYTES = 256 << 20  # of what is read of one directory: sparse files cost nobody a disk
 STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
@@ -2558,7 +2557,7 @@ class Output:
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
         self._before = ""  # the last snapshot but one
-        self._links: set[str] = set()  # ours, in `current/`
+        self._unread: list[str] = []  # files behind links of ours that could not be read
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -2580,6 +2579,7 @@ class Output:
         Afterwards `published` is what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
+        remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
@@ -2596,7 +2596,6 @@ class Output:
         self._before = max(complete, default="",
                            key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
         self.prune()
-        remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
@@ -2614,27 +2613,27 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        blocked = {}
+        foreign, blocked = set(self.foreign), {}
         for path in sorted(files.keys() - self.published.keys()):
-            place = self._path(CURRENT, path)
-            if is_directory(place):
-                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
-            for above in (self._path(CURRENT, each) for each in parents(path)):
-                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
-                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
-        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
+            if is_directory(self._path(CURRENT, path)):
+                blocked[path] = f"{self._path(CURRENT, path)} is a directory"
+            for above in foreign.intersection(parents(path)):
+                blocked[path] = f"{self._path(CURRENT, above)} is a file"
+        warnings = [f"{path} of {files[path].source} left out: {reason}"
+                    for path, reason in blocked.items()]
+        return {path: file for path, file in files.items() if path not in blocked}, warnings
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        version = version_of(files)
-        for attempt in itertools.count():
-            name = f"..{version}.{attempt}" if attempt else f"..{version}"
+        name = version = f"..{version_of(files)}"
+        for attempt in itertools.count(1):
             try:
                 os.mkdir(self._path(name), 0o755)
                 break
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
+            name = f"{version}.{attempt}"
         self._own_parents(name, files)
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
@@ -2643,16 +2642,15 @@ class Output:
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
         changed = [*moved_paths(self.published, files), *again]
-        gone = sorted(self._links - files.keys())
+        gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
+                if self._is_ours(path)]
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
         with contextlib.suppress(FileExistsError):
             os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
-            if self._is_ours(path):
-                os.unlink(self._path(CURRENT, path))
-        self._links.difference_update(gone)
+            os.unlink(self._path(CURRENT, path))
         self._own_parents(CURRENT, changed)
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published, self.switched_at = name, files, time.time()
@@ -2693,7 +2691,7 @@ class Output:
         those that are about to be published too."""
         files = {**self.published, **coming}
         state = {**state, "version": __version__,
-                 "files": {path: [file.source, file.kind] for path, file in files.items()}}
+                 "files": {path: f"{file.kind} {file.source}" for path, file in files.items()}}
         if state == self.state:
             return
         self._own_parents(STATE)
@@ -2751,16 +2749,13 @@ class Output:
         """The regular files of a directory, and of each what is remembered."""
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
         for entry in walk(self._path(name)):
-            parts, place = entry.split(slash), self._path(name, entry)
-            if any(map(key_problem, parts)) or not (found := read_file(place, room)):
+            path, place = entry.replace(slash, "/"), self._path(name, entry)
+            if any(map(key_problem, path.split("/"))) or not (found := read_file(place, room)):
                 continue
-            path, (content, mode) = "/".join(parts), found
-            match rows.get(path):
-                case [str(source), str(kind)] if kind in ("", *KINDS.values()):
-                    pass
-                case _:
-                    source, kind = "disk", ""
-            files[path] = file_of(content, source, mode, kind_of(content) or kind)
+            content, mode = found
+            kind, _, source = str(rows.get(path, " disk")).partition(" ")
+            kind = kind_of(content) or (kind if kind in KINDS.values() else "")
+            files[path] = file_of(content, source, mode, kind)
             room -= len(content)
         return files
 
@@ -2776,8 +2771,8 @@ class Output:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
-        wrong = [path for path, file in files.items()
-                 if read_file(self._path(name, path)) != (file.content, file.mode)]
+        wrong = [path for path, file in files.items() if (file.content, file.mode)
+                 != read_file(self._path(name, path), len(file.content))]
         return wrong + [path for path in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
@@ -2790,18 +2785,13 @@ class Output:
 
     def _link(self, relative: str, target: str) -> None:
         """Make or replace a link by rename(2): nobody ever finds none."""
-        try:
-            os.symlink(target, self._path(LINK))
-        except FileExistsError:  # of a process that died: a fixed name must not wedge
-            remove(self._path(LINK))
-            os.symlink(target, self._path(LINK))
+        os.symlink(target, self._path(LINK))
         os.rename(self._path(LINK), self._path(relative))
 
     def _notify(self, paths: Iterable[str]) -> None:
         """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
             self._link(f"{CURRENT}/{path}", link_target(path))
-            self._links.add(path)
 
     def _is_ours(self, path: str) -> bool:
         """Whether what is in `current/` is a link that we made."""
@@ -2827,14 +2817,14 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._links, self.foreign = set(self.published), []
+        self._unread, self.foreign = [], []
         for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
                 self.foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
-                self._links.add(path)  # its file could not be read: the next snapshot decides
+                self._unread.append(path)  # it stays until the next snapshot
             else:
                 os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
@@ -2894,14 +2884,14 @@ def write_file(place: str, content: bytes, mode: int) -> None:
         os.close(number)
 
 
-def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
+def read_file(place: str, most: int) -> tuple[bytes, int] | None:
     """Content and mode of a regular file; None where there is none that can be read: it is written
     anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
             status = os.fstat(stream.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size <= min(most, FILE_BYTES):
+            if stat.S_ISREG(status.st_mode) and status.st_size <= most:
                 return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
