@@ -2591,18 +2591,22 @@ class Output:
             self._notify(changed)
             os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        complete = [entry for entry in self._snapshots() if entry != self.snapshot
-                    and version_of(self._load(entry)) == entry[2:18]]
+        complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
+                    if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
-                           key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
+                           key=lambda entry: os.lstat(self._path(entry)).st_mtime_ns)
         self.prune()
         return done
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything. A loader that
-        lives may prune what is being read: then the switch has moved on."""
-        self._read_state()
-        while True:
+        """What is published, read without a lock and without touching anything; `state` is what
+        was remembered, nothing where another version wrote it."""
+        self.state, there = {}, is_directory(self._path(STATE))
+        if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
+                state = parse_json(found[0])
+                self.state = state if state["version"] == __version__ else {}
+        while True:  # a loader that lives may prune what is being read: then it has switched
             name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
@@ -2666,7 +2670,7 @@ class Output:
 
     def prune(self) -> None:
         """Step 8: only the last two snapshots stay. What cannot be removed is named."""
-        for entry in self._snapshots():
+        for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root)):
             if entry not in (self.snapshot, self._before, self.staged):
                 try:
                     remove(self._path(entry))
@@ -2730,16 +2734,6 @@ class Output:
         return acked | {path: file for path, file in kept.items()
                         if file.digest == digests.get(path, file.digest)}
 
-    def _read_state(self) -> None:
-        """What was remembered; nothing where it is not JSON or another version wrote it."""
-        there = is_directory(self._path(STATE))
-        found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
-        try:
-            state = json_object(parse_json(found[0])) if found else {}
-        except ValueError:
-            state = {}
-        self.state = state if state.get("version") == __version__ else {}
-
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
@@ -2801,11 +2795,10 @@ class Output:
         """Real directories above these paths below `top`, never replaced if they are."""
         needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
         for place in map(self._path, sorted(needed)):
-            if is_directory(place):
-                continue
-            if os.path.islink(place):
-                os.unlink(place)  # Envoy's watch would stay on what is behind it
-            os.mkdir(place, 0o755)
+            if not is_directory(place):
+                if os.path.islink(place):
+                    os.unlink(place)  # Envoy's watch would stay on what is behind it
+                os.mkdir(place, 0o755)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -2829,9 +2822,6 @@ class Output:
                 os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
         return repaired
-
-    def _snapshots(self) -> list[str]:
-        return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
 
 
 def link_target(path: str) -> str:

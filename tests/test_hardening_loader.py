@@ -47,6 +47,7 @@ TYPES: tuple[Any, ...] = (
     {"rds.yaml": ["a", "b", "eds", "d", [1, []]], "../x": ["a", "b", "c", "d", []]},
     {"rds.yaml": ["s", "no-kind"], "../../other/a": "x", "/etc/hostname": ["s", "cds"]},
     {"rds.yaml": ["\ud800", "\ud800"], "\ud800": ["a", "b", "c", "\ud800", ["\ud800"]]},
+    {"rds.yaml": "eds \ud800", "../../token": "x"}, {"rds.yaml": "no-kind x", "/etc/hostname": ""},
 )  # fmt: skip
 STATES: dict[str, bytes] = {
     "deep": b'{"version":' + b"[" * 200_000,
