@@ -1686,9 +1686,9 @@ def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
 
 
 class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts; and what is around them."""
+    """The clusters of a CDS file by name, as texts."""
 
-    frame: Json  # the other fields of the response; None in YAML
+    form: str  # "json" or "yaml"
     texts: Mapping[str, bytes]
 
 
@@ -1697,16 +1697,15 @@ def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
     if file.content[:1] == b"{":
         try:
-            frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
+            resources = parse_json(file.content).get("resources", [])
             texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
                                                    ensure_ascii=False).encode()
                      for each in resources}
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
+        return Clusters("json", texts) if len(texts) == len(resources) else None
     rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    return None if rendered is None else Clusters(None, rendered)
+    return None if rendered is None else Clusters("yaml", rendered)
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
@@ -2294,34 +2293,25 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot on the way from `published` to `desired`; None when it is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    changed = {path: published[path] for path in moved_paths(published, desired)
-               if path in published}
-    plain = {path for path, old in changed.items()
-             if not {old.kind, desired[path].kind} & REFERENCE_KINDS}
-    children = beside(published, {p: f for p, f in desired.items() if p not in published})
-    clusters = {**children, **{path: united(published[path], desired[path]) for path in plain}}
-    references = {**clusters, **{path: desired[path] for path in changed.keys() - plain}}
-    steps = [Step(clusters, CLUSTERS), Step(references, REFERENCES), Step(desired, REMOVALS)]
-    if len(plain) < len(changed) or any(changed[path].kind == "cds" for path in plain):
-        # Without a changed parent nobody reads the new files before they are all there.
-        steps.insert(0, Step(children, CHILDREN))
+    moved = moved_paths(published, desired)
+    new = {path: desired[path] for path in moved if path not in published}
+    references = {path: desired[path] for path in moved if path in published
+                  and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
+    others = {path: united(published[path], desired[path]) for path in moved
+              if path in published and path not in references}
+    above = {parent for path in new for parent in parents(path)}  # files that become directories
+    children = {path: file for path, file in published.items() if path not in above} | new
+    clusters = {**children, **others}
+    steps = [Step(children, CHILDREN), Step(clusters, CLUSTERS),
+             Step({**clusters, **references}, REFERENCES), Step(desired, REMOVALS)]
+    if not references and all(published[path].kind != "cds" for path in others):
+        del steps[0]  # no parent changes: nobody reads new files before they are all there
     return next((step for step in steps if not same_files(step.files, published)), None)
-
-
-def beside(published: Files, new: Files) -> dict[str, File]:
-    """Both sets of files, without the old ones where a new one needs a directory, or is one."""
-    above = {parent for path in new for parent in parents(path)}
-    kept = {path: file for path, file in published.items()
-            if path not in above and new.keys().isdisjoint(parents(path))}
-    return {**kept, **new}
 
 
 def notify_order(paths: Iterable[str], files: Files) -> list[str]:
     """Paths in the order in which Envoy shall notice them: children, CDS, RDS, LDS."""
     return sorted(paths, key=lambda path: (NOTIFY_RANK.get(files[path].kind, 0), path))
-
-
-# -- old and new clusters together --------------------------------------------------------------
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -2333,7 +2323,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
-    if one is None or two is None or type(one.frame) is not type(two.frame):
+    if one is None or two is None or one.form != two.form:
         fewer = names_in(new.content) < names_in(old.content)
         return old if fewer or keep is not None else new
     extra = {name: text for name, text in one.texts.items()
@@ -2342,18 +2332,9 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
         return new
     if {**extra, **two.texts} == one.texts:
         return old  # nothing new: the old file is the union
-    return file_of(joined(two.frame, [*two.texts.values(), *extra.values()]), new.source,
-                   new.mode, "cds")
-
-
-def joined(frame: Json, texts: list[bytes]) -> bytes:
-    """A CDS file of these clusters, within the frame of another."""
-    if frame is None:
-        return discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
-    version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
-    fields = {key: value for key, value in frame.items() if key != "versionInfo"}
-    fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
-    return (json.dumps(fields, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    content = discovery_response(two.form, CDS_COMMENT, CLUSTER_TYPE,
+                                 [*two.texts.values(), *extra.values()])
+    return file_of(content, new.source, new.mode, "cds")
 
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
@@ -2371,11 +2352,6 @@ def names_in(content: bytes) -> frozenset[str]:
     return frozenset(name.decode("utf-8", "replace") for _, name in NAME.findall(content))
 
 
-def places_in(content: bytes) -> list[str]:
-    """The paths in a text, each from its first slash."""
-    return [place.decode() for place in PLACE.findall(content.replace(b"\\/", b"/"))]
-
-
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
     """The clusters that CDS files hold; where a text does not tell, every name in it."""
     names: set[str] = set()
@@ -2384,29 +2360,6 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
             known = clusters_of(file)
             names |= known.texts.keys() if known else names_in(file.content)
     return frozenset(names)
-
-
-@functools.lru_cache(maxsize=4)
-def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
-    """By the base name of a file: the places that clusters name, and the names in these."""
-    if known := clusters_of(cds):
-        blocks = list(known.texts.values())
-    else:  # block YAML, as its dashes divide it
-        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
-        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
-    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
-    for block in blocks:
-        names = names_in(block)
-        for place in places_in(block):
-            found.setdefault(place.rpartition("/")[2], []).append((place, names))
-    return found
-
-
-def names_by_path(path: str, files: Files) -> set[str]:
-    """The names in the clusters whose endpoints are in this file."""
-    return {name for cds in files.values() if cds.kind == "cds"
-            for place, names in eds_clusters_of(cds).get(path.rpartition("/")[2], ())
-            if place.endswith(f"/{path}") for name in names}
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
@@ -2419,14 +2372,41 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
-    """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found, depth = set[str](), 1 + max((path.count("/") for path in paths), default=0)
-    for content in contents if paths else ():
-        for place in places_in(content):
-            parts = place.rsplit("/", depth)
-            found |= {end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in paths}
+def places_in(content: bytes) -> set[str]:
+    """The paths in a text, each from its first slash, and their ends: Envoy may have our directory
+    anywhere."""
+    found = set()
+    for place in PLACE.findall(content.replace(b"\\/", b"/")):
+        parts = place.decode().split("/")[-DEPTH:]
+        found |= {"/".join(parts[i:]) for i in range(len(parts))}
     return found
+
+
+def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
+    """Those of the paths that texts name."""
+    return {path for content in contents if paths for path in places_in(content) if path in paths}
+
+
+@functools.lru_cache(maxsize=4)
+def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
+    """By the places that clusters name: the names in each of these clusters."""
+    if known := clusters_of(cds):
+        blocks = list(known.texts.values())
+    else:  # block YAML, as its dashes divide it
+        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
+        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
+    found = defaultdict[str, list[frozenset[str]]](list)
+    for block in blocks:
+        names = names_in(block)
+        for place in places_in(block):
+            found[place].append(names)
+    return found
+
+
+def names_by_path(path: str, files: Files) -> set[str]:
+    """The names in the clusters whose endpoints are in this file."""
+    return {name for cds in files.values() if cds.kind == "cds"
+            for names in names_by_place(cds).get(path, ()) for name in names}
 
 
 def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
@@ -2450,10 +2430,10 @@ class Nack(NamedTuple):
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    if file is None or nack is None or nack.digest == file.digest:
-        return file is not None and nack is not None
+    if file is None or nack.digest == file.digest:
+        return file is not None
     if acked is None or nack.digest == acked.digest:
         return False  # the ACKed bytes themselves were NACKed by another Envoy
     return nack.digest == united(acked, file).digest
@@ -2515,19 +2495,20 @@ def with_named(
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
-    kept = [result[path] for path in moved_paths(desired, result)]
-    named = named_files(kept, gone)
-    result = {**result, **named}
-    users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
-    for path, file in [*result.items()]:
-        for old in (acked.get(path), published.get(path)) if file.kind == "cds" else ():
-            if old is None or (clusters_of(old) is None and file is not desired.get(path)):
-                continue  # it is one of the old files as a whole already
-            lost = cluster_names([old]) - cluster_names(result.values())
-            needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
-            if needed:
-                result[path] = united(old, result[path], needed)
-                result |= named_files([result[path]], gone)  # the endpoints of these clusters
+    result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
+    users = [file.content for path in moved_paths(desired, result)
+             if (file := result[path]).kind in REFERENCE_KINDS]
+    for path, old in [*acked.items(), *published.items()]:
+        cds = result.get(path)
+        if cds is None or cds.kind != "cds":
+            continue
+        if clusters_of(old) is None and cds is not desired.get(path):
+            continue  # it is one of the old files as a whole already
+        lost = cluster_names([old]) - cluster_names(result.values())
+        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        if needed:
+            result[path] = united(old, cds, needed)
+            result |= named_files([result[path]], gone)  # the endpoints of these clusters
     return result
 
 
@@ -2558,7 +2539,6 @@ SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
 SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]{1,9})?")
 DEPTH = 32  # of directories that we look into
-FILE_BYTES = 64 << 20  # a larger file on the volume is not ours
 SNAPSHOT_BYTES = 256 << 20  # of what is read of one directory: sparse files cost nobody a disk
 STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
@@ -2577,7 +2557,7 @@ class Output:
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
         self._before = ""  # the last snapshot but one
-        self._links: set[str] = set()  # ours, in `current/`
+        self._unread: list[str] = []  # files behind links of ours that could not be read
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -2599,6 +2579,7 @@ class Output:
         Afterwards `published` is what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
+        remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
@@ -2610,19 +2591,22 @@ class Output:
             self._notify(changed)
             os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        complete = [entry for entry in self._snapshots() if entry != self.snapshot
-                    and version_of(self._load(entry)) == entry[2:18]]
+        complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
+                    if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
-                           key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
+                           key=lambda entry: os.lstat(self._path(entry)).st_mtime_ns)
         self.prune()
-        remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything. A loader that
-        lives may prune what is being read: then the switch has moved on."""
-        self._read_state()
-        while True:
+        """What is published, read without a lock and without touching anything; `state` is what
+        was remembered, nothing where another version wrote it."""
+        self.state, there = {}, is_directory(self._path(STATE))
+        if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
+                state = parse_json(found[0])
+                self.state = state if state["version"] == __version__ else {}
+        while True:  # a loader that lives may prune what is being read: then it has switched
             name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
@@ -2633,27 +2617,27 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        blocked = {}
+        foreign, blocked = set(self.foreign), {}
         for path in sorted(files.keys() - self.published.keys()):
-            place = self._path(CURRENT, path)
-            if is_directory(place):
-                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
-            for above in (self._path(CURRENT, each) for each in parents(path)):
-                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
-                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
-        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
+            if is_directory(self._path(CURRENT, path)):
+                blocked[path] = f"{self._path(CURRENT, path)} is a directory"
+            for above in foreign.intersection(parents(path)):
+                blocked[path] = f"{self._path(CURRENT, above)} is a file"
+        warnings = [f"{path} of {files[path].source} left out: {reason}"
+                    for path, reason in blocked.items()]
+        return {path: file for path, file in files.items() if path not in blocked}, warnings
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        version = version_of(files)
-        for attempt in itertools.count():
-            name = f"..{version}.{attempt}" if attempt else f"..{version}"
+        name = version = f"..{version_of(files)}"
+        for attempt in itertools.count(1):
             try:
                 os.mkdir(self._path(name), 0o755)
                 break
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
+            name = f"{version}.{attempt}"
         self._own_parents(name, files)
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
@@ -2662,16 +2646,15 @@ class Output:
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
         changed = [*moved_paths(self.published, files), *again]
-        gone = sorted(self._links - files.keys())
+        gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
+                if self._is_ours(path)]
         self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
         with contextlib.suppress(FileExistsError):
             os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
-            if self._is_ours(path):
-                os.unlink(self._path(CURRENT, path))
-        self._links.difference_update(gone)
+            os.unlink(self._path(CURRENT, path))
         self._own_parents(CURRENT, changed)
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published, self.switched_at = name, files, time.time()
@@ -2687,7 +2670,7 @@ class Output:
 
     def prune(self) -> None:
         """Step 8: only the last two snapshots stay. What cannot be removed is named."""
-        for entry in self._snapshots():
+        for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root)):
             if entry not in (self.snapshot, self._before, self.staged):
                 try:
                     remove(self._path(entry))
@@ -2712,7 +2695,7 @@ class Output:
         those that are about to be published too."""
         files = {**self.published, **coming}
         state = {**state, "version": __version__,
-                 "files": {path: [file.source, file.kind] for path, file in files.items()}}
+                 "files": {path: f"{file.kind} {file.source}" for path, file in files.items()}}
         if state == self.state:
             return
         self._own_parents(STATE)
@@ -2751,16 +2734,6 @@ class Output:
         return acked | {path: file for path, file in kept.items()
                         if file.digest == digests.get(path, file.digest)}
 
-    def _read_state(self) -> None:
-        """What was remembered; nothing where it is not JSON or another version wrote it."""
-        there = is_directory(self._path(STATE))
-        found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
-        try:
-            state = json_object(parse_json(found[0])) if found else {}
-        except ValueError:
-            state = {}
-        self.state = state if state.get("version") == __version__ else {}
-
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
@@ -2770,16 +2743,13 @@ class Output:
         """The regular files of a directory, and of each what is remembered."""
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
         for entry in walk(self._path(name)):
-            parts, place = entry.split(slash), self._path(name, entry)
-            if any(map(key_problem, parts)) or not (found := read_file(place, room)):
+            path, place = entry.replace(slash, "/"), self._path(name, entry)
+            if any(map(key_problem, path.split("/"))) or not (found := read_file(place, room)):
                 continue
-            path, (content, mode) = "/".join(parts), found
-            match rows.get(path):
-                case [str(source), str(kind)] if kind in ("", *KINDS.values()):
-                    pass
-                case _:
-                    source, kind = "disk", ""
-            files[path] = file_of(content, source, mode, kind_of(content) or kind)
+            content, mode = found
+            kind, _, source = str(rows.get(path, " disk")).partition(" ")
+            kind = kind_of(content) or (kind if kind in KINDS.values() else "")
+            files[path] = file_of(content, source, mode, kind)
             room -= len(content)
         return files
 
@@ -2795,8 +2765,8 @@ class Output:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
-        wrong = [path for path, file in files.items()
-                 if read_file(self._path(name, path)) != (file.content, file.mode)]
+        wrong = [path for path, file in files.items() if (file.content, file.mode)
+                 != read_file(self._path(name, path), len(file.content))]
         return wrong + [path for path in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
@@ -2809,18 +2779,13 @@ class Output:
 
     def _link(self, relative: str, target: str) -> None:
         """Make or replace a link by rename(2): nobody ever finds none."""
-        try:
-            os.symlink(target, self._path(LINK))
-        except FileExistsError:  # of a process that died: a fixed name must not wedge
-            remove(self._path(LINK))
-            os.symlink(target, self._path(LINK))
+        os.symlink(target, self._path(LINK))
         os.rename(self._path(LINK), self._path(relative))
 
     def _notify(self, paths: Iterable[str]) -> None:
         """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
             self._link(f"{CURRENT}/{path}", link_target(path))
-            self._links.add(path)
 
     def _is_ours(self, path: str) -> bool:
         """Whether what is in `current/` is a link that we made."""
@@ -2830,11 +2795,10 @@ class Output:
         """Real directories above these paths below `top`, never replaced if they are."""
         needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
         for place in map(self._path, sorted(needed)):
-            if is_directory(place):
-                continue
-            if os.path.islink(place):
-                os.unlink(place)  # Envoy's watch would stay on what is behind it
-            os.mkdir(place, 0o755)
+            if not is_directory(place):
+                if os.path.islink(place):
+                    os.unlink(place)  # Envoy's watch would stay on what is behind it
+                os.mkdir(place, 0o755)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -2846,21 +2810,18 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._links, self.foreign = set(self.published), []
+        self._unread, self.foreign = [], []
         for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
                 self.foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
-                self._links.add(path)  # its file could not be read: the next snapshot decides
+                self._unread.append(path)  # it stays until the next snapshot
             else:
                 os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
         return repaired
-
-    def _snapshots(self) -> list[str]:
-        return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
 
 
 def link_target(path: str) -> str:
@@ -2913,14 +2874,14 @@ def write_file(place: str, content: bytes, mode: int) -> None:
         os.close(number)
 
 
-def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
+def read_file(place: str, most: int) -> tuple[bytes, int] | None:
     """Content and mode of a regular file; None where there is none that can be read: it is written
     anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
             status = os.fstat(stream.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size <= min(most, FILE_BYTES):
+            if stat.S_ISREG(status.st_mode) and status.st_size <= most:
                 return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
