@@ -1610,79 +1610,69 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
     r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
-# What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
-UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
-MADE_BY = "Rendered by envoy-xds-configmap-loader, which overwrites changes."
-CDS_COMMENT = f"Clusters: one for each port of each Service.\n{MADE_BY}"
-RDS_COMMENT = f"Routes: from the annotations {{prefix}}/... of Services.\n{MADE_BY}"
+MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
+CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
+
+
+class Rendering(NamedTuple):
+    """The files of one source, and what is wrong with it."""
+
+    files: Mapping[str, File]
+    warnings: Sequence[str] = ()
 
 
 def yaml_scalar(value: Json) -> str:
     """A scalar or an empty collection, in the one way that cannot be misread."""
-    if type(value) is not str:
-        text = str(value) if type(value) is int else json.dumps(value)
-        return text.replace("e", ".0e") if type(value) is float and "." not in text else text
-    if re.match(PLAIN_SCALAR, value):
-        return value
-    quoted = COMPACT_JSON.encode(value)
-    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", quoted)
+    if type(value) is int or (type(value) is str and re.match(PLAIN_SCALAR, value)):
+        return str(value)
+    text = COMPACT_JSON.encode(value)
+    if type(value) is float and "." not in text:
+        return text.replace("e", ".0e")  # 1e+16 is a string in YAML 1.1
+    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
 
 
 yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
 
 
-def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
-    """Append the lines of a collection that is not empty, in block style."""
-    if type(value) is dict:
-        for key, item in value.items():
-            if item and type(item) in (dict, list):
-                lines.append(f"{indent}{yaml_key(key)}:")
-                yaml_lines(item, indent + "  " if type(item) is dict else indent, lines)
-            else:
-                lines.append(f"{indent}{yaml_key(key)}: {yaml_scalar(item)}")
-        return
-    for item in value:
-        if item and type(item) in (dict, list):
-            first = len(lines)
-            yaml_lines(item, indent + "  ", lines)
-            lines[first] = f"{indent}- {lines[first][len(indent) + 2 :]}"
-        else:
-            lines.append(f"{indent}- {yaml_scalar(item)}")
+def yaml_text(value: Json, indent: str) -> str:
+    """A value in block style. `indent` begins each line of a collection, with the line break."""
+    deeper = f"{indent}  "
+    if value and type(value) is dict:
+        return "".join([
+            f"{indent}{yaml_key(key)}:{yaml_text(item, deeper if type(item) is dict else indent)}"
+            for key, item in value.items()])
+    if value and type(value) is list:
+        return "".join([f"{indent}- {yaml_text(item, deeper).lstrip()}" for item in value])
+    return f" {yaml_scalar(value)}"
 
 
 def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
+    """An item of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
-    lines: list[str] = []
-    yaml_lines([value], indent, lines)
-    return ("\n".join(lines) + "\n").encode()
+    return yaml_text(value, f"\n{indent}  ").lstrip().encode()
+
+
+def elements(fmt: str, items: Iterable[bytes], indent: str = "") -> bytes:
+    """A list of what element() wrote."""
+    if fmt == "json":
+        return b"[\n%s\n]" % b",\n".join(items)
+    return b"".join(b"\n%s- %s" % (indent.encode(), item) for item in items) or b" []"
 
 
 def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    body = (b",\n" if fmt == "json" else b"").join(resources)
+    body = elements(fmt, resources)
     version = hashlib.sha256(body).hexdigest()[:16]
     if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":['
-        return b"%s\n%s\n]}\n" % (head.encode(), body)
-    notes = "".join(f"# {line}\n" for line in comment.splitlines())
-    head = f'{notes}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return b"%s\n%s" % (head.encode(), body) if resources else f"{head} []\n".encode()
-
-
-def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
-    """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
-    texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
-    if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
-        return None
-    names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
-    return {json.loads(name) if name[0] == '"' else name: text
-            for name, text in zip(names, texts, strict=True)}
+        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":'
+        return b"%s%s}\n" % (head.encode(), body)
+    head = f'{comment}version_info: "{version}"\ntype_url: {type_url}\nresources:'
+    return b"%s%s\n" % (head.encode(), body)
 
 
 class Clusters(NamedTuple):
@@ -1695,143 +1685,146 @@ class Clusters(NamedTuple):
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
 def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    if file.content[:1] == b"{":
-        try:
-            resources = parse_json(file.content).get("resources", [])
+    content = file.content
+    try:
+        if content.startswith(b"{"):
+            form, resources = "json", parse_json(content).get("resources", [])
             texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
                                                    ensure_ascii=False).encode()
                      for each in resources}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        elif content.startswith(CDS_COMMENT.encode()):
+            form, resources = "yaml", content.removesuffix(b"\n").split(b"\n- ")[1:]
+            if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
+                return None  # somebody else wrote a byte
+            names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ") for text in resources]
+            texts = {json.loads(name) if name.startswith(b'"') else name.decode(): text
+                     for name, text in zip(names, resources, strict=True)}
+        else:
             return None
-        return Clusters("json", texts) if len(texts) == len(resources) else None
-    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    return None if rendered is None else Clusters("yaml", rendered)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return Clusters(form, texts) if len(texts) == len(resources) else None
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
     """The clusters in the CDS that a loader left, and whether each is on EDS."""
-    modes: dict[str, str] = {}
-    for path in ("cds.yaml", "cds.json"):
-        found = clusters_of(files[path]._replace(source=SERVICES_SOURCE)) if path in files else None
-        for name, text in found.texts.items() if found else ():
-            modes[name] = EDS if b"eds_cluster_config" in text else INLINE
-    return modes
+    left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
+    return {name: EDS if b"eds_cluster_config" in text else INLINE
+            for found in left if found for name, text in found.texts.items()}
 
 
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
     of a user on this node. All its Envoys share these, need one for a file (two while its cluster
     warms), and abort without."""
-    if config.endpoint_eds_budget is not None:
-        return config.endpoint_eds_budget
-    try:
-        with open(MAX_USER_INSTANCES, encoding="ascii") as file:
-            return int(file.read()) // 16
-    except (OSError, ValueError):
-        return 128 // 16  # the kernel's default
-
-
-class Memo:
-    """A function, called for all keys at once; only where arguments differ from the last time's.
-    (Unchanged objects are the same objects: comparing them ends at identity.)"""
-
-    def __init__(self, function: Callable[..., Json]) -> None:
-        self._function = function
-        self._known: dict[Any, tuple[tuple[object, ...], Json]] = {}
-
-    def __call__(self, calls: Mapping[Any, tuple[object, ...]]) -> dict[Any, Json]:
-        known, self._known = self._known, {}
-        for key, arguments in calls.items():
-            found = known.get(key)
-            if found is None or found[0] != arguments:
-                found = (arguments, self._function(*arguments))
-            self._known[key] = found
-        return {key: result for key, (_, result) in self._known.items()}
-
-
-class Rendering(NamedTuple):
-    """What all objects give. `clusters` is how many there are of each mode."""
-
-    files: dict[str, File]
-    warnings: tuple[str, ...]
-    clusters: dict[str, int]
+    instances = 128  # the kernel's default
+    with contextlib.suppress(OSError, ValueError), open(MAX_USER_INSTANCES, "rb") as file:
+        instances = int(file.read())
+    return instances // 16 if config.endpoint_eds_budget is None else config.endpoint_eds_budget
 
 
 class Renderer:
-    """Renders Services again and again; a change in one of them renders that one. `current_dir` is
-    the absolute path under which Envoy reads; `modes` are those of the clusters on disk."""
+    """Renders Services again and again; a change in one of them renders that one. `budget` is that
+    of EDS files for `auto`; `modes` are those of the clusters on disk."""
 
-    def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
-                 node_name: str, budget: int, modes: Mapping[str, str]) -> None:
-        self._config, self._endpoints, self._fmt = config, endpoints, fmt
-        self._directory, self._node_name, self._budget = current_dir, node_name, budget
-        self._modes: dict[str, str] = {}  # of clusters by slices: those on disk, until decided
-        on_eds = sorted(name for name, mode in modes.items() if mode == EDS)[:budget]
-        if endpoints == AUTO and on_eds:  # without EDS files it was no decision of `auto`
-            self._modes = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS)
-        self._services: Mapping[Key, Service] | None = None
-        self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
-        self._routes, self._warnings = b"", list[str]()
+    def __init__(self, options: Options, config: Config, budget: int, modes: Mapping[str, str]
+                 ) -> None:
+        self._config, self._node_name = config, options.node_name
+        self._fmt, self._endpoints = options.format, options.endpoints
+        self._directory = f"{os.path.abspath(options.output_dir)}/{CURRENT}"
+        self._budget = {EDS: sys.maxsize, INLINE: 0}.get(options.endpoints, budget)
+        # Of clusters by slices. (On disk without EDS files it was no decision of `auto`.)
+        self._modes = modes if options.endpoints == AUTO and EDS in modes.values() else {}
         self._splits: set[str] = set()  # as they were logged last
-        self._plans, self._hosts = Memo(plan_service), Memo(self._host)
-        self._rendered, self._files = Memo(self._service), Memo(self._file)
+        self._calls: dict[Callable[..., Json], dict[Any, tuple[tuple[object, ...], Json]]] = {}
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
-        if objects.services != self._services:
-            self._services = dict(sorted(objects.services.items()))
-            self._plan(self._services, other_files)
-        config, warnings = self._config, [*self._warnings]
-        zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.endpoint_prefer_zone:
+        inputs = objects.services, other_files
+        planned, routes, warnings = self._changed(self._plan, {"": inputs})[""]
+        warnings = [*warnings]
+        zone = own_zone(self._config, self._node_name, objects.nodes)
+        if zone is None and self._config.endpoint_prefer_zone:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
-        slices: dict[Key, list[EndpointSlice]] = {}
+        slices = defaultdict[Key, list[EndpointSlice]](list)
         for found in objects.slices:
-            slices.setdefault((found.namespace, found.service), []).append(found)
-        labels, calls = by_node_label(config), {}
-        for key, clusters in self._clusters.items():
-            own, nodes = slices.get(key, []), dict[str, Texts]()
-            if labels:
-                names = {endpoint.node for found in own for endpoint in found.endpoints}
-                nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
-            calls[key] = (key, clusters, own, zone, nodes)
+            slices[found.namespace, found.service].append(found)
+        calls = {}
+        for key, clusters in planned.items():
+            nodes = {endpoint.node: objects.nodes[endpoint.node]
+                     for found in (slices[key] if objects.nodes else ())
+                     for endpoint in found.endpoints if endpoint.node in objects.nodes}
+            calls[key] = (key, clusters, slices[key], zone, nodes)
         files: dict[str, File] = {}
         resources: list[bytes] = []
-        for key, (texts, eds, problems) in self._rendered(calls).items():
+        for key, (texts, eds, problems) in self._changed(self._service, calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
-        comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
-        files |= self._files({
+        prefix = self._config.route_annotation_prefix
+        comment = f"# Routes: from the annotations {prefix}/... of Services.\n{MADE_BY}"
+        files |= self._changed(self._file, {
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
-            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
-        modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
-        return Rendering(files, tuple(sorted(warnings)),
-                         {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
+            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [routes])})
+        return Rendering(files, tuple(sorted(warnings)))
 
-    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
-        """What follows from the Services alone: their clusters, with modes, and the routes."""
-        plans = self._plans({key: (service, self._config, self._endpoints)
-                             for key, service in services.items()})
+    def _changed(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
+                 ) -> dict[Any, Json]:
+        """The results of a function by key. It is called only where arguments differ from the last
+        time's. (Unchanged objects are the same objects: comparing them ends at identity.)"""
+        known = self._calls.get(function, {})
+        found = {key: known[key] if key in known and known[key][0] == arguments else
+                 (arguments, function(*arguments)) for key, arguments in calls.items()}
+        self._calls[function] = found
+        return {key: result for key, (_, result) in found.items()}
+
+    def _plan(self, services: Mapping[Key, Service], other_files: int
+              ) -> tuple[dict[Key, list[Cluster]], bytes, list[str]]:
+        """What follows from the Services alone: clusters, the RouteConfiguration, warnings."""
+        plans: dict[Key, ServicePlan] = self._changed(plan_service, {
+            key: (service, self._config, self._endpoints)
+            for key, service in sorted(services.items())})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        kept = unique_clusters(plans, by_age, problems)
-        names = [one.name for clusters in kept.values() for one in clusters if not one.host]
-        self._modes = self._decided(names, other_files)
-        self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
-                          for key, clusters in kept.items()}
+        clusters = unique_clusters(plans, by_age, problems)
+        self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
         routes = []
         for key, plan in plans.items():
             route = plan.route
-            if route and route.cluster and route.cluster not in [one.name for one in kept[key]]:
+            if route and route.cluster and route.cluster not in [one.name for one in clusters[key]]:
                 problems[key].append("is not routed: it has no cluster of its own")
                 route = route._replace(cluster="")
             routes += [route] if route else []
-        hosts = self._hosts({host: (host, routed) for host, routed
-                             in sorted(routes_by_host(routes, problems).items())})
-        self._routes = self._route_configuration([text for text, _ in hosts.values()])
+        rendered = self._route_configuration(routes, problems)
+        warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
+        if not services:
+            warnings = ["--services: no Service matches the selector"]
+        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
+        if inlined and self._endpoints == AUTO:
+            warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
+                            f"{shortened(inlined)}")
+        return clusters, rendered, warnings
+
+    def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
+        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
+        would be new to Envoy, with new connections and health."""
+        names = [cluster.name for cluster in clusters if not cluster.host]
+        on_eds = [name for name in names if self._modes.get(name) == EDS][: self._budget]
+        free = self._budget - len(on_eds)
+        free -= other_files if self._config.endpoint_eds_budget is None else 0
+        on_eds += [name for name in names if name not in self._modes][: max(0, free)]
+        self._modes = dict.fromkeys(names, INLINE) | dict.fromkeys(on_eds, EDS)
+        metrics.replace("xds_loader_clusters", {
+            (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
+            (DNS,): len(clusters) - len(names)})
+
+    def _route_configuration(self, routes: Iterable[Route], problems: Mapping[Key, list[str]]
+                             ) -> bytes:
+        """The RouteConfiguration, of virtual hosts that were written before."""
+        hosts = self._changed(self._host, {host: (host, routed) for host, routed
+                                           in sorted(routes_by_host(routes, problems).items())})
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
             for key, is_problem, text in said:
@@ -1840,59 +1833,38 @@ class Renderer:
         for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
             log.info("%s", line)
         self._splits = lines
-        self._warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
-        if not services:
-            self._warnings = ["--services: no Service matches the selector"]
-        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        if inlined and self._endpoints == AUTO:
-            self._warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
-                                  f"{shortened(inlined)}")
-
-    def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
-        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
-        would be new to Envoy, with new connections and health."""
-        modes = {name: self._modes.get(name, self._endpoints) for name in names}
-        if self._endpoints == AUTO:
-            free = self._budget - sum(mode == EDS for mode in modes.values())
-            free -= other_files if self._config.endpoint_eds_budget is None else 0
-            new = [name for name in names if modes[name] == AUTO]
-            modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
-        return modes
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
+        texts = elements(self._fmt, [text for text, _ in hosts.values()], "  ")
+        if self._fmt == "json":
+            return b'%s,"virtual_hosts":%s}' % (head[:-1], texts)
+        return b"%s\n  virtual_hosts:%s" % (head, texts)
 
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
         found, said = virtual_host(host, routes)
         return element(self._fmt, found, "  "), said
 
-    def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
-        """The RouteConfiguration, of virtual hosts that were written before."""
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
-        if not virtual_hosts:
-            return head
-        if self._fmt == "json":
-            return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
-        return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
-
-    def _service(self, key: Key, clusters: Sequence[tuple[Cluster, str]],
-                 slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Texts]
+    def _service(self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
+                 zone: str | None, nodes: Mapping[str, Texts]
                  ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
-        by_slices = [cluster for cluster, mode in clusters if mode != DNS]
+        by_slices = [cluster for cluster in clusters if not cluster.host]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
         resources, files = [], {}
-        for cluster, mode in clusters:
+        for cluster in clusters:
+            label = cluster.port.label
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if mode == DNS:
+            if cluster.host:
                 assignment = dns_assignment(cluster, slices)
                 if "endpoints" not in assignment:
-                    problems.append(f"the number of the target port of {cluster.port.label} is not "
-                                    f"known, so there is no endpoint")
+                    problems.append(f"the number of the target port of {label} is not known, so "
+                                    f"there is no endpoint")
             else:
                 assignment = assignment_of(cluster, slices, self._config, zone, nodes)
-            if mode == EDS:
-                path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
-                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
+            if self._modes.get(cluster.name) == EDS:
+                path = f"eds/{'_'.join(key)}_{label}.{self._fmt}"
+                comment = f"# Endpoints of service {'/'.join(key)}, port {label}.\n{MADE_BY}"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
-                files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
+                files[path] = self._file(comment, ASSIGNMENT_TYPE, [text])
                 resource["eds_cluster_config"] = {"eds_config": {
                     "resource_api_version": "V3",
                     "path_config_source": {"path": f"{self._directory}/{path}"}}}
@@ -1910,38 +1882,39 @@ class Renderer:
 # ---------------------------------------------------------------------------------------------
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
-# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
-# here (error, problem, repr, redaction) has a byte of a key in it.
+# resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
+# base64, so that every byte arrives. No text made here (error, warning, repr, redaction) has a byte
+# of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
+STEM_BYTES = 245  # leaves room for `_ca.yaml` in a file name of 255 bytes
 
 
-def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles:
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     """The SDS files of a Secret. ValueError, without content, if anything is wrong with it. The raw
     object must not be kept: an annotation often holds the key again."""
-    metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
-    namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
-    if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
-        raise ValueError("a secret without a valid namespace and name")
+    names = object_key(obj)
+    label, stem = "/".join(names), "_".join(names)  # no object name has `_`
+    if not all(re.fullmatch(OBJECT_NAME, name) for name in names) or len(stem) > STEM_BYTES:
+        raise ValueError("a secret without a valid namespace and name, or too long for a file name")
+    held = json_object(obj.get("data"))
     cert, key, ca = (decode_key(held.get(entry), entry)
                      for entry in ("tls.crt", "tls.key", "ca.crt"))
     check_secret(cert, key, ca)
-    label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
-    if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
-        raise ValueError("the name is too long for a file name")
+    chain, private_key, trusted_ca = (
+        {"inline_bytes": base64.b64encode(pem).decode()} for pem in (cert, key, ca))
     pair = {"name": label, "tls_certificate": {
-        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
-    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
+        "certificate_chain": chain, "private_key": private_key}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": trusted_ca}}
     files, source = {}, f"secret {label}"
     for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
         if pem:
             text = element(form, {"@type": SDS_TYPE, **resource})
-            content = discovery_response(form, source, SDS_TYPE, [text])
+            content = discovery_response(form, f"# {source}\n", SDS_TYPE, [text])
             files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
-    return ObjectFiles(files)
+    return Rendering(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -1952,41 +1925,33 @@ def decode_key(text: Json, what: str) -> bytes:
         raise ValueError(f"{what} is not base64") from None
 
 
-def pem_source(pem: bytes) -> dict[str, str]:
-    """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
-    if re.fullmatch(rb"[\n -~]*", pem):
-        return {"inline_string": pem.decode("ascii")}
-    return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
-
-
 def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
-    """ValueError for what Envoy would reject, as far as the standard library can tell, and for
-    nothing that Envoy would accept."""
+    """ValueError for what Envoy would reject, as far as OpenSSL can tell, and for nothing that
+    Envoy would accept: it decides itself what is too weak."""
     if not (cert or key or ca):
         raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
         raise ValueError("tls.crt without tls.key" if cert else "tls.key without tls.crt")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers("ALL:@SECLEVEL=0")
     for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
         if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
             raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
         text = pem.decode("ascii", "backslashreplace")  # a comment may be in any encoding
         try:
             if text:
-                tls_context().load_verify_locations(cadata=text)
+                context.load_verify_locations(cadata=text)
         except ssl.SSLError:
             raise ValueError(f"{entry} holds no PEM certificate, or an unreadable one") from None
-    if cert:
-        check_pair(cert, key)
-
-
-def check_pair(cert: bytes, key: bytes) -> None:
-    """ValueError for a key of another certificate. OpenSSL reads pairs from files only: anonymous
-    memory has a name in /proc, and no disk is touched. Without it (macOS) only Envoy judges."""
+    if not cert:
+        return
     try:
+        # OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and no disk is
+        # touched. Without it (macOS) only Envoy judges.
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
             file.write(cert + b"\n" + key)
             # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
-            tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
         if b"ENCRYPTED" in key:
             raise ValueError("tls.key is encrypted, and Envoy is given no passphrase") from None
@@ -1995,13 +1960,6 @@ def check_pair(cert: bytes, key: bytes) -> None:
             f"tls.key is not the key of the first certificate in tls.crt ({reason})") from None
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
-
-
-def tls_context() -> ssl.SSLContext:
-    """A context that judges form and not strength: Envoy decides what is too weak."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    return context
 
 
 def holds_secret(content: bytes) -> bool:
@@ -2023,8 +1981,7 @@ def no_core_dumps() -> None:
     """Keep keys out of core files. (Not 0, which does not hold where core_pattern is a pipe.)"""
     import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    if hard != 0:  # 0 is all that is left to set where somebody forbade them before us
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:  # else somebody forbade them before us
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
@@ -2041,19 +1998,11 @@ def key_problem(name: str) -> str:
     return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
 
 
-class ObjectFiles(NamedTuple):
-    """The files of a ConfigMap or a Secret, and what in it cannot be one."""
-
-    files: Mapping[str, File]
-    problems: tuple[str, ...] = ()
-
-
-def configmap_from(item: dict[str, Any]) -> ObjectFiles:
+def configmap_from(item: dict[str, Any]) -> Rendering:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
-    metadata = json_object(item.get("metadata"))
-    source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
+    source = f"configmap {'/'.join(object_key(item))}"
     text, binary = member(item, "data", dict), member(item, "binaryData", dict)
-    files, problems = {}, []
+    files, warnings = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
         try:
@@ -2061,17 +2010,14 @@ def configmap_from(item: dict[str, Any]) -> ObjectFiles:
         except (AttributeError, ValueError):
             problem = "is not text" if key in text else "is not base64"
         if problem:
-            problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
+            warnings.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
             files[key] = file_of(content, source)
-    return ObjectFiles(files, tuple(problems))
+    return Rendering(files, tuple(warnings))
 
 
-class NamedObject(NamedTuple):
-    """A ConfigMap or Secret that an option names, and the directory that its files go to."""
-
-    query: Query
-    directory: str
+# What an option asks for: objects by name or selector, and the directory that their files go to.
+Source = tuple[Query, str]
 
 
 class Wanted(NamedTuple):
@@ -2088,6 +2034,11 @@ class Wanted(NamedTuple):
         return not (self.unknown or self.missing)
 
 
+COUNTED = {  # in warnings: what a file has of it, and how each begins
+    "cds": ("clusters", rb"@type\W+type\.googleapis\.com/envoy\.config\.cluster\.v3\.Cluster\b"),
+    "rds": ("routes", rb'- match:|{"match":')}
+
+
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
     cannot be where another source has a directory: it is left out."""
@@ -2097,7 +2048,9 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         for path, file in layer.items():
             lost = files.get(path, file)
             if lost.source != file.source:
-                warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
+                what, pattern = COUNTED.get(lost.kind, ("", b""))
+                count = f" ({len(re.findall(pattern, lost.content))} {what})" if what else ""
+                warnings.append(f"{path} of {lost.source}{count} is hidden by that of "
                                 f"{file.source}")
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
@@ -2105,15 +2058,6 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         source = files.pop(path).source
         warnings.append(f"{path} of {source} left out: others have a directory there")
     return files, warnings
-
-
-def counted(file: File) -> str:
-    """How many clusters or routes a file has, in words, where it shows."""
-    if file.kind == "rds":
-        routes = re.findall(rb'- match:|{"match":', file.content)
-        return f" ({len(routes)} routes)"
-    clusters = clusters_of(file) if file.kind == "cds" else None
-    return f" ({len(clusters.texts)} clusters)" if clusters else ""
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
@@ -2136,30 +2080,26 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        self._selected: Query | None = None
-        self._kept: dict[NamedObject, Files] = {}  # the last good files of each named object
+        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
+        self._sources: list[Source] = [
+            *options.secret, *([] if options.configmap_selector is None else [(selected, "")]),
+            *options.configmap]
+        self._kept: dict[Source, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
         options, budget = self._options, inotify_budget(self._config)
         metrics.set("xds_loader_inotify_instances_budget", budget)
-        for named in (*options.configmap, *options.secret):
-            source = str(named.query)
-            owned = {path: file for path, file in published.items() if file.source == source
-                     and path.rpartition("/")[0] == named.directory}
+        for query, directory in self._sources:
+            owned = {path: file for path, file in published.items()
+                     if file.source == str(query) and path.rpartition("/")[0] == directory}
             if owned:
-                self._kept[named] = owned
-            self._reflect(named.query)
-        if options.configmap_selector is not None:
-            self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
-            self._reflect(self._selected)
+                self._kept[query, directory] = owned
+            self._reflect(query)
         if options.services is None:
             return
-        self._renderer = Renderer(
-            self._config, endpoints=options.endpoints, fmt=options.format,
-            current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
-            node_name=options.node_name, budget=budget, modes=modes_on_disk(published))
+        self._renderer = Renderer(options, self._config, budget, modes_on_disk(published))
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
@@ -2203,19 +2143,18 @@ class Sources:
         )
         if wanted.unknown:
             return wanted
-        layers = [self._files_of(named, wanted) for named in self._options.secret]
-        if self._selected is not None:
-            found = self._reflectors[self._selected].objects()
-            if not found:
-                wanted.notes.append(f"{self._selected}: none exist")
-            for _, configmap in sorted(found.items()):
-                wanted.notes.extend(configmap.problems)
+        layers: list[Files] = []
+        for source in self._sources:
+            if source[0].name:
+                layers.append(self._named(source, wanted))
+                continue
+            selected = self._reflectors[source[0]].objects()
+            wanted.notes.extend([] if selected else [f"{source[0]}: none exist"])
+            for _, configmap in sorted(selected.items()):
+                wanted.notes.extend(configmap.warnings)
                 layers.append(configmap.files)
-        layers += [self._files_of(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
             rendering = self._render(self._renderer, layers)
-            metrics.replace("xds_loader_clusters", {
-                (mode,): count for mode, count in rendering.clusters.items()})
             wanted.notes.extend(rendering.warnings)
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
@@ -2223,26 +2162,26 @@ class Sources:
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
                                       for path, file in files.items()})
 
-    def _files_of(self, named: NamedObject, wanted: Wanted) -> Files:
+    def _named(self, source: Source, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        query, reflector = named.query, self._reflectors[named.query]
-        key, source = (query.namespace, query.name), str(query)
+        query, directory = source
+        key, reflector = (query.namespace, query.name), self._reflectors[query]
         bad = key in reflector.bad
         found = None if bad else reflector.objects().get(key)
-        prefix = f"{named.directory}/" if named.directory else ""
+        prefix = f"{directory}/" if directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
-        wanted.notes.extend(found.problems if found else ())
-        if files or (found and not self._kept.get(named)):
-            self._kept[named] = files
-        elif named not in self._kept:
-            wanted.missing.append(source)
+        wanted.notes.extend(found.warnings if found else ())
+        if files or (found and not self._kept.get(source)):
+            self._kept[source] = files
+        elif source not in self._kept:
+            wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
                 wanted.notes.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            wanted.notes.append(f"{source} {state}: its last files stay published")
-            wanted.stale.append(source)
-        return self._kept.get(named, {})
+            wanted.notes.append(f"{query} {state}: its last files stay published")
+            wanted.stale.append(str(query))
+        return self._kept.get(source, {})
 
     def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
@@ -4600,14 +4539,14 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> NamedObject:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return NamedObject(Query(resource, namespace, object_name(name)), directory)
+    return Query(resource, namespace, object_name(name)), directory
 
 
-def named_configmap(text: str) -> NamedObject:
+def named_configmap(text: str) -> Source:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
@@ -4808,9 +4747,8 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
-            it if it.query.namespace
-            else it._replace(query=it.query._replace(namespace=options.namespace))
-            for it in getattr(options, kind)))
+            (query if query.namespace else query._replace(namespace=options.namespace), directory)
+            for query, directory in getattr(options, kind)))
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
     options.node_name = environ.get("NODE_NAME", "")
