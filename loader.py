@@ -1040,23 +1040,19 @@ NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
-class Config(NamedTuple):
-    """What `--config` says: `cluster_name` is `name` in its object `cluster`."""
+Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 
-    cluster_name: str = "{namespace}/{service}/{port}"
-    cluster_base: Mapping[str, Json] = {}
-    cluster_overrides: Sequence[Mapping[str, Json]] = ()
-    cluster_trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
-    endpoint_include_not_ready: bool = False
-    endpoint_families: Sequence[str] | None = None
-    endpoint_eds_budget: int | None = None
-    endpoint_prefer_zone: bool | str = False
-    endpoint_external_name: str = ""
-    endpoint_locality: Mapping[str, Mapping[str, Json]] = {}
-    route_name: str = "services"
-    route_suffix: str = "cluster.local"
-    route_annotation_prefix: str = "xds-loader"
-    cluster_domain: str = "cluster.local"
+DEFAULTS: Config = {
+    "cluster": {
+        "base": {},
+        "name": "{namespace}/{service}/{port}",
+        "overrides": [],
+        "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
+    "cluster_domain": "cluster.local",
+    "endpoint": {"eds_budget": None, "external_name": None, "families": None,
+                 "include_not_ready": False, "locality": {}, "prefer_zone": False},
+    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"},
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -1073,11 +1069,6 @@ def text_rule(expected: str, pattern: str) -> Rule:
         type(value) is str and value.isprintable() and re.fullmatch(pattern, value)))
 
 
-def exactly(*values: Json) -> Rule:
-    return Rule(" or ".join(map(json.dumps, values)), lambda value: any(
-        type(value) is type(each) and value == each for each in values))
-
-
 def is_json(value: Json) -> bool:
     """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
     try:
@@ -1087,13 +1078,13 @@ def is_json(value: Json) -> bool:
         return False
 
 
+# A schema is an object with these keys, [the schema of each item of a list], (the schema of an
+# object, the schema of a list), a text of JSON values with ` or ` between, or a rule.
 TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
-ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
-PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-# A schema is a rule, an object with these keys, [the schema of each item of a list], or (the schema
-# of an object, the schema of a list).
+PATCH = dict.fromkeys(CLUSTER_FIELDS, Rule(
+    f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json))
 PART = Rule("one of label, literal and node_name", lambda value: len(value) == 1,
-            {"label": TEXT, "literal": TEXT, "node_name": exactly(True)})
+            {"label": TEXT, "literal": TEXT, "node_name": "true"})
 LABELS = Rule("an object of strings", lambda value: (
     value and type(value) is dict and all(map(TEXT.holds, value.values()))))
 MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
@@ -1101,7 +1092,7 @@ MATCH = Rule("something to match (what is for every cluster belongs into base)",
 OVERRIDE = Rule(
     "match, and one of merge and suppress",
     lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
-    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True)})
+    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": "true"})
 SCHEMA = {
     "cluster": {
         "base": PATCH,
@@ -1112,9 +1103,9 @@ SCHEMA = {
     "endpoint": {
         "eds_budget": Rule("a whole number of EDS files", lambda value: (
             type(value) is int and value >= 0)),
-        "external_name": exactly("strict_dns", "logical_dns"),
-        "families": exactly([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-        "include_not_ready": exactly(True, False),
+        "external_name": '"strict_dns" or "logical_dns"',
+        "families": '["ipv4"] or ["ipv6"] or ["ipv4", "ipv6"] or ["ipv6", "ipv4"]',
+        "include_not_ready": "true or false",
         "locality": {"region": PART, "sub_zone": PART, "zone": PART},
         "prefer_zone": Rule("a zone, true or false", lambda value: (
             type(value) is bool or TEXT.holds(value)))},
@@ -1126,14 +1117,15 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
     if type(schema) is tuple:
         schema = schema[type(value) is list]
+    expected = ""
     if type(schema) is Rule:
         if schema.inner:
             config_check(value, schema.inner, path)
-        if not schema.holds(value):
-            raise UsageError(f"{path}: {schema.expected} expected")
+        expected = "" if schema.holds(value) else schema.expected
+    elif type(schema) is str:
+        expected = "" if json.dumps(value) in schema.split(" or ") else schema
     elif type(value) is not type(schema):
-        kind = "a list" if type(schema) is list else "an object"
-        raise UsageError(f"{path}: {kind} expected")
+        expected = "a list" if type(schema) is list else "an object"
     elif type(schema) is list:
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
@@ -1145,18 +1137,16 @@ def config_check(value: Json, schema: Json, path: str) -> None:
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
                 raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
+    if expected:
+        raise UsageError(f"{path}: {expected} expected")
 
 
 def config_from(document: Json) -> Config:
-    """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
+    """A parsed `--config` with its defaults; UsageError with the JSON path of the first error."""
     config_check(document, SCHEMA, "--config: $")
-    chosen: dict[str, Json] = {}
-    for name, value in document.items():
-        if type(value) is dict:
-            chosen |= {f"{name}_{key}": item for key, item in value.items()}
-        else:
-            chosen[name] = value
-    return Config(**chosen)
+    sections = {name: DEFAULTS[name] | document.get(name, {})
+                for name in ("cluster", "endpoint", "route")}
+    return {**DEFAULTS, **document, **sections}
 
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -1168,12 +1158,7 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.endpoint_locality.values())
-
-
-def needs_nodes(config: Config) -> bool:
-    """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.endpoint_prefer_zone is True or by_node_label(config)
+    return any("label" in source for source in config["endpoint"]["locality"].values())
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1270,7 +1255,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif external is not None and not config.endpoint_external_name:
+    elif external is not None and not config["endpoint"]["external_name"]:
         problems.append("is left out: ExternalName needs endpoint.external_name in --config")
     elif external is not None and (
             not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
@@ -1290,11 +1275,11 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    name = config.cluster_name.format(
+    name = config["cluster"]["name"].format(
         namespace=service.namespace, service=service.name, port=port.label)
     facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
     overrides, by_name = [], False
-    for override in config.cluster_overrides:
+    for override in config["cluster"]["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
                    if one.get("labels", {}).items() <= service.labels.items()
@@ -1304,14 +1289,14 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     api_server = (service.namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, options = config.endpoint_families or (service.family,), dict[str, Json]()
-    host = service.external_name or service_dns_name(service, config.cluster_domain)
+    families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
+    host = service.external_name or service_dns_name(service, config["cluster_domain"])
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
-        kind = config.endpoint_external_name if service.external_name else "strict_dns"
+        kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    protocol = protocol_options(port, host, config.cluster_trusted_ca)
-    for patch in (config.cluster_base, protocol, *(each["merge"] for each in overrides)):
+    protocol = protocol_options(port, host, config["cluster"]["trusted_ca"])
+    for patch in (config["cluster"]["base"], protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
 
@@ -1373,7 +1358,7 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config.endpoint_locality.get(name, {})
+        source = config["endpoint"]["locality"].get(name, {})
         if "label" in source:
             default = labels.get(source["label"], "")
         found.append(node if "node_name" in source else source.get("literal", default))
@@ -1382,8 +1367,8 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.endpoint_prefer_zone is not True:
-        return config.endpoint_prefer_zone or None
+    if config["endpoint"]["prefer_zone"] is not True:
+        return config["endpoint"]["prefer_zone"] or None
     labels = nodes.get(node, {})
     default = labels.get("topology.kubernetes.io/zone", "")
     return locality_of(config, default, node, labels)[1] or None
@@ -1399,7 +1384,7 @@ def assignment_of(
     used = [found for found in slices if found.family in cluster.families]
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if config.endpoint_include_not_ready else DRAINING
+    worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
     candidates = []  # sorted by address and port, and of each of these the best first
     for found in used:
         rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
@@ -1465,7 +1450,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route | None:
     """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
     an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = f"{config.route_annotation_prefix}/"
+    ours = config["route"]["annotation_prefix"] + "/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
@@ -1475,10 +1460,10 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         return None
     route = Route((service.namespace, service.name), service.created, ())
     try:
-        default = service_dns_name(service, config.route_suffix)
+        default = service_dns_name(service, config["route"]["suffix"])
         asked = comma_separated((given.get("hosts") or default).lower())
         hosts = [host for host in asked[:HOSTS_MOST]
-                 if may_have(service, host, config.route_suffix.lower())]
+                 if may_have(service, host, config["route"]["suffix"].lower())]
         route = route._replace(hosts=hosts)
         if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
             problems.append(
@@ -1723,8 +1708,9 @@ def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
     of a user on this node. All its Envoys share these, need one for a file (two while its cluster
     warms), and abort without."""
-    if config.endpoint_eds_budget is not None:
-        return config.endpoint_eds_budget
+    configured: int | None = config["endpoint"]["eds_budget"]
+    if configured is not None:
+        return configured
     try:
         with open(MAX_USER_INSTANCES, encoding="ascii") as file:
             return int(file.read()) // 16
@@ -1784,7 +1770,7 @@ class Renderer:
             self._plan(self._services, other_files)
         config, warnings = self._config, [*self._warnings]
         zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.endpoint_prefer_zone:
+        if zone is None and config["endpoint"]["prefer_zone"]:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
@@ -1804,7 +1790,7 @@ class Renderer:
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
-        comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
+        comment = RDS_COMMENT.format(prefix=config["route"]["annotation_prefix"])
         files |= self._files({
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
@@ -1855,7 +1841,7 @@ class Renderer:
         modes = {name: self._modes.get(name, self._endpoints) for name in names}
         if self._endpoints == AUTO:
             free = self._budget - sum(mode == EDS for mode in modes.values())
-            free -= other_files if self._config.endpoint_eds_budget is None else 0
+            free -= other_files if self._config["endpoint"]["eds_budget"] is None else 0
             new = [name for name in names if modes[name] == AUTO]
             modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
         return modes
@@ -1866,7 +1852,7 @@ class Renderer:
 
     def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]})
         if not virtual_hosts:
             return head
         if self._fmt == "json":
@@ -2165,10 +2151,9 @@ class Sources:
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
             self._reflect(Query(ENDPOINTSLICES, namespace))
-        if needs_nodes(self._config):
-            # All for localities by label, else just the own one.
-            own = "" if by_node_label(self._config) else options.node_name
-            self._reflect(Query(NODES, name=own))
+        by_label = by_node_label(self._config)  # which needs all Nodes, not just the own one
+        if by_label or self._config["endpoint"]["prefer_zone"] is True:
+            self._reflect(Query(NODES, name="" if by_label else options.node_name))
 
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
@@ -4600,7 +4585,7 @@ def print_out(texts: Iterable[bytes]) -> None:
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
     if not path:
-        return Config()
+        return DEFAULTS
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
@@ -4958,7 +4943,7 @@ def run(options: Options) -> int:
     config = read_config(options.config)
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
+    own_zone_wanted = options.services is not None and config["endpoint"]["prefer_zone"] is True
     if own_zone_wanted and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:

@@ -114,7 +114,7 @@ def renderer(config: Object | None = None, **options: Any) -> loader.Renderer:
         "fmt": "yaml",
         "current_dir": CURRENT,
         "node_name": "",
-        "budget": 32 if parsed.endpoint_eds_budget is None else loader.inotify_budget(parsed),
+        "budget": 32 if parsed["endpoint"]["eds_budget"] is None else loader.inotify_budget(parsed),
         "modes": {},
         **options,
     }
