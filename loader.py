@@ -818,8 +818,7 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # as in Go's types; a wrong type or value is a ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
-IPV4, IPV6 = "ipv4", "ipv6"
-SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
+FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -867,9 +866,8 @@ class Endpoint(NamedTuple):
 class EndpointSlice(NamedTuple):
     """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
 
-    namespace: str
+    service: Key
     name: str
-    service: str
     family: str
     ports: tuple[tuple[str, int], ...]
     endpoints: tuple[Endpoint, ...]
@@ -899,9 +897,9 @@ def member(parent: Json, key: str, kind: type) -> Json:
     return sys.intern(value) if len(value) <= 128 else value
 
 
-def text_map(parent: Json, key: str) -> dict[str, str]:
-    """Labels or annotations."""
-    found = member(parent, key, dict)
+def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
+    """Labels or annotations of an object."""
+    found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
 
 
@@ -926,85 +924,75 @@ def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
-    headless = address == "None" and not external
+    headless, ports = address == "None" and not external, []
+    for port in member(spec, "ports", list):
+        number, named = port_number(port, "port"), type(port.get("targetPort")) is str
+        target = 0 if named else port_number(port, "targetPort") or number
+        name = dns_label(port, "name") if port.get("name") else ""
+        ports.append(ServicePort(
+            name, name or str(number), number, member(port, "protocol", str) or "TCP",
+            member(port, "appProtocol", str), target if headless else number))
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(service_port_from(port, headless) for port in member(spec, "ports", list)),
+        ports=tuple(ports),
         headless=headless,
         external_name=address.removesuffix(".") if external else None,
-        family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
-        labels=text_map(metadata, "labels"),
+        family="ipv6" if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else "ipv4",
+        labels=texts_of(obj),
         annotations={name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
-                     for name, text in text_map(metadata, "annotations").items()},
+                     for name, text in texts_of(obj, "annotations").items()},
     )
-
-
-def service_port_from(port: Json, headless: bool) -> ServicePort:
-    number, protocol = port_number(port, "port"), member(port, "protocol", str) or "TCP"
-    name = dns_label(port, "name") if port.get("name") else ""
-    target = 0 if type(port.get("targetPort")) is str else port_number(port, "targetPort") or number
-    return ServicePort(name, name or str(number), number, protocol,
-                       member(port, "appProtocol", str), target if headless else number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
-    if family not in SOCKET_FAMILIES:
+    if family not in FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
+    endpoints = []
+    for item in member(obj, "endpoints", list):
+        conditions = member(item, "conditions", dict)
+        # Null is ready, and serving if it is ready: so the other two only matter where `ready` is
+        # false, and null is false there.
+        ready = conditions.get("ready") is None or member(conditions, "ready", bool)
+        leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
+        state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
+        hints = tuple(member(zone, "name", str)
+                      for zone in member(member(item, "hints", dict), "forZones", list))
+        zone, node = member(item, "zone", str), member(item, "nodeName", str)
+        for address in member(item, "addresses", list):
+            try:  # one that Envoy cannot parse would cost it the whole file
+                socket.inet_pton(FAMILIES[family], address)
+            except (OSError, TypeError, ValueError):
+                raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
+            endpoints.append(Endpoint(address, state, zone, node, hints))
     return EndpointSlice(
-        namespace=member(metadata, "namespace", str),
+        service=(member(metadata, "namespace", str),
+                 member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         name=member(metadata, "name", str),
-        service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
         ports=tuple((member(port, "name", str), port_number(port, "port"))
                     for port in member(obj, "ports", list)),
-        endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
-                        for endpoint in endpoint_from(item, family)),
+        endpoints=tuple(endpoints),
     )
-
-
-def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
-    """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
-    only matter where `ready` is false, and null is false there."""
-    conditions = member(item, "conditions", dict)
-    ready = conditions.get("ready") is None or member(conditions, "ready", bool)
-    leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
-    state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
-    hints = member(member(item, "hints", dict), "forZones", list)
-    zones = tuple(member(zone, "name", str) for zone in hints)
-    zone, node = member(item, "zone", str), member(item, "nodeName", str)
-    for address in member(item, "addresses", list):
-        try:  # one that Envoy cannot parse would cost it the whole file
-            socket.inet_pton(SOCKET_FAMILIES[family], address)
-        except (OSError, TypeError, ValueError):
-            raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
-        yield Endpoint(address, state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
     """A legacy v1 Endpoints object as slices: for each subset one of each family."""
-    metadata = member(obj, "metadata", dict)
+    metadata, slices = member(obj, "metadata", dict), []
     own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
-    slices = []
     for subset in member(obj, "subsets", list) or [{}]:
         items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
-                  "conditions": {"ready": ready}}
-                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                  "conditions": {"ready": key == "addresses"}}
+                 for key in ("addresses", "notReadyAddresses")
                  for item in member(subset, key, list)]
-        for family, colon in (("IPv4", False), ("IPv6", True)):
-            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
-            slices.append(endpointslice_from({
-                "metadata": own, "addressType": family, "ports": subset.get("ports"),
-                "endpoints": endpoints}))
+        slices += [endpointslice_from({
+            "metadata": own, "addressType": family, "ports": subset.get("ports"),
+            "endpoints": [item for item in items if (":" in item["addresses"][0]) == colon],
+        }) for family, colon in (("IPv4", False), ("IPv6", True))]
     return tuple(slices)
-
-
-def node_from(obj: Json) -> dict[str, str]:
-    """The labels of a v1 Node."""
-    return text_map(member(obj, "metadata", dict), "labels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1292,7 +1280,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
     host = service.external_name or service_dns_name(service, config["cluster_domain"])
     if by_dns := service.external_name is not None or endpoints == DNS:
-        lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
+        lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
         kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
     protocol = protocol_options(port, host, config["cluster"]["trusted_ca"])
@@ -1387,7 +1375,7 @@ def assignment_of(
     worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
     candidates = []  # sorted by address and port, and of each of these the best first
     for found in used:
-        rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
+        rank, family = cluster.families.index(found.family), FAMILIES[found.family]
         numbers = {number for name, number in found.ports if number and name == cluster.port.name}
         for endpoint in found.endpoints if numbers else ():
             if endpoint.state <= worst:
@@ -1775,7 +1763,7 @@ class Renderer:
                             f"endpoint.prefer_zone prefers none")
         slices: dict[Key, list[EndpointSlice]] = {}
         for found in objects.slices:
-            slices.setdefault((found.namespace, found.service), []).append(found)
+            slices.setdefault(found.service, []).append(found)
         labels, calls = by_node_label(config), {}
         for key, clusters in self._clusters.items():
             own, nodes = slices.get(key, []), dict[str, Texts]()
@@ -2113,7 +2101,7 @@ def with_kind(path: str, file: File, before: File | None) -> File:
 
 PARSERS: dict[Resource, Callable[..., Any]] = {
     CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
-    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
+    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: texts_of}
 
 
 class Sources:

@@ -102,7 +102,7 @@ def objects_of(*raw: Object) -> loader.Objects:
         elif "subsets" in obj:
             found.slices.extend(loader.endpoints_from(obj))  # type: ignore[attr-defined]
         else:
-            found.nodes[key[1]] = loader.node_from(obj)  # type: ignore[index]
+            found.nodes[key[1]] = loader.texts_of(obj)  # type: ignore[index]
     return found
 
 
