@@ -1211,7 +1211,6 @@ class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
     service: Key
-    created: str
     hosts: Sequence[str]
     prefixes: Sequence[str] = ()
     weight: int | None = None
@@ -1253,8 +1252,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
                             f"{PORTS_MOST} TCP and UDP ports are rendered")
-        planned = (plan_cluster(service, port, config, endpoints) for port in kept)
-        clusters = [cluster for cluster in planned if cluster]
+        clusters = [*filter(None, (plan_cluster(service, port, config, endpoints)
+                                   for port in kept))]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
@@ -1263,34 +1262,31 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    name = config["cluster"]["name"].format(
-        namespace=service.namespace, service=service.name, port=port.label)
-    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
+    namespace, settings = service.namespace, config["cluster"]
+    name = settings["name"].format(namespace=namespace, service=service.name, port=port.label)
+    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
     overrides, by_name = [], False
-    for override in config["cluster"]["overrides"]:
+    for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
                    if one.get("labels", {}).items() <= service.labels.items()
                    and all(one.get(key, fact) == fact for key, fact in facts.items())]
         by_name = by_name or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (service.namespace, service.name) == ("default", "kubernetes")
+    api_server = (namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    host = service.external_name or service_dns_name(service, config["cluster_domain"])
+    dns_name = f"{service.name}.{namespace}.svc.{config['cluster_domain']}"
+    host = service.external_name or dns_name
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
         kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    protocol = protocol_options(port, host, config["cluster"]["trusted_ca"])
-    for patch in (config["cluster"]["base"], protocol, *(each["merge"] for each in overrides)):
+    protocol = protocol_options(port, host, settings["trusted_ca"])
+    for patch in (settings["base"], protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
-
-
-def service_dns_name(service: Service, domain: str) -> str:
-    return f"{service.name}.{service.namespace}.svc.{domain}"
 
 
 def protocol_of(port: ServicePort) -> str:
@@ -1315,25 +1311,27 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     if protocol in TLS_PORTS:
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
-        alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
+        alpn = ["h2"] if protocol in HTTP2_PORTS else []
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
             "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
-                             "common_tls_context": {**alpn, "validation_context": validation}},
+                             "common_tls_context": present(
+                                 alpn_protocols=alpn, validation_context=validation)},
         }
     return patch
 
 
 def unique_clusters(
-    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
+    plans: Mapping[Key, ServicePlan], by_age: Sequence[Key], problems: Mapping[Key, list[str]]
 ) -> dict[Key, list[Cluster]]:
     """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
     the name template has no namespace. Envoy would use the last, in silence."""
-    owners: dict[str, tuple[Key, Cluster]] = {}
+    firsts = {cluster.name: (key, cluster) for key in reversed(by_age)
+              for cluster in reversed(plans[key].clusters)}
     kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    for key in by_age:
-        for cluster in plans[key].clusters:
-            owner, first = owners.setdefault(cluster.name, (key, cluster))
+    for key, plan in plans.items():
+        for cluster in plan.clusters:
+            owner, first = firsts[cluster.name]
             if first is cluster:
                 kept[key].append(cluster)
             else:
@@ -1369,15 +1367,21 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    used = [found for found in slices if found.family in cluster.families]
+    port, used = cluster.port, [found for found in slices if found.family in cluster.families]
+    candidates: list[tuple[Any, ...]] = []  # sorted: by address and port, and the best state first
+    if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
+        numbers = {number for found in slices for name, number in found.ports
+                   if number and name == port.name}
+        number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
+        candidates = [(0, b"", number, HEALTHY, False, ("", "", ""), cluster.host)]
+        used = []
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
     worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
-    candidates = []  # sorted by address and port, and of each of these the best first
     for found in used:
         rank, family = cluster.families.index(found.family), FAMILIES[found.family]
-        numbers = {number for name, number in found.ports if number and name == cluster.port.name}
-        for endpoint in found.endpoints if numbers else ():
+        numbers = {number for name, number in found.ports if name == port.name}
+        for endpoint in found.endpoints:
             if endpoint.state <= worst:
                 labels = nodes.get(endpoint.node, {})
                 locality = locality_of(config, endpoint.zone, endpoint.node, labels)
@@ -1388,10 +1392,12 @@ def assignment_of(
                                 endpoint.address) for number in numbers]
     groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
     for _, packed, number, state, away, locality, address in sorted(candidates):
-        if (packed, number) not in seen:
+        if number and (packed, number) not in seen:
             seen.add((packed, number))
-            groups.setdefault((away, locality), []).append(
-                lb_endpoint(address, number, cluster.port.protocol, state))
+            where = present(protocol="UDP" if port.protocol == "UDP" else "",
+                            address=address, port_value=number)
+            groups.setdefault((away, locality), []).append({
+                "endpoint": {"address": {"socket_address": where}}, **present(health_status=state)})
     all_away = all(away for away, _ in groups)
     localities = []
     for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
@@ -1399,21 +1405,6 @@ def assignment_of(
         shown = present(locality=place, priority=int(away and not all_away))
         localities.append({**shown, "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
-
-
-def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
-    """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    port, ports = cluster.port, itertools.chain.from_iterable(found.ports for found in slices)
-    numbers = {number for name, number in ports if number and name == port.name}
-    number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
-    endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
-    localities = [{"lb_endpoints": [endpoint]}] if number else []
-    return {"cluster_name": cluster.name, **present(endpoints=localities)}
-
-
-def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
-    where = present(protocol="UDP" if protocol == "UDP" else "", address=address, port_value=port)
-    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1446,26 +1437,19 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return None
-    route = Route((service.namespace, service.name), service.created, ())
+    suffix = f".svc.{config['route']['suffix']}".lower()
+    asked = comma_separated((
+        given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
+    hosts = [host for host in asked[:HOSTS_MOST] if may_have(service, host, suffix)]
+    if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
+        problems.append(
+            f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
+            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
+    route = Route((service.namespace, service.name), hosts)
     try:
-        default = service_dns_name(service, config["route"]["suffix"])
-        asked = comma_separated((given.get("hosts") or default).lower())
-        hosts = [host for host in asked[:HOSTS_MOST]
-                 if may_have(service, host, config["route"]["suffix"].lower())]
-        route = route._replace(hosts=hosts)
-        if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
-            problems.append(
-                f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
-                f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
-        if given.get("route", "true") != "true":
-            raise ValueError(f'{ours}route: "true" or "false" expected')
-        prefixes = route_prefixes(given, ours)
-        port = route_port(service, given.get("port", ""), f"{ours}port")
-        names = [cluster.name for cluster in clusters if cluster.port == port]
-        if not names:
-            raise ValueError(f"its port {port.label} has no cluster")
+        prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
         return route
@@ -1474,7 +1458,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return route._replace(prefixes=prefixes, weight=number, cluster=names[0])
+    return route._replace(prefixes=prefixes, weight=number, cluster=cluster)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1485,53 +1469,54 @@ def comma_separated(text: str) -> list[str]:
 def may_have(service: Service, host: str, suffix: str) -> bool:
     """Whether a Service may have a host: names of Services are their namespace's alone, also with
     `*` for an end of the suffix."""
-    name, dot, end = host.rpartition(".svc.")
-    if host.endswith(f".svc.{suffix}"):
-        name = host.removesuffix(f".svc.{suffix}")
-    elif not (dot and end.endswith("*") and suffix.startswith(end[:-1])):
+    name, svc, end = host.rpartition(".svc.")
+    if host.endswith(suffix):
+        name = host.removesuffix(suffix)
+    elif not (svc and end.endswith("*") and suffix.startswith(svc + end[:-1])):
         name = service.namespace  # no name of a Service
     return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
 
 
-def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
-    """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
-    services = comma_separated(given.get("grpc", ""))
-    paths = list(filter(None, [given.get("prefix") or ("" if services else "/")]))
-    if len(services) + len(paths) > PREFIXES_MOST:
+def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
+                 ) -> tuple[list[str], str]:
+    """The path prefixes that annotations route, and the cluster: of the port that they name, else
+    of the only one, else of the first HTTP one. ValueError for what is wrong in them."""
+    if given.get("route", "true") != "true":
+        raise ValueError(f'{ours}route: "true" or "false" expected')
+    services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
+    if wrong := [name for name in services if not re.fullmatch(GRPC_SERVICE, name)]:
+        raise ValueError(f"{ours}grpc: not the name of a gRPC service: {shortened(wrong)!a:.100}")
+    if prefix and not re.fullmatch(ROUTE_PREFIX, prefix):
+        raise ValueError(f"{ours}prefix: not the beginning of a path: {prefix!a:.100}")
+    prefixes = sorted({f"/{name}/" for name in services} | {prefix} - {""} or {"/"})
+    if len(prefixes) > PREFIXES_MOST:
         raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
-    for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
-                                 ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
-        if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
-            raise ValueError(f"{ours}{what}: {shortened(wrong)!a:.100}")
-    return sorted({f"/{service}/" for service in services}.union(paths))
-
-
-def route_port(service: Service, wanted: str, where: str) -> ServicePort:
-    """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
-    if wanted:
+    if wanted := given.get("port"):
         ports = [port for port in ports if wanted in (port.name, str(port.number))]
     elif len(ports) > 1:
         ports = [port for port in ports if protocol_of(port) in HTTP_PORTS]
     if not ports:
-        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}" if wanted else
-                         f"which of its ports is HTTP? Set appProtocol or {where}")
-    return ports[0]
+        raise ValueError(f"{ours}port: the Service has no TCP port {wanted[:60]!a}" if wanted else
+                         f"which of its ports is HTTP? Set appProtocol or {ours}port")
+    for cluster in clusters:
+        if cluster.port == ports[0]:
+            return prefixes, cluster.name
+    raise ValueError(f"its port {ports[0].label} has no cluster")
 
 
-def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
-                   ) -> dict[str, list[Route]]:
+def routes_by_host(
+    routes: Mapping[Key, Route], by_age: Sequence[Key], problems: Mapping[Key, list[str]]
+) -> dict[str, list[Route]]:
     """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
     Service that claims it; others are named."""
-    owners: dict[str, str] = {}
-    for route in sorted(routes, key=lambda route: (route.created, route.service)):
-        for host in route.hosts:
-            owners.setdefault(host, route.service[0])
+    owners = {host: key[0] for key in reversed(by_age) if key in routes
+              for host in routes[key].hosts}
     found: dict[str, list[Route]] = {}
-    for route in routes:
+    for key, route in routes.items():
         for host in route.hosts:
-            if owners[host] != route.service[0]:
-                problems[route.service].append(
+            if owners[host] != key[0]:
+                problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
             elif route.cluster:
                 found.setdefault(host, []).append(route)
@@ -1797,15 +1782,13 @@ class Renderer:
         self._modes = self._decided(names, other_files)
         self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
                           for key, clusters in kept.items()}
-        routes = []
-        for key, plan in plans.items():
-            route = plan.route
-            if route and route.cluster and route.cluster not in [one.name for one in kept[key]]:
+        routes = {key: plan.route for key, plan in plans.items() if plan.route}
+        for key, route in routes.items():
+            if route.cluster and route.cluster not in [one.name for one in kept[key]]:
                 problems[key].append("is not routed: it has no cluster of its own")
-                route = route._replace(cluster="")
-            routes += [route] if route else []
+                routes[key] = route._replace(cluster="")
         hosts = self._hosts({host: (host, routed) for host, routed
-                             in sorted(routes_by_host(routes, problems).items())})
+                             in sorted(routes_by_host(routes, by_age, problems).items())})
         self._routes = self._route_configuration([text for text, _ in hosts.values()])
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
@@ -1856,13 +1839,10 @@ class Renderer:
         resources, files = [], {}
         for cluster, mode in clusters:
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if mode == DNS:
-                assignment = dns_assignment(cluster, slices)
-                if "endpoints" not in assignment:
-                    problems.append(f"the number of the target port of {cluster.port.label} is not "
-                                    f"known, so there is no endpoint")
-            else:
-                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
+            assignment = assignment_of(cluster, slices, self._config, zone, nodes)
+            if mode == DNS and "endpoints" not in assignment:
+                problems.append(f"the number of the target port of {cluster.port.label} is not "
+                                f"known, so there is no endpoint")
             if mode == EDS:
                 path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
                 comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
