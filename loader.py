@@ -1211,7 +1211,7 @@ class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
     service: Key
-    hosts: Sequence[str]
+    hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
     cluster: str = ""
@@ -1221,7 +1221,7 @@ class ServicePlan(NamedTuple):
     """What one Service becomes; depends on it and on the configuration alone."""
 
     clusters: Sequence[Cluster]
-    route: Route | None
+    route: Route
     problems: Sequence[str]
 
 
@@ -1321,25 +1321,6 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     return patch
 
 
-def unique_clusters(
-    plans: Mapping[Key, ServicePlan], by_age: Sequence[Key], problems: Mapping[Key, list[str]]
-) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
-    the name template has no namespace. Envoy would use the last, in silence."""
-    firsts = {cluster.name: (key, cluster) for key in reversed(by_age)
-              for cluster in reversed(plans[key].clusters)}
-    kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    for key, plan in plans.items():
-        for cluster in plan.clusters:
-            owner, first = firsts[cluster.name]
-            if first is cluster:
-                kept[key].append(cluster)
-            else:
-                problems[key].append(f"port {cluster.port.label} is left out: service "
-                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
-    return kept
-
-
 def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
@@ -1426,17 +1407,17 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
 
 
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-             ) -> Route | None:
-    """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
-    an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = config["route"]["annotation_prefix"] + "/"
+             ) -> Route:
+    """What the annotations of a Service ask for. One that is not routed for an error still claims
+    its hosts: a typing error must not hand them to another namespace."""
+    key, ours = (service.namespace, service.name), config["route"]["annotation_prefix"] + "/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
     if unknown:
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
-        return None
+        return Route(key)
     suffix = f".svc.{config['route']['suffix']}".lower()
     asked = comma_separated((
         given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
@@ -1445,20 +1426,19 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         problems.append(
             f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
             f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
-    route = Route((service.namespace, service.name), hosts)
     try:
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
         prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
-        return route
+        return Route(key, hosts)
     weight, number = given.get("weight"), None
     if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return route._replace(prefixes=prefixes, weight=number, cluster=cluster)
+    return Route(key, hosts, prefixes, number, cluster)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1488,7 +1468,7 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
         raise ValueError(f"{ours}grpc: not the name of a gRPC service: {shortened(wrong)!a:.100}")
     if prefix and not re.fullmatch(ROUTE_PREFIX, prefix):
         raise ValueError(f"{ours}prefix: not the beginning of a path: {prefix!a:.100}")
-    prefixes = sorted({f"/{name}/" for name in services} | {prefix} - {""} or {"/"})
+    prefixes = sorted(({f"/{name}/" for name in services} | {prefix}) - {""} or {"/"})
     if len(prefixes) > PREFIXES_MOST:
         raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
     ports = [port for port in service.ports if port.protocol == "TCP"]
@@ -1505,22 +1485,38 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
     raise ValueError(f"its port {ports[0].label} has no cluster")
 
 
-def routes_by_host(
-    routes: Mapping[Key, Route], by_age: Sequence[Key], problems: Mapping[Key, list[str]]
-) -> dict[str, list[Route]]:
-    """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
-    Service that claims it; others are named."""
-    owners = {host: key[0] for key in reversed(by_age) if key in routes
-              for host in routes[key].hosts}
-    found: dict[str, list[Route]] = {}
-    for key, route in routes.items():
+def owned_by_age(
+    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
+) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
+    """The clusters of each Service, and the routes of each host. What two claim belongs to the
+    oldest: the name of a cluster (of two Envoy would use the last, in silence) to a Service, a host
+    to its namespace. Who loses is named."""
+    firsts, owners = dict[str, tuple[Key, Cluster]](), dict[str, str]()
+    for key in by_age:
+        for cluster in plans[key].clusters:
+            firsts.setdefault(cluster.name, (key, cluster))
+        for host in plans[key].route.hosts:
+            owners.setdefault(host, key[0])
+    clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
+    routes: dict[str, list[Route]] = {}
+    for key, (planned, route, _) in plans.items():
+        for cluster in planned:
+            owner, first = firsts[cluster.name]
+            if first is cluster:
+                clusters[key].append(cluster)
+            else:
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
+        routed = route.cluster in [cluster.name for cluster in clusters[key]]
+        if route.cluster and not routed:
+            problems[key].append("is not routed: it has no cluster of its own")
         for host in route.hosts:
             if owners[host] != key[0]:
                 problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
-            elif route.cluster:
-                found.setdefault(host, []).append(route)
-    return found
+            elif routed:
+                routes.setdefault(host, []).append(route)
+    return clusters, routes
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
@@ -1777,18 +1773,12 @@ class Renderer:
                              for key, service in services.items()})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        kept = unique_clusters(plans, by_age, problems)
+        kept, routes = owned_by_age(plans, by_age, problems)
         names = [one.name for clusters in kept.values() for one in clusters if not one.host]
         self._modes = self._decided(names, other_files)
         self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
                           for key, clusters in kept.items()}
-        routes = {key: plan.route for key, plan in plans.items() if plan.route}
-        for key, route in routes.items():
-            if route.cluster and route.cluster not in [one.name for one in kept[key]]:
-                problems[key].append("is not routed: it has no cluster of its own")
-                routes[key] = route._replace(cluster="")
-        hosts = self._hosts({host: (host, routed) for host, routed
-                             in sorted(routes_by_host(routes, by_age, problems).items())})
+        hosts = self._hosts({host: (host, found) for host, found in sorted(routes.items())})
         self._routes = self._route_configuration([text for text, _ in hosts.values()])
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
