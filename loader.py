@@ -818,8 +818,7 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # as in Go's types; a wrong type or value is a ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
-IPV4, IPV6 = "ipv4", "ipv6"
-SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
+FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -867,9 +866,8 @@ class Endpoint(NamedTuple):
 class EndpointSlice(NamedTuple):
     """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
 
-    namespace: str
+    service: Key
     name: str
-    service: str
     family: str
     ports: tuple[tuple[str, int], ...]
     endpoints: tuple[Endpoint, ...]
@@ -899,9 +897,9 @@ def member(parent: Json, key: str, kind: type) -> Json:
     return sys.intern(value) if len(value) <= 128 else value
 
 
-def text_map(parent: Json, key: str) -> dict[str, str]:
-    """Labels or annotations."""
-    found = member(parent, key, dict)
+def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
+    """Labels or annotations of an object."""
+    found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
 
 
@@ -926,85 +924,75 @@ def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
-    headless = address == "None" and not external
+    headless, ports = address == "None" and not external, []
+    for port in member(spec, "ports", list):
+        number, named = port_number(port, "port"), type(port.get("targetPort")) is str
+        target = 0 if named else port_number(port, "targetPort") or number
+        name = dns_label(port, "name") if port.get("name") else ""
+        ports.append(ServicePort(
+            name, name or str(number), number, member(port, "protocol", str) or "TCP",
+            member(port, "appProtocol", str), target if headless else number))
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(service_port_from(port, headless) for port in member(spec, "ports", list)),
+        ports=tuple(ports),
         headless=headless,
         external_name=address.removesuffix(".") if external else None,
-        family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
-        labels=text_map(metadata, "labels"),
+        family="ipv6" if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else "ipv4",
+        labels=texts_of(obj),
         annotations={name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
-                     for name, text in text_map(metadata, "annotations").items()},
+                     for name, text in texts_of(obj, "annotations").items()},
     )
-
-
-def service_port_from(port: Json, headless: bool) -> ServicePort:
-    number, protocol = port_number(port, "port"), member(port, "protocol", str) or "TCP"
-    name = dns_label(port, "name") if port.get("name") else ""
-    target = 0 if type(port.get("targetPort")) is str else port_number(port, "targetPort") or number
-    return ServicePort(name, name or str(number), number, protocol,
-                       member(port, "appProtocol", str), target if headless else number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
-    if family not in SOCKET_FAMILIES:
+    if family not in FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
+    endpoints = []
+    for item in member(obj, "endpoints", list):
+        conditions = member(item, "conditions", dict)
+        # Null is ready, and serving if it is ready: so the other two only matter where `ready` is
+        # false, and null is false there.
+        ready = conditions.get("ready") is None or member(conditions, "ready", bool)
+        leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
+        state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
+        hints = tuple(member(zone, "name", str)
+                      for zone in member(member(item, "hints", dict), "forZones", list))
+        zone, node = member(item, "zone", str), member(item, "nodeName", str)
+        for address in member(item, "addresses", list):
+            try:  # one that Envoy cannot parse would cost it the whole file
+                socket.inet_pton(FAMILIES[family], address)
+            except (OSError, TypeError, ValueError):
+                raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
+            endpoints.append(Endpoint(address, state, zone, node, hints))
     return EndpointSlice(
-        namespace=member(metadata, "namespace", str),
+        service=(member(metadata, "namespace", str),
+                 member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         name=member(metadata, "name", str),
-        service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
         ports=tuple((member(port, "name", str), port_number(port, "port"))
                     for port in member(obj, "ports", list)),
-        endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
-                        for endpoint in endpoint_from(item, family)),
+        endpoints=tuple(endpoints),
     )
-
-
-def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
-    """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
-    only matter where `ready` is false, and null is false there."""
-    conditions = member(item, "conditions", dict)
-    ready = conditions.get("ready") is None or member(conditions, "ready", bool)
-    leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
-    state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
-    hints = member(member(item, "hints", dict), "forZones", list)
-    zones = tuple(member(zone, "name", str) for zone in hints)
-    zone, node = member(item, "zone", str), member(item, "nodeName", str)
-    for address in member(item, "addresses", list):
-        try:  # one that Envoy cannot parse would cost it the whole file
-            socket.inet_pton(SOCKET_FAMILIES[family], address)
-        except (OSError, TypeError, ValueError):
-            raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
-        yield Endpoint(address, state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
     """A legacy v1 Endpoints object as slices: for each subset one of each family."""
-    metadata = member(obj, "metadata", dict)
+    metadata, slices = member(obj, "metadata", dict), []
     own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
-    slices = []
     for subset in member(obj, "subsets", list) or [{}]:
         items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
-                  "conditions": {"ready": ready}}
-                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                  "conditions": {"ready": key == "addresses"}}
+                 for key in ("addresses", "notReadyAddresses")
                  for item in member(subset, key, list)]
-        for family, colon in (("IPv4", False), ("IPv6", True)):
-            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
-            slices.append(endpointslice_from({
-                "metadata": own, "addressType": family, "ports": subset.get("ports"),
-                "endpoints": endpoints}))
+        slices += [endpointslice_from({
+            "metadata": own, "addressType": family, "ports": subset.get("ports"),
+            "endpoints": [item for item in items if (":" in item["addresses"][0]) == colon],
+        }) for family, colon in (("IPv4", False), ("IPv6", True))]
     return tuple(slices)
-
-
-def node_from(obj: Json) -> dict[str, str]:
-    """The labels of a v1 Node."""
-    return text_map(member(obj, "metadata", dict), "labels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1040,23 +1028,19 @@ NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
-class Config(NamedTuple):
-    """What `--config` says: `cluster_name` is `name` in its object `cluster`."""
+Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 
-    cluster_name: str = "{namespace}/{service}/{port}"
-    cluster_base: Mapping[str, Json] = {}
-    cluster_overrides: Sequence[Mapping[str, Json]] = ()
-    cluster_trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
-    endpoint_include_not_ready: bool = False
-    endpoint_families: Sequence[str] | None = None
-    endpoint_eds_budget: int | None = None
-    endpoint_prefer_zone: bool | str = False
-    endpoint_external_name: str = ""
-    endpoint_locality: Mapping[str, Mapping[str, Json]] = {}
-    route_name: str = "services"
-    route_suffix: str = "cluster.local"
-    route_annotation_prefix: str = "xds-loader"
-    cluster_domain: str = "cluster.local"
+DEFAULTS: Config = {
+    "cluster": {
+        "base": {},
+        "name": "{namespace}/{service}/{port}",
+        "overrides": [],
+        "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
+    "cluster_domain": "cluster.local",
+    "endpoint": {"eds_budget": None, "external_name": None, "families": None,
+                 "include_not_ready": False, "locality": {}, "prefer_zone": False},
+    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"},
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -1073,11 +1057,6 @@ def text_rule(expected: str, pattern: str) -> Rule:
         type(value) is str and value.isprintable() and re.fullmatch(pattern, value)))
 
 
-def exactly(*values: Json) -> Rule:
-    return Rule(" or ".join(map(json.dumps, values)), lambda value: any(
-        type(value) is type(each) and value == each for each in values))
-
-
 def is_json(value: Json) -> bool:
     """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
     try:
@@ -1087,13 +1066,13 @@ def is_json(value: Json) -> bool:
         return False
 
 
+# A schema is an object with these keys, [the schema of each item of a list], (the schema of an
+# object, the schema of a list), a text of JSON values with ` or ` between, or a rule.
 TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
-ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
-PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-# A schema is a rule, an object with these keys, [the schema of each item of a list], or (the schema
-# of an object, the schema of a list).
+PATCH = dict.fromkeys(CLUSTER_FIELDS, Rule(
+    f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json))
 PART = Rule("one of label, literal and node_name", lambda value: len(value) == 1,
-            {"label": TEXT, "literal": TEXT, "node_name": exactly(True)})
+            {"label": TEXT, "literal": TEXT, "node_name": "true"})
 LABELS = Rule("an object of strings", lambda value: (
     value and type(value) is dict and all(map(TEXT.holds, value.values()))))
 MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
@@ -1101,7 +1080,7 @@ MATCH = Rule("something to match (what is for every cluster belongs into base)",
 OVERRIDE = Rule(
     "match, and one of merge and suppress",
     lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
-    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True)})
+    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": "true"})
 SCHEMA = {
     "cluster": {
         "base": PATCH,
@@ -1112,9 +1091,9 @@ SCHEMA = {
     "endpoint": {
         "eds_budget": Rule("a whole number of EDS files", lambda value: (
             type(value) is int and value >= 0)),
-        "external_name": exactly("strict_dns", "logical_dns"),
-        "families": exactly([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-        "include_not_ready": exactly(True, False),
+        "external_name": '"strict_dns" or "logical_dns"',
+        "families": '["ipv4"] or ["ipv6"] or ["ipv4", "ipv6"] or ["ipv6", "ipv4"]',
+        "include_not_ready": "true or false",
         "locality": {"region": PART, "sub_zone": PART, "zone": PART},
         "prefer_zone": Rule("a zone, true or false", lambda value: (
             type(value) is bool or TEXT.holds(value)))},
@@ -1126,14 +1105,15 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
     if type(schema) is tuple:
         schema = schema[type(value) is list]
+    expected = ""
     if type(schema) is Rule:
         if schema.inner:
             config_check(value, schema.inner, path)
-        if not schema.holds(value):
-            raise UsageError(f"{path}: {schema.expected} expected")
+        expected = "" if schema.holds(value) else schema.expected
+    elif type(schema) is str:
+        expected = "" if json.dumps(value) in schema.split(" or ") else schema
     elif type(value) is not type(schema):
-        kind = "a list" if type(schema) is list else "an object"
-        raise UsageError(f"{path}: {kind} expected")
+        expected = "a list" if type(schema) is list else "an object"
     elif type(schema) is list:
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
@@ -1145,18 +1125,16 @@ def config_check(value: Json, schema: Json, path: str) -> None:
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
                 raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
+    if expected:
+        raise UsageError(f"{path}: {expected} expected")
 
 
 def config_from(document: Json) -> Config:
-    """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
+    """A parsed `--config` with its defaults; UsageError with the JSON path of the first error."""
     config_check(document, SCHEMA, "--config: $")
-    chosen: dict[str, Json] = {}
-    for name, value in document.items():
-        if type(value) is dict:
-            chosen |= {f"{name}_{key}": item for key, item in value.items()}
-        else:
-            chosen[name] = value
-    return Config(**chosen)
+    sections = {name: DEFAULTS[name] | document.get(name, {})
+                for name in ("cluster", "endpoint", "route")}
+    return {**DEFAULTS, **document, **sections}
 
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -1168,12 +1146,7 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.endpoint_locality.values())
-
-
-def needs_nodes(config: Config) -> bool:
-    """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.endpoint_prefer_zone is True or by_node_label(config)
+    return any("label" in source for source in config["endpoint"]["locality"].values())
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1238,8 +1211,7 @@ class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
     service: Key
-    created: str
-    hosts: Sequence[str]
+    hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
     cluster: str = ""
@@ -1249,7 +1221,7 @@ class ServicePlan(NamedTuple):
     """What one Service becomes; depends on it and on the configuration alone."""
 
     clusters: Sequence[Cluster]
-    route: Route | None
+    route: Route
     problems: Sequence[str]
 
 
@@ -1270,7 +1242,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif external is not None and not config.endpoint_external_name:
+    elif external is not None and not config["endpoint"]["external_name"]:
         problems.append("is left out: ExternalName needs endpoint.external_name in --config")
     elif external is not None and (
             not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
@@ -1280,8 +1252,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
                             f"{PORTS_MOST} TCP and UDP ports are rendered")
-        planned = (plan_cluster(service, port, config, endpoints) for port in kept)
-        clusters = [cluster for cluster in planned if cluster]
+        clusters = [*filter(None, (plan_cluster(service, port, config, endpoints)
+                                   for port in kept))]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
@@ -1290,34 +1262,31 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    name = config.cluster_name.format(
-        namespace=service.namespace, service=service.name, port=port.label)
-    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
+    namespace, settings = service.namespace, config["cluster"]
+    name = settings["name"].format(namespace=namespace, service=service.name, port=port.label)
+    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
     overrides, by_name = [], False
-    for override in config.cluster_overrides:
+    for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
                    if one.get("labels", {}).items() <= service.labels.items()
                    and all(one.get(key, fact) == fact for key, fact in facts.items())]
         by_name = by_name or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (service.namespace, service.name) == ("default", "kubernetes")
+    api_server = (namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, options = config.endpoint_families or (service.family,), dict[str, Json]()
-    host = service.external_name or service_dns_name(service, config.cluster_domain)
+    families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
+    dns_name = f"{service.name}.{namespace}.svc.{config['cluster_domain']}"
+    host = service.external_name or dns_name
     if by_dns := service.external_name is not None or endpoints == DNS:
-        lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
-        kind = config.endpoint_external_name if service.external_name else "strict_dns"
+        lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
+        kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    protocol = protocol_options(port, host, config.cluster_trusted_ca)
-    for patch in (config.cluster_base, protocol, *(each["merge"] for each in overrides)):
+    protocol = protocol_options(port, host, settings["trusted_ca"])
+    for patch in (settings["base"], protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
-
-
-def service_dns_name(service: Service, domain: str) -> str:
-    return f"{service.name}.{service.namespace}.svc.{domain}"
 
 
 def protocol_of(port: ServicePort) -> str:
@@ -1342,38 +1311,21 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     if protocol in TLS_PORTS:
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
-        alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
+        alpn = ["h2"] if protocol in HTTP2_PORTS else []
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
             "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
-                             "common_tls_context": {**alpn, "validation_context": validation}},
+                             "common_tls_context": present(
+                                 alpn_protocols=alpn, validation_context=validation)},
         }
     return patch
-
-
-def unique_clusters(
-    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
-) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
-    the name template has no namespace. Envoy would use the last, in silence."""
-    owners: dict[str, tuple[Key, Cluster]] = {}
-    kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    for key in by_age:
-        for cluster in plans[key].clusters:
-            owner, first = owners.setdefault(cluster.name, (key, cluster))
-            if first is cluster:
-                kept[key].append(cluster)
-            else:
-                problems[key].append(f"port {cluster.port.label} is left out: service "
-                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
-    return kept
 
 
 def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config.endpoint_locality.get(name, {})
+        source = config["endpoint"]["locality"].get(name, {})
         if "label" in source:
             default = labels.get(source["label"], "")
         found.append(node if "node_name" in source else source.get("literal", default))
@@ -1382,8 +1334,8 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.endpoint_prefer_zone is not True:
-        return config.endpoint_prefer_zone or None
+    if config["endpoint"]["prefer_zone"] is not True:
+        return config["endpoint"]["prefer_zone"] or None
     labels = nodes.get(node, {})
     default = labels.get("topology.kubernetes.io/zone", "")
     return locality_of(config, default, node, labels)[1] or None
@@ -1396,15 +1348,21 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    used = [found for found in slices if found.family in cluster.families]
+    port, used = cluster.port, [found for found in slices if found.family in cluster.families]
+    candidates: list[tuple[Any, ...]] = []  # sorted: by address and port, and the best state first
+    if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
+        numbers = {number for found in slices for name, number in found.ports
+                   if number and name == port.name}
+        number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
+        candidates = [(0, b"", number, HEALTHY, False, ("", "", ""), cluster.host)]
+        used = []
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if config.endpoint_include_not_ready else DRAINING
-    candidates = []  # sorted by address and port, and of each of these the best first
+    worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
     for found in used:
-        rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
-        numbers = {number for name, number in found.ports if number and name == cluster.port.name}
-        for endpoint in found.endpoints if numbers else ():
+        rank, family = cluster.families.index(found.family), FAMILIES[found.family]
+        numbers = {number for name, number in found.ports if name == port.name}
+        for endpoint in found.endpoints:
             if endpoint.state <= worst:
                 labels = nodes.get(endpoint.node, {})
                 locality = locality_of(config, endpoint.zone, endpoint.node, labels)
@@ -1415,10 +1373,12 @@ def assignment_of(
                                 endpoint.address) for number in numbers]
     groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
     for _, packed, number, state, away, locality, address in sorted(candidates):
-        if (packed, number) not in seen:
+        if number and (packed, number) not in seen:
             seen.add((packed, number))
-            groups.setdefault((away, locality), []).append(
-                lb_endpoint(address, number, cluster.port.protocol, state))
+            where = present(protocol="UDP" if port.protocol == "UDP" else "",
+                            address=address, port_value=number)
+            groups.setdefault((away, locality), []).append({
+                "endpoint": {"address": {"socket_address": where}}, **present(health_status=state)})
     all_away = all(away for away, _ in groups)
     localities = []
     for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
@@ -1426,21 +1386,6 @@ def assignment_of(
         shown = present(locality=place, priority=int(away and not all_away))
         localities.append({**shown, "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
-
-
-def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
-    """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    port, ports = cluster.port, itertools.chain.from_iterable(found.ports for found in slices)
-    numbers = {number for name, number in ports if number and name == port.name}
-    number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
-    endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
-    localities = [{"lb_endpoints": [endpoint]}] if number else []
-    return {"cluster_name": cluster.name, **present(endpoints=localities)}
-
-
-def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
-    where = present(protocol="UDP" if protocol == "UDP" else "", address=address, port_value=port)
-    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1462,46 +1407,38 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
 
 
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-             ) -> Route | None:
-    """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
-    an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = f"{config.route_annotation_prefix}/"
+             ) -> Route:
+    """What the annotations of a Service ask for. One that is not routed for an error still claims
+    its hosts: a typing error must not hand them to another namespace."""
+    key, ours = (service.namespace, service.name), config["route"]["annotation_prefix"] + "/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
     if unknown:
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
-        return None
-    route = Route((service.namespace, service.name), service.created, ())
+        return Route(key)
+    suffix = f".svc.{config['route']['suffix']}".lower()
+    asked = comma_separated((
+        given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
+    hosts = [host for host in asked[:HOSTS_MOST] if may_have(service, host, suffix)]
+    if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
+        problems.append(
+            f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
+            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
     try:
-        default = service_dns_name(service, config.route_suffix)
-        asked = comma_separated((given.get("hosts") or default).lower())
-        hosts = [host for host in asked[:HOSTS_MOST]
-                 if may_have(service, host, config.route_suffix.lower())]
-        route = route._replace(hosts=hosts)
-        if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
-            problems.append(
-                f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
-                f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
-        if given.get("route", "true") != "true":
-            raise ValueError(f'{ours}route: "true" or "false" expected')
-        prefixes = route_prefixes(given, ours)
-        port = route_port(service, given.get("port", ""), f"{ours}port")
-        names = [cluster.name for cluster in clusters if cluster.port == port]
-        if not names:
-            raise ValueError(f"its port {port.label} has no cluster")
+        prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
-        return route
+        return Route(key, hosts)
     weight, number = given.get("weight"), None
     if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return route._replace(prefixes=prefixes, weight=number, cluster=names[0])
+    return Route(key, hosts, prefixes, number, cluster)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1512,57 +1449,74 @@ def comma_separated(text: str) -> list[str]:
 def may_have(service: Service, host: str, suffix: str) -> bool:
     """Whether a Service may have a host: names of Services are their namespace's alone, also with
     `*` for an end of the suffix."""
-    name, dot, end = host.rpartition(".svc.")
-    if host.endswith(f".svc.{suffix}"):
-        name = host.removesuffix(f".svc.{suffix}")
-    elif not (dot and end.endswith("*") and suffix.startswith(end[:-1])):
+    name, svc, end = host.rpartition(".svc.")
+    if host.endswith(suffix):
+        name = host.removesuffix(suffix)
+    elif not (svc and end.endswith("*") and suffix.startswith(svc + end[:-1])):
         name = service.namespace  # no name of a Service
     return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
 
 
-def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
-    """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
-    services = comma_separated(given.get("grpc", ""))
-    paths = list(filter(None, [given.get("prefix") or ("" if services else "/")]))
-    if len(services) + len(paths) > PREFIXES_MOST:
+def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
+                 ) -> tuple[list[str], str]:
+    """The path prefixes that annotations route, and the cluster: of the port that they name, else
+    of the only one, else of the first HTTP one. ValueError for what is wrong in them."""
+    if given.get("route", "true") != "true":
+        raise ValueError(f'{ours}route: "true" or "false" expected')
+    services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
+    if wrong := [name for name in services if not re.fullmatch(GRPC_SERVICE, name)]:
+        raise ValueError(f"{ours}grpc: not the name of a gRPC service: {shortened(wrong)!a:.100}")
+    if prefix and not re.fullmatch(ROUTE_PREFIX, prefix):
+        raise ValueError(f"{ours}prefix: not the beginning of a path: {prefix!a:.100}")
+    prefixes = sorted(({f"/{name}/" for name in services} | {prefix}) - {""} or {"/"})
+    if len(prefixes) > PREFIXES_MOST:
         raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
-    for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
-                                 ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
-        if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
-            raise ValueError(f"{ours}{what}: {shortened(wrong)!a:.100}")
-    return sorted({f"/{service}/" for service in services}.union(paths))
-
-
-def route_port(service: Service, wanted: str, where: str) -> ServicePort:
-    """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
-    if wanted:
+    if wanted := given.get("port"):
         ports = [port for port in ports if wanted in (port.name, str(port.number))]
     elif len(ports) > 1:
         ports = [port for port in ports if protocol_of(port) in HTTP_PORTS]
     if not ports:
-        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}" if wanted else
-                         f"which of its ports is HTTP? Set appProtocol or {where}")
-    return ports[0]
+        raise ValueError(f"{ours}port: the Service has no TCP port {wanted[:60]!a}" if wanted else
+                         f"which of its ports is HTTP? Set appProtocol or {ours}port")
+    for cluster in clusters:
+        if cluster.port == ports[0]:
+            return prefixes, cluster.name
+    raise ValueError(f"its port {ports[0].label} has no cluster")
 
 
-def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
-                   ) -> dict[str, list[Route]]:
-    """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
-    Service that claims it; others are named."""
-    owners: dict[str, str] = {}
-    for route in sorted(routes, key=lambda route: (route.created, route.service)):
+def owned_by_age(
+    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
+) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
+    """The clusters of each Service, and the routes of each host. What two claim belongs to the
+    oldest: the name of a cluster (of two Envoy would use the last, in silence) to a Service, a host
+    to its namespace. Who loses is named."""
+    firsts, owners = dict[str, tuple[Key, Cluster]](), dict[str, str]()
+    for key in by_age:
+        for cluster in plans[key].clusters:
+            firsts.setdefault(cluster.name, (key, cluster))
+        for host in plans[key].route.hosts:
+            owners.setdefault(host, key[0])
+    clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
+    routes: dict[str, list[Route]] = {}
+    for key, (planned, route, _) in plans.items():
+        for cluster in planned:
+            owner, first = firsts[cluster.name]
+            if first is cluster:
+                clusters[key].append(cluster)
+            else:
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
+        routed = route.cluster in [cluster.name for cluster in clusters[key]]
+        if route.cluster and not routed:
+            problems[key].append("is not routed: it has no cluster of its own")
         for host in route.hosts:
-            owners.setdefault(host, route.service[0])
-    found: dict[str, list[Route]] = {}
-    for route in routes:
-        for host in route.hosts:
-            if owners[host] != route.service[0]:
-                problems[route.service].append(
+            if owners[host] != key[0]:
+                problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
-            elif route.cluster:
-                found.setdefault(host, []).append(route)
-    return found
+            elif routed:
+                routes.setdefault(host, []).append(route)
+    return clusters, routes
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
@@ -1720,7 +1674,8 @@ def inotify_budget(config: Config) -> int:
     instances = 128  # the kernel's default
     with contextlib.suppress(OSError, ValueError), open(MAX_USER_INSTANCES, "rb") as file:
         instances = int(file.read())
-    return instances // 16 if config.endpoint_eds_budget is None else config.endpoint_eds_budget
+    configured = config["endpoint"]["eds_budget"]
+    return instances // 16 if configured is None else configured
 
 
 class Renderer:
@@ -1744,12 +1699,12 @@ class Renderer:
         planned, routes, warnings = self._changed(self._plan, {"": inputs})[""]
         warnings = [*warnings]
         zone = own_zone(self._config, self._node_name, objects.nodes)
-        if zone is None and self._config.endpoint_prefer_zone:
+        if zone is None and self._config["endpoint"]["prefer_zone"]:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
         slices = defaultdict[Key, list[EndpointSlice]](list)
         for found in objects.slices:
-            slices[found.namespace, found.service].append(found)
+            slices[found.service].append(found)
         calls = {}
         for key, clusters in planned.items():
             nodes = {endpoint.node: objects.nodes[endpoint.node]
@@ -1763,7 +1718,7 @@ class Renderer:
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
-        prefix = self._config.route_annotation_prefix
+        prefix = self._config["route"]["annotation_prefix"]
         comment = f"# Routes: from the annotations {prefix}/... of Services.\n{MADE_BY}"
         files |= self._changed(self._file, {
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
@@ -1788,15 +1743,8 @@ class Renderer:
             for key, service in sorted(services.items())})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        clusters = unique_clusters(plans, by_age, problems)
+        clusters, routes = owned_by_age(plans, by_age, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
-        routes = []
-        for key, plan in plans.items():
-            route = plan.route
-            if route and route.cluster and route.cluster not in [one.name for one in clusters[key]]:
-                problems[key].append("is not routed: it has no cluster of its own")
-                route = route._replace(cluster="")
-            routes += [route] if route else []
         rendered = self._route_configuration(routes, problems)
         warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
@@ -1813,18 +1761,18 @@ class Renderer:
         names = [cluster.name for cluster in clusters if not cluster.host]
         on_eds = [name for name in names if self._modes.get(name) == EDS][: self._budget]
         free = self._budget - len(on_eds)
-        free -= other_files if self._config.endpoint_eds_budget is None else 0
+        free -= other_files if self._config["endpoint"]["eds_budget"] is None else 0
         on_eds += [name for name in names if name not in self._modes][: max(0, free)]
         self._modes = dict.fromkeys(names, INLINE) | dict.fromkeys(on_eds, EDS)
         metrics.replace("xds_loader_clusters", {
             (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
             (DNS,): len(clusters) - len(names)})
 
-    def _route_configuration(self, routes: Iterable[Route], problems: Mapping[Key, list[str]]
-                             ) -> bytes:
+    def _route_configuration(self, routes: Mapping[str, list[Route]],
+                             problems: Mapping[Key, list[str]]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
-        hosts = self._changed(self._host, {host: (host, routed) for host, routed
-                                           in sorted(routes_by_host(routes, problems).items())})
+        hosts = self._changed(self._host, {host: (host, routed)
+                                           for host, routed in sorted(routes.items())})
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
             for key, is_problem, text in said:
@@ -1833,7 +1781,7 @@ class Renderer:
         for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
             log.info("%s", line)
         self._splits = lines
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]})
         texts = elements(self._fmt, [text for text, _ in hosts.values()], "  ")
         if self._fmt == "json":
             return b'%s,"virtual_hosts":%s}' % (head[:-1], texts)
@@ -1853,13 +1801,10 @@ class Renderer:
         for cluster in clusters:
             label = cluster.port.label
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if cluster.host:
-                assignment = dns_assignment(cluster, slices)
-                if "endpoints" not in assignment:
-                    problems.append(f"the number of the target port of {label} is not known, so "
-                                    f"there is no endpoint")
-            else:
-                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
+            assignment = assignment_of(cluster, slices, self._config, zone, nodes)
+            if cluster.host and "endpoints" not in assignment:
+                problems.append(f"the number of the target port of {label} is not known, so "
+                                f"there is no endpoint")
             if self._modes.get(cluster.name) == EDS:
                 path = f"eds/{'_'.join(key)}_{label}.{self._fmt}"
                 comment = f"# Endpoints of service {'/'.join(key)}, port {label}.\n{MADE_BY}"
@@ -2070,7 +2015,7 @@ def with_kind(path: str, file: File, before: File | None) -> File:
 
 PARSERS: dict[Resource, Callable[..., Any]] = {
     CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
-    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
+    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: texts_of}
 
 
 class Sources:
@@ -2104,10 +2049,9 @@ class Sources:
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
             self._reflect(Query(ENDPOINTSLICES, namespace))
-        if needs_nodes(self._config):
-            # All for localities by label, else just the own one.
-            own = "" if by_node_label(self._config) else options.node_name
-            self._reflect(Query(NODES, name=own))
+        by_label = by_node_label(self._config)  # which needs all Nodes, not just the own one
+        if by_label or self._config["endpoint"]["prefer_zone"] is True:
+            self._reflect(Query(NODES, name="" if by_label else options.node_name))
 
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
@@ -4487,7 +4431,7 @@ def print_out(texts: Iterable[bytes]) -> None:
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
     if not path:
-        return Config()
+        return DEFAULTS
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
@@ -4844,7 +4788,7 @@ def run(options: Options) -> int:
     config = read_config(options.config)
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
+    own_zone_wanted = options.services is not None and config["endpoint"]["prefer_zone"] is True
     if own_zone_wanted and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
