@@ -82,10 +82,6 @@ class File(NamedTuple):
     source: str
     mode: int = 0o644
 
-    def __repr__(self) -> str:
-        """Without the content, which may be a key."""
-        return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
-
 
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
@@ -100,13 +96,12 @@ KINDS = {
     b"envoy.service.runtime.v3.Runtime": "rtds",
     b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
 }
-TYPE_URL = re.compile(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)")
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = (found[1] for found in TYPE_URL.finditer(content))
-    return next((KINDS[url] for url in urls if url in KINDS), "")
+    urls = re.finditer(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)", content)
+    return next((KINDS[url[1]] for url in urls if url[1] in KINDS), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -117,9 +112,8 @@ def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> F
 
 def same_file(one: File | None, other: File | None) -> bool:
     """Whether two files are the same on disk: bytes and mode. The source does not show there."""
-    if one is None or other is None or one is other:
-        return one is other
-    return one.digest == other.digest and one.mode == other.mode
+    return one is other or (one is not None and other is not None
+                            and one.digest == other.digest and one.mode == other.mode)
 
 
 def same_files(one: Files, other: Files) -> bool:
@@ -259,7 +253,6 @@ class ApiError(LoaderError):
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
-Response = http.client.HTTPResponse
 Event = tuple[str, dict[str, Json]]  # type, object
 
 
@@ -312,7 +305,7 @@ class Api:
                  "timeoutSeconds": str(random.randint(*WATCH_SECONDS))}
         return self._events(query, self._ask(query, "watch", asked)[0])
 
-    def _events(self, query: Query, response: Response) -> Iterator[Event]:
+    def _events(self, query: Query, response: http.client.HTTPResponse) -> Iterator[Event]:
         rest = bytearray()
         try:
             # (http.client's readline shows a stream that was cut between chunks as a normal end.)
@@ -340,10 +333,8 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    # -- one answer -------------------------------------------------------------------------
-
-    def _ask(self, query: Query, verb: str,
-             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
+    def _ask(self, query: Query, verb: str, page: Mapping[str, str]
+             ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
         """An answer of status 200, and the object in it ({} for anything else, and of a watch,
         which is not read here); ApiError for any other."""
         self._token = self._read_token()
@@ -403,8 +394,6 @@ class Api:
         if any(form and form.translate(url_safe) in seen.translate(url_safe) for form in forms):
             return "[a text that quotes the token]"
         return " ".join(text.split())[:500]
-
-    # -- one connection ---------------------------------------------------------------------
 
     def _connect(self) -> None:
         """Connect, unless a connection is open that the server has not ended meanwhile."""
@@ -587,13 +576,8 @@ class Reflector(threading.Thread):
         """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-
-        def keep(item: dict[str, Json]) -> None:
-            key = object_key(item)
-            if (value := self._value(key, item, bad)) is not None:
-                objects[key] = value
-
-        self._version = self._client.list(self.query, keep)
+        self._version = self._client.list(
+            self.query, functools.partial(self._keep, objects, bad))
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
         self._replace(objects, bad)
 
@@ -605,15 +589,17 @@ class Reflector(threading.Thread):
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
-    def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
-        """The value of an object; the old one where nothing that counts changed, or it is bad."""
-        old = self._objects.get(key)
+    def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
+        """Store the value of an object; the old one where nothing that counts changed, or it is
+        bad."""
+        key = object_key(item)
+        value = old = self._objects.get(key)
         try:
             value = self._parse(item)
-            return old if value == old else value
         except (ValueError, RecursionError) as error:
             bad[key] = f"{Query(self.query.resource, *key)}: {error}"
-            return old
+        if value is not None:
+            objects[key] = old if value == old else value
 
     def _watch(self, api: Api) -> float:
         """Watch from the last version (of a list, where there is none) until the server ends it;
@@ -647,13 +633,13 @@ class Reflector(threading.Thread):
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
             bad = {other: text for other, text in self.bad.items() if other != key}
-            value = None if kind == "DELETED" else self._value(key, item, bad)
-            if value is not self._objects.get(key) or bad != self.bad:
+            before = self._objects.get(key)
+            if kind == "DELETED":
+                self._objects.pop(key, None)
+            else:
+                self._keep(self._objects, bad, item)
+            if self._objects.get(key) is not before or bad != self.bad:
                 self.bad = bad
-                if value is None:
-                    self._objects.pop(key, None)
-                else:
-                    self._objects[key] = value
                 self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
@@ -669,9 +655,6 @@ class Reflector(threading.Thread):
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
-
-
-# -- --from-file ------------------------------------------------------------------------------
 
 
 class FileSource:
