@@ -277,7 +277,7 @@ class Api:
             items = answer.pop("items", 0)
             if answer.get("kind") != kind or not (items is None or isinstance(items, list)):
                 text = f"list {query}: the answer of {self._url.netloc} is not a {kind}"
-                raise ApiError(f"{text}, or not all of it; is it a Kubernetes API server?")
+                raise ApiError(f"{text}; is it a Kubernetes API server?")
             for item in items or ():  # Go's JSON writes an empty slice as null
                 keep(json_object(item))
             del items  # before the next page is read
@@ -351,8 +351,9 @@ class Api:
                 status = response.status
                 if status != 200 or verb != "watch":
                     body = response.read(LIST_BYTES + 1)
-            if len(body) > LIST_BYTES:
-                raise ValueError(f"the answer is larger than {LIST_BYTES >> 20} MiB")
+                    if len(body) > LIST_BYTES or response.length:  # what is left of it
+                        text = f"the answer is cut, or larger than {LIST_BYTES >> 20} MiB"
+                        raise ValueError(text)
         except BROKEN as error:
             self._connection.close()
             if status in (0, 200):  # of an error the status tells enough
