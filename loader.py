@@ -82,10 +82,6 @@ class File(NamedTuple):
     source: str
     mode: int = 0o644
 
-    def __repr__(self) -> str:
-        """Without the content, which may be a key."""
-        return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
-
 
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
@@ -100,13 +96,12 @@ KINDS = {
     b"envoy.service.runtime.v3.Runtime": "rtds",
     b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
 }
-TYPE_URL = re.compile(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)")
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = (found[1] for found in TYPE_URL.finditer(content))
-    return next((KINDS[url] for url in urls if url in KINDS), "")
+    urls = re.finditer(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)", content)
+    return next((KINDS[url[1]] for url in urls if url[1] in KINDS), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -117,9 +112,8 @@ def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> F
 
 def same_file(one: File | None, other: File | None) -> bool:
     """Whether two files are the same on disk: bytes and mode. The source does not show there."""
-    if one is None or other is None or one is other:
-        return one is other
-    return one.digest == other.digest and one.mode == other.mode
+    return one is other or (one is not None and other is not None
+                            and one.digest == other.digest and one.mode == other.mode)
 
 
 def same_files(one: Files, other: Files) -> bool:
@@ -227,15 +221,12 @@ class Query(NamedTuple):
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
         return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
 
-    @property
-    def place(self) -> str:
-        return f" in namespace {self.namespace}" if self.namespace else ""
-
     def __str__(self) -> str:
         if self.name:
-            key = "/".join(filter(None, (self.namespace, self.name)))
-            return f"{self.resource.name.removesuffix('s')} {key}"
-        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{self.place}"
+            namespace = f"{self.namespace}/" if self.namespace else ""
+            return f"{self.resource.kind.lower()} {namespace}{self.name}"
+        where = f" in namespace {self.namespace}" if self.namespace else ""
+        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{where}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
@@ -262,7 +253,6 @@ class ApiError(LoaderError):
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
-Response = http.client.HTTPResponse
 Event = tuple[str, dict[str, Json]]  # type, object
 
 
@@ -309,20 +299,30 @@ class Api:
         return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """An event "OPEN" when the server has answered, and then its own until it ends the watch
+        """The events after a version, once the server has answered, until it ends the watch
         properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
-        asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
-        asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
-        response, rest = self._ask(query, "watch", asked)[0], bytearray()
+        asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version,
+                 "timeoutSeconds": str(random.randint(*WATCH_SECONDS))}
+        return self._events(query, self._ask(query, "watch", asked)[0])
+
+    def _events(self, query: Query, response: http.client.HTTPResponse) -> Iterator[Event]:
+        rest = bytearray()
         try:
-            yield "OPEN", {}
             # (http.client's readline shows a stream that was cut between chunks as a normal end.)
             while block := response.read1(1 << 18):
                 rest += block
                 if b"\n" in block:
                     *lines, rest = rest.split(b"\n")
                     for line in filter(None, lines):
-                        yield self._event(query, line)
+                        event = parse_json(line)
+                        kind, item = member(event, "type", str), member(event, "object", dict)
+                        if not kind or not item:
+                            raise ValueError("an event has no type or no object")
+                        if kind == "ERROR":
+                            code: Json = item.get("code")
+                            status = code if code in range(400, 600) else 500
+                            raise self._refusal(query, "watch", status, item)
+                        yield kind, item
                 if len(rest) > EVENT_BYTES:
                     raise ValueError("an event does not end")
             if rest:
@@ -333,36 +333,32 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    # -- one answer -------------------------------------------------------------------------
-
-    def _ask(self, query: Query, verb: str,
-             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
-        """An answer of status 200, and the object in it ({} for anything else, and of a watch);
-        ApiError for any other."""
-        headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
+    def _ask(self, query: Query, verb: str, page: Mapping[str, str]
+             ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
+        """An answer of status 200, and the object in it ({} for anything else, and of a watch,
+        which is not read here); ApiError for any other."""
         self._token = self._read_token()
+        headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        target, status = self._url.path.rstrip("/") + query.target(page), 0
+        target, status, body = self._url.path.rstrip("/") + query.target(page), 0, b""
         try:
-            connection = self._connected()
+            self._connect()
             with bounded(self.socket, ANSWER_SECONDS):
-                connection.request("GET", target, headers=headers)
+                self._connection.request("GET", target, headers=headers)
                 self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
-                response = connection.getresponse()
+                response = self._connection.getresponse()
                 status = response.status
-                body = b""
-                try:
-                    if status != 200 or verb != "watch":
-                        body = body_of(response)
-                except BROKEN:
-                    if status == 200:
-                        raise
-                    self._connection.close()  # of an error the status tells enough
+                if status != 200 or verb != "watch":
+                    body = response.read(LIST_BYTES + 1)
+                    if len(body) > LIST_BYTES or response.length:  # what is left of it
+                        text = f"the answer is cut, or larger than {LIST_BYTES >> 20} MiB"
+                        raise ValueError(text)
         except BROKEN as error:
             self._connection.close()
-            text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
-            raise ApiError(f"{text}; check --apiserver and --ca-file") from error
+            if status in (0, 200):  # of an error the status tells enough
+                text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
+                raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
             metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
         said: dict[str, Json] = {}
@@ -374,26 +370,16 @@ class Api:
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         raise self._refusal(query, verb, status, said, seconds)
 
-    def _event(self, query: Query, line: bytes | bytearray) -> Event:
-        event = parse_json(line)
-        kind, item = member(event, "type", str), member(event, "object", dict)
-        if not kind or not item:
-            raise ValueError("an event has no type or no object")
-        if kind == "ERROR":
-            code: Json = item.get("code")
-            raise self._refusal(query, "watch", code if code in range(400, 600) else 500, item)
-        return kind, item
-
     def _refusal(self, query: Query, verb: str, status: int, said: dict[str, Json],
                  retry_after: float = 0.0) -> ApiError:
         """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
         other text of a server is shown: it may echo the request, token and all."""
         path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
-        where = query.place or " in all namespaces"
+        where = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name}{where}{sent}",
+            403: f"; grant the service account {verb} on {query.resource.name} in {where}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
             **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
@@ -410,32 +396,27 @@ class Api:
             return "[a text that quotes the token]"
         return " ".join(text.split())[:500]
 
-    # -- one connection ---------------------------------------------------------------------
-
-    def _connected(self) -> http.client.HTTPConnection:
-        """The open connection, unless the server has ended it meanwhile; else a new one."""
+    def _connect(self) -> None:
+        """Connect, unless a connection is open that the server has not ended meanwhile."""
         if self._connection.sock is not None:
             idle = select.poll()
             idle.register(self._connection.sock, select.POLLIN)
             if not idle.poll(0):
-                return self._connection
+                return
         self._connection.close()
         kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if self._url.scheme == "https":
             kind = functools.partial(http.client.HTTPSConnection, context=self._context())
-        connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
-        connection.connect()
-        self._connection, self.socket = connection, connection.sock
-        return connection
+        self._connection = kind(self._url.hostname, self._url.port, timeout=CONNECT_TIMEOUT)
+        self._connection.connect()
+        self.socket = self._connection.sock
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path, url = self._options.token_file, self._url
+        path, url, token = self._options.token_file, self._url, ""
         try:
-            with open(path, encoding="latin-1") as stream:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="latin-1") as stream:
                 token = stream.read().strip()
-        except FileNotFoundError:
-            return ""
         except OSError as error:
             raise ApiError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
@@ -452,8 +433,7 @@ class Api:
         where = options.ca_file
         try:
             if options.insecure:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
                 context.load_default_certs()
             else:
@@ -487,16 +467,6 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def body_of(response: Response) -> bytes:
-    """All of an answer; ValueError if that is more than LIST_BYTES."""
-    body = response.read(LIST_BYTES + 1)
-    if len(body) > LIST_BYTES:
-        raise ValueError(f"the answer is larger than {LIST_BYTES >> 20} MiB")
-    if response.length:  # with a bound, read() does not raise it
-        raise http.client.IncompleteRead(b"", response.length)
-    return body
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,8 +505,8 @@ class Reflector(threading.Thread):
         self.trouble: ApiError | None = None
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
-        once, watches = options.mode == "once", options.mode == "watch"
-        self._api = client if watches and isinstance(client, Api) else None
+        once = options.mode == "once"
+        self._api = client if isinstance(client, Api) and options.mode == "watch" else None
         self._interval = ONETIME_POLL if once else options.sync_interval
         self._one_try = once and not options.timeout
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
@@ -557,99 +527,93 @@ class Reflector(threading.Thread):
 
     def run(self) -> None:
         """List, and then watch or list again; go on after whatever fails."""
-        while not self.absent:
+        while True:
+            if self._refresh.is_set():
+                self._refresh.clear()
+                self._again("refresh")
             try:
-                if self._refresh.is_set():
-                    self._refresh.clear()
-                    self._drop_version("refresh")
                 if self._api:
-                    self._watch(self._api)
+                    pause = self._watch(self._api)
                 else:
                     self._relist()
+                    self._report(None)
                     if self._one_try:
                         return
-                    self._failures = self._rejections = 0
-                    self._refresh.wait(self._interval)
+                    self._failures, self._rejections, pause = 0, 0, self._interval
             except ApiError as error:
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
+                self.absent = (self.query.resource is ENDPOINTSLICES and error.status == 404
+                               and not self.synced)
+                if self.absent:
+                    log.info("%s: not available here (%s)", self.query, error)
+                    self._report(None)
+                    self._replace({}, {})
+                    return
                 pause = self._failed(error)
                 if self._one_try and self.trouble and self.trouble.status not in PASSING:
                     return
-                self._refresh.wait(pause)
+            self._refresh.wait(pause)
 
     def _failed(self, error: ApiError) -> float:
         """The seconds until the next request, which is a list where only that helps."""
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
-        if error.status == 410:
-            self._drop_version("expired")
-            if self._rejections == 1:
-                return 0.0
-        elif self._api and self._rejections >= RELIST_AFTER:
-            self._drop_version("rejected")
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = error
-        self._wake("trouble")
+        expired = error.status == 410
+        lost = expired or self._rejections >= RELIST_AFTER
+        self._again(f"status {error.status}" if error.status else "cut",
+                    "" if lost else self._version)
+        if expired and self._rejections == 1:
+            return 0.0
+        self._report(error)
         return self._delay(error.retry_after)
 
-    def _drop_version(self, reason: str) -> None:
-        """The next request is a list. The objects stay until it has come."""
-        self._version = ""
-        self._count(reason)
+    def _again(self, reason: str, version: str = "") -> None:
+        """The next request is a watch from this version, or a list; the objects stay until then."""
+        self._version = version
+        log.debug("%s: again (%s)", self.query, reason)
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
 
     def _relist(self) -> None:
         """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-        version = ""
+        self._version = self._client.list(
+            self.query, functools.partial(self._keep, objects, bad))
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
+        self._replace(objects, bad)
 
-        def keep(item: dict[str, Json]) -> None:
-            key = object_key(item)
-            if (value := self._value(key, item, bad)) is not None:
-                objects[key] = value
-
-        try:
-            version = self._client.list(self.query, keep)
-        except ApiError as error:
-            if error.status != 404 or self.synced or self.query.resource is not ENDPOINTSLICES:
-                raise
-            log.info("%s: not available here (%s)", self.query, error)
-            self.absent = True
+    def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
         changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
-        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
-        if self.absent or not self._api:  # else the watch may fail yet
-            self._recovered()
+        self._objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
-    def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
-        """The value of an object; the old one where nothing that counts changed, or it is bad."""
-        old = self._objects.get(key)
+    def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
+        """Store the value of an object; the old one where nothing that counts changed, or it is
+        bad."""
+        key = object_key(item)
+        value = old = self._objects.get(key)
         try:
             value = self._parse(item)
-            return old if value == old else value
         except (ValueError, RecursionError) as error:
-            name = "/".join(filter(None, key))
-            bad[key] = f"{self.query.resource.kind.lower()} {name}: {error}"
-            return old
+            bad[key] = f"{Query(self.query.resource, *key)}: {error}"
+        if value is not None:
+            objects[key] = old if value == old else value
 
-    def _watch(self, api: Api) -> None:
-        """Watch from the last version (of a list, where there is none) until the server ends it."""
+    def _watch(self, api: Api) -> float:
+        """Watch from the last version (of a list, where there is none) until the server ends it;
+        returns the seconds until the next watch."""
         if self._suspect and self._version and api.is_future(self.query, self._version):
-            self._drop_version("future")
+            self._again("future")
         if not self._version:
             self._relist()
-            if self.absent:
-                return
         events = api.watch(self.query, self._version)
-        next(events)
-        began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
-        self._recovered()
-        self._watching = api.socket
+        self._report(None)
+        self._watching, began = api.socket, time.monotonic()
+        last = began
         try:
             while not self._refresh.is_set() and (event := next(events, None)):
                 last = time.monotonic()
@@ -661,9 +625,8 @@ class Reflector(threading.Thread):
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = min(self._failures, 1)
         self._suspect, self._rejections = now - last >= SUSPICIOUS_SILENCE, 0
-        self._count("ended")
-        if now - began < WATCH_SHORT:
-            self._refresh.wait(self._delay())
+        self._again("ended", self._version)
+        return self._delay() if now - began < WATCH_SHORT else 0.0
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
@@ -671,24 +634,20 @@ class Reflector(threading.Thread):
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
             bad = {other: text for other, text in self.bad.items() if other != key}
-            value = None if kind == "DELETED" else self._value(key, item, bad)
-            if value is not self._objects.get(key) or bad != self.bad:
+            before = self._objects.get(key)
+            if kind == "DELETED":
+                self._objects.pop(key, None)
+            else:
+                self._keep(self._objects, bad, item)
+            if self._objects.get(key) is not before or bad != self.bad:
                 self.bad = bad
-                if value is None:
-                    self._objects.pop(key, None)
-                else:
-                    self._objects[key] = value
                 self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
-    def _recovered(self) -> None:
-        if self.trouble:
-            self.trouble = None
+    def _report(self, trouble: ApiError | None) -> None:
+        if trouble is not self.trouble:
+            self.trouble = trouble
             self._wake("trouble")
-
-    def _count(self, reason: str) -> None:
-        log.debug("%s: again (%s)", self.query, reason)
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
 
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
@@ -697,9 +656,6 @@ class Reflector(threading.Thread):
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
-
-
-# -- --from-file ------------------------------------------------------------------------------
 
 
 class FileSource:
@@ -712,31 +668,7 @@ class FileSource:
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
-        wanted, objects = requirements(query.labels), self._objects()
-        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
-        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
-            raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
-        for item in objects:
-            namespace, name = object_key(item)
-            named = query.namespace in ("", namespace) and query.name in ("", name)
-            labels = json_object(item["metadata"].get("labels"))
-            if item["kind"] == query.resource.kind and named and selects(wanted, labels):
-                keep(item)
-        return ""
-
-    def elsewhere(self, query: Query) -> str:
-        """Where the named object of a query is, which is not where it was looked for; or ""."""
-        kind, keys = query.resource.kind, []
-        with contextlib.suppress(LoaderError):
-            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
-        same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
-        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
-
-    def _objects(self) -> Sequence[dict[str, Json]]:
-        """All objects of the file, each with a namespace if its kind has one."""
-        stdin = self._path == "-"
+        selects, stdin = label_predicate(query.labels), self._path == "-"
         try:
             with self._lock:
                 if not (stdin and self._text):
@@ -746,10 +678,30 @@ class FileSource:
         except (OSError, ValueError, RecursionError) as error:
             text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
             raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
+        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
+        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
+            raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
-            if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
-                item["metadata"]["namespace"] = self._namespace
-        return objects
+            metadata = item["metadata"]
+            if item["kind"] != NODES.kind:
+                metadata["namespace"] = metadata.get("namespace") or self._namespace
+            namespace, name = object_key(item)
+            if (item["kind"] == query.resource.kind and query.namespace in ("", namespace)
+                    and query.name in ("", name) and selects(json_object(metadata.get("labels")))):
+                keep(item)
+        return ""
+
+    def elsewhere(self, query: Query) -> str:
+        """Where the named object of a query is, which is not where it was looked for; or ""."""
+        found: list[dict[str, Json]] = []
+        with contextlib.suppress(LoaderError):
+            self.list(Query(query.resource), found.append)
+        keys = sorted(map(object_key, found))
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
+        kind = query.resource.kind.lower()
+        return f"`{self._path}` holds {kind} {shortened(names)}{hint}" if names else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -776,38 +728,34 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     return objects
 
 
-# -- label selectors --------------------------------------------------------------------------
-
-# One requirement of a selector whose words are one space apart, which makes this linear.
+# One requirement of a label selector whose words are one space apart.
 LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
 REQUIREMENT = (
-    rf"(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)"
-    r"(?: , |$)"
+    rf"(?:^|(?<= , ))(?:! {LABEL}|"
+    rf"{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)"
 )
-Requirement = tuple[str, Sequence[str] | None, bool]  # label, values (None: any), whether it holds
 
 
-def requirements(selector: str) -> list[Requirement]:
-    """The requirements of a label selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`,
-    `a`, `!a`, with commas between); UsageError for what is none."""
+def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
+    """Whether labels match a selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`,
+    `!a`, with commas between); UsageError for what is none."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
-    found: list[Requirement] = []
-    pattern, position = re.compile(REQUIREMENT), 0
-    while position < len(text):
-        if not (match := pattern.match(text, position)):
-            raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-        absent, label, operator, value, words, values = match.groups("")
-        chosen = [word.strip() for word in (values or value).split(",")]
-        holds = not absent and operator != "!=" and words != "notin"
-        found.append((absent or label, chosen if operator or words else None, holds))
-        position = match.end()
-    return found
+    requirements = list(re.finditer(REQUIREMENT, text))
+    if " , ".join(requirement[0] for requirement in requirements) != text:
+        raise UsageError(f"{selector[:200]!r} is not a valid label selector")
+    wanted: list[tuple[str, Sequence[str] | None, bool]] = []  # label, values (None: any), holds
+    for requirement in requirements:
+        absent, label, sign, value, word, values = requirement.groups("")
+        chosen = [text.strip() for text in (values or value).split(",")]
+        holds = not absent and sign != "!=" and word != "notin"
+        wanted.append((absent or label, chosen if sign or word else None, holds))
 
+    def selects(labels: Mapping[str, Json]) -> bool:
+        """Like the API server, `!=` and `notin` match absence."""
+        return all((label in labels if values is None else labels.get(label) in values) == holds
+                   for label, values, holds in wanted)
 
-def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
-    """Whether all requirements hold; like the API server, `!=` and `notin` match absence."""
-    return all((label in labels if values is None else labels.get(label) in values) == holds
-               for label, values, holds in wanted)
+    return selects
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4500,7 +4448,7 @@ def named_configmap(text: str) -> Source:
 
 
 def label_selector(text: str) -> str:
-    requirements(text)
+    label_predicate(text)
     return text
 
 
