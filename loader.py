@@ -3472,7 +3472,7 @@ def listener_errors(text: str) -> str:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
+STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
 class Log:
@@ -3491,11 +3491,10 @@ class Log:
         if LOG_LEVELS.index(level) < self._level:
             return
         line = log_line(self._form, level, message % args if args else message, fields)
-        poll = select.poll()
         with self._lock:
-            poll.register(self._fd, select.POLLOUT)
-            self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
+            patience = 0 if self._blocked else STDERR_PATIENCE
             try:
+                self._blocked = not select.select([], [self._fd], [], patience)[1]
                 if not self._blocked:
                     os.write(self._fd, line)
             except OSError:  # closed, or a full disk: no reason to end
@@ -3514,15 +3513,15 @@ def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) 
     the same as a JSON object. Where it is too long, its long texts are cut."""
     when, most = timestamp(time.time()), LINE_BYTES
     while True:
-        texts = {name: plain_value(value, most) for name, value in fields.items()}
         said = plain_value(message, most)
+        values = {name: plain_value(value, most) for name, value in fields.items()}
         if form == "json":
-            line = json.dumps({"time": when, "level": level, "message": said, **texts})
+            line = json.dumps({"time": when, "level": level, "message": said, **values})
         else:
-            pairs = (f" {name}={text_value(text)}" for name, text in texts.items())
+            pairs = (f"{name}={text_value(value)}" for name, value in values.items())
             said = said if said.isprintable() else json.dumps(said)
-            line = f"{when} {level.upper()} {said}{''.join(pairs)}"
-        encoded = line.encode("utf-8", "backslashreplace") + b"\n"
+            line = " ".join([when, level.upper(), said, *pairs])
+        encoded = f"{line}\n".encode("utf-8", "backslashreplace")
         if len(encoded) <= LINE_BYTES:
             return encoded
         most //= 2
@@ -3538,10 +3537,8 @@ def plain_value(value: object, most: int) -> Json:
 
 def text_value(value: Json) -> str:
     """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if text.isprintable() and re.fullmatch(r'[^\s"=]+', text):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    plain = isinstance(value, str) and value.isprintable() and re.fullmatch('[^ "=]+', value)
+    return str(value) if plain else json.dumps(value)
 
 
 def timestamp(now: float) -> str:
@@ -3593,6 +3590,8 @@ BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
                 '_bucket{le="+Inf"}': float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 Labels = tuple[str, ...]
 
 
@@ -3608,12 +3607,11 @@ class Metrics:
             if kind == "histogram":
                 self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
             elif kind == "counter" and not labels:
-                self.add(name, by=0)
+                self.add(name, by=0)  # rate() needs to see the 0 before the first 1
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
-        """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
             series, suffix = self._series[name], self._suffix(name, labels)
             series[suffix] = series.get(suffix, 0.0) + by
@@ -3636,21 +3634,19 @@ class Metrics:
             series["_sum"] += seconds
             series["_count"] += 1
 
-    def render(self) -> bytes:
-        """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        times = os.times()
-        self.set("process_cpu_seconds_total", round(times.user + times.system, 2))
-        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+    def render(self) -> str:
+        """All of it in Prometheus' text format 0.0.4."""
+        self.set("process_cpu_seconds_total", time.process_time())
+        with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+        self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
         for name, kind, text, _ in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            rows = held[name] if kind == "histogram" else sorted(held[name])
-            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
-        return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in held[name]]
+        return "\n".join(lines)
 
     def _suffix(self, name: str, values: Labels) -> str:
         """`{code="200",verb="list"}`, "" without labels."""
@@ -3673,7 +3669,6 @@ HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used again for 20 times as long as it took to make:
 # clients that ask without a pause take a twentieth of a CPU.
 REUSED = 20
-COSTLY = {"/metrics": "text/plain; version=0.0.4; charset=utf-8", "/snapshot": "application/json"}
 
 
 class Status(NamedTuple):
@@ -3693,11 +3688,7 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str, bytes]  # status code, Content-Type, body
-
-
-def text_answer(code: int, text: str) -> Answer:
-    return code, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
+Answer = tuple[int, str]  # status code, body
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -3707,10 +3698,10 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
     lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return text_answer(200 if status.version and started else 503, "\n".join(lines))
+    return 200 if status.version and started else 503, "\n".join(lines)
 
 
-def snapshot_body(status: Status) -> bytes:
+def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
     rows = []
@@ -3718,12 +3709,12 @@ def snapshot_body(status: Status) -> bytes:
         size = {"bytes": len(file.content), "sha256": file.digest}
         rows.append({"path": path, "source": file.source, "state": status.states[path],
                      **({} if holds_secret(file.content) else size)})
-    body = {"version": status.version or None,
-            "published_at": timestamp(status.published_at) if status.version else None,
-            "files": rows,
-            **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
-            "missing": status.missing, "stale": status.stale}
-    return (json.dumps(body, indent=1) + "\n").encode()
+    return json.dumps({
+        "version": status.version or None,
+        "published_at": timestamp(status.published_at) if status.version else None,
+        "files": rows,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+        "missing": status.missing, "stale": status.stale}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3737,10 +3728,9 @@ def listen_address(text: str) -> tuple[str, int]:
 class Listener:
     """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
-    def __init__(self, host: str, port: int, recorded: Metrics) -> None:
-        self.status = Status({}, last_turn=time.monotonic())
-        self._recorded, self._rendering = recorded, threading.Lock()
-        self._kept = dict.fromkeys(COSTLY, (0.0, b""))  # path -> good until, body
+    def __init__(self, host: str, port: int) -> None:
+        self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
+        self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
@@ -3774,8 +3764,10 @@ class Listener:
                 block = client.recv(HEAD_MAX - len(head))
                 head += block
             asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
-            bad = text_answer(400, "not a GET of HTTP/1.1")
-            code, form, body = self.answer(asked[1]) if asked else bad
+            path = asked[1] if asked else ""
+            code, text = self.answer(path)
+            body = f"{text}\n".encode("utf-8", "backslashreplace")
+            form = "application/json" if path == "/snapshot" else METRICS_TYPE
             line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
             fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
             client.settimeout(max(end - time.monotonic(), 0))
@@ -3783,22 +3775,22 @@ class Listener:
 
     def answer(self, path: str) -> Answer:
         """What is served there."""
-        status, began = self.status, time.monotonic()
+        status = self.status
         if path == "/healthz":  # 200 while the loop turns
-            age, bound = began - status.last_turn, status.turn_bound
+            age, bound = time.monotonic() - status.last_turn, status.turn_bound
             late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
-            return text_answer(503, late) if age > bound else text_answer(200, "ok")
+            return (503, late) if age > bound else (200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        if path not in COSTLY:
-            return text_answer(404, "not found")
+        if path not in self._kept:
+            return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
-            began, (until, body) = time.monotonic(), self._kept[path]
+            began, (until, text) = time.monotonic(), self._kept[path]
             if began >= until:
-                body = snapshot_body(status) if path == "/snapshot" else self._recorded.render()
+                text = snapshot_text(status) if path == "/snapshot" else metrics.render()
                 now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), body
-        return 200, COSTLY[path], body
+                self._kept[path] = now + REUSED * (now - began), text
+        return 200, text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4112,7 +4104,7 @@ class Loop:
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
             host, port = self.options.listen
-            self._listener = Listener(host, port, metrics)
+            self._listener = Listener(host, port)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if self._once and time.monotonic() >= self._deadline:
