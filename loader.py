@@ -1,4 +1,4 @@
-"""envoy-xds-configmap-loader: Envoy's filesystem xDS, live from Kubernetes.
+"""envoy-xds-configmap-loader feeds Envoy's filesystem xDS, live from Kubernetes.
 
 It lists, polls or watches ConfigMaps (and if asked Services, EndpointSlices and Secrets) over the
 raw Kubernetes REST API, turns them into the files that Envoy's filesystem xDS reads, and publishes
@@ -20,10 +20,22 @@ What it promises:
 * Clusters come before the routes that name them, and are removed after them.
 * What Envoy rejects (NACK) is rolled back, named, and not tried again until it changes.
 
-Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
-ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
-talks to Envoy's admin interface. Only the standard library is used.
+Examples:
+  An init container: publish the files of a ConfigMap; wait for it up to a minute.
+    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
+  A sidecar: publish every change at once, and roll back what Envoy rejects.
+    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
+  A preview: print what would be made of the Services of a namespace.
+    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
+
+Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
+environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
+More: docs/options.md in the repository.
 """
+
+# Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
+# ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
+# talks to Envoy's admin interface. Only the standard library is used.
 
 from __future__ import annotations
 
@@ -4517,20 +4529,24 @@ def preview(options: Options, config: Config) -> int:
     # To process 1 of a container the kernel sends only signals that have a handler.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
-    loop.output.published = loop.output.peek()
-    loop.sources.start(loop.output.published)
+    published = loop.output.published = loop.output.peek()
+    loop.sources.start(published)
     files = loop.composed().files
-    loop.note("json", json_warnings(files))
+    for path, file in sorted(files.items()):
+        if path.endswith(".json"):
+            try:
+                parse_json(file.content)
+            except ValueError as error:
+                log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
     if options.diff:
-        published = loop.output.published
         if not published:
             log.warning("%s: nothing is published there, so every file is new", loop.output.root)
-        texts = [difference(path, published.get(path), files.get(path))
+        shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
     else:
-        texts = [b"\n" + preview_text(path, file) for path, file in sorted(files.items())]
-    if any(texts) or not options.diff:
-        print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
+        shown = [preview_text(path, file) for path, file in sorted(files.items())]
+    if any(shown) or not options.diff:
+        print_out([f"snapshot {version_of(files)}\n", *shown])
     if options.check_cmd:
         import tempfile
 
@@ -4544,29 +4560,14 @@ def preview(options: Options, config: Config) -> int:
     return 0
 
 
-def json_warnings(files: Files) -> Iterator[str]:
-    """The *.json files that Envoy will not be able to read."""
-    for path, file in sorted(files.items()):
-        if path.endswith(".json"):
-            try:
-                parse_json(file.content)
-            except ValueError as error:
-                yield f"{path} of {file.source} is not valid JSON ({why(error)})"
-
-
-def preview_text(path: str, file: File) -> bytes:
+def preview_text(path: str, file: File) -> str:
     """One file under a header; key material is not shown."""
-    content = redacted(file.content)
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        content = b"[binary]\n"
-    end = b"" if content.endswith(b"\n") or not content else b"\n"
-    header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode("utf-8", "backslashreplace") + content + end
+    text = redacted(file.content).decode("utf-8", "backslashreplace")
+    end = "" if text.endswith("\n") or not text else "\n"
+    return f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}{end}"
 
 
-def difference(path: str, old: File | None, new: File | None) -> bytes:
+def difference(path: str, old: File | None, new: File | None) -> str:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
 
@@ -4576,14 +4577,14 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
     names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     rows = difflib.unified_diff(a, b, *names)
     missing = "\n\\ No newline at end of file\n"
-    return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
+    return "".join(row if row.endswith("\n") else row + missing for row in rows)
 
 
-def print_out(texts: Iterable[bytes]) -> None:
+def print_out(texts: Iterable[str]) -> None:
     """To standard output, as far as anybody reads."""
     try:
         for text in texts:
-            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4591,8 +4592,6 @@ def print_out(texts: Iterable[bytes]) -> None:
 
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
-    if not path:
-        return Config()
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
@@ -4661,12 +4660,9 @@ def named_configmap(text: str) -> NamedObject:
 
 
 def label_selector(text: str) -> str:
-    requirements(text)
+    """A selector that can be read; "" for `*`, which is all."""
+    requirements(text := "" if text.strip() == "*" else text)
     return text
-
-
-def services_selector(text: str) -> str:
-    return "" if text.strip() == "*" else label_selector(text)
 
 
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
@@ -4681,13 +4677,11 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     return text
 
 
+socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
+
+
 def admin_url(text: str) -> str:
-    """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    if not text.startswith("unix:"):
-        return http_url(text, ["http"])
-    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
-        raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
-    return text
+    return socket_path(text) if text.startswith("unix:") else http_url(text, ["http"])
 
 
 def shell_words(text: str) -> tuple[str, ...]:
@@ -4722,8 +4716,8 @@ SECTIONS = {
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
         Option("configmap-selector", label_selector, "SEL",
-               "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
+               "every ConfigMap of the namespace that matches a label selector ('*' or '': all)"),
+        Option("services", label_selector, "SEL", "render clusters, endpoints and routes of "
                "the Services that match a label selector ('*' or '': all of them)"),
         Option("services-namespace", any_namespace, "NS",
                "where these Services are; '*' for all namespaces", "--namespace", True),
@@ -4795,21 +4789,19 @@ class Options(types.SimpleNamespace):
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     """The values on the command line by option, read as Go's flag package reads them: one dash or
     two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
-    known = {option.name: option for option in OPTIONS}
+    known = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
+    known["-h"] = known["--help"]
     found: dict[str, list[str]] = {}
-    rest = iter(argv)
-    for text in rest:
-        if not text.startswith("-") or text in ("-", "--"):
-            raise UsageError(f"{text[:100]!r} is not an option; every value follows its option")
-        name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
-        option = known.get("help" if name == "h" else name)
+    rest = deque(argv)
+    while rest:
+        name, equals, value = rest.popleft().partition("=")
+        option = known.get(name)
         if option is None:
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
+            raise UsageError(f"unknown option {name[:100]!r}; see --help")
+        if option.metavar and not (equals or rest):
+            raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
-            following = next(rest, None) if option.metavar else "true"
-            if following is None:
-                raise UsageError(f"--{option.name} needs a value: {option.metavar}")
-            value = following
+            value = rest.popleft() if option.metavar else "true"
         found.setdefault(option.name, []).append(value)
     return found
 
@@ -4904,36 +4896,19 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
-HELP = """\
-envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.
-
-Examples:
-  An init container: publish the files of a ConfigMap; wait for it up to a minute.
-    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
-  A sidecar: publish every change at once, and roll back what Envoy rejects.
-    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
-  A preview: print what would be made of the Services of a namespace.
-    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
-
-Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
-environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
-More: docs/options.md in the repository.
-"""
-
-
 def help_text() -> str:
-    """--help, from the table of options."""
+    """--help: what the module says of itself, and the table of options."""
     import textwrap
 
-    parts = [HELP]
+    lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
-        parts.append(f"\n{title}:\n")
+        lines += ["", f"{title}:"]
         for option in options:
             text = option.help + "; repeatable" * option.repeats
             text += f" (default {option.default})" if option.default else ""
-            parts.append(f"  --{option.name} {option.metavar}".rstrip() + "\n")
-            parts.append(textwrap.indent(textwrap.fill(text, 90), " " * 8) + "\n")
-    return "".join(parts)
+            lines.append(f"  --{option.name} {option.metavar}".rstrip())
+            lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
+    return "\n".join([*lines, ""])
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -4947,7 +4922,7 @@ def run(options: Options) -> int:
     if options.unknown_variables:
         log.warning("no option has the environment variable %s",
                     shortened(options.unknown_variables))
-    config = read_config(options.config)
+    config = read_config(options.config) if options.config else Config()
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
@@ -4968,7 +4943,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
         if wanted:
             version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([(help_text() if "help" in wanted else version).encode()])
+            print_out([help_text() if "help" in wanted else version])
             return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
