@@ -1,4 +1,4 @@
-"""envoy-xds-configmap-loader: Envoy's filesystem xDS, live from Kubernetes.
+"""envoy-xds-configmap-loader feeds Envoy's filesystem xDS, live from Kubernetes.
 
 It lists, polls or watches ConfigMaps (and if asked Services, EndpointSlices and Secrets) over the
 raw Kubernetes REST API, turns them into the files that Envoy's filesystem xDS reads, and publishes
@@ -20,10 +20,22 @@ What it promises:
 * Clusters come before the routes that name them, and are removed after them.
 * What Envoy rejects (NACK) is rolled back, named, and not tried again until it changes.
 
-Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
-ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
-talks to Envoy's admin interface. Only the standard library is used.
+Examples:
+  An init container: publish the files of a ConfigMap; wait for it up to a minute.
+    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
+  A sidecar: publish every change at once, and roll back what Envoy rejects.
+    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
+  A preview: print what would be made of the Services of a namespace.
+    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
+
+Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
+environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
+More: docs/options.md in the repository.
 """
+
+# Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
+# ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
+# talks to Envoy's admin interface. Only the standard library is used.
 
 from __future__ import annotations
 
@@ -3261,7 +3273,7 @@ def listener_errors(text: str) -> str:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
+STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
 class Log:
@@ -3280,11 +3292,10 @@ class Log:
         if LOG_LEVELS.index(level) < self._level:
             return
         line = log_line(self._form, level, message % args if args else message, fields)
-        poll = select.poll()
         with self._lock:
-            poll.register(self._fd, select.POLLOUT)
-            self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
+            patience = 0 if self._blocked else STDERR_PATIENCE
             try:
+                self._blocked = not select.select([], [self._fd], [], patience)[1]
                 if not self._blocked:
                     os.write(self._fd, line)
             except OSError:  # closed, or a full disk: no reason to end
@@ -3303,15 +3314,15 @@ def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) 
     the same as a JSON object. Where it is too long, its long texts are cut."""
     when, most = timestamp(time.time()), LINE_BYTES
     while True:
-        texts = {name: plain_value(value, most) for name, value in fields.items()}
         said = plain_value(message, most)
+        values = {name: plain_value(value, most) for name, value in fields.items()}
         if form == "json":
-            line = json.dumps({"time": when, "level": level, "message": said, **texts})
+            line = json.dumps({"time": when, "level": level, "message": said, **values})
         else:
-            pairs = (f" {name}={text_value(text)}" for name, text in texts.items())
+            pairs = (f"{name}={text_value(value)}" for name, value in values.items())
             said = said if said.isprintable() else json.dumps(said)
-            line = f"{when} {level.upper()} {said}{''.join(pairs)}"
-        encoded = line.encode("utf-8", "backslashreplace") + b"\n"
+            line = " ".join([when, level.upper(), said, *pairs])
+        encoded = f"{line}\n".encode("utf-8", "backslashreplace")
         if len(encoded) <= LINE_BYTES:
             return encoded
         most //= 2
@@ -3327,10 +3338,8 @@ def plain_value(value: object, most: int) -> Json:
 
 def text_value(value: Json) -> str:
     """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if text.isprintable() and re.fullmatch(r'[^\s"=]+', text):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    plain = isinstance(value, str) and value.isprintable() and re.fullmatch('[^ "=]+', value)
+    return str(value) if plain else json.dumps(value)
 
 
 def timestamp(now: float) -> str:
@@ -3382,6 +3391,8 @@ BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
                 '_bucket{le="+Inf"}': float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 Labels = tuple[str, ...]
 
 
@@ -3397,12 +3408,11 @@ class Metrics:
             if kind == "histogram":
                 self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
             elif kind == "counter" and not labels:
-                self.add(name, by=0)
+                self.add(name, by=0)  # rate() needs to see the 0 before the first 1
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
-        """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
             series, suffix = self._series[name], self._suffix(name, labels)
             series[suffix] = series.get(suffix, 0.0) + by
@@ -3425,21 +3435,19 @@ class Metrics:
             series["_sum"] += seconds
             series["_count"] += 1
 
-    def render(self) -> bytes:
-        """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        times = os.times()
-        self.set("process_cpu_seconds_total", round(times.user + times.system, 2))
-        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+    def render(self) -> str:
+        """All of it in Prometheus' text format 0.0.4."""
+        self.set("process_cpu_seconds_total", time.process_time())
+        with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+        self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
         for name, kind, text, _ in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            rows = held[name] if kind == "histogram" else sorted(held[name])
-            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
-        return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in held[name]]
+        return "\n".join(lines)
 
     def _suffix(self, name: str, values: Labels) -> str:
         """`{code="200",verb="list"}`, "" without labels."""
@@ -3462,7 +3470,6 @@ HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used again for 20 times as long as it took to make:
 # clients that ask without a pause take a twentieth of a CPU.
 REUSED = 20
-COSTLY = {"/metrics": "text/plain; version=0.0.4; charset=utf-8", "/snapshot": "application/json"}
 
 
 class Status(NamedTuple):
@@ -3482,11 +3489,7 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str, bytes]  # status code, Content-Type, body
-
-
-def text_answer(code: int, text: str) -> Answer:
-    return code, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
+Answer = tuple[int, str]  # status code, body
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -3496,10 +3499,10 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
     lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return text_answer(200 if status.version and started else 503, "\n".join(lines))
+    return 200 if status.version and started else 503, "\n".join(lines)
 
 
-def snapshot_body(status: Status) -> bytes:
+def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
     rows = []
@@ -3507,12 +3510,12 @@ def snapshot_body(status: Status) -> bytes:
         size = {"bytes": len(file.content), "sha256": file.digest}
         rows.append({"path": path, "source": file.source, "state": status.states[path],
                      **({} if holds_secret(file.content) else size)})
-    body = {"version": status.version or None,
-            "published_at": timestamp(status.published_at) if status.version else None,
-            "files": rows,
-            **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
-            "missing": status.missing, "stale": status.stale}
-    return (json.dumps(body, indent=1) + "\n").encode()
+    return json.dumps({
+        "version": status.version or None,
+        "published_at": timestamp(status.published_at) if status.version else None,
+        "files": rows,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+        "missing": status.missing, "stale": status.stale}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3526,10 +3529,9 @@ def listen_address(text: str) -> tuple[str, int]:
 class Listener:
     """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
-    def __init__(self, host: str, port: int, recorded: Metrics) -> None:
-        self.status = Status({}, last_turn=time.monotonic())
-        self._recorded, self._rendering = recorded, threading.Lock()
-        self._kept = dict.fromkeys(COSTLY, (0.0, b""))  # path -> good until, body
+    def __init__(self, host: str, port: int) -> None:
+        self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
+        self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
@@ -3563,8 +3565,10 @@ class Listener:
                 block = client.recv(HEAD_MAX - len(head))
                 head += block
             asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
-            bad = text_answer(400, "not a GET of HTTP/1.1")
-            code, form, body = self.answer(asked[1]) if asked else bad
+            path = asked[1] if asked else ""
+            code, text = self.answer(path)
+            body = f"{text}\n".encode("utf-8", "backslashreplace")
+            form = "application/json" if path == "/snapshot" else METRICS_TYPE
             line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
             fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
             client.settimeout(max(end - time.monotonic(), 0))
@@ -3572,22 +3576,22 @@ class Listener:
 
     def answer(self, path: str) -> Answer:
         """What is served there."""
-        status, began = self.status, time.monotonic()
+        status = self.status
         if path == "/healthz":  # 200 while the loop turns
-            age, bound = began - status.last_turn, status.turn_bound
+            age, bound = time.monotonic() - status.last_turn, status.turn_bound
             late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
-            return text_answer(503, late) if age > bound else text_answer(200, "ok")
+            return (503, late) if age > bound else (200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        if path not in COSTLY:
-            return text_answer(404, "not found")
+        if path not in self._kept:
+            return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
-            began, (until, body) = time.monotonic(), self._kept[path]
+            began, (until, text) = time.monotonic(), self._kept[path]
             if began >= until:
-                body = snapshot_body(status) if path == "/snapshot" else self._recorded.render()
+                text = snapshot_text(status) if path == "/snapshot" else metrics.render()
                 now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), body
-        return 200, COSTLY[path], body
+                self._kept[path] = now + REUSED * (now - began), text
+        return 200, text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3889,7 +3893,7 @@ class Loop:
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
             host, port = self.options.listen
-            self._listener = Listener(host, port, metrics)
+            self._listener = Listener(host, port)
         while not self.output.lock():
             text = f"{self.output.root}: another loader works here; give each its own --output-dir"
             if self._once and time.monotonic() >= self._deadline:
@@ -4304,20 +4308,24 @@ def preview(options: Options, config: Config) -> int:
     # To process 1 of a container the kernel sends only signals that have a handler.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
-    loop.output.published = loop.output.peek()
-    loop.sources.start(loop.output.published)
+    published = loop.output.published = loop.output.peek()
+    loop.sources.start(published)
     files = loop.composed().files
-    loop.note("json", json_warnings(files))
+    for path, file in sorted(files.items()):
+        if path.endswith(".json"):
+            try:
+                parse_json(file.content)
+            except ValueError as error:
+                log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
     if options.diff:
-        published = loop.output.published
         if not published:
             log.warning("%s: nothing is published there, so every file is new", loop.output.root)
-        texts = [difference(path, published.get(path), files.get(path))
+        shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
     else:
-        texts = [b"\n" + preview_text(path, file) for path, file in sorted(files.items())]
-    if any(texts) or not options.diff:
-        print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
+        shown = [preview_text(path, file) for path, file in sorted(files.items())]
+    if any(shown) or not options.diff:
+        print_out([f"snapshot {version_of(files)}\n", *shown])
     if options.check_cmd:
         import tempfile
 
@@ -4331,29 +4339,14 @@ def preview(options: Options, config: Config) -> int:
     return 0
 
 
-def json_warnings(files: Files) -> Iterator[str]:
-    """The *.json files that Envoy will not be able to read."""
-    for path, file in sorted(files.items()):
-        if path.endswith(".json"):
-            try:
-                parse_json(file.content)
-            except ValueError as error:
-                yield f"{path} of {file.source} is not valid JSON ({why(error)})"
-
-
-def preview_text(path: str, file: File) -> bytes:
+def preview_text(path: str, file: File) -> str:
     """One file under a header; key material is not shown."""
-    content = redacted(file.content)
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        content = b"[binary]\n"
-    end = b"" if content.endswith(b"\n") or not content else b"\n"
-    header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode("utf-8", "backslashreplace") + content + end
+    text = redacted(file.content).decode("utf-8", "backslashreplace")
+    end = "" if text.endswith("\n") or not text else "\n"
+    return f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}{end}"
 
 
-def difference(path: str, old: File | None, new: File | None) -> bytes:
+def difference(path: str, old: File | None, new: File | None) -> str:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
 
@@ -4363,14 +4356,14 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
     names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     rows = difflib.unified_diff(a, b, *names)
     missing = "\n\\ No newline at end of file\n"
-    return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
+    return "".join(row if row.endswith("\n") else row + missing for row in rows)
 
 
-def print_out(texts: Iterable[bytes]) -> None:
+def print_out(texts: Iterable[str]) -> None:
     """To standard output, as far as anybody reads."""
     try:
         for text in texts:
-            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4378,8 +4371,6 @@ def print_out(texts: Iterable[bytes]) -> None:
 
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
-    if not path:
-        return DEFAULTS
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
@@ -4448,12 +4439,9 @@ def named_configmap(text: str) -> Source:
 
 
 def label_selector(text: str) -> str:
-    label_predicate(text)
+    """A selector that can be read; "" for `*`, which is all."""
+    label_predicate(text := "" if text.strip() == "*" else text)
     return text
-
-
-def services_selector(text: str) -> str:
-    return "" if text.strip() == "*" else label_selector(text)
 
 
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
@@ -4468,13 +4456,11 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     return text
 
 
+socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
+
+
 def admin_url(text: str) -> str:
-    """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    if not text.startswith("unix:"):
-        return http_url(text, ["http"])
-    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
-        raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
-    return text
+    return socket_path(text) if text.startswith("unix:") else http_url(text, ["http"])
 
 
 def shell_words(text: str) -> tuple[str, ...]:
@@ -4509,8 +4495,8 @@ SECTIONS = {
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
         Option("configmap-selector", label_selector, "SEL",
-               "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
+               "every ConfigMap of the namespace that matches a label selector ('*' or '': all)"),
+        Option("services", label_selector, "SEL", "render clusters, endpoints and routes of "
                "the Services that match a label selector ('*' or '': all of them)"),
         Option("services-namespace", any_namespace, "NS",
                "where these Services are; '*' for all namespaces", "--namespace", True),
@@ -4582,21 +4568,19 @@ class Options(types.SimpleNamespace):
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     """The values on the command line by option, read as Go's flag package reads them: one dash or
     two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
-    known = {option.name: option for option in OPTIONS}
+    known = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
+    known["-h"] = known["--help"]
     found: dict[str, list[str]] = {}
-    rest = iter(argv)
-    for text in rest:
-        if not text.startswith("-") or text in ("-", "--"):
-            raise UsageError(f"{text[:100]!r} is not an option; every value follows its option")
-        name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
-        option = known.get("help" if name == "h" else name)
+    rest = deque(argv)
+    while rest:
+        name, equals, value = rest.popleft().partition("=")
+        option = known.get(name)
         if option is None:
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
+            raise UsageError(f"unknown option {name[:100]!r}; see --help")
+        if option.metavar and not (equals or rest):
+            raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
-            following = next(rest, None) if option.metavar else "true"
-            if following is None:
-                raise UsageError(f"--{option.name} needs a value: {option.metavar}")
-            value = following
+            value = rest.popleft() if option.metavar else "true"
         found.setdefault(option.name, []).append(value)
     return found
 
@@ -4690,36 +4674,19 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
-HELP = """\
-envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.
-
-Examples:
-  An init container: publish the files of a ConfigMap; wait for it up to a minute.
-    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
-  A sidecar: publish every change at once, and roll back what Envoy rejects.
-    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
-  A preview: print what would be made of the Services of a namespace.
-    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
-
-Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
-environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
-More: docs/options.md in the repository.
-"""
-
-
 def help_text() -> str:
-    """--help, from the table of options."""
+    """--help: what the module says of itself, and the table of options."""
     import textwrap
 
-    parts = [HELP]
+    lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
-        parts.append(f"\n{title}:\n")
+        lines += ["", f"{title}:"]
         for option in options:
             text = option.help + "; repeatable" * option.repeats
             text += f" (default {option.default})" if option.default else ""
-            parts.append(f"  --{option.name} {option.metavar}".rstrip() + "\n")
-            parts.append(textwrap.indent(textwrap.fill(text, 90), " " * 8) + "\n")
-    return "".join(parts)
+            lines.append(f"  --{option.name} {option.metavar}".rstrip())
+            lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
+    return "\n".join([*lines, ""])
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -4733,7 +4700,7 @@ def run(options: Options) -> int:
     if options.unknown_variables:
         log.warning("no option has the environment variable %s",
                     shortened(options.unknown_variables))
-    config = read_config(options.config)
+    config = read_config(options.config) if options.config else DEFAULTS
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     own_zone_wanted = options.services is not None and config["endpoint"]["prefer_zone"] is True
@@ -4754,7 +4721,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
         if wanted:
             version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([(help_text() if "help" in wanted else version).encode()])
+            print_out([help_text() if "help" in wanted else version])
             return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:
