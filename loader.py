@@ -3598,12 +3598,11 @@ Labels = tuple[str, ...]
 
 class Metrics:
     """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
-    order declared. A series is held by what stands between name and value in the output."""
+    order declared; the series of a histogram are held by what follows its name in the output."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._labels = {metric.name: metric.labels for metric in METRICS}
-        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
+        self._series: dict[str, dict[Any, float]] = {metric.name: {} for metric in METRICS}
         for name, kind, _, labels in METRICS:
             if kind == "histogram":
                 self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
@@ -3615,17 +3614,17 @@ class Metrics:
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
         """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
-            series, suffix = self._series[name], self._suffix(name, labels)
-            series[suffix] = series.get(suffix, 0.0) + by
+            series = self._series[name]
+            series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
         with self._lock:
-            self._series[name][self._suffix(name, labels)] = value
+            self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
         with self._lock:
-            self._series[name] = {self._suffix(name, labels): series[labels] for labels in series}
+            self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -3646,17 +3645,18 @@ class Metrics:
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, _ in METRICS:
+        for name, kind, text, names in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            rows = held[name] if kind == "histogram" else sorted(held[name])
+            rows = held[name] if kind == "histogram" else sorted(
+                (labels_text(names, values), value) for values, value in held[name])
             lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
         return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
-    def _suffix(self, name: str, values: Labels) -> str:
-        """`{code="200",verb="list"}`, "" without labels."""
-        names = self._labels[name]
-        pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
-        return "{" + ",".join(pairs) + "}" if names else ""
+
+def labels_text(names: Labels, values: Labels) -> str:
+    """`{code="200",verb="list"}`, "" without labels."""
+    pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
+    return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
