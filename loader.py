@@ -2608,8 +2608,8 @@ class Output:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
-            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
+        remove(self._path(MARKER))
         complete = [entry for entry in self._snapshots() if entry != self.snapshot
                     and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
@@ -2654,7 +2654,7 @@ class Output:
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
-        self._own_parents(name, files)
+        self._own_parents(name, [path for path in files if "/" in path])
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
         return name
@@ -2663,11 +2663,10 @@ class Output:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
         changed = [*moved_paths(self.published, files), *again]
         gone = sorted(self._links - files.keys())
-        self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
+        self._may_write({path.rpartition("/")[0] for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
-        with contextlib.suppress(FileExistsError):
-            os.symlink(before or "none", self._path(MARKER))  # 3
+        os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
             if self._is_ours(path):
                 os.unlink(self._path(CURRENT, path))
