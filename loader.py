@@ -105,8 +105,7 @@ TYPE_URL = re.compile(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)")
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = (found[1] for found in TYPE_URL.finditer(content))
-    return next((KINDS[url] for url in urls if url in KINDS), "")
+    return next((KINDS[url[1]] for url in TYPE_URL.finditer(content) if url[1] in KINDS), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -242,7 +241,7 @@ def text_at(item: Mapping[str, Json], *path: str) -> str:
     """The text at a path of names in an API object; "" for whatever else is there."""
     value: Json = item
     for name in path:
-        value = json_object(value).get(name)
+        value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, str) else ""
 
 
@@ -670,7 +669,8 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            bad = {other: text for other, text in self.bad.items() if other != key}
+            bad = {**self.bad}
+            bad.pop(key, None)
             value = None if kind == "DELETED" else self._value(key, item, bad)
             if value is not self._objects.get(key) or bad != self.bad:
                 self.bad = bad
@@ -2033,13 +2033,13 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own names
+KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")  # `..` begins the loader's own names
 
 
 def key_problem(name: str) -> str:
     """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
     checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
-    return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
+    return "" if KEY_NAME.fullmatch(name) else "is not a valid file name"
 
 
 class ObjectFiles(NamedTuple):
@@ -2051,8 +2051,7 @@ class ObjectFiles(NamedTuple):
 
 def configmap_from(item: dict[str, Any]) -> ObjectFiles:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
-    metadata = json_object(item.get("metadata"))
-    source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
+    source = f"configmap {'/'.join(object_key(item))}"
     text, binary = member(item, "data", dict), member(item, "binaryData", dict)
     files, problems = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
@@ -3850,8 +3849,10 @@ class Wakes:
     def put(self, what: str, news: object = None) -> None:
         """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
         self._news.append((what, time.monotonic() if news is None else news))
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+        try:
             os.write(self.write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
 
     def wait(self, seconds: float) -> list[tuple[str, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
