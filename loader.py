@@ -2220,13 +2220,13 @@ class Sources:
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
-        return wanted._replace(files={path: with_kind(path, file, published.get(path))
-                                      for path, file in files.items()})
+        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
+        return Wanted(files, *wanted[1:])
 
     def _files_of(self, named: NamedObject, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         query, reflector = named.query, self._reflectors[named.query]
-        key, source = (query.namespace, query.name), str(query)
+        key = query.namespace, query.name
         bad = key in reflector.bad
         found = None if bad else reflector.objects().get(key)
         prefix = f"{named.directory}/" if named.directory else ""
@@ -2235,13 +2235,13 @@ class Sources:
         if files or (found and not self._kept.get(named)):
             self._kept[named] = files
         elif named not in self._kept:
-            wanted.missing.append(source)
+            wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
                 wanted.notes.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            wanted.notes.append(f"{source} {state}: its last files stay published")
-            wanted.stale.append(source)
+            wanted.notes.append(f"{query} {state}: its last files stay published")
+            wanted.stale.append(str(query))
         return self._kept.get(named, {})
 
     def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
