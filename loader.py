@@ -123,7 +123,7 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 def same_files(one: Files, other: Files) -> bool:
     """Whether two sets of files are the same on disk."""
-    return one.keys() == other.keys() and not moved_paths(one, other)
+    return one is other or (one.keys() == other.keys() and not moved_paths(one, other))
 
 
 def moved_paths(before: Files, after: Files) -> list[str]:
@@ -2297,7 +2297,8 @@ def next_step(published: Files, desired: Files) -> Step | None:
                if path in published}
     plain = {path for path, old in changed.items()
              if not {old.kind, desired[path].kind} & REFERENCE_KINDS}
-    children = beside(published, {p: f for p, f in desired.items() if p not in published})
+    new = {path: file for path, file in desired.items() if path not in published}
+    children = beside(published, new) if new else published
     clusters = {**children, **{path: united(published[path], desired[path]) for path in plain}}
     references = {**clusters, **{path: desired[path] for path in changed.keys() - plain}}
     steps = [Step(clusters, CLUSTERS), Step(references, REFERENCES), Step(desired, REMOVALS)]
@@ -2468,6 +2469,8 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
+    if not gone:
+        return desired
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
     return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
