@@ -4346,6 +4346,8 @@ class Loop:
     def note(self, topic: str, notes: Iterable[str]) -> None:
         """Warn once of each thing for as long as it lasts; a line when it is over."""
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
+        if lasting == before:
+            return
         if topic in OVER:  # what fails may say it with another port each time: no news
             texts = {re.sub("[0-9]{4,}", "...", note): note for note in lasting}
             new, lasting = [texts[key] for key in texts.keys() - before], frozenset(texts)
