@@ -3263,8 +3263,8 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
         return (file.kind in REFERENCE_KINDS and file.digest == nack.digest
                 and not named_things(file, published) <= nack.stood)
 
-    return known._replace(nacks={path: nack for path, nack in known.nacks.items()
-                                 if not is_over(path, nack)})
+    nacks = {path: nack for path, nack in known.nacks.items() if not is_over(path, nack)}
+    return known if nacks == known.nacks else known._replace(nacks=nacks)
 
 
 def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
