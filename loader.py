@@ -130,7 +130,7 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 def same_files(one: Files, other: Files) -> bool:
     """Whether two sets of files are the same on disk."""
-    return one.keys() == other.keys() and not moved_paths(one, other)
+    return one is other or (one.keys() == other.keys() and not moved_paths(one, other))
 
 
 def moved_paths(before: Files, after: Files) -> list[str]:
@@ -245,7 +245,7 @@ def text_at(item: Mapping[str, Json], *path: str) -> str:
     """The text at a path of names in an API object; "" for whatever else is there."""
     value: Json = item
     for name in path:
-        value = json_object(value).get(name)
+        value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, str) else ""
 
 
@@ -1894,13 +1894,13 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own names
+KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")  # `..` begins the loader's own names
 
 
 def key_problem(name: str) -> str:
     """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
     checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
-    return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
+    return "" if KEY_NAME.fullmatch(name) else "is not a valid file name"
 
 
 def configmap_from(item: dict[str, Any]) -> Rendering:
@@ -2063,8 +2063,8 @@ class Sources:
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
-        return wanted._replace(files={path: with_kind(path, file, published.get(path))
-                                      for path, file in files.items()})
+        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
+        return Wanted(files, *wanted[1:])
 
     def _named(self, source: Source, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
@@ -2292,6 +2292,8 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
+    if not gone:
+        return desired
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
     return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
@@ -2432,8 +2434,8 @@ class Output:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
-            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
+        remove(self._path(MARKER))
         complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
                     if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
@@ -2481,7 +2483,7 @@ class Output:
                 if not self._damage(name, files):
                     return name
             name = f"{version}.{attempt}"
-        self._own_parents(name, files)
+        self._own_parents(name, [path for path in files if "/" in path])
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
         return name
@@ -2491,11 +2493,10 @@ class Output:
         changed = [*moved_paths(self.published, files), *again]
         gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
                 if self._is_ours(path)]
-        self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
+        self._may_write({path.rpartition("/")[0] for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
-        with contextlib.suppress(FileExistsError):
-            os.symlink(before or "none", self._path(MARKER))  # 3
+        os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
             os.unlink(self._path(CURRENT, path))
         self._own_parents(CURRENT, changed)
@@ -3398,12 +3399,11 @@ Labels = tuple[str, ...]
 
 class Metrics:
     """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
-    order declared. A series is held by what stands between name and value in the output."""
+    order declared; the series of a histogram are held by what follows its name in the output."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._labels = {metric.name: metric.labels for metric in METRICS}
-        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
+        self._series: dict[str, dict[Any, float]] = {metric.name: {} for metric in METRICS}
         for name, kind, _, labels in METRICS:
             if kind == "histogram":
                 self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
@@ -3414,17 +3414,17 @@ class Metrics:
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
         with self._lock:
-            series, suffix = self._series[name], self._suffix(name, labels)
-            series[suffix] = series.get(suffix, 0.0) + by
+            series = self._series[name]
+            series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
         with self._lock:
-            self._series[name][self._suffix(name, labels)] = value
+            self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
         with self._lock:
-            self._series[name] = {self._suffix(name, labels): series[labels] for labels in series}
+            self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -3444,16 +3444,17 @@ class Metrics:
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, _ in METRICS:
+        for name, kind, text, names in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in held[name]]
+            lines += [f"{name}{held_as if kind == 'histogram' else labels_text(names, held_as)} "
+                      f"{value:.15g}" for held_as, value in held[name]]
         return "\n".join(lines)
 
-    def _suffix(self, name: str, values: Labels) -> str:
-        """`{code="200",verb="list"}`, "" without labels."""
-        names = self._labels[name]
-        pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
-        return "{" + ",".join(pairs) + "}" if names else ""
+
+def labels_text(names: Labels, values: Labels) -> str:
+    """`{code="200",verb="list"}`, "" without labels."""
+    pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
+    return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
@@ -3644,8 +3645,10 @@ class Wakes:
     def put(self, what: str, news: object = None) -> None:
         """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
         self._news.append((what, time.monotonic() if news is None else news))
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+        try:
             os.write(self.write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
 
     def wait(self, seconds: float) -> list[tuple[str, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
@@ -4126,6 +4129,8 @@ class Loop:
     def note(self, topic: str, notes: Iterable[str]) -> None:
         """Warn once of each thing for as long as it lasts; a line when it is over."""
         lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
+        if lasting == before:
+            return
         if topic in OVER:  # what fails may say it with another port each time: no news
             texts = {re.sub("[0-9]{4,}", "...", note): note for note in lasting}
             new, lasting = [texts[key] for key in texts.keys() - before], frozenset(texts)

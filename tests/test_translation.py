@@ -47,7 +47,7 @@ HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def counted() -> dict[str, int]:
     """How many clusters of each mode were rendered last, as the metrics say it."""
     pattern = r'^xds_loader_clusters\{endpoints="(\w+)"\} (\d+)$'
-    found = re.findall(pattern, loader.metrics.render().decode(), re.M)
+    found = re.findall(pattern, loader.metrics.render(), re.M)
     return {mode: int(count) for mode, count in found}
 
 
