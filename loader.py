@@ -94,6 +94,10 @@ class File(NamedTuple):
     source: str
     mode: int = 0o644
 
+    def __repr__(self) -> str:
+        """Without the content, which may be a key."""
+        return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
+
 
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
