@@ -3852,7 +3852,7 @@ class Loop:
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
         self._step_at = 0.0  # when the step that waits may be published; 0: none waits
-        self._check_at = 0.0  # when the files on disk are checked
+        self._check_at = 0.0  # when the files on disk are checked; 0: they are not ours yet
         self._backoff = 0.0  # seconds: the disk failed, nothing is tried before that check; 0: no
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
@@ -3861,29 +3861,6 @@ class Loop:
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until there is nothing left to publish."""
-        try:
-            self._open()
-            while not self.stopping:
-                self._turn()
-                self._report()
-                waits = self._step_at or self.check_command.running or self.stopping
-                if self._once and not waits:
-                    return 1 if self.check_command.refusal else 0
-                asked = self.asking.asked
-                times = (asked.until if asked else self._step_at, self.asking.look_at,
-                         self._check_at)
-                self._await(min(filter(None, times)))
-        except OSError as error:
-            raise LoaderError(self._disk_trouble(error)) from error
-        finally:
-            self.check_command.stop()
-            self.asking.end()
-        if self._once:
-            raise LoaderError("ended by a signal before everything was published")
-        return 0
-
-    def _open(self) -> None:
-        """Take the directory as it is, and start everything that brings news."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, self._signalled)
@@ -3891,23 +3868,21 @@ class Loop:
         if self.options.listen:
             host, port = self.options.listen
             self._listener = Listener(host, port)
-        other = f"another loader works in {self.output.root}: give each its own --output-dir"
-        while not self.output.lock():
-            if self._once and time.monotonic() >= self._deadline:
-                raise LoaderError(other)
-            self.note("lock", [f"{other}; waiting for its end"])
-            self._report()
-            self._await(time.monotonic() + LOCK_POLL)
-            if self.stopping:
-                return
-        self.note("lock", [])
-        if done := self.output.recover():
-            log.info("%s: %s", self.output.root, "; ".join(done))
-        self._check_at = time.monotonic() + self.options.sync_interval
-        self.asking.known = self._remembered = known_from(self.output)
-        self.sources.start(self.output.published)
-        if self.options.envoy_admin:
-            self.asking.start(self.options.envoy_admin, self.wakes.put)
+        try:
+            while not self.stopping:
+                self._turn()
+                self._report()
+                asked, check = self.asking.asked, self.check_command
+                step_at = asked.until if asked else self._step_at
+                if self._once and not (step_at or check.running or self.stopping):
+                    return 1 if check.refusal else 0
+                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+        finally:
+            self.check_command.stop()
+            self.asking.end()
+        if self._once:
+            raise LoaderError("ended by a signal before everything was published")
+        return 0
 
     def _signalled(self, number: int, _: object) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
@@ -3930,7 +3905,7 @@ class Loop:
                     case "refresh":
                         log.info("SIGHUP: checking and publishing now")
                         self.sources.refresh()
-                        self._check_at = time.monotonic()
+                        self._check_at = min(self._check_at, time.monotonic())
                     case "checked":
                         self.check_command.end(about)
                     case _ if what in LINKS:
@@ -3949,6 +3924,8 @@ class Loop:
         if self._backoff and now < self._check_at:
             return
         try:
+            if not self._check_at and not self._open():
+                return
             if self._backoff:
                 output.recover()
             if now >= self._check_at:
@@ -3967,16 +3944,34 @@ class Loop:
             self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
-            if self._once:
-                raise
+            trouble = (f"cannot publish to {output.root}: {why(error)}; it must be a volume with "
+                       "room, writable for init container, loader and Envoy as one user")
+            if self._once or not self._check_at:
+                raise LoaderError(trouble) from error
             metrics.add("xds_loader_errors_total", ("disk",))
-            self.note("disk", {f"cannot publish to {output.root}": self._disk_trouble(error)})
+            self.note("disk", {f"cannot publish to {output.root}": trouble})
             self._backoff = min(2 * self._backoff or BACKOFF_FIRST, BACKOFF_LAST)
             self._check_at = time.monotonic() + self._backoff
 
-    def _disk_trouble(self, error: OSError) -> str:
-        return (f"cannot publish to {self.output.root}: {why(error)}; it must be a volume with "
-                "room, writable for init container, loader and Envoy as one user")
+    def _open(self) -> bool:
+        """Take the directory as it is, and start everything that brings news; False for as long as
+        the directory is another loader's."""
+        other = f"another loader works in {self.output.root}: give each its own --output-dir"
+        if not self.output.lock():
+            if self._once and time.monotonic() >= self._deadline:
+                raise LoaderError(other)
+            self.note("lock", [f"{other}; waiting for its end"])
+            self._step_at = time.monotonic() + LOCK_POLL
+            return False
+        self.note("lock", [])
+        if done := self.output.recover():
+            log.info("%s: %s", self.output.root, "; ".join(done))
+        self.asking.known = self._remembered = known_from(self.output)
+        self.sources.start(self.output.published)
+        if self.options.envoy_admin:
+            self.asking.start(self.options.envoy_admin, self.wakes.put)
+        self._check_at = time.monotonic() + self.options.sync_interval
+        return True
 
     def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
@@ -4043,12 +4038,11 @@ class Loop:
             if self._wanted is None:
                 self._wanted = self.sources.compose(self.output.published)
             wanted, trouble = self._wanted, self.sources.trouble()
-            notes = wanted.notes
+            self.note("sources", wanted.notes)
             if patient:  # else these are errors
-                notes = [*notes, *(f"waiting for {source}: it does not exist"
-                                   for source in wanted.missing)]
+                self.note("missing", [f"waiting for {source}: it does not exist"
+                                      for source in wanted.missing])
                 self.note("trouble", trouble)
-            self.note("sources", notes)
             if wanted.complete or self.stopping or not self._once:
                 return wanted
             lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
@@ -4157,9 +4151,9 @@ def known_from(output: Output) -> Known:
     """What the process before knew; entries that are not as we write them are left out."""
     nacks = {}
     for path, row in json_object(output.state.get("nacked")).items():
-        if isinstance(row, list) and len(row) == 4 and isinstance(row[3], list):
-            digest, kind, reason = map(str, row[:3])
-            nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
+        match row:
+            case [str(digest), str(kind), str(reason), list(stood)]:
+                nacks[path] = Nack(digest, kind, reason, frozenset(map(str, stood)))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
                  came=things(output.published))
 
@@ -4184,17 +4178,16 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
             start_new_session=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         return f"--check-cmd cannot be run: {why(error)}"
-    output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
+    output, until, printed, ended = process.stdout, time.monotonic() + CHECK_SECONDS, b"", None
     assert output is not None
     os.set_blocking(output.fileno(), False)
-    ended = None
     try:
         while not ended and time.monotonic() < until and not stop.wait(0.01):
             # Not reaped yet, so that the group cannot be another's when it is killed.
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            printed += output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
-            secret = secret or holds_secret(printed)
-            printed = printed[-CHECK_OUTPUT:]
+            block = output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
+            if not holds_secret(printed):  # else what comes may belong to it
+                printed = printed[-CHECK_OUTPUT:] + block
     finally:  # SIGTERM raises in a preview
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -4203,8 +4196,8 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     if not ended:
         late = f"took more than {CHECK_SECONDS:.0f} s"
         return f"--check-cmd {'was ended by a signal' if stop.is_set() else late}"
-    text = "[redacted]" if secret else printed.decode("utf-8", "replace").strip()
-    last = text.splitlines()[-1][:300] if text else "no output"
+    text = "[redacted]" if holds_secret(printed) else printed.decode("utf-8", "replace").strip()
+    last = (text.splitlines() or ["no output"])[-1][:300]
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
@@ -4216,7 +4209,7 @@ class CheckCommand:
         self.running: threading.Thread | None = None
         self.refusal = ""  # of the version that was checked last
         self._version = ""
-        self._accepted: Files | None = None
+        self._accepted: Files = {}
         self._command, self._output, self._wake = command, output, wake
         self._stop = threading.Event()
 
@@ -4224,9 +4217,7 @@ class CheckCommand:
         """All, or what it accepted last with endpoints and secrets of now; else None."""
         if not self._command:
             return desired
-        if self._accepted is None and self._output.published:
-            self._accepted = self._output.published
-        base = self._accepted or {}
+        base = self._accepted = self._accepted or self._output.published
         fresh = {path: file for path, file in desired.items()
                  if path in base and file.kind in ("eds", "sds")}
         # Endpoints and secrets are not judged: their changes must not start it again and again.

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -660,6 +661,8 @@ def test_the_second_loader_says_so_once_and_waits(
         assert f"another loader works in {out}: " in done.stderr
     second = start_loader(*WATCH)
     second.wait_log(f"another loader works in {out}: .*waiting")
+    second.process.send_signal(signal.SIGHUP)
+    second.wait_log("SIGHUP")
     assert disk.fingerprint(out) == before
     first.kill()
     second.wait_log("INFO warning over: another loader works in ")
