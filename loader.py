@@ -3984,26 +3984,38 @@ class Loop:
 
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
-        published, asking = self.output.published, self.asking
+        asking, output, published = self.asking, self.output, self.output.published
         back = rollback(published, asking.known.acked, asking.known.nacks)
         if back is not None:
             self._publish(back, back.files)
             return True
-        wanted = self._desired()
+        sources = self.composed()
+        if not sources.complete:
+            return False
+        files, unfit = output.fitting(sources.files)
+        files = with_needed(files, published, functools.partial(is_read, asking.known))
+        self.note("files", [
+            *unfit,
+            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
+              for path in files if path not in sources.files),
+            *(f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+              for path in output.foreign if path not in files),
+        ])
+        wanted = self.check_command.passed(files)
         if wanted is None:
             return False
         asking.known = retried(asking.known, wanted, published)
         desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
         self.note("nacked", [*notes, *asking.notes])
-        step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
-        again: Sequence[str] = ()
-        if step is None and (again := to_retry(asking.known, published)):
+        step = next_step(published, desired) if output.snapshot else Step(desired, INITIAL)
+        again = to_retry(asking.known, published) if step is None else []
+        if again:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
             if not (self._published_at or self._once) and same_files(published, wanted):
                 self._published_at = time.monotonic()
-                log.info("up to date", version=self.output.snapshot[2:])
+                log.info("up to date", version=output.snapshot[2:])
             return False
         opens_at = asking.opens_at(step.name)
         if opens_at > time.monotonic():
@@ -4011,23 +4023,6 @@ class Loop:
             return False
         self._publish(step, wanted, again)
         return True
-
-    def _desired(self) -> Files | None:
-        """What is wanted and can be published, as far as --check-cmd lets it pass; None where that
-        is not known."""
-        wanted, published = self.composed(), self.output.published
-        if not wanted.complete:
-            return None
-        files, unfit = self.output.fitting(wanted.files)
-        files = with_needed(files, published, functools.partial(is_read, self.asking.known))
-        self.note("files", [
-            *unfit,
-            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
-              for path in files if path not in wanted.files),
-            *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-              for path in self.output.foreign if path not in files),
-        ])
-        return self.check_command.passed(files)
 
     def composed(self) -> Wanted:
         """What the sources ask for now. A one-time run waits until that is complete; LoaderError
@@ -4210,7 +4205,7 @@ class CheckCommand:
         self.refusal = ""  # of the version that was checked last
         self._version = ""
         self._accepted: Files = {}
-        self._command, self._output, self._wake = command, output, wake
+        self._command, self._output, self._wake = command or (), output, wake
         self._stop = threading.Event()
 
     def passed(self, desired: Files) -> Files | None:
@@ -4231,13 +4226,13 @@ class CheckCommand:
         elif not self.running:
             self._output.staged = self._output.stage(desired)
             self.refusal, self._version = "", version
-            self.running = threading.Thread(target=self._run, args=(self._command,), daemon=True)
+            self.running = threading.Thread(target=self._run, daemon=True)
             self.running.start()
         return {**base, **fresh} if base else None
 
-    def _run(self, command: Sequence[str]) -> None:
+    def _run(self) -> None:
         place = f"{self._output.root}/{self._output.staged}"
-        self._wake("checked", run_check(command, place, self._stop))
+        self._wake("checked", run_check(self._command, place, self._stop))
 
     def end(self, refusal: str) -> None:
         """It has accepted the staged files, or not."""
