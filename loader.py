@@ -2948,10 +2948,9 @@ def walk(root: str, below: str = "") -> Iterator[str]:
 # ACK and NACK
 # ---------------------------------------------------------------------------------------------
 #
-# For every move of a file Envoy counts one update_attempt for each subscription that reads it, and
-# with it exactly one of update_success (ACK) or update_rejected and update_failure (NACK). One
-# publication is asked about at a time, so the counts before and after it tell everything. What they
-# do not tell stays unknown.
+# For every move of a file Envoy counts, for each subscription that reads it, exactly one of
+# update_success (ACK) or update_rejected and update_failure (NACK). One publication is asked about
+# at a time, so the counts before and after it tell everything. What they do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
 # What one look may tell as well: it was not attempted yet; it was ACKed and NACKed, so that Envoy
@@ -2969,10 +2968,10 @@ END_BOUND = 10.0  # seconds after coming back within which a second end is blame
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
 
-LEAVES = {"update_attempt": 0, "update_success": 1, "update_rejected": 2, "update_failure": 2}
+LEAVES = {"update_success": 0, "update_rejected": 1, "update_failure": 1}
 STATS = "/stats?" + urllib.parse.urlencode({
     "usedonly": "",
-    "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
+    "filter": r"\.(update_(success|rejected|failure)|warming_clusters"
               r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
@@ -2985,9 +2984,8 @@ class AdminError(LoaderError):
 
 
 class Counts(NamedTuple):
-    """What Envoy counts for one subscription."""
+    """What Envoy counts for one subscription: each attempt is one of the two."""
 
-    attempt: int = 0
     success: int = 0
     failed: int = 0  # update_rejected and update_failure
 
@@ -3206,11 +3204,11 @@ def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str
     told = set()
     for scope in read_by:
         now, before = look.counts[scope], known.counts.get(scope, Counts())
-        if now.attempt < before.attempt:
+        if sum(now) < sum(before):
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
         expected = moves if scope in known.counts else 1  # a new one reads what there is
-        if now.attempt - before.attempt < expected:
+        if success + failed < expected:
             told.add(PENDING)
         else:
             told.add(ACKED if not failed else NACKED if not success else MIXED)
@@ -3444,10 +3442,10 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     figures: dict[str, int] = {}
     for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
         if leaf in LEAVES:
-            counts.setdefault(scope, [0, 0, 0])[LEAVES[leaf]] += int(value)
+            counts.setdefault(scope, [0, 0])[LEAVES[leaf]] += int(value)
         else:
             figures[f"{scope}.{leaf}"] = int(value)
-    return {scope: Counts(*values) for scope, values in counts.items() if values[0]}, figures
+    return {scope: Counts(*values) for scope, values in counts.items() if any(values)}, figures
 
 
 def listener_errors(text: str) -> str:

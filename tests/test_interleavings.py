@@ -178,16 +178,16 @@ class State:
         counts, before = self.envoy.counts, self.known.counts
         rows, lowered = dict(counts), {}
         if self.known.doubt and not before:
-            rows = {scope: total(min(now.success, 3), min(now.failed, 3))
+            rows = {scope: Counts(min(now.success, 3), min(now.failed, 3))
                     for scope, now in counts.items()}
         for scope, old in before.items():
             now = counts.get(scope)
             if now is None or now.success < old.success or now.failed < old.failed:
-                lowered[scope] = total(min(old.success, 2), min(old.failed, 2))
+                lowered[scope] = Counts(min(old.success, 2), min(old.failed, 2))
                 continue
-            low = lowered[scope] = total(min(old.success, 1), min(old.failed, 1))
-            rows[scope] = total(low.success + min(3, now.success - old.success),
-                                low.failed + min(3, now.failed - old.failed))
+            low = lowered[scope] = Counts(min(old.success, 1), min(old.failed, 1))
+            rows[scope] = Counts(low.success + min(3, now.success - old.success),
+                                 low.failed + min(3, now.failed - old.failed))
         if lowered != before:
             self.know(self.known._replace(counts=lowered))
         if rows != counts:
@@ -199,10 +199,6 @@ def key_of(known: Known) -> int:
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
         frozenset(known.moves.items()), frozenset(known.counts.items()), *known[5:],
     ))
-
-
-def total(success: int, failed: int) -> Counts:
-    return Counts(success + failed, success, failed)
 
 
 def digests(found: Files) -> frozenset[tuple[str, str]]:

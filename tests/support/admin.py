@@ -64,7 +64,7 @@ class Odd(Listener):
             client.close()
 
 
-STATS = "cluster_manager.cds.update_attempt: 1\nlistener_manager.lds.update_attempt: 1\n"
+STATS = "cluster_manager.cds.update_success: 1\nlistener_manager.lds.update_success: 1\n"
 
 
 class FakeEnvoy(Listener):

@@ -215,8 +215,8 @@ class Envoy:
 
     def _count(self, scope: str, file: File | None, *, taken: bool, files: Files | None = None
                ) -> None:
-        attempt, success, failed = self.counts.get(scope, Counts())
-        self.counts[scope] = Counts(attempt + 1, success + taken, failed + (not taken))
+        success, failed = self.counts.get(scope, Counts())
+        self.counts[scope] = Counts(success + taken, failed + (not taken))
         had = frozenset((*self.clusters, *files)) if files and not taken else frozenset()
         self.last[scope] = Read(file.digest if file else "", taken, had)
 
