@@ -336,7 +336,8 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "names": loader.names_in,
     "words": lambda text: loader.mentioned(text, ["a/b", "a b", "x"]),
     "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
-    "statistics": loader.names_of_resource,
+    "statistics": lambda text: loader.resource_names(
+        "x", loader.file_of(text, "x", kind="rds"), {}),
     "clusters": lambda text: loader.eds_clusters_of(loader.file_of(text, "x", kind="cds")),
     "our own CDS": lambda text: loader.modes_on_disk(
         {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),

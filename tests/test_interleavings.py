@@ -34,7 +34,6 @@ from tests.support import envoy_model as model
 from tests.support.envoy_model import Envoy, cds, cluster, eds, lds, listener, rds
 
 DEEPER = int(os.environ.get("INTERLEAVINGS_DEEPER", "0"))  # so many events more than in the suite
-LATER = loader.END_BOUND + 1
 
 
 class Violation(AssertionError):
@@ -197,7 +196,7 @@ class State:
 def key_of(known: Known) -> int:
     return hash((
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
-        frozenset(known.moves.items()), frozenset(known.counts.items()), *known[5:],
+        known.unknown, frozenset(known.moves.items()), frozenset(known.counts.items()), *known[6:],
     ))
 
 
@@ -453,8 +452,8 @@ class Explorer:
     def lose(self, state: State) -> None:
         """Asking.found: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
-            now = 0.0 if state.ended == "soon" else LATER
-            known, blamed = loader.after_end(state.known, state.published, now)
+            soon = state.ended == "soon" and not self.world.hidden
+            known, blamed = loader.after_end(state.known, state.published, soon=soon)
             state.know(known)
             self.burn(state, blamed)
             self.remember(state)
@@ -470,25 +469,25 @@ class Explorer:
         state.waiting = True
 
     def look(self, state: State) -> None:
-        """Asking._take_look and Asking._plan_look."""
+        """Asking._take_look."""
         look = state.envoy.look("it keeps none" if self.world.hidden else "")
         state.first = state.known.doubt
         mended = set(state.known.nacks)
-        known, outcome = loader.after_look(state.known, state.published, look)
+        known, told = loader.after_look(state.known, state.published, look)
         state.know(known)
-        self.burn(state, outcome[NACKED])
+        nacked = [path for path in told if told[path] == NACKED]
+        self.burn(state, nacked)
         state.doubt = state.doubt and state.first
         self.mend(state, mended - set(state.known.nacks))
-        if outcome[loader.MIXED]:
-            state.own_envoy().move(outcome[loader.MIXED])
-        waiting = bool(outcome[loader.PENDING] or outcome[loader.MIXED] or not look.live)
-        if state.asked is not None and (outcome[NACKED] or not waiting):
+        if mixed := [path for path in told if told[path] == loader.MIXED]:
+            state.own_envoy().move(mixed)
+        waiting = bool(loader.awaited(known, state.published)) or not look.live
+        if state.asked is not None and (nacked or not waiting):
             state.asked = None
-        if outcome[ACKED] or outcome[NACKED]:
+        if {ACKED, NACKED} & {*told.values()}:
             self.remember(state)  # before anything is published
         state.warming = look.warming
-        unknown = any(file.kind and not loader.is_judged(state.known, path)
-                      for path, file in state.published.items())
+        unknown = bool(loader.unjudged(known, state.published))
         state.waiting = waiting or unknown or bool(look.warming)
         if not unknown and NACKED not in state.known.states.values() and (
                 {name for _, name in state.envoy.references()} <= state.envoy.serving()):
