@@ -2979,10 +2979,6 @@ STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 LISTENER_ERRORS = "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"
 
 
-class AdminError(LoaderError):
-    """Envoy's admin interface did not answer, or not as Envoy does."""
-
-
 class Counts(NamedTuple):
     """What Envoy counts for one subscription: each attempt is one of the two."""
 
@@ -2995,7 +2991,7 @@ class Look(NamedTuple):
 
     counts: Mapping[str, Counts] = {}  # by the name of the scope in /stats
     live: bool = False  # Envoy is through its own initialization
-    hidden: str = ""  # why counters may be lacking, in words
+    hidden: bool = False  # a stats_matcher may leave out counters
     warming: int = 0  # clusters
     unknown_fields: int = 0
     reason: str = ""  # why listeners were rejected, in Envoy's words
@@ -3284,41 +3280,38 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    A connection that is kept tells when its process ends. `wake` gets "connected"; "meet" once the
-    process answered; a "look" for each `ask`, or "silent" or "blind" and why there is none; "end"
-    and why when nothing listens or the process ended, else "closed" with the connection.
+    A connection that is kept tells when its process ends. `wake` gets "envoy" with what is found:
+    SILENT and None at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
+    is none; ABSENT and why when nothing listens or the process ended.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._live, self._hidden = False, ""
+        self._live, self._hidden = False, False
 
     def ask(self) -> None:
         """Look at Envoy now; the answer is a wake."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # a full pipe: it is asked enough
             os.write(self._write, b"?")
-        except BlockingIOError:
-            pass  # it is asked enough
 
     def run(self) -> None:
-        ended_at, refused = -END_BOUND, False
+        # A process that dies accepts connections for a moment: one that nobody answers is of
+        # another process only if there was none to be had before it.
+        another, told, ended_at = True, False, -END_BOUND
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
-                if not refused and ended_at < 0:
-                    self._wake("end", f"{self.url}: {why(error)}")
-                refused = True
+                if not told:
+                    self._wake("envoy", (ABSENT, f"{self.url}: {why(error)}"))
+                another = told = True
             else:
                 with kept:
-                    met = self._stay(kept)
-                # A process that dies accepts connections for a moment: one that nobody answered
-                # was that of another process only if there was none to be had before it.
-                self._wake("end" if met or refused else "closed",
-                           f"{self.url}: the connection ended")
-                ended_at, refused = time.monotonic(), False
+                    if self._stay(kept, there=another):
+                        self._wake("envoy", (ABSENT, f"{self.url}: the connection ended"))
+                another, told, ended_at = False, True, time.monotonic()
             time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
     def _connect(self) -> socket.socket:
@@ -3335,46 +3328,42 @@ class Admin(threading.Thread):
             raise
         return sock
 
-    def _stay(self, kept: socket.socket) -> bool:
-        """Look at the process behind a connection until that ends; whether it ever answered."""
-        self._wake("connected", None)
-        self.ask()
+    def _stay(self, kept: socket.socket, *, there: bool) -> bool:
+        """Look at the process behind a connection until that ends; whether anything was told."""
         met, end = False, kept.fileno()
+        self._live = False
+        if there:
+            self._wake("envoy", (SILENT, None))
+        self.ask()
         while end not in select.select([end, self._read], [], [])[0]:
             os.read(self._read, 4096)
             try:
-                if not met:
-                    self._meet()
-                    met = True
-                    self._wake("meet", None)
-                self._wake("look", self._look())
-            except (OSError, AdminError) as error:
+                self._wake("envoy", (MET, self._look()))
+                met = there = True
+            except (OSError, LoaderError) as error:
                 if not met and isinstance(error, ConnectionError):
                     break
-                if select.select([end], [], [], 0)[0]:
-                    continue  # its end is why
-                self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
-                if not met:
-                    select.select([end], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
-                    self.ask()
-        return met
-
-    def _meet(self) -> None:
-        if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
-            raise AdminError(NOT_ENVOY)
-        matched = '"stats_matcher"' in self._get(STATS_MATCHER)
-        self._live, self._hidden = False, matched * "its stats_matcher leaves the counters out"
+                if not select.select([end], [], [], 0)[0]:  # else its end is why
+                    link = SILENT if isinstance(error, OSError) else BLIND
+                    self._wake("envoy", (link, why(error)))
+                    there = True
+        return there
 
     def _look(self) -> Look:
-        self._live = self._live or self._get("/ready").strip() == "LIVE"
-        counts, gauges = parse_stats(self._get(STATS))
-        if gauges.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
-            raise AdminError("it was restarted hot, and counts for its parent too: start it with "
-                             "--disable-hot-restart")
+        if not self._live:
+            state = re.search(r'"state": "([A-Z_]+)"', self._get("/server_info"))
+            if state is None:
+                raise LoaderError(NOT_ENVOY)
+            self._live = state[1] == "LIVE"
+            self._hidden = '"stats_matcher"' in self._get(STATS_MATCHER)
+        counts, figures = parse_stats(self._get(STATS))
+        if figures.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
+            raise LoaderError("it was restarted hot, and counts for its parent too: start it with "
+                              "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         return Look(counts, self._live, self._hidden,
-                    gauges.get("cluster_manager.warming_clusters", 0),
-                    gauges.get("server.dynamic_unknown_fields", 0),
+                    figures.get("cluster_manager.warming_clusters", 0),
+                    figures.get("server.dynamic_unknown_fields", 0),
                     listener_errors(self._get(LISTENER_ERRORS)) if rejected else "")
 
     def _get(self, path: str) -> str:
@@ -3394,8 +3383,8 @@ class Admin(threading.Thread):
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
-        if status not in (200, 503):  # /ready is 503 until Envoy is live
-            raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
+        if status != 200:
+            raise LoaderError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
 
 
@@ -3774,10 +3763,8 @@ STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
-# Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
-SILENT, MET, BLIND = "silent", "met", "blind"
-LINKS = {"connected": SILENT, "silent": SILENT, "meet": MET, "look": MET, "blind": BLIND,
-         "end": "", "closed": ""}  # by what Admin found
+# Nobody is there to ask; Envoy does not answer; answers; answers what cannot be understood.
+ABSENT, SILENT, MET, BLIND = "absent", "silent", "met", "blind"
 STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
 DISK_HINTS: Mapping[int | None, str] = {
@@ -3834,7 +3821,7 @@ class Asking:
 
     def __init__(self, output: Output, step_delay: float | None) -> None:
         self.known = Known()
-        self.link = ""  # SILENT, MET or BLIND; "": there is nobody to ask
+        self.link = ABSENT
         self.asked: Asked | None = None
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
@@ -3941,29 +3928,25 @@ class Asking:
 
     # -- what Envoy does --------------------------------------------------------------------------
 
-    def found(self, what: str, news: Any) -> None:
+    def found(self, link: str, news: Any) -> None:
         """Take in what Admin found."""
-        now, before, self.link = time.monotonic(), self.link, LINKS[what]
-        silent_until = self._silent_until or now + SILENT_BOUND
-        self._silent_until = silent_until if self.link == SILENT else 0.0
-        if what == "connected":
-            self._back_at = now
-        elif what == "silent":
-            self.trouble = f"Envoy does not answer: {news}"
-            self.look_at = now + LOOK_LAST
-        elif what == "meet":
-            self.known, self._started = after_meeting(self.known), False
-            if self.asked is None:
-                self._expect(ANSWER_BOUND)
-        elif what == "look":
+        now, before, self.link = time.monotonic(), self.link, link
+        self._silent_until = (self._silent_until or now + SILENT_BOUND) if link == SILENT else 0.0
+        if link == MET:
             self.trouble, self.look_at = "", 0.0
+            if before != MET and self.asked is None:
+                self._expect(ANSWER_BOUND)
             self._take_look(news, now)
+        elif link == SILENT and news is None:
+            self._back_at = now
+        elif link == SILENT:
+            self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
         else:
-            self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
-            if what == "blind":
+            self.trouble, self._started = f"Envoy is not asked: {news}", False
+            self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
+            if link == BLIND:
                 self.known = after_meeting(self.known)
-            if what == "end" and before in (MET, SILENT):
-                self._started = False
+            elif before in (MET, SILENT):
                 soon = not self._look.hidden and now - self._back_at <= END_BOUND
                 self.known, blamed = after_end(self.known, self._output.published, soon=soon)
                 self._tell_nacks(blamed)
@@ -3983,8 +3966,8 @@ class Asking:
         states, unknown = self.known.states, self.known.unknown if look.hidden else frozenset()
         waiting = bool(awaited(self.known, files)) or not look.live
         if not waiting:
-            self.notes = [f"what Envoy makes of {shortened(sorted(unknown))} stays unknown: "
-                          f"{look.hidden}"] if unknown else []
+            self.notes = [f"what Envoy makes of {shortened(sorted(unknown))} stays unknown: its "
+                          "stats_matcher leaves the counters out"] if unknown else []
         if look.live and files and not self._started:
             self._started = all(states.get(path) in (ACKED, UNREAD) or path in unknown
                                 for path, file in files.items() if file.kind in STARTING_KINDS)
@@ -4147,8 +4130,8 @@ class Loop:
                     self._retry_at = min(self._retry_at, self._repair_at)
                 case "checked":
                     self.check_command.end(news)
-                case _ if what in LINKS:
-                    self.asking.found(what, news)
+                case "envoy":
+                    self.asking.found(*news)
 
     # -- turning ------------------------------------------------------------------------------
 

@@ -337,7 +337,7 @@ class Explorer:
         elif envoy.up and state.link in ("", "end"):
             yield "the loader connects", self.connect
         elif envoy.up and state.link == "silent" and not envoy.booting:
-            yield "the loader meets Envoy", self.meet
+            yield "the loader meets Envoy", self.look
         elif (state.link == "meet" and not ((state.first or self.world.shared) and envoy.queue)
               and state.waiting):
             yield "the loader looks", self.look
@@ -462,15 +462,12 @@ class Explorer:
     def connect(self, state: State) -> None:
         state.link = "silent"
 
-    def meet(self, state: State) -> None:
-        state.know(loader.after_meeting(state.known))
-        state.link, state.first = "meet", False
-        state.asked = state.asked if state.asked is not None else ()
-        state.waiting = True
-
     def look(self, state: State) -> None:
-        """Asking._take_look."""
-        look = state.envoy.look("it keeps none" if self.world.hidden else "")
+        """Asking.found and _take_look."""
+        if state.link == "silent":
+            state.link = "meet"
+            state.asked = state.asked if state.asked is not None else ()
+        look = state.envoy.look(hidden=self.world.hidden)
         state.first = state.known.doubt
         mended = set(state.known.nacks)
         known, told = loader.after_look(state.known, state.published, look)

@@ -183,7 +183,7 @@ class Envoy:
             if cluster.warming:
                 self.clusters[name] = cluster._replace(serves=True, warming=False)
 
-    def look(self, hidden: str = "") -> Look:
+    def look(self, *, hidden: bool = False) -> Look:
         """What the admin interface tells."""
         warming = sum(cluster.warming for cluster in self.clusters.values())
         return Look({} if hidden else dict(self.counts), not self.booting, hidden, warming)
