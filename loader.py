@@ -3004,7 +3004,6 @@ class Known(NamedTuple):
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
     states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD by path, by the Envoy process of now
     unknown: frozenset[str] = frozenset()  # paths that nobody waits for any more, until an ACK
-    moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
@@ -3064,16 +3063,14 @@ def after_publication(
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
     waiting = bool(unjudged(known, before))
-    moves = {path: times for path, times in known.moves.items() if path in after}
-    moves |= {path: moves.get(path, 0) + 1 for path in moved}
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and path not in moved},
-        unknown=known.unknown.intersection(after), moves=moves, came=came,
-        named=named.intersection(after), doubt=known.doubt or waiting)
+        unknown=known.unknown.intersection(after), doubt=known.doubt or waiting,
+        came=came, named=named.intersection(after))
 
 
 def things(files: Files) -> frozenset[str]:
@@ -3089,7 +3086,7 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 
 def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, unknown=frozenset(), moves={}, counts={}, doubt=True)
+    return known._replace(states={}, unknown=frozenset(), counts={}, doubt=True)
 
 
 def after_end(known: Known, files: Files, *, soon: bool) -> tuple[Known, list[str]]:
@@ -3118,7 +3115,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = verdict(known, look, read_by, known.moves.get(path, 1))
+        told[path] = verdict(known, look, read_by)
         if told[path] == PENDING:
             open_scopes |= set(read_by)
     told |= dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED)
@@ -3126,8 +3123,6 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
         states={**known.states, **{path: state for path, state in told.items()
                                    if state in (ACKED, NACKED, UNREAD)}},
         unknown=known.unknown.union(path for path in told if told[path] == UNKNOWN),
-        moves={path: known.moves.get(path, 1) if told[path] == PENDING else 1
-               for path in told if told[path] in (PENDING, MIXED)},
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
     )
@@ -3148,7 +3143,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
     return known, told
 
 
-def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
+def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
     """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
@@ -3161,11 +3156,7 @@ def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str
         if sum(now) < sum(before):
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = moves if scope in known.counts else 1  # a new one reads what there is
-        if success + failed < expected:
-            told.add(PENDING)
-        else:
-            told.add(ACKED if not failed else NACKED if not success else MIXED)
+        told.add((MIXED if failed else ACKED) if success else NACKED if failed else PENDING)
     return next(state for state in (NACKED, MIXED, PENDING, ACKED) if state in told)
 
 

@@ -196,7 +196,7 @@ class State:
 def key_of(known: Known) -> int:
     return hash((
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
-        known.unknown, frozenset(known.moves.items()), frozenset(known.counts.items()), *known[6:],
+        known.unknown, frozenset(known.counts.items()), *known[5:],
     ))
 
 
