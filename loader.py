@@ -3816,7 +3816,7 @@ class Asking:
         self.asked: Asked | None = None
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
-        self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self.mixed: list[str] = []  # Envoy has to be notified of these once more
         self.notes: list[str] = []
         self.trouble = ""  # why it does not answer
         self.admin: Admin | None = None
@@ -3894,25 +3894,23 @@ class Asking:
             self.admin.ask()
         if self.asked is None or now < self.asked.until:
             return
-        if self.link == MET and self.asked.moved:
-            known, late = after_bound(self.known, self._output.published, self.asked.moved)
-            if late and not self._look.hidden:
-                self.known = known
+        if self.link == MET:
+            self.known, late = after_bound(self.known, self._output.published, self.asked.moved)
+            if late:
                 log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
                             "name this path?", shortened(late))
         self.end()
 
-    def end(self, *, told: bool = False) -> None:
+    def end(self) -> None:
         """Envoy told all, or nobody waits any more: the publication's line in the log."""
         asked, self.asked = self.asked, None
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - self._asked_at, self.known.states
         found = {states.get(path, UNKNOWN) for path in asked.moved}
-        if told:
+        ack = "no" if NACKED in found else "yes" if found - {UNREAD} == {ACKED} else "unknown"
+        if ack != "unknown":
             metrics.observe("xds_loader_ack_duration_seconds", took)
-        all_read = told and ACKED in found and found <= {ACKED, UNREAD}
-        ack = "no" if NACKED in found else "yes" if all_read else "unknown"
         unread = [path for path in asked.moved if states.get(path) == UNREAD]
         log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
                  **({"unread": shortened(unread)} if unread else {}))
@@ -3953,17 +3951,17 @@ class Asking:
         self.known, told = after_look(self.known, files, look)
         nacked = [path for path in told if told[path] == NACKED]
         self._tell_nacks(nacked)
-        self.mixed += tuple(path for path in told if told[path] == MIXED)
-        states, unknown = self.known.states, self.known.unknown if look.hidden else frozenset()
+        self.mixed += [path for path in told if told[path] == MIXED]
+        states, hidden = self.known.states, sorted(self.known.unknown) if look.hidden else []
         waiting = bool(awaited(self.known, files)) or not look.live
         if not waiting:
-            self.notes = [f"what Envoy makes of {shortened(sorted(unknown))} stays unknown: its "
-                          "stats_matcher leaves the counters out"] if unknown else []
-        if look.live and files and not self._started:
-            self._started = all(states.get(path) in (ACKED, UNREAD) or path in unknown
-                                for path, file in files.items() if file.kind in STARTING_KINDS)
+            self.notes = [f"what Envoy makes of {shortened(hidden)} stays unknown: its "
+                          "stats_matcher leaves the counters out"] if hidden else []
+        self._started = self._started or (look.live and bool(files) and all(
+            states.get(path) in (ACKED, UNREAD) or path in hidden
+            for path, file in files.items() if file.kind in STARTING_KINDS))
         if self.asked is not None and (nacked or not waiting):
-            self.end(told=True)  # a rollback does not wait for the other files
+            self.end()  # a rollback does not wait for the other files
         if not look.live or unjudged(self.known, files) or look.warming or not self._started:
             # (A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms.)
             soon = self.asked is not None or self.waits_since
@@ -4141,7 +4139,7 @@ class Loop:
                 self._repair()
             if asking.mixed:
                 self.output.notify_again(asking.mixed)
-                asking.mixed = ()
+                asking.mixed = []
             if asking.known is not self._remembered:
                 self._remember()
             while asking.asked is None and not self.stopping and self._advance():

@@ -493,7 +493,7 @@ class Explorer:
     def give_up(self, state: State) -> None:
         """Asking.turn, where it is late."""
         assert state.asked is not None
-        if state.link == "meet" and state.asked and not self.world.hidden:
+        if state.link == "meet":
             state.know(loader.after_bound(state.known, state.published, state.asked)[0])
         state.asked = None
 
