@@ -2757,14 +2757,13 @@ def walk(root: str, below: str = "") -> Iterator[str]:
 # ACK and NACK
 # ---------------------------------------------------------------------------------------------
 #
-# For every move of a file Envoy counts one update_attempt for each subscription that reads it, and
-# with it exactly one of update_success (ACK) or update_rejected and update_failure (NACK). One
-# publication is asked about at a time, so the counts before and after it tell everything. What they
-# do not tell stays unknown.
+# For every move of a file Envoy counts, for each subscription that reads it, exactly one of
+# update_success (ACK) or update_rejected and update_failure (NACK). One publication is asked about
+# at a time, so the counts before and after it tell everything. What they do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-# What one look may tell as well: it was not attempted yet; it was ACKed and NACKed, so that Envoy
-# must be notified once more.
+# What one look may tell as well: it was not attempted yet; or ACKed and NACKed, by moves that
+# overlapped, so that Envoy must be notified once more.
 PENDING, MIXED = "pending", "mixed"
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
@@ -2778,10 +2777,10 @@ END_BOUND = 10.0  # seconds after coming back within which a second end is blame
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
 REASON_LENGTH = 200  # characters of Envoy's words in the log
 
-LEAVES = {"update_attempt": 0, "update_success": 1, "update_rejected": 2, "update_failure": 2}
+LEAVES = {"update_success": 0, "update_rejected": 1, "update_failure": 1}
 STATS = "/stats?" + urllib.parse.urlencode({
     "usedonly": "",
-    "filter": r"\.(update_(attempt|success|rejected|failure)|warming_clusters"
+    "filter": r"\.(update_(success|rejected|failure)|warming_clusters"
               r"|dynamic_unknown_fields|hot_restart_epoch)$",
 })
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
@@ -2789,14 +2788,9 @@ STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 LISTENER_ERRORS = "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"
 
 
-class AdminError(LoaderError):
-    """Envoy's admin interface did not answer, or not as Envoy does."""
-
-
 class Counts(NamedTuple):
-    """What Envoy counts for one subscription."""
+    """What Envoy counts for one subscription: each attempt is one of the two."""
 
-    attempt: int = 0
     success: int = 0
     failed: int = 0  # update_rejected and update_failure
 
@@ -2806,7 +2800,7 @@ class Look(NamedTuple):
 
     counts: Mapping[str, Counts] = {}  # by the name of the scope in /stats
     live: bool = False  # Envoy is through its own initialization
-    hidden: str = ""  # why counters may be lacking, in words
+    hidden: bool = False  # a stats_matcher may leave out counters
     warming: int = 0  # clusters
     unknown_fields: int = 0
     reason: str = ""  # why listeners were rejected, in Envoy's words
@@ -2817,18 +2811,13 @@ class Known(NamedTuple):
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
-    # Of published files, by the Envoy process of now. UNKNOWN: it was not attempted in time once,
-    # and nobody waits for it again. Absent: not judged yet.
-    states: Mapping[str, str] = {}
-    moves: Mapping[str, int] = {}  # since Envoy judged it: so many attempts are to be seen
+    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD by path, by the Envoy process of now
+    unknown: frozenset[str] = frozenset()  # paths that nobody waits for any more, until an ACK
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
-    blind: bool = False  # its counters do not tell
-    back_at: float = 0.0  # when it was reached (monotonic)
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
     named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
-    late: frozenset[str] = frozenset()  # paths that were UNKNOWN, and not ACKed since
 
 
 # -- which counters are about which file ---------------------------------------------------------
@@ -2836,48 +2825,42 @@ class Known(NamedTuple):
 SCOPES = {  # by kind: how the scope of a subscription begins, and what is before the file's name
     "cds": ("cluster_manager.cds", ""),
     "lds": ("listener_manager.lds", ""),
-    "eds": ("cluster.", "cluster."),
+    "eds": ("cluster.", ""),
+    "rtds": ("runtime", ""),
     "rds": ("http.", ".rds."),
     "scoped_rds": ("http.", ".scoped_rds."),  # and the name of the listener's set of scopes
     "sds": ("", "sds."),
     "ecds": ("extension_config_discovery.", "."),
-    "rtds": ("runtime", ""),
 }
 
 
-def scopes_of(kind: str, names: Iterable[str], scopes: Iterable[str]) -> list[str]:
+def scopes_of(kind: str, names: Iterable[str], scopes: Collection[str]) -> list[str]:
     """The scopes that are about a file of this kind with a resource of one of these names."""
     begin, middle = SCOPES[kind]
-    if kind in ("cds", "lds", "eds"):
+    if not middle:
         return [scope for name in names if (scope := begin + name) in scopes]
-    if kind == "scoped_rds":
-        return [scope for scope in scopes if scope.startswith(begin) and middle in scope]
-    ends = tuple(middle + name for name in names)
-    return [scope for scope in scopes if scope.startswith(begin) and scope.endswith(ends)]
+    ends = tuple(name and middle + name for name in names)
+    return [scope for scope in scopes
+            if scope.startswith(begin) and middle in scope and scope.endswith(ends)]
 
 
 def resource_names(path: str, file: File, files: Files) -> set[str]:
-    """The names under which statistics know the resource of a file, "" where there is but one."""
+    """The names under which statistics know the resource of a file: "" where there is but one,
+    none where the text shows none."""
     if file.kind in ("cds", "lds", "rtds", "scoped_rds"):
         return {""}
     # Endpoints are under the name of the cluster, which may differ from the assignment's.
     names = names_by_path(path, files) if file.kind == "eds" else set()
-    names = names or names_of_resource(file.content)
+    if not names:
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            resource = parse_json(file.content)["resources"][0]
+            names = {name for key in ("name", "cluster_name", "clusterName")
+                     if isinstance(name := resource.get(key), str)}
+    if not names:  # in YAML the field that is indented least
+        fields = [(len(file.content) if found[1] is None else len(found[1]), found.start(),
+                   found[2].decode("utf-8", "replace")) for found in NAME.finditer(file.content)]
+        names = {name for _, _, name in sorted(fields)[:1]}
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
-
-
-def names_of_resource(content: bytes) -> set[str]:
-    """The name of the first resource in a file; empty where the text shows none."""
-    if content[:1] == b"{":
-        try:
-            resource = parse_json(content)["resources"][0]
-            return {name for key in ("name", "cluster_name", "clusterName")
-                    if isinstance(name := resource.get(key), str)}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            pass  # then a name is looked for in the text, as in YAML
-    fields = [(len(content) if each[1] is None else len(each[1]), each.start(), each[2])
-              for each in NAME.finditer(content)]  # the one that is indented least
-    return {min(fields)[2].decode("utf-8", "replace")} if fields else set()
 
 
 # -- what is known, step by step (pure) ----------------------------------------------------------
@@ -2888,18 +2871,15 @@ def after_publication(
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
-    waiting = any(file.kind and not is_judged(known, path) for path, file in before.items())
-    moves = {path: times for path, times in known.moves.items() if path in after}
-    moves |= {path: moves.get(path, 0) + 1 for path in moved}
+    waiting = bool(unjudged(known, before))
     named = known.named | paths_in((file.content for file in before.values()),
                                    after.keys() - desired.keys())
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and path not in moved} | dict.fromkeys(
-                    moved & known.late & after.keys(), UNKNOWN),
-        moves=moves, named=named.intersection(after), came=came,
-        doubt=known.doubt or waiting)
+                if path in after and path not in moved},
+        unknown=known.unknown.intersection(after), doubt=known.doubt or waiting,
+        came=came, named=named.intersection(after))
 
 
 def things(files: Files) -> frozenset[str]:
@@ -2915,66 +2895,28 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 
 def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    unread = {path: state for path, state in known.states.items() if state == UNREAD}
-    return known._replace(states=unread, moves={}, counts={}, doubt=True, late=frozenset())
+    return known._replace(states={}, unknown=frozenset(), counts={}, doubt=True)
 
 
-def after_end(known: Known, files: Files, now: float) -> tuple[Known, tuple[str, ...]]:
+def after_end(known: Known, files: Files, *, soon: bool) -> tuple[Known, list[str]]:
     """Envoy ended. If it was on bytes that no Envoy ACKed, and again soon after it came back, then
     these bytes end it: they count as NACKed. Returns the paths of those."""
-    unproven = tuple(path for path, file in files.items()
-                     if file.kind and not same_file(known.acked.get(path), file)
-                     and known.states.get(path) != UNREAD)
+    unproven = [path for path, file in files.items()
+                if file.kind and not same_file(known.acked.get(path), file)
+                and known.states.get(path) != UNREAD]
     suspects = frozenset((path, files[path].digest) for path in unproven)
-    again = not known.blind and suspects & known.suspects and now - known.back_at <= END_BOUND
-    blamed = unproven if again else ()
+    blamed = unproven if soon and suspects & known.suspects else []
     for path in blamed:
         known = with_nack(known, path, files, "Envoy ended twice on it")
-    suspects = frozenset() if again else suspects
+    suspects = frozenset() if blamed else suspects
     return after_meeting(known)._replace(suspects=suspects), blamed
 
 
-def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str, list[str]]]:
-    """What the counts tell about the published files that are not judged yet: the paths by state.
-
-    UNKNOWN: Envoy keeps no counters. PENDING is what somebody waits for.
-    """
+def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str, str]]:
+    """What the counts tell about the published files that are not ACKed or NACKed yet, by path."""
     if known.doubt:  # Envoy may have been asked between a move and its reading: ask again
-        return known._replace(doubt=False), by_state({
-            path: PENDING for path, file in files.items() if file.kind})
-    told, open_scopes = told_by(known, files, look)
-    found = by_state(told)
-    known = known._replace(
-        blind=bool(look.hidden),
-        counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
-                for scope, counts in look.counts.items()},
-        moves={path: 1 if told[path] == MIXED else known.moves.get(path, 1)
-               for path in (*found[MIXED], *found[PENDING])},
-        states={**known.states, **{path: state for path, state in told.items()
-                                   if state in (ACKED, NACKED, UNREAD)}},
-    )
-    for path in found[ACKED]:
-        known = with_ack(known, path, files)
-    for path in found[NACKED]:
-        reason = look.reason if files[path].kind == "lds" else ""
-        reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
-        known = with_nack(known, path, files, reason)
-    found[PENDING] = [path for path in found[PENDING] if path not in known.states]
-    if not found[PENDING]:
-        known = known._replace(came=frozenset())
-    return settled(known, files), found
-
-
-def by_state(told: Mapping[str, str]) -> dict[str, list[str]]:
-    """The paths by what one look told about them."""
-    return {state: [path for path in told if told[path] == state]
-            for state in (ACKED, NACKED, UNREAD, UNKNOWN, PENDING, MIXED)}
-
-
-def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set[str]]:
-    """What became of the files that are not judged yet; the scopes that have something to come."""
-    told: dict[str, str] = {}
-    open_scopes: set[str] = set()
+        return known._replace(doubt=False), {}
+    told, open_scopes = dict[str, str](), set[str]()
     for path, file in files.items():
         if not file.kind or known.states.get(path) in (ACKED, NACKED):
             continue
@@ -2982,30 +2924,35 @@ def told_by(known: Known, files: Files, look: Look) -> tuple[dict[str, str], set
         if path in known.acked:  # Envoy still asks for the name that broken bytes hide
             names |= resource_names(path, known.acked[path], files)
         read_by = scopes_of(file.kind, names, look.counts)
-        told[path] = verdict(known, look, read_by, known.moves.get(path, 1))
+        told[path] = verdict(known, look, read_by)
         if told[path] == PENDING:
             open_scopes |= set(read_by)
-    return told | dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED), open_scopes
+    told |= dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED)
+    known = known._replace(
+        states={**known.states, **{path: state for path, state in told.items()
+                                   if state in (ACKED, NACKED, UNREAD)}},
+        unknown=known.unknown.union(path for path in told if told[path] == UNKNOWN),
+        counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
+                for scope, counts in look.counts.items()},
+    )
+    for path, state in told.items():
+        if state == ACKED:
+            known = with_ack(known, path, files)
+        elif state == NACKED:
+            reason = look.reason if files[path].kind == "lds" else ""
+            reason = likely_cause(files[path], files) or reason or "the log of Envoy has the reason"
+            known = with_nack(known, path, files, reason)
+    if not any(told[path] == PENDING for path in awaited(known, files)):
+        known = known._replace(came=frozenset())
+    # Of files that are gone the ACKed bytes are kept until nothing may be rolled back to them.
+    if all(known.states.get(path) in (ACKED, UNREAD)
+           for path, file in files.items() if file.kind in ("cds", "lds")):
+        acked = {path: file for path, file in known.acked.items() if path in files}
+        known = known._replace(acked=acked)
+    return known, told
 
 
-def rejected_unnamed(
-    known: Known, files: Files, look: Look, told: Mapping[str, str]
-) -> list[str]:
-    """Those of the first files that nobody seems to read which explain a subscription that only
-    fails: their text does not show the name for which Envoy asks."""
-    failing = [scope for scope, counts in look.counts.items()
-               if counts.failed and not counts.success]
-    if not failing:
-        return []
-    explained = {files[path].kind for path, state in {**known.states, **told}.items()
-                 if path in files and state in (NACKED, PENDING)}
-    kinds = {kind for kind, (begin, middle) in SCOPES.items() for scope in failing
-             if kind not in explained and scope.startswith(begin) and middle in scope}
-    return [path for path, state in told.items()
-            if state == UNREAD and files[path].kind in kinds and path not in known.acked]
-
-
-def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str:
+def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
     """What became of one file, by the scopes of those who read it.
 
     Several may read one file: one NACK is a NACK, and an ACK takes all.
@@ -3015,15 +2962,26 @@ def verdict(known: Known, look: Look, read_by: Sequence[str], moves: int) -> str
     told = set()
     for scope in read_by:
         now, before = look.counts[scope], known.counts.get(scope, Counts())
-        if now.attempt < before.attempt:
+        if sum(now) < sum(before):
             before = Counts()  # the cluster was removed and came back
         success, failed = now.success - before.success, now.failed - before.failed
-        expected = moves if scope in known.counts else 1  # a new one reads what there is
-        if now.attempt - before.attempt < expected:
-            told.add(PENDING)
-        else:
-            told.add(ACKED if not failed else NACKED if not success else MIXED)
+        told.add((MIXED if failed else ACKED) if success else NACKED if failed else PENDING)
     return next(state for state in (NACKED, MIXED, PENDING, ACKED) if state in told)
+
+
+def rejected_unnamed(
+    known: Known, files: Files, look: Look, told: Mapping[str, str]
+) -> list[str]:
+    """Those of the first files that nobody seems to read which explain a subscription that only
+    fails: their text does not show the name for which Envoy asks."""
+    failing = [scope for scope, counts in look.counts.items()
+               if counts.failed and not counts.success]
+    explained = {files[path].kind for path, state in {**known.states, **told}.items()
+                 if state in (NACKED, PENDING)}
+    kinds = {kind for kind, (begin, middle) in SCOPES.items() for scope in failing
+             if kind not in explained and scope.startswith(begin) and middle in scope}
+    return [path for path, state in told.items()
+            if state == UNREAD and files[path].kind in kinds and path not in known.acked]
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
@@ -3037,7 +2995,7 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
     return known._replace(acked={**known.acked, path: file}, nacks=nacks,
-                          late=known.late - {path})
+                          unknown=known.unknown - {path})
 
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
@@ -3054,14 +3012,6 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     return known._replace(nacks={**known.nacks, path: nack})
 
 
-def settled(known: Known, files: Files) -> Known:
-    """Forget the ACKed bytes of files that are gone, once nothing may be rolled back to them."""
-    if any(file.kind in ("cds", "lds") and known.states.get(path, UNKNOWN) in (UNKNOWN, NACKED)
-           for path, file in files.items()):
-        return known
-    return known._replace(acked={path: file for path, file in known.acked.items() if path in files})
-
-
 def retried(known: Known, desired: Files, published: Files) -> Known:
     """Without the NACKs of files that are gone, and of references for which clusters or files came
     that they name."""
@@ -3076,17 +3026,22 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
     return known if kept == known.nacks else known._replace(nacks=kept)
 
 
-def after_bound(known: Known, files: Files, moved: Iterable[str]) -> tuple[Known, list[str]]:
+def after_bound(known: Known, files: Files, moved: Collection[str]) -> tuple[Known, list[str]]:
     """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
-    late = [path for path in moved
-            if path in files and files[path].kind and path not in known.states]
-    return known._replace(states={**known.states, **dict.fromkeys(late, UNKNOWN)},
-                          late=known.late.union(late)), late
+    late = [path for path in awaited(known, files) if path in moved]
+    return known._replace(unknown=known.unknown.union(late)), late
 
 
-def is_judged(known: Known, path: str) -> bool:
-    """Whether it is known what Envoy makes of a published file."""
-    return known.states.get(path, UNKNOWN) != UNKNOWN
+def unjudged(known: Known, files: Files, step: str = "") -> list[str]:
+    """The xDS files of which it is not known what Envoy makes; of those it is to judge before a
+    step."""
+    return [path for path, file in files.items() if path not in known.states
+            and (file.kind in CHILD_KINDS if step == REFERENCES else file.kind)]
+
+
+def awaited(known: Known, files: Files) -> list[str]:
+    """The files that Envoy is waited for to judge."""
+    return [path for path in unjudged(known, files) if path not in known.unknown]
 
 
 def is_read(known: Known, path: str) -> bool:
@@ -3095,13 +3050,6 @@ def is_read(known: Known, path: str) -> bool:
     state = known.states.get(path)
     read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
     return read and path not in known.named
-
-
-def unjudged(known: Known, files: Files, step: str) -> list[str]:
-    """The published files that Envoy is to judge before this step."""
-    kinds = CHILD_KINDS if step == REFERENCES else CHILD_KINDS | REFERENCE_KINDS
-    return [path for path, file in files.items()
-            if file.kind in kinds and not is_judged(known, path)]
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -3132,41 +3080,38 @@ def likely_cause(file: File, files: Files) -> str:
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
-    A connection that is kept tells when its process ends. `wake` gets "connected"; "meet" once the
-    process answered; a "look" for each `ask`, or "silent" or "blind" and why there is none; "end"
-    and why when nothing listens or the process ended, else "closed" with the connection.
+    A connection that is kept tells when its process ends. `wake` gets "envoy" with what is found:
+    SILENT and None at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
+    is none; ABSENT and why when nothing listens or the process ended.
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._live, self._hidden = False, ""
+        self._live, self._hidden = False, False
 
     def ask(self) -> None:
         """Look at Envoy now; the answer is a wake."""
-        try:
+        with contextlib.suppress(BlockingIOError):  # a full pipe: it is asked enough
             os.write(self._write, b"?")
-        except BlockingIOError:
-            pass  # it is asked enough
 
     def run(self) -> None:
-        ended_at, refused = -END_BOUND, False
+        # A process that dies accepts connections for a moment: one that nobody answers is of
+        # another process only if there was none to be had before it.
+        another, told, ended_at = True, False, -END_BOUND
         while True:
             try:
                 kept = self._connect()
             except OSError as error:
-                if not refused and ended_at < 0:
-                    self._wake("end", f"{self.url}: {why(error)}")
-                refused = True
+                if not told:
+                    self._wake("envoy", (ABSENT, f"{self.url}: {why(error)}"))
+                another = told = True
             else:
                 with kept:
-                    met = self._stay(kept)
-                # A process that dies accepts connections for a moment: one that nobody answered
-                # was that of another process only if there was none to be had before it.
-                self._wake("end" if met or refused else "closed",
-                           f"{self.url}: the connection ended")
-                ended_at, refused = time.monotonic(), False
+                    if self._stay(kept, there=another):
+                        self._wake("envoy", (ABSENT, f"{self.url}: the connection ended"))
+                another, told, ended_at = False, True, time.monotonic()
             time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
     def _connect(self) -> socket.socket:
@@ -3183,46 +3128,42 @@ class Admin(threading.Thread):
             raise
         return sock
 
-    def _stay(self, kept: socket.socket) -> bool:
-        """Look at the process behind a connection until that ends; whether it ever answered."""
-        self._wake("connected", None)
-        self.ask()
+    def _stay(self, kept: socket.socket, *, there: bool) -> bool:
+        """Look at the process behind a connection until that ends; whether anything was told."""
         met, end = False, kept.fileno()
+        self._live = False
+        if there:
+            self._wake("envoy", (SILENT, None))
+        self.ask()
         while end not in select.select([end, self._read], [], [])[0]:
             os.read(self._read, 4096)
             try:
-                if not met:
-                    self._meet()
-                    met = True
-                    self._wake("meet", None)
-                self._wake("look", self._look())
-            except (OSError, AdminError) as error:
+                self._wake("envoy", (MET, self._look()))
+                met = there = True
+            except (OSError, LoaderError) as error:
                 if not met and isinstance(error, ConnectionError):
                     break
-                if select.select([end], [], [], 0)[0]:
-                    continue  # its end is why
-                self._wake("silent" if isinstance(error, OSError) else "blind", why(error))
-                if not met:
-                    select.select([end], [], [], ANSWER_BOUND)  # it is not Envoy, or stalls
-                    self.ask()
-        return met
-
-    def _meet(self) -> None:
-        if not re.search(r'"uptime_current_epoch": "[0-9]{1,12}s"', self._get("/server_info")):
-            raise AdminError(NOT_ENVOY)
-        matched = '"stats_matcher"' in self._get(STATS_MATCHER)
-        self._live, self._hidden = False, matched * "its stats_matcher leaves the counters out"
+                if not select.select([end], [], [], 0)[0]:  # else its end is why
+                    link = SILENT if isinstance(error, OSError) else BLIND
+                    self._wake("envoy", (link, why(error)))
+                    there = True
+        return there
 
     def _look(self) -> Look:
-        self._live = self._live or self._get("/ready").strip() == "LIVE"
-        counts, gauges = parse_stats(self._get(STATS))
-        if gauges.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
-            raise AdminError("it was restarted hot, and counts for its parent too: start it with "
-                             "--disable-hot-restart")
+        if not self._live:
+            state = re.search(r'"state": "([A-Z_]+)"', self._get("/server_info"))
+            if state is None:
+                raise LoaderError(NOT_ENVOY)
+            self._live = state[1] == "LIVE"
+            self._hidden = '"stats_matcher"' in self._get(STATS_MATCHER)
+        counts, figures = parse_stats(self._get(STATS))
+        if figures.get("server.hot_restart_epoch"):  # the kept connection may be its parent's
+            raise LoaderError("it was restarted hot, and counts for its parent too: start it with "
+                              "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
         return Look(counts, self._live, self._hidden,
-                    gauges.get("cluster_manager.warming_clusters", 0),
-                    gauges.get("server.dynamic_unknown_fields", 0),
+                    figures.get("cluster_manager.warming_clusters", 0),
+                    figures.get("server.dynamic_unknown_fields", 0),
                     listener_errors(self._get(LISTENER_ERRORS)) if rejected else "")
 
     def _get(self, path: str) -> str:
@@ -3242,8 +3183,8 @@ class Admin(threading.Thread):
             connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
-        if status not in (200, 503):  # /ready is 503 until Envoy is live
-            raise AdminError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
+        if status != 200:
+            raise LoaderError(f"{where}: HTTP {status}" if status else NOT_ENVOY)
         return body.decode("utf-8", "replace")
 
 
@@ -3253,10 +3194,10 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     figures: dict[str, int] = {}
     for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
         if leaf in LEAVES:
-            counts.setdefault(scope, [0, 0, 0])[LEAVES[leaf]] += int(value)
+            counts.setdefault(scope, [0, 0])[LEAVES[leaf]] += int(value)
         else:
             figures[f"{scope}.{leaf}"] = int(value)
-    return {scope: Counts(*values) for scope, values in counts.items() if values[0]}, figures
+    return {scope: Counts(*values) for scope, values in counts.items() if any(values)}, figures
 
 
 def listener_errors(text: str) -> str:
@@ -3614,10 +3555,8 @@ STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
 STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
-# Envoy is there, and does not answer; answers; answers in a way that cannot be understood.
-SILENT, MET, BLIND = "silent", "met", "blind"
-LINKS = {"connected": SILENT, "silent": SILENT, "meet": MET, "look": MET, "blind": BLIND,
-         "end": "", "closed": ""}  # by what Admin found
+# Nobody is there to ask; Envoy does not answer; answers; answers what cannot be understood.
+ABSENT, SILENT, MET, BLIND = "absent", "silent", "met", "blind"
 STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
 
@@ -3660,11 +3599,11 @@ class Asking:
 
     def __init__(self, output: Output, step_delay: float | None) -> None:
         self.known = Known()
-        self.link = ""  # SILENT, MET or BLIND; "": there is nobody to ask
+        self.link = ABSENT
         self.asked: Asked | None = None
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
-        self.mixed: tuple[str, ...] = ()  # Envoy has to be notified of these once more
+        self.mixed: list[str] = []  # Envoy has to be notified of these once more
         self.notes: list[str] = []
         self.trouble = ""  # why it does not answer
         self.admin: Admin | None = None
@@ -3672,6 +3611,7 @@ class Asking:
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
         self._asked_at = 0.0  # about a publication or a new process; then ever more seldom
         self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
+        self._back_at = 0.0  # when this process was reached
         self._started = False
 
     def start(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -3710,7 +3650,7 @@ class Asking:
         """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
-                 if known.states.get(path) not in (UNREAD, UNKNOWN)}
+                 if known.states.get(path) != UNREAD}
         if kinds & CHILD_KINDS:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
@@ -3741,55 +3681,50 @@ class Asking:
             self.admin.ask()
         if self.asked is None or now < self.asked.until:
             return
-        if self.link == MET and self.asked.moved:
-            known, late = after_bound(self.known, self._output.published, self.asked.moved)
-            if late and not self._look.hidden:
-                self.known = known
+        if self.link == MET:
+            self.known, late = after_bound(self.known, self._output.published, self.asked.moved)
+            if late:
                 log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
                             "name this path?", shortened(late))
         self.end()
 
-    def end(self, *, told: bool = False) -> None:
+    def end(self) -> None:
         """Envoy told all, or nobody waits any more: the publication's line in the log."""
         asked, self.asked = self.asked, None
         if asked is None or not asked.fields:
             return
         took, states = time.monotonic() - self._asked_at, self.known.states
         found = {states.get(path, UNKNOWN) for path in asked.moved}
-        if told:
+        ack = "no" if NACKED in found else "yes" if found - {UNREAD} == {ACKED} else "unknown"
+        if ack != "unknown":
             metrics.observe("xds_loader_ack_duration_seconds", took)
-        all_read = told and ACKED in found and found <= {ACKED, UNREAD}
-        ack = "no" if NACKED in found else "yes" if all_read else "unknown"
         unread = [path for path in asked.moved if states.get(path) == UNREAD]
         log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
                  **({"unread": shortened(unread)} if unread else {}))
 
     # -- what Envoy does --------------------------------------------------------------------------
 
-    def found(self, what: str, news: Any) -> None:
+    def found(self, link: str, news: Any) -> None:
         """Take in what Admin found."""
-        now, before, self.link = time.monotonic(), self.link, LINKS[what]
-        silent_until = self._silent_until or now + SILENT_BOUND
-        self._silent_until = silent_until if self.link == SILENT else 0.0
-        if what == "connected":
-            self.known = self.known._replace(back_at=now)
-        elif what == "silent":
-            self.trouble = f"Envoy does not answer: {news}"
-            self.look_at = now + LOOK_LAST
-        elif what == "meet":
-            self.known, self._started = after_meeting(self.known), False
-            if self.asked is None:
-                self._expect(ANSWER_BOUND)
-        elif what == "look":
+        now, before, self.link = time.monotonic(), self.link, link
+        self._silent_until = (self._silent_until or now + SILENT_BOUND) if link == SILENT else 0.0
+        if link == MET:
             self.trouble, self.look_at = "", 0.0
+            if before != MET and self.asked is None:
+                self._expect(ANSWER_BOUND)
             self._take_look(news, now)
+        elif link == SILENT and news is None:
+            self._back_at = now
+        elif link == SILENT:
+            self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
         else:
-            self.trouble, self.look_at = f"Envoy is not asked: {news}", 0.0
-            if what == "blind":
+            self.trouble, self._started = f"Envoy is not asked: {news}", False
+            self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
+            if link == BLIND:
                 self.known = after_meeting(self.known)
-            if what == "end" and before in (MET, SILENT):
-                self._started = False
-                self.known, blamed = after_end(self.known, self._output.published, now)
+            elif before in (MET, SILENT):
+                soon = not self._look.hidden and now - self._back_at <= END_BOUND
+                self.known, blamed = after_end(self.known, self._output.published, soon=soon)
                 self._tell_nacks(blamed)
             self.end()
 
@@ -3800,22 +3735,21 @@ class Asking:
             log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
                         shortened(self.asked.moved))
         self._look = look
-        self.known, outcome = after_look(self.known, files, look)
-        self._tell_nacks(outcome[NACKED])
-        self.mixed += tuple(outcome[MIXED])
-        if not outcome[PENDING]:
-            hidden = shortened(sorted(outcome[UNKNOWN]))
-            self.notes = [f"what Envoy makes of {hidden} stays unknown: {look.hidden}"
-                          ] if hidden else []
-        states = self.known.states
-        if look.live and files and not self._started:
-            self._started = all(states.get(path) in (ACKED, UNREAD) or path in outcome[UNKNOWN]
-                                for path, file in files.items() if file.kind in STARTING_KINDS)
-        waiting = bool(outcome[PENDING] or outcome[MIXED] or not look.live)
-        if self.asked is not None and (outcome[NACKED] or not waiting):
-            self.end(told=True)  # a rollback does not wait for the other files
-        unknown = any(file.kind and not is_judged(self.known, path) for path, file in files.items())
-        if waiting or unknown or look.warming or not self._started:
+        self.known, told = after_look(self.known, files, look)
+        nacked = [path for path in told if told[path] == NACKED]
+        self._tell_nacks(nacked)
+        self.mixed += [path for path in told if told[path] == MIXED]
+        states, hidden = self.known.states, sorted(self.known.unknown) if look.hidden else []
+        waiting = bool(awaited(self.known, files)) or not look.live
+        if not waiting:
+            self.notes = [f"what Envoy makes of {shortened(hidden)} stays unknown: its "
+                          "stats_matcher leaves the counters out"] if hidden else []
+        self._started = self._started or (look.live and bool(files) and all(
+            states.get(path) in (ACKED, UNREAD) or path in hidden
+            for path, file in files.items() if file.kind in STARTING_KINDS))
+        if self.asked is not None and (nacked or not waiting):
+            self.end()  # a rollback does not wait for the other files
+        if not look.live or unjudged(self.known, files) or look.warming or not self._started:
             # (A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms.)
             soon = self.asked is not None or self.waits_since
             longest = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
@@ -3908,8 +3842,8 @@ class Loop:
                         self._check_at = min(self._check_at, time.monotonic())
                     case "checked":
                         self.check_command.end(about)
-                    case _ if what in LINKS:
-                        self.asking.found(what, about)
+                    case "envoy":
+                        self.asking.found(*about)
             gathers = gathers and time.monotonic() < end
             news = self.wakes.wait(DEBOUNCE_QUIET) if gathers else []
 
@@ -3933,7 +3867,7 @@ class Loop:
                 self._repair()
             if asking.mixed:
                 output.notify_again(asking.mixed)
-                asking.mixed = ()
+                asking.mixed = []
             more = True
             while more:
                 if asking.known is not self._remembered:
