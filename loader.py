@@ -2552,10 +2552,10 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.switched_at = 0.0  # when it was switched to, Unix time
-        self.foreign: list[str] = []  # files in `current/` that are not ours
+        self.foreign: set[str] = set()  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
+        self._kept: dict[str, File] = {}  # the ACKed files in `..state`
         self._before = ""  # the last snapshot but one
         self._unread: list[str] = []  # files behind links of ours that could not be read
         self._lock = -1
@@ -2574,29 +2574,29 @@ class Output:
             return False
         return True
 
-    def recover(self) -> list[str]:
-        """Make good whatever the last process, or the last failure, left; what was done, in words.
-        Afterwards `published` is what the disk shows, and every link and notification is right."""
+    def recover(self) -> None:
+        """Make good whatever the last process, or the last failure, left. Afterwards `published` is
+        what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
-        done = ["links repaired"] if self._repair_links() else []
+        if repaired := self._repair_links():
+            log.info("links repaired: %s", shortened(repaired))
         marked = read_link(self._path(MARKER))
         if marked is not None:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
             os.unlink(self._path(MARKER))
-            done.append(f"notified again: {shortened(changed) or 'nothing'}")
+            log.info("notified again: %s", shortened(changed) or "nothing")
         complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
                     if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
                            key=lambda entry: os.lstat(self._path(entry)).st_mtime_ns)
         self.prune()
-        return done
 
     def peek(self) -> Files:
         """What is published, read without a lock and without touching anything; `state` is what
@@ -2617,11 +2617,11 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        foreign, blocked = set(self.foreign), {}
+        blocked = {}
         for path in sorted(files.keys() - self.published.keys()):
             if is_directory(self._path(CURRENT, path)):
                 blocked[path] = f"{self._path(CURRENT, path)} is a directory"
-            for above in foreign.intersection(parents(path)):
+            for above in self.foreign.intersection(parents(path)):
                 blocked[path] = f"{self._path(CURRENT, above)} is a file"
         warnings = [f"{path} of {files[path].source} left out: {reason}"
                     for path, reason in blocked.items()]
@@ -2691,8 +2691,8 @@ class Output:
     # -- what a restart cannot see --------------------------------------------------------------
 
     def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
-        """Replace what is remembered, by rename. The source and kind of each file comes along, of
-        those that are about to be published too."""
+        """Replace what is remembered, with the kind and source of each file, also of those that
+        are about to be published."""
         files = {**self.published, **coming}
         state = {**state, "version": __version__,
                  "files": {path: f"{file.kind} {file.source}" for path, file in files.items()}}
@@ -2708,30 +2708,25 @@ class Output:
         self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
-        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
-        no others."""
+        """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        for path in {**self._kept, **needed}:
-            file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
-            if file and self._kept.get(path) == file.digest:
-                continue
+        changed = [*moved_paths(self._kept, needed), *(self._kept.keys() - needed.keys())]
+        self._kept |= dict.fromkeys(changed, file_of(b"", "", 0))  # nobody knows, if a call fails
+        for path in changed:
+            place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
-            self._kept[path] = "unknown"  # if one of the next calls fails
             remove(place)
-            if file:
-                self._put(place, path, file)
-                self._kept[path] = file.digest
-            else:
-                del self._kept[path]
+            if path in needed:
+                self._put(place, path, needed[path])
+        self._kept = needed
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
-        self._kept = {path: file.digest for path, file in kept.items()}
+        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
         acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
-        return acked | {path: file for path, file in kept.items()
+        return acked | {path: file for path, file in self._kept.items()
                         if file.digest == digests.get(path, file.digest)}
 
     # -- parts of the steps -------------------------------------------------------------------
@@ -2810,12 +2805,12 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._unread, self.foreign = [], []
+        self._unread, self.foreign = [], set()
         for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
-                self.foreign.append(path)
+                self.foreign.add(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
                 self._unread.append(path)  # it stays until the next snapshot
             else:
@@ -4084,9 +4079,7 @@ class Loop:
             if self.stopping:
                 return
         self.note("lock", [])
-        done = self.output.recover()
-        if done:
-            log.info("%s: %s", self.output.root, "; ".join(done))
+        self.output.recover()
         self._repair_at = time.monotonic() + self.options.sync_interval
         self.asking.known = known_from(self.output)
         self.sources.start(self.output.published)
