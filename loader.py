@@ -2293,12 +2293,12 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot on the way from `published` to `desired`; None when it is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    moved = moved_paths(published, desired)
-    new = {path: desired[path] for path in moved if path not in published}
-    references = {path: desired[path] for path in moved if path in published
-                  and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
-    others = {path: united(published[path], desired[path]) for path in moved
-              if path in published and path not in references}
+    new = {path: file for path, file in desired.items() if path not in published}
+    changed = [path for path in moved_paths(published, desired) if path in published]
+    references = {path: desired[path] for path in changed
+                  if {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
+    others = {path: united(published[path], desired[path]) for path in changed
+              if path not in references}
     above = {parent for path in new for parent in parents(path)}  # files that become directories
     children = {path: file for path, file in published.items() if path not in above} | new
     clusters = {**children, **others}
@@ -2557,7 +2557,7 @@ class Output:
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, File] = {}  # the ACKed files in `..state`
         self._before = ""  # the last snapshot but one
-        self._unread: list[str] = []  # files behind links of ours that could not be read
+        self._unread: set[str] = set()  # files that could not be read: their links stay
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -2802,20 +2802,17 @@ class Output:
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
-        repaired = [path for path in self.published if not self._is_ours(path)]
-        self._notify(repaired)
-        self._unread, self.foreign = [], set()
-        for path in walk(self._path(CURRENT)):
-            if path in self.published:
-                continue
-            if not self._is_ours(path):
-                self.foreign.add(path)
-            elif os.path.lexists(self._path(self.snapshot, path)):
-                self._unread.append(path)  # it stays until the next snapshot
-            else:
-                os.unlink(self._path(CURRENT, path))
-                repaired.append(path)
-        return repaired
+        there = [*walk(self._path(CURRENT))]
+        ours = {path for path in there if self._is_ours(path)}
+        missing = [path for path in self.published if path not in ours]
+        self._notify(missing)
+        left = ours - self.published.keys()
+        self._unread = {path for path in left if os.path.lexists(self._path(self.snapshot, path))}
+        stale = sorted(left - self._unread)
+        for path in stale:
+            os.unlink(self._path(CURRENT, path))
+        self.foreign = {*there} - ours - self.published.keys()
+        return missing + stale
 
 
 def link_target(path: str) -> str:
