@@ -350,7 +350,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
         loader.plan_service(loader.service_from({
             "metadata": {"namespace": "a", "name": "b",
                          "annotations": {f"xds-loader/{name}": text.decode()}},
-            "spec": {"ports": [{"port": 80}]}}), loader.Config(), "eds")
+            "spec": {"ports": [{"port": 80}]}}), loader.DEFAULTS, "eds")
         for name in loader.ROUTE_ANNOTATIONS],
 }  # fmt: skip
 
