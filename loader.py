@@ -2339,9 +2339,7 @@ def allowed(
         result |= {path: before[path] for path in waiting if path in before}
 
 
-def with_named(
-    result: Files, desired: Files, published: Files, acked: Files
-) -> dict[str, File]:
+def with_named(result: Files, desired: Files, published: Files, acked: Files) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
     result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
