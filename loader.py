@@ -2140,12 +2140,12 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot on the way from `published` to `desired`; None when it is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    moved = moved_paths(published, desired)
-    new = {path: desired[path] for path in moved if path not in published}
-    references = {path: desired[path] for path in moved if path in published
-                  and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
-    others = {path: united(published[path], desired[path]) for path in moved
-              if path in published and path not in references}
+    new = {path: file for path, file in desired.items() if path not in published}
+    changed = [path for path in moved_paths(published, desired) if path in published]
+    references = {path: desired[path] for path in changed
+                  if {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
+    others = {path: united(published[path], desired[path]) for path in changed
+              if path not in references}
     above = {parent for path in new for parent in parents(path)}  # files that become directories
     children = {path: file for path, file in published.items() if path not in above} | new
     clusters = {**children, **others}
@@ -2339,9 +2339,7 @@ def allowed(
         result |= {path: before[path] for path in waiting if path in before}
 
 
-def with_named(
-    result: Files, desired: Files, published: Files, acked: Files
-) -> dict[str, File]:
+def with_named(result: Files, desired: Files, published: Files, acked: Files) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
     result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
@@ -2401,12 +2399,12 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.switched_at = 0.0  # when it was switched to, Unix time
-        self.foreign: list[str] = []  # files in `current/` that are not ours
+        self.foreign: set[str] = set()  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
+        self._kept: dict[str, File] = {}  # the ACKed files in `..state`
         self._before = ""  # the last snapshot but one
-        self._unread: list[str] = []  # files behind links of ours that could not be read
+        self._unread: set[str] = set()  # files that could not be read: their links stay
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -2417,35 +2415,34 @@ class Output:
         os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
-    def recover(self) -> list[str]:
-        """Make good whatever the last process, or the last failure, left; what was done, in words.
-        Afterwards `published` is what the disk shows, and every link and notification is right."""
+    def recover(self) -> None:
+        """Make good whatever the last process, or the last failure, left. Afterwards `published` is
+        what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
-        done = ["links repaired"] if self._repair_links() else []
+        if repaired := self._repair_links():
+            log.info("links repaired: %s", shortened(repaired))
         marked = read_link(self._path(MARKER))
         if marked is not None:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
-            done.append(f"notified again: {shortened(changed) or 'nothing'}")
+            log.info("notified again: %s", shortened(changed) or "nothing")
         remove(self._path(MARKER))
         complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
                     if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
                            key=lambda entry: os.lstat(self._path(entry)).st_mtime_ns)
         self.prune()
-        return done
 
     def peek(self) -> Files:
         """What is published, read without a lock and without touching anything; `state` is what
@@ -2466,11 +2463,11 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        foreign, blocked = set(self.foreign), {}
+        blocked = {}
         for path in sorted(files.keys() - self.published.keys()):
             if is_directory(self._path(CURRENT, path)):
                 blocked[path] = f"{self._path(CURRENT, path)} is a directory"
-            for above in foreign.intersection(parents(path)):
+            for above in self.foreign.intersection(parents(path)):
                 blocked[path] = f"{self._path(CURRENT, above)} is a file"
         warnings = [f"{path} of {files[path].source} left out: {reason}"
                     for path, reason in blocked.items()]
@@ -2539,8 +2536,8 @@ class Output:
     # -- what a restart cannot see --------------------------------------------------------------
 
     def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
-        """Replace what is remembered, by rename. The source and kind of each file comes along, of
-        those that are about to be published too."""
+        """Replace what is remembered, with the kind and source of each file, also of those that
+        are about to be published."""
         files = {**self.published, **coming}
         state = {**state, "version": __version__,
                  "files": {path: f"{file.kind} {file.source}" for path, file in files.items()}}
@@ -2556,30 +2553,25 @@ class Output:
         self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
-        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
-        no others."""
+        """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        for path in {**self._kept, **needed}:
-            file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
-            if file and self._kept.get(path) == file.digest:
-                continue
+        changed = [*moved_paths(self._kept, needed), *(self._kept.keys() - needed.keys())]
+        self._kept |= dict.fromkeys(changed, file_of(b"", "", 0))  # nobody knows, if a call fails
+        for path in changed:
+            place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
-            self._kept[path] = "unknown"  # if one of the next calls fails
             remove(place)
-            if file:
-                self._put(place, path, file)
-                self._kept[path] = file.digest
-            else:
-                del self._kept[path]
+            if path in needed:
+                self._put(place, path, needed[path])
+        self._kept = needed
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
-        self._kept = {path: file.digest for path, file in kept.items()}
+        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
         acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
-        return acked | {path: file for path, file in kept.items()
+        return acked | {path: file for path, file in self._kept.items()
                         if file.digest == digests.get(path, file.digest)}
 
     # -- parts of the steps -------------------------------------------------------------------
@@ -2656,20 +2648,17 @@ class Output:
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
-        repaired = [path for path in self.published if not self._is_ours(path)]
-        self._notify(repaired)
-        self._unread, self.foreign = [], []
-        for path in walk(self._path(CURRENT)):
-            if path in self.published:
-                continue
-            if not self._is_ours(path):
-                self.foreign.append(path)
-            elif os.path.lexists(self._path(self.snapshot, path)):
-                self._unread.append(path)  # it stays until the next snapshot
-            else:
-                os.unlink(self._path(CURRENT, path))
-                repaired.append(path)
-        return repaired
+        there = [*walk(self._path(CURRENT))]
+        ours = {path for path in there if self._is_ours(path)}
+        missing = [path for path in self.published if path not in ours]
+        self._notify(missing)
+        left = ours - self.published.keys()
+        self._unread = {path for path in left if os.path.lexists(self._path(self.snapshot, path))}
+        stale = sorted(left - self._unread)
+        for path in stale:
+            os.unlink(self._path(CURRENT, path))
+        self.foreign = {*there} - ours - self.published.keys()
+        return missing + stale
 
 
 def link_target(path: str) -> str:
@@ -3898,8 +3887,7 @@ class Loop:
             self._step_at = time.monotonic() + LOCK_POLL
             return False
         self.note("lock", [])
-        if done := self.output.recover():
-            log.info("%s: %s", self.output.root, "; ".join(done))
+        self.output.recover()
         self.asking.known = self._remembered = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
