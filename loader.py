@@ -1632,7 +1632,7 @@ def yaml_scalar(value: Json) -> str:
     text = COMPACT_JSON.encode(value)
     if type(value) is float and "." not in text:
         return text.replace("e", ".0e")  # 1e+16 is a string in YAML 1.1
-    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+    return re.sub("[^ -~\U00010000-\U0010ffff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
@@ -1650,29 +1650,28 @@ def yaml_text(value: Json, indent: str) -> str:
     return f" {yaml_scalar(value)}"
 
 
-def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """An item of a list: "yaml" for people; "json", which Envoy reads five times faster."""
+def element(fmt: str, value: Json, indent: str = "  ") -> bytes:
+    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
-    return yaml_text(value, f"\n{indent}  ").lstrip().encode()
+    return yaml_text(value, f"\n{indent}").lstrip().encode()
 
 
-def elements(fmt: str, items: Iterable[bytes], indent: str = "") -> bytes:
-    """A list of what element() wrote."""
+def with_list(fmt: str, value: Json, name: str, elements: Sequence[bytes], indent: str) -> bytes:
+    """What element() writes, and as its last member a list of elements that were written before."""
+    text = element(fmt, {**value, name: []}, indent)
     if fmt == "json":
-        return b"[\n%s\n]" % b",\n".join(items)
-    return b"".join(b"\n%s- %s" % (indent.encode(), item) for item in items) or b" []"
+        return text[:-2] + b"\n" + b",\n".join(elements) + b"\n]}"
+    dash = f"\n{indent}- ".encode()
+    return dash.join([text.removesuffix(b" []"), *elements]) if elements else text
 
 
 def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    body = elements(fmt, resources)
-    version = hashlib.sha256(body).hexdigest()[:16]
-    if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":'
-        return b"%s%s}\n" % (head.encode(), body)
-    head = f'{comment}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return b"%s%s\n" % (head.encode(), body)
+    version = hashlib.sha256(b"\n".join(resources)).hexdigest()[:16]
+    head = {"version_info": version, "type_url": type_url}
+    text = with_list(fmt, head, "resources", resources, "") + b"\n"
+    return text if fmt == "json" else comment.encode() + text
 
 
 class Clusters(NamedTuple):
@@ -1690,14 +1689,12 @@ def clusters_of(file: File) -> Clusters | None:
         if content.startswith(b"{"):
             frame = parse_json(content)
             resources = frame.pop("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
+            texts = {str(each["name"]): COMPACT_JSON.encode(each).encode() for each in resources}
         elif content.startswith(CDS_COMMENT.encode()):
             frame, resources = None, content.removesuffix(b"\n").split(b"\n- ")[1:]
             if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
                 return None  # somebody else wrote a byte
-            names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ") for text in resources]
+            names = re.findall(rb"\n- .*\n  name: (.*)", content)
             texts = {json.loads(name) if name.startswith(b'"') else name.decode(): text
                      for name, text in zip(names, resources, strict=True)}
         else:
@@ -1834,15 +1831,13 @@ class Renderer:
         for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
             log.info("%s", line)
         self._splits = lines
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
-        texts = elements(self._fmt, [text for text, _ in hosts.values()], "  ")
-        if self._fmt == "json":
-            return b'%s,"virtual_hosts":%s}' % (head[:-1], texts)
-        return b"%s\n  virtual_hosts:%s" % (head, texts)
+        head = {"@type": ROUTE_TYPE, "name": self._config.route_name}
+        written = [text for text, _ in hosts.values()]
+        return with_list(self._fmt, head, "virtual_hosts", written, "  ")
 
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
         found, said = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), said
+        return element(self._fmt, found, "    "), said
 
     def _service(self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
                  zone: str | None, nodes: Mapping[str, Texts]
@@ -2069,11 +2064,6 @@ def with_kind(path: str, file: File, before: File | None) -> File:
     return file if file.kind == kind else file._replace(kind=kind)
 
 
-PARSERS: dict[Resource, Callable[..., Any]] = {
-    CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
-    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
-
-
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
 
@@ -2086,6 +2076,11 @@ class Sources:
             *options.secret, *([] if options.configmap_selector is None else [(selected, "")]),
             *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
+        self._parsers: dict[Resource, Callable[[dict[str, Json]], Any]] = {
+            CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
+            ENDPOINTSLICES: endpointslice_from, NODES: node_from,
+            SECRETS: functools.partial(
+                secret_from, form=options.format, mode=options.secret_mode)}
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -2113,11 +2108,9 @@ class Sources:
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-        options, parse = self._options, PARSERS[query.resource]
-        if query.resource is SECRETS:
-            parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options), self._wake, options)
+            query, self._parsers[query.resource], self._file or Api(self._options), self._wake,
+            self._options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2144,47 +2137,42 @@ class Sources:
         )
         if wanted.unknown:
             return wanted
-        layers: list[Files] = []
-        for source in self._sources:
-            if source[0].name:
-                layers.append(self._named(source, wanted))
-                continue
-            selected = self._reflectors[source[0]].objects()
-            wanted.notes.extend([] if selected else [f"{source[0]}: none exist"])
-            for _, configmap in sorted(selected.items()):
-                wanted.notes.extend(configmap.warnings)
-                layers.append(configmap.files)
+        layers: list[Rendering] = []
+        for query, directory in self._sources:
+            if query.name:
+                layers.append(self._named(query, directory, wanted))
+            elif selected := self._reflectors[query].objects():
+                layers += [selected[key] for key in sorted(selected)]
+            else:
+                wanted.notes.append(f"{query}: none exist")
         if self._renderer is not None:
-            rendering = self._render(self._renderer, layers)
-            wanted.notes.extend(rendering.warnings)
-            layers.insert(0, rendering.files)
-        files, warnings = overlaid(layers)
-        wanted.notes.extend(warnings)
+            layers.insert(0, self._render(self._renderer, layers))
+        files, warnings = overlaid(layer.files for layer in layers)
+        wanted.notes.extend(itertools.chain(warnings, *(layer.warnings for layer in layers)))
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
                                       for path, file in files.items()})
 
-    def _named(self, source: Source, wanted: Wanted) -> Files:
+    def _named(self, query: Query, directory: str, wanted: Wanted) -> Rendering:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        query, directory = source
         key, reflector = (query.namespace, query.name), self._reflectors[query]
-        bad = key in reflector.bad
+        source, bad = (query, directory), key in reflector.bad
         found = None if bad else reflector.objects().get(key)
         prefix = f"{directory}/" if directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
-        wanted.notes.extend(found.warnings if found else ())
+        warnings = [*found.warnings] if found else []
         if files or (found and not self._kept.get(source)):
             self._kept[source] = files
         elif source not in self._kept:
             wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
-                wanted.notes.append(hint)
+                warnings.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            wanted.notes.append(f"{query} {state}: its last files stay published")
+            warnings.append(f"{query} {state}: its last files stay published")
             wanted.stale.append(str(query))
-        return self._kept.get(source, {})
+        return Rendering(self._kept.get(source, {}), warnings)
 
-    def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
+    def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
         found = defaultdict[Resource, dict[Key, Any]](dict)
         for query, reflector in self._reflectors.items():
@@ -2192,7 +2180,7 @@ class Sources:
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
-        kinds = {path: file.kind for layer in others for path, file in layer.items()}
+        kinds = {path: file.kind for layer in others for path, file in layer.files.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
         return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
