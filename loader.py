@@ -1610,6 +1610,8 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
     r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
+# What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
+UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 SERVICES_SOURCE = "services"  # of every rendered file
@@ -1632,7 +1634,7 @@ def yaml_scalar(value: Json) -> str:
     text = COMPACT_JSON.encode(value)
     if type(value) is float and "." not in text:
         return text.replace("e", ".0e")  # 1e+16 is a string in YAML 1.1
-    return re.sub("[^ -~\U00010000-\U0010ffff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
