@@ -1887,7 +1887,6 @@ class Renderer:
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-STEM_BYTES = 245  # leaves room for `_ca.yaml` in a file name of 255 bytes
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
@@ -1895,7 +1894,8 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     object must not be kept: an annotation often holds the key again."""
     names = object_key(obj)
     label, stem = "/".join(names), "_".join(names)  # no object name has `_`
-    if not all(re.fullmatch(OBJECT_NAME, name) for name in names) or len(stem) > STEM_BYTES:
+    valid = all(re.fullmatch(OBJECT_NAME, name) for name in names)
+    if not valid or len(f"{stem}_ca.{form}") > 255:  # NAME_MAX of every file system that we know
         raise ValueError("a secret without a valid namespace and name, or too long for a file name")
     held = json_object(obj.get("data"))
     cert, key, ca = (decode_key(held.get(entry), entry)
@@ -1961,8 +1961,10 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource, a private key, or PEM in base64."""
-    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
+    """Whether a text must not be shown: an SDS resource, a private key, or PEM in base64, wherever
+    in it `-----BEGIN` is."""
+    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi",
+             b"0tLS0tQkVHSU4g", b"tLS0tLUJFR0lOI")
     return any(mark in content for mark in marks)
 
 
@@ -2073,10 +2075,10 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
-        self._sources: list[Source] = [
-            *options.secret, *([] if options.configmap_selector is None else [(selected, "")]),
-            *options.configmap]
+        selector = options.configmap_selector
+        selected = [] if selector is None else [
+            (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
+        self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
         self._parsers: dict[Resource, Callable[[dict[str, Json]], Any]] = {
             CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
@@ -2133,10 +2135,8 @@ class Sources:
                 self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
-            files={}, missing=[], stale=[],
-            notes=[bad for r in reflectors for bad in r.bad.values()],
-            unknown=[str(r.query) for r in reflectors if not r.synced],
-        )
+            {}, [bad for r in reflectors for bad in r.bad.values()], missing=[], stale=[],
+            unknown=[str(r.query) for r in reflectors if not r.synced])
         if wanted.unknown:
             return wanted
         layers: list[Rendering] = []
@@ -2156,21 +2156,20 @@ class Sources:
 
     def _named(self, query: Query, directory: str, wanted: Wanted) -> Rendering:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        key, reflector = (query.namespace, query.name), self._reflectors[query]
-        source, bad = (query, directory), key in reflector.bad
-        found = None if bad else reflector.objects().get(key)
-        prefix = f"{directory}/" if directory else ""
-        files = {prefix + path: file for path, file in found.files.items()} if found else {}
-        warnings = [*found.warnings] if found else []
+        source, key = (query, directory), (query.namespace, query.name)
+        bad = key in self._reflectors[query].bad
+        found = None if bad else self._reflectors[query].objects().get(key)
+        named, warnings = found or Rendering({})
+        files = {os.path.join(directory, name): file for name, file in named.items()}
         if files or (found and not self._kept.get(source)):
             self._kept[source] = files
         elif source not in self._kept:
             wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
-                warnings.append(hint)
+                warnings = [hint]
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            warnings.append(f"{query} {state}: its last files stay published")
+            warnings = [*warnings, f"{query} {state}: its last files stay published"]
             wanted.stale.append(str(query))
         return Rendering(self._kept.get(source, {}), warnings)
 
