@@ -1741,7 +1741,7 @@ class Renderer:
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         inputs = objects.services, other_files
-        planned, routes, warnings = self._changed(self._plan, {"": inputs})[""]
+        planned, routes, warnings = self._results(self._plan, {"": inputs})[""]
         warnings = [*warnings]
         zone = own_zone(self._config, self._node_name, objects.nodes)
         if zone is None and self._config.endpoint_prefer_zone:
@@ -1758,19 +1758,19 @@ class Renderer:
             calls[key] = (key, clusters, slices[key], zone, nodes)
         files: dict[str, File] = {}
         resources: list[bytes] = []
-        for key, (texts, eds, problems) in self._changed(self._service, calls).items():
+        for key, (texts, eds, problems) in self._results(self._service, calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
         prefix = self._config.route_annotation_prefix
         comment = f"# Routes: from the annotations {prefix}/... of Services.\n{MADE_BY}"
-        files |= self._changed(self._file, {
+        files |= self._results(self._file, {
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [routes])})
         return Rendering(files, tuple(sorted(warnings)))
 
-    def _changed(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
+    def _results(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
                  ) -> dict[Any, Json]:
         """The results of a function by key. It is called only where arguments differ from the last
         time's. (Unchanged objects are the same objects: comparing them ends at identity.)"""
@@ -1783,7 +1783,7 @@ class Renderer:
     def _plan(self, services: Mapping[Key, Service], other_files: int
               ) -> tuple[dict[Key, list[Cluster]], bytes, list[str]]:
         """What follows from the Services alone: clusters, the RouteConfiguration, warnings."""
-        plans: dict[Key, ServicePlan] = self._changed(plan_service, {
+        plans: dict[Key, ServicePlan] = self._results(plan_service, {
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
@@ -1797,7 +1797,15 @@ class Renderer:
                 problems[key].append("is not routed: it has no cluster of its own")
                 route = route._replace(cluster="")
             routes += [route] if route else []
-        rendered = self._route_configuration(routes, problems)
+        hosts = self._results(self._host, {host: (host, routed) for host, routed
+                                           in sorted(routes_by_host(routes, problems).items())})
+        splits = defaultdict[Key, list[str]](list)
+        for key, is_problem, text in itertools.chain(*(said for _, said in hosts.values())):
+            (problems if is_problem else splits)[key].append(text)
+        lines = {service_line(key, texts) for key, texts in splits.items()}
+        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
+            log.info("%s", line)
+        self._splits = lines
         warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             warnings = ["--services: no Service matches the selector"]
@@ -1805,7 +1813,9 @@ class Renderer:
         if inlined and self._endpoints == AUTO:
             warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
                             f"{shortened(inlined)}")
-        return clusters, rendered, warnings
+        head = {"@type": ROUTE_TYPE, "name": self._config.route_name}
+        written = [text for text, _ in hosts.values()]
+        return clusters, with_list(self._fmt, head, "virtual_hosts", written, "  "), warnings
 
     def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
         """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
@@ -1819,23 +1829,6 @@ class Renderer:
         metrics.replace("xds_loader_clusters", {
             (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
             (DNS,): len(clusters) - len(names)})
-
-    def _route_configuration(self, routes: Iterable[Route], problems: Mapping[Key, list[str]]
-                             ) -> bytes:
-        """The RouteConfiguration, of virtual hosts that were written before."""
-        hosts = self._changed(self._host, {host: (host, routed) for host, routed
-                                           in sorted(routes_by_host(routes, problems).items())})
-        splits = defaultdict[Key, list[str]](list)
-        for _, said in hosts.values():
-            for key, is_problem, text in said:
-                (problems if is_problem else splits)[key].append(text)
-        lines = {service_line(key, texts) for key, texts in splits.items()}
-        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
-            log.info("%s", line)
-        self._splits = lines
-        head = {"@type": ROUTE_TYPE, "name": self._config.route_name}
-        written = [text for text, _ in hosts.values()]
-        return with_list(self._fmt, head, "virtual_hosts", written, "  ")
 
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
         found, said = virtual_host(host, routes)
@@ -1961,10 +1954,9 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a text must not be shown: an SDS resource, a private key, or PEM in base64, wherever
-    in it `-----BEGIN` is."""
-    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi",
-             b"0tLS0tQkVHSU4g", b"tLS0tLUJFR0lOI")
+    """Whether a text must not be shown: an SDS resource, a private key, or PEM, also in base64."""
+    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret",
+             b"LS0tLS1CRUdJTi", b"0tLS0tQkVHSU4g", b"tLS0tLUJFR0lOI")  # -----BEGIN, wherever it is
     return any(mark in content for mark in marks)
 
 
@@ -2039,13 +2031,13 @@ COUNTED = {  # in warnings: what a file has of it, and how each begins
     "rds": ("routes", rb'- match:|{"match":')}
 
 
-def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
+def overlaid(layers: Iterable[Rendering]) -> Rendering:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
     cannot be where another source has a directory: it is left out."""
-    files: dict[str, File] = {}
-    warnings = []
+    files, warnings = dict[str, File](), list[str]()
     for layer in layers:
-        for path, file in layer.items():
+        warnings += layer.warnings
+        for path, file in layer.files.items():
             lost = files.get(path, file)
             if lost.source != file.source:
                 what, pattern = COUNTED.get(lost.kind, ("", b""))
@@ -2057,7 +2049,7 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     for path in sorted(directories & files.keys()):
         source = files.pop(path).source
         warnings.append(f"{path} of {source} left out: others have a directory there")
-    return files, warnings
+    return Rendering(files, warnings)
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
@@ -2149,8 +2141,8 @@ class Sources:
                 wanted.notes.append(f"{query}: none exist")
         if self._renderer is not None:
             layers.insert(0, self._render(self._renderer, layers))
-        files, warnings = overlaid(layer.files for layer in layers)
-        wanted.notes.extend(itertools.chain(warnings, *(layer.warnings for layer in layers)))
+        files, warnings = overlaid(layers)
+        wanted.notes.extend(warnings)
         return wanted._replace(files={path: with_kind(path, file, published.get(path))
                                       for path, file in files.items()})
 
