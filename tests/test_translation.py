@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import loader
 from tests.conftest import RunLoader
 from tests.support import rendering as r
+from tests.support.apiserver import ApiServer
 from tests.support.rendering import (
     Object,
     assignment,
@@ -46,7 +47,7 @@ HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 def counted() -> dict[str, int]:
     """How many clusters of each mode were rendered last, as the metrics say it."""
     pattern = r'^xds_loader_clusters\{endpoints="(\w+)"\} (\d+)$'
-    found = re.findall(pattern, loader.metrics.render().decode(), re.M)
+    found = re.findall(pattern, loader.metrics.render(), re.M)
     return {mode: int(count) for mode, count in found}
 
 
@@ -369,16 +370,28 @@ def test_prefer_zone_true_is_the_zone_of_the_own_node() -> None:
     assert shown(found) == ["r1/0 10.0.0.2:8080", "r0/1 10.0.0.1:8080"]
 
 
-def test_nodes_are_needed_only_where_they_matter() -> None:
-    cases: list[tuple[Object, bool]] = [
-        ({}, False),
-        ({"endpoint": {"prefer_zone": "a"}}, False),
-        ({"endpoint": {"prefer_zone": True}}, True),
-        ({"endpoint": {"locality": {"zone": {"label": "x"}}}}, True),
-        ({"endpoint": {"locality": {"zone": {"node_name": True}}}}, False),
-    ]
-    for config, needed in cases:
-        assert loader.needs_nodes(loader.config_from(config)) == needed
+@pytest.mark.parametrize(
+    ("endpoint_config", "asked"),
+    [
+        ({}, []),
+        ({"prefer_zone": "a"}, []),
+        ({"prefer_zone": True}, ["metadata.name=n1"]),
+        ({"locality": {"zone": {"label": "x"}}}, [""]),
+        ({"locality": {"zone": {"label": "x"}}, "prefer_zone": True}, [""]),
+        ({"locality": {"zone": {"node_name": True}}}, []),
+    ],
+)
+def test_nodes_are_asked_for_only_where_they_matter(
+    api: ApiServer, run_loader: RunLoader, tmp_path: Path, endpoint_config: Object, asked: list[str]
+) -> None:
+    """For others the loader needs no permission to read them; and all only for their labels."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"endpoint": endpoint_config}))
+    words = ("--onetime", "--services", "*", "--config", str(config))
+    done = run_loader(*words, env={"NODE_NAME": "n1"})
+    assert done.returncode == 0, done.stderr
+    lists = api.requests.matching(lambda one: one.path == "/api/v1/nodes")
+    assert [one.query.get("fieldSelector", "") for one in lists] == asked
 
 
 # ------------------------------------------------------------------------------------------
@@ -590,10 +603,10 @@ def test_the_budget_is_a_sixteenth_of_the_instances(
 ) -> None:
     limit = tmp_path / "max_user_instances"
     monkeypatch.setattr(loader, "MAX_USER_INSTANCES", str(limit))
-    assert loader.inotify_budget(loader.Config()) == 8
+    assert loader.inotify_budget(loader.DEFAULTS) == 8
     limit.write_text("8192\n")
-    assert loader.inotify_budget(loader.Config()) == 512
-    assert loader.inotify_budget(loader.Config(endpoint_eds_budget=3)) == 3
+    assert loader.inotify_budget(loader.DEFAULTS) == 512
+    assert loader.inotify_budget(loader.config_from({"endpoint": {"eds_budget": 3}})) == 3
 
 
 # ------------------------------------------------------------------------------------------
