@@ -1594,23 +1594,16 @@ def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequenc
     return text if fmt == "json" else comment.encode() + text
 
 
-class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts."""
-
-    form: str  # "json" or "yaml"
-    texts: Mapping[str, bytes]
-
-
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
-def clusters_of(file: File) -> Clusters | None:
-    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
+def clusters_of(file: File) -> Mapping[str, bytes] | None:
+    """The clusters by name, as texts, of CDS that is JSON or our own YAML; else None."""
     content = file.content
     try:
         if content.startswith(b"{"):
-            form, resources = "json", parse_json(content).get("resources", [])
+            resources = parse_json(content).get("resources", [])
             texts = {str(each["name"]): COMPACT_JSON.encode(each).encode() for each in resources}
         elif content.startswith(CDS_COMMENT.encode()):
-            form, resources = "yaml", content.removesuffix(b"\n").split(b"\n- ")[1:]
+            resources = content.removesuffix(b"\n").split(b"\n- ")[1:]
             if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
                 return None  # somebody else wrote a byte
             names = re.findall(rb"\n- .*\n  name: (.*)", content)
@@ -1620,14 +1613,14 @@ def clusters_of(file: File) -> Clusters | None:
             return None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Clusters(form, texts) if len(texts) == len(resources) else None
+    return texts if len(texts) == len(resources) else None
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
     """The clusters in the CDS that a loader left, and whether each is on EDS."""
     left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
     return {name: EDS if b"eds_cluster_config" in text else INLINE
-            for found in left if found for name, text in found.texts.items()}
+            for found in left if found for name, text in found.items()}
 
 
 def inotify_budget(config: Config) -> int:
@@ -1782,8 +1775,7 @@ class Renderer:
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
 # resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
-# base64, so that every byte arrives. No text made here (error, warning, repr, redaction) has a byte
-# of a key in it.
+# base64, so that every byte arrives. No text made here to be read has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
@@ -2151,17 +2143,18 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
-    if one is None or two is None or one.form != two.form:
+    if one is None or two is None or old.content[:1] != new.content[:1]:  # JSON beside YAML
         fewer = names_in(new.content) < names_in(old.content)
         return old if fewer or keep is not None else new
-    extra = {name: text for name, text in one.texts.items()
-             if name not in two.texts and (keep is None or name in keep)}
+    extra = {name: text for name, text in one.items()
+             if name not in two and (keep is None or name in keep)}
     if not extra:
         return new
-    if {**extra, **two.texts} == one.texts:
+    if {**extra, **two} == one:
         return old  # nothing new: the old file is the union
-    content = discovery_response(two.form, CDS_COMMENT, CLUSTER_TYPE,
-                                 [*two.texts.values(), *extra.values()])
+    form = "json" if new.content.startswith(b"{") else "yaml"
+    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE,
+                                 [*two.values(), *extra.values()])
     return file_of(content, new.source, new.mode, "cds")
 
 
@@ -2186,7 +2179,7 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
     for file in files:
         if file.kind == "cds":
             known = clusters_of(file)
-            names |= known.texts.keys() if known else names_in(file.content)
+            names |= names_in(file.content) if known is None else known.keys()
     return frozenset(names)
 
 
@@ -2218,8 +2211,8 @@ def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
 @functools.lru_cache(maxsize=4)
 def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
     """By the places that clusters name: the names in each of these clusters."""
-    if known := clusters_of(cds):
-        blocks = list(known.texts.values())
+    if (known := clusters_of(cds)) is not None:
+        blocks = list(known.values())
     else:  # block YAML, as its dashes divide it
         first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
         blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
