@@ -1528,6 +1528,8 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
     r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
+# What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
+UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 SERVICES_SOURCE = "services"  # of every rendered file
@@ -1550,7 +1552,7 @@ def yaml_scalar(value: Json) -> str:
     text = COMPACT_JSON.encode(value)
     if type(value) is float and "." not in text:
         return text.replace("e", ".0e")  # 1e+16 is a string in YAML 1.1
-    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
@@ -1568,67 +1570,57 @@ def yaml_text(value: Json, indent: str) -> str:
     return f" {yaml_scalar(value)}"
 
 
-def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """An item of a list: "yaml" for people; "json", which Envoy reads five times faster."""
+def element(fmt: str, value: Json, indent: str = "  ") -> bytes:
+    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
-    return yaml_text(value, f"\n{indent}  ").lstrip().encode()
+    return yaml_text(value, f"\n{indent}").lstrip().encode()
 
 
-def elements(fmt: str, items: Iterable[bytes], indent: str = "") -> bytes:
-    """A list of what element() wrote."""
+def with_list(fmt: str, value: Json, name: str, elements: Sequence[bytes], indent: str) -> bytes:
+    """What element() writes, and as its last member a list of elements that were written before."""
+    text = element(fmt, {**value, name: []}, indent)
     if fmt == "json":
-        return b"[\n%s\n]" % b",\n".join(items)
-    return b"".join(b"\n%s- %s" % (indent.encode(), item) for item in items) or b" []"
+        return text[:-2] + b"\n" + b",\n".join(elements) + b"\n]}"
+    dash = f"\n{indent}- ".encode()
+    return dash.join([text.removesuffix(b" []"), *elements]) if elements else text
 
 
 def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    body = elements(fmt, resources)
-    version = hashlib.sha256(body).hexdigest()[:16]
-    if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":'
-        return b"%s%s}\n" % (head.encode(), body)
-    head = f'{comment}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return b"%s%s\n" % (head.encode(), body)
-
-
-class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts."""
-
-    form: str  # "json" or "yaml"
-    texts: Mapping[str, bytes]
+    version = hashlib.sha256(b"\n".join(resources)).hexdigest()[:16]
+    head = {"version_info": version, "type_url": type_url}
+    text = with_list(fmt, head, "resources", resources, "") + b"\n"
+    return text if fmt == "json" else comment.encode() + text
 
 
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
-def clusters_of(file: File) -> Clusters | None:
-    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
+def clusters_of(file: File) -> Mapping[str, bytes] | None:
+    """The clusters by name, as texts, of CDS that is JSON or our own YAML; else None."""
     content = file.content
     try:
         if content.startswith(b"{"):
-            form, resources = "json", parse_json(content).get("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
+            resources = parse_json(content).get("resources", [])
+            texts = {str(each["name"]): COMPACT_JSON.encode(each).encode() for each in resources}
         elif content.startswith(CDS_COMMENT.encode()):
-            form, resources = "yaml", content.removesuffix(b"\n").split(b"\n- ")[1:]
+            resources = content.removesuffix(b"\n").split(b"\n- ")[1:]
             if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
                 return None  # somebody else wrote a byte
-            names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ") for text in resources]
+            names = re.findall(rb"\n- .*\n  name: (.*)", content)
             texts = {json.loads(name) if name.startswith(b'"') else name.decode(): text
                      for name, text in zip(names, resources, strict=True)}
         else:
             return None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Clusters(form, texts) if len(texts) == len(resources) else None
+    return texts if len(texts) == len(resources) else None
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
     """The clusters in the CDS that a loader left, and whether each is on EDS."""
     left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
     return {name: EDS if b"eds_cluster_config" in text else INLINE
-            for found in left if found for name, text in found.texts.items()}
+            for found in left if found for name, text in found.items()}
 
 
 def inotify_budget(config: Config) -> int:
@@ -1660,7 +1652,7 @@ class Renderer:
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         inputs = objects.services, other_files
-        planned, routes, warnings = self._changed(self._plan, {"": inputs})[""]
+        planned, routes, warnings = self._results(self._plan, {"": inputs})[""]
         warnings = [*warnings]
         zone = own_zone(self._config, self._node_name, objects.nodes)
         if zone is None and self._config["endpoint"]["prefer_zone"]:
@@ -1677,19 +1669,19 @@ class Renderer:
             calls[key] = (key, clusters, slices[key], zone, nodes)
         files: dict[str, File] = {}
         resources: list[bytes] = []
-        for key, (texts, eds, problems) in self._changed(self._service, calls).items():
+        for key, (texts, eds, problems) in self._results(self._service, calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
         prefix = self._config["route"]["annotation_prefix"]
         comment = f"# Routes: from the annotations {prefix}/... of Services.\n{MADE_BY}"
-        files |= self._changed(self._file, {
+        files |= self._results(self._file, {
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [routes])})
         return Rendering(files, tuple(sorted(warnings)))
 
-    def _changed(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
+    def _results(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
                  ) -> dict[Any, Json]:
         """The results of a function by key. It is called only where arguments differ from the last
         time's. (Unchanged objects are the same objects: comparing them ends at identity.)"""
@@ -1702,14 +1694,22 @@ class Renderer:
     def _plan(self, services: Mapping[Key, Service], other_files: int
               ) -> tuple[dict[Key, list[Cluster]], bytes, list[str]]:
         """What follows from the Services alone: clusters, the RouteConfiguration, warnings."""
-        plans: dict[Key, ServicePlan] = self._changed(plan_service, {
+        plans: dict[Key, ServicePlan] = self._results(plan_service, {
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         clusters, routes = owned_by_age(plans, by_age, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
-        rendered = self._route_configuration(routes, problems)
+        hosts = self._results(self._host, {host: (host, routed)
+                                           for host, routed in sorted(routes.items())})
+        splits = defaultdict[Key, list[str]](list)
+        for key, is_problem, text in itertools.chain(*(said for _, said in hosts.values())):
+            (problems if is_problem else splits)[key].append(text)
+        lines = {service_line(key, texts) for key, texts in splits.items()}
+        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
+            log.info("%s", line)
+        self._splits = lines
         warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             warnings = ["--services: no Service matches the selector"]
@@ -1717,7 +1717,9 @@ class Renderer:
         if inlined and self._endpoints == AUTO:
             warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
                             f"{shortened(inlined)}")
-        return clusters, rendered, warnings
+        head = {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]}
+        written = [text for text, _ in hosts.values()]
+        return clusters, with_list(self._fmt, head, "virtual_hosts", written, "  "), warnings
 
     def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
         """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
@@ -1732,28 +1734,9 @@ class Renderer:
             (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
             (DNS,): len(clusters) - len(names)})
 
-    def _route_configuration(self, routes: Mapping[str, list[Route]],
-                             problems: Mapping[Key, list[str]]) -> bytes:
-        """The RouteConfiguration, of virtual hosts that were written before."""
-        hosts = self._changed(self._host, {host: (host, routed)
-                                           for host, routed in sorted(routes.items())})
-        splits = defaultdict[Key, list[str]](list)
-        for _, said in hosts.values():
-            for key, is_problem, text in said:
-                (problems if is_problem else splits)[key].append(text)
-        lines = {service_line(key, texts) for key, texts in splits.items()}
-        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
-            log.info("%s", line)
-        self._splits = lines
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]})
-        texts = elements(self._fmt, [text for text, _ in hosts.values()], "  ")
-        if self._fmt == "json":
-            return b'%s,"virtual_hosts":%s}' % (head[:-1], texts)
-        return b"%s\n  virtual_hosts:%s" % (head, texts)
-
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
         found, said = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), said
+        return element(self._fmt, found, "    "), said
 
     def _service(self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
                  zone: str | None, nodes: Mapping[str, Texts]
@@ -1792,13 +1775,11 @@ class Renderer:
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
 # resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
-# base64, so that every byte arrives. No text made here (error, warning, repr, redaction) has a byte
-# of a key in it.
+# base64, so that every byte arrives. No text made here to be read has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-STEM_BYTES = 245  # leaves room for `_ca.yaml` in a file name of 255 bytes
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
@@ -1806,7 +1787,8 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     object must not be kept: an annotation often holds the key again."""
     names = object_key(obj)
     label, stem = "/".join(names), "_".join(names)  # no object name has `_`
-    if not all(re.fullmatch(OBJECT_NAME, name) for name in names) or len(stem) > STEM_BYTES:
+    valid = all(re.fullmatch(OBJECT_NAME, name) for name in names)
+    if not valid or len(f"{stem}_ca.{form}") > 255:  # NAME_MAX of every file system that we know
         raise ValueError("a secret without a valid namespace and name, or too long for a file name")
     held = json_object(obj.get("data"))
     cert, key, ca = (decode_key(held.get(entry), entry)
@@ -1872,8 +1854,9 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource, a private key, or PEM in base64."""
-    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
+    """Whether a text must not be shown: an SDS resource, a private key, or PEM, also in base64."""
+    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret",
+             b"LS0tLS1CRUdJTi", b"0tLS0tQkVHSU4g", b"tLS0tLUJFR0lOI")  # -----BEGIN, wherever it is
     return any(mark in content for mark in marks)
 
 
@@ -1948,13 +1931,13 @@ COUNTED = {  # in warnings: what a file has of it, and how each begins
     "rds": ("routes", rb'- match:|{"match":')}
 
 
-def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
+def overlaid(layers: Iterable[Rendering]) -> Rendering:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
     cannot be where another source has a directory: it is left out."""
-    files: dict[str, File] = {}
-    warnings = []
+    files, warnings = dict[str, File](), list[str]()
     for layer in layers:
-        for path, file in layer.items():
+        warnings += layer.warnings
+        for path, file in layer.files.items():
             lost = files.get(path, file)
             if lost.source != file.source:
                 what, pattern = COUNTED.get(lost.kind, ("", b""))
@@ -1966,7 +1949,7 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     for path in sorted(directories & files.keys()):
         source = files.pop(path).source
         warnings.append(f"{path} of {source} left out: others have a directory there")
-    return files, warnings
+    return Rendering(files, warnings)
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
@@ -1977,11 +1960,6 @@ def with_kind(path: str, file: File, before: File | None) -> File:
     return file if file.kind == kind else file._replace(kind=kind)
 
 
-PARSERS: dict[Resource, Callable[..., Any]] = {
-    CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
-    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: texts_of}
-
-
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
 
@@ -1989,11 +1967,16 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
-        self._sources: list[Source] = [
-            *options.secret, *([] if options.configmap_selector is None else [(selected, "")]),
-            *options.configmap]
+        selector = options.configmap_selector
+        selected = [] if selector is None else [
+            (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
+        self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
+        self._parsers: dict[Resource, Callable[[dict[str, Json]], Any]] = {
+            CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
+            ENDPOINTSLICES: endpointslice_from, NODES: texts_of,
+            SECRETS: functools.partial(
+                secret_from, form=options.format, mode=options.secret_mode)}
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -2020,11 +2003,9 @@ class Sources:
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-        options, parse = self._options, PARSERS[query.resource]
-        if query.resource is SECRETS:
-            parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options), self._wake, options)
+            query, self._parsers[query.resource], self._file or Api(self._options), self._wake,
+            self._options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2045,53 +2026,45 @@ class Sources:
                 self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
-            files={}, missing=[], stale=[],
-            notes=[bad for r in reflectors for bad in r.bad.values()],
-            unknown=[str(r.query) for r in reflectors if not r.synced],
-        )
+            {}, [bad for r in reflectors for bad in r.bad.values()], missing=[], stale=[],
+            unknown=[str(r.query) for r in reflectors if not r.synced])
         if wanted.unknown:
             return wanted
-        layers: list[Files] = []
-        for source in self._sources:
-            if source[0].name:
-                layers.append(self._named(source, wanted))
-                continue
-            selected = self._reflectors[source[0]].objects()
-            wanted.notes.extend([] if selected else [f"{source[0]}: none exist"])
-            for _, configmap in sorted(selected.items()):
-                wanted.notes.extend(configmap.warnings)
-                layers.append(configmap.files)
+        layers: list[Rendering] = []
+        for query, directory in self._sources:
+            if query.name:
+                layers.append(self._named(query, directory, wanted))
+            elif selected := self._reflectors[query].objects():
+                layers += [selected[key] for key in sorted(selected)]
+            else:
+                wanted.notes.append(f"{query}: none exist")
         if self._renderer is not None:
-            rendering = self._render(self._renderer, layers)
-            wanted.notes.extend(rendering.warnings)
-            layers.insert(0, rendering.files)
+            layers.insert(0, self._render(self._renderer, layers))
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
         files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
         return Wanted(files, *wanted[1:])
 
-    def _named(self, source: Source, wanted: Wanted) -> Files:
+    def _named(self, query: Query, directory: str, wanted: Wanted) -> Rendering:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        query, directory = source
-        key, reflector = (query.namespace, query.name), self._reflectors[query]
-        bad = key in reflector.bad
-        found = None if bad else reflector.objects().get(key)
-        prefix = f"{directory}/" if directory else ""
-        files = {prefix + path: file for path, file in found.files.items()} if found else {}
-        wanted.notes.extend(found.warnings if found else ())
+        source, key = (query, directory), (query.namespace, query.name)
+        bad = key in self._reflectors[query].bad
+        found = None if bad else self._reflectors[query].objects().get(key)
+        named, warnings = found or Rendering({})
+        files = {os.path.join(directory, name): file for name, file in named.items()}
         if files or (found and not self._kept.get(source)):
             self._kept[source] = files
         elif source not in self._kept:
             wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
-                wanted.notes.append(hint)
+                warnings = [hint]
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            wanted.notes.append(f"{query} {state}: its last files stay published")
+            warnings = [*warnings, f"{query} {state}: its last files stay published"]
             wanted.stale.append(str(query))
-        return self._kept.get(source, {})
+        return Rendering(self._kept.get(source, {}), warnings)
 
-    def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
+    def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
         found = defaultdict[Resource, dict[Key, Any]](dict)
         for query, reflector in self._reflectors.items():
@@ -2099,7 +2072,7 @@ class Sources:
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
-        kinds = {path: file.kind for layer in others for path, file in layer.items()}
+        kinds = {path: file.kind for layer in others for path, file in layer.files.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
         return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
@@ -2170,17 +2143,18 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
-    if one is None or two is None or one.form != two.form:
+    if one is None or two is None or old.content[:1] != new.content[:1]:  # JSON beside YAML
         fewer = names_in(new.content) < names_in(old.content)
         return old if fewer or keep is not None else new
-    extra = {name: text for name, text in one.texts.items()
-             if name not in two.texts and (keep is None or name in keep)}
+    extra = {name: text for name, text in one.items()
+             if name not in two and (keep is None or name in keep)}
     if not extra:
         return new
-    if {**extra, **two.texts} == one.texts:
+    if {**extra, **two} == one:
         return old  # nothing new: the old file is the union
-    content = discovery_response(two.form, CDS_COMMENT, CLUSTER_TYPE,
-                                 [*two.texts.values(), *extra.values()])
+    form = "json" if new.content.startswith(b"{") else "yaml"
+    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE,
+                                 [*two.values(), *extra.values()])
     return file_of(content, new.source, new.mode, "cds")
 
 
@@ -2205,7 +2179,7 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
     for file in files:
         if file.kind == "cds":
             known = clusters_of(file)
-            names |= known.texts.keys() if known else names_in(file.content)
+            names |= names_in(file.content) if known is None else known.keys()
     return frozenset(names)
 
 
@@ -2237,8 +2211,8 @@ def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
 @functools.lru_cache(maxsize=4)
 def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
     """By the places that clusters name: the names in each of these clusters."""
-    if known := clusters_of(cds):
-        blocks = list(known.texts.values())
+    if (known := clusters_of(cds)) is not None:
+        blocks = list(known.values())
     else:  # block YAML, as its dashes divide it
         first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
         blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
