@@ -882,8 +882,8 @@ class Objects(NamedTuple):
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
-    """The member of a raw object; null and absent are the kind's empty value. Strings are interned:
-    zones, nodes and names of ports are few and are held thousands of times."""
+    """The member of a raw object; null and absent are the kind's empty value. Numbers are ports.
+    Strings are interned: zones, nodes and names of ports are few and held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
@@ -891,24 +891,18 @@ def member(parent: Json, key: str, kind: type) -> Json:
         return kind()
     if type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    if type(value) is not str:
-        return value
-    value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-    return sys.intern(value) if len(value) <= 128 else value
+    if type(value) is str:
+        value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
+        return sys.intern(value) if len(value) <= 128 else value
+    if type(value) is int and not 0 <= value <= 65535:
+        raise ValueError(f"{key}: a port is between 1 and 65535")
+    return value
 
 
 def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
     """Labels or annotations of an object."""
     found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
-
-
-def port_number(parent: Json, key: str) -> int:
-    """A port, 0 where there is none."""
-    number: int = member(parent, key, int)
-    if not 0 <= number <= 65535:
-        raise ValueError(f"{key}: a port is between 1 and 65535")
-    return number
 
 
 def dns_label(parent: Json, key: str) -> str:
@@ -926,8 +920,8 @@ def service_from(obj: Json) -> Service:
     address = member(spec, "externalName" if external else "clusterIP", str)
     headless, ports = address == "None" and not external, []
     for port in member(spec, "ports", list):
-        number, named = port_number(port, "port"), type(port.get("targetPort")) is str
-        target = 0 if named else port_number(port, "targetPort") or number
+        number, named = member(port, "port", int), type(port.get("targetPort")) is str
+        target = 0 if named else member(port, "targetPort", int) or number
         name = dns_label(port, "name") if port.get("name") else ""
         ports.append(ServicePort(
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
@@ -954,8 +948,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
     endpoints = []
     for item in member(obj, "endpoints", list):
         conditions = member(item, "conditions", dict)
-        # Null is ready, and serving if it is ready: so the other two only matter where `ready` is
-        # false, and null is false there.
+        # (Null is ready; where `ready` is false the other two matter, and null is false for them.)
         ready = conditions.get("ready") is None or member(conditions, "ready", bool)
         leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
         state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
@@ -973,7 +966,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
                  member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         name=member(metadata, "name", str),
         family=family,
-        ports=tuple((member(port, "name", str), port_number(port, "port"))
+        ports=tuple((member(port, "name", str), member(port, "port", int))
                     for port in member(obj, "ports", list)),
         endpoints=tuple(endpoints),
     )
@@ -1027,15 +1020,11 @@ DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
-
 Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 
 DEFAULTS: Config = {
-    "cluster": {
-        "base": {},
-        "name": "{namespace}/{service}/{port}",
-        "overrides": [],
-        "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
+    "cluster": {"base": {}, "name": "{namespace}/{service}/{port}", "overrides": [],
+                "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
     "cluster_domain": "cluster.local",
     "endpoint": {"eds_budget": None, "external_name": None, "families": None,
                  "include_not_ready": False, "locality": {}, "prefer_zone": False},
@@ -1293,9 +1282,10 @@ def protocol_of(port: ServicePort) -> str:
     """The name of a port's protocol: its appProtocol, else its name up to the first dash."""
     if port.protocol != "TCP":
         return ""
-    found = port.app_protocol.lower() or port.name.partition("-")[0]
-    unknown = found in ONLY_NAMES or found not in HTTP_PORTS
-    return "http" if port.app_protocol and unknown else found
+    if port.app_protocol:
+        found = port.app_protocol.lower()
+        return found if found in HTTP_PORTS - ONLY_NAMES else "http"
+    return port.name.partition("-")[0]
 
 
 def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str, Json]:
@@ -1377,15 +1367,13 @@ def assignment_of(
             seen.add((packed, number))
             where = present(protocol="UDP" if port.protocol == "UDP" else "",
                             address=address, port_value=number)
-            groups.setdefault((away, locality), []).append({
-                "endpoint": {"address": {"socket_address": where}}, **present(health_status=state)})
+            groups.setdefault((away, locality), []).append(present(
+                endpoint={"address": {"socket_address": where}}, health_status=state))
     all_away = all(away for away, _ in groups)
-    localities = []
-    for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
-        place = present(region=region, zone=zone, sub_zone=sub_zone)
-        shown = present(locality=place, priority=int(away and not all_away))
-        localities.append({**shown, "lb_endpoints": endpoints})
-    return {"cluster_name": cluster.name, **present(endpoints=localities)}
+    return present(cluster_name=cluster.name, endpoints=[
+        present(locality=present(region=region, zone=zone, sub_zone=sub_zone),
+                priority=int(away and not all_away), lb_endpoints=endpoints)
+        for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items())])
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1488,20 +1476,16 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
 def owned_by_age(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
-    """The clusters of each Service, and the routes of each host. What two claim belongs to the
-    oldest: the name of a cluster (of two Envoy would use the last, in silence) to a Service, a host
-    to its namespace. Who loses is named."""
-    firsts, owners = dict[str, tuple[Key, Cluster]](), dict[str, str]()
-    for key in by_age:
-        for cluster in plans[key].clusters:
-            firsts.setdefault(cluster.name, (key, cluster))
-        for host in plans[key].route.hosts:
-            owners.setdefault(host, key[0])
+    """The clusters of each Service, and the routes of each host, both in the order of names. What
+    two claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
+    last, in silence), a host to a namespace. Who loses is named."""
+    names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    routes: dict[str, list[Route]] = {}
-    for key, (planned, route, _) in plans.items():
+    routes = defaultdict[str, list[Route]](list)
+    for key in by_age:
+        planned, route, _ = plans[key]
         for cluster in planned:
-            owner, first = firsts[cluster.name]
+            owner, first = names.setdefault(cluster.name, (key, cluster))
             if first is cluster:
                 clusters[key].append(cluster)
             else:
@@ -1511,21 +1495,21 @@ def owned_by_age(
         if route.cluster and not routed:
             problems[key].append("is not routed: it has no cluster of its own")
         for host in route.hosts:
-            if owners[host] != key[0]:
+            namespace = hosts.setdefault(host, key[0])
+            if namespace != key[0]:
                 problems[key].append(
-                    f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
+                    f"is not routed at {host}: an older Service of namespace {namespace} has it")
             elif routed:
-                routes.setdefault(host, []).append(route)
-    return clusters, routes
+                routes[host].append(route)
+    return clusters, {host: sorted(routes[host]) for host in sorted(routes)}
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
     """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
     numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
     given = [weight for weight in weights if weight is not None]
-    if not given:
-        return [1] * len(weights)
-    rest, without = max(0, 100 - sum(given)), len(weights) - len(given)
+    without = len(weights) - len(given)
+    rest = max(0, 100 - sum(given)) if given else without
     parts = iter([rest // without + (i < rest % without) for i in range(without)])
     return [next(parts) if weight is None else weight for weight in weights]
 
@@ -1552,7 +1536,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, said
+    return present(name=host, domains=domains, routes=rendered), said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1778,7 +1762,7 @@ class Renderer:
         self._modes = self._decided(names, other_files)
         self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
                           for key, clusters in kept.items()}
-        hosts = self._hosts({host: (host, found) for host, found in sorted(routes.items())})
+        hosts = self._hosts({host: (host, found) for host, found in routes.items()})
         self._routes = self._route_configuration([text for text, _ in hosts.values()])
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
