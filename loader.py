@@ -1383,12 +1383,10 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name} are left out"
-        if not found.ports:
-            yield f"{where}: it has no ports"
-        for cluster in clusters:
-            if (cluster.port.name, 0) in found.ports:
-                yield f"{where}: its port {cluster.port.label} has no number"
+        reasons = [f"its port {cluster.port.label} has no number" for cluster in clusters
+                   if (cluster.port.name, 0) in found.ports]
+        for reason in reasons if found.ports else ["it has no ports"]:
+            yield f"endpoints of slice {found.name} are left out: {reason}"
     there = {found.family for found in used}
     if there and not there & set(clusters[0].families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
