@@ -842,8 +842,7 @@ class Service(NamedTuple):
     """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
     Of annotations that cannot be ours only the names are kept."""
 
-    namespace: str
-    name: str
+    key: Key
     created: str
     ports: tuple[ServicePort, ...]
     headless: bool
@@ -927,8 +926,7 @@ def service_from(obj: Json) -> Service:
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
             member(port, "appProtocol", str), target if headless else number))
     return Service(
-        namespace=dns_label(metadata, "namespace"),
-        name=dns_label(metadata, "name"),
+        key=(dns_label(metadata, "namespace"), dns_label(metadata, "name")),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(ports),
         headless=headless,
@@ -1251,8 +1249,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    namespace, settings = service.namespace, config["cluster"]
-    name = settings["name"].format(namespace=namespace, service=service.name, port=port.label)
+    settings, (namespace, service_name) = config["cluster"], service.key
+    name = settings["name"].format(namespace=namespace, service=service_name, port=port.label)
     facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
     overrides, by_name = [], False
     for override in settings["overrides"]:
@@ -1262,11 +1260,11 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
                    and all(one.get(key, fact) == fact for key, fact in facts.items())]
         by_name = by_name or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (namespace, service.name) == ("default", "kubernetes")
+    api_server = service.key == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    dns_name = f"{service.name}.{namespace}.svc.{config['cluster_domain']}"
+    dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
     host = service.external_name or dns_name
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
@@ -1296,18 +1294,14 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
             "@type": TYPE_PREFIX + HTTP_OPTIONS,
             "auto_config": None, "use_downstream_protocol_config": None,
             "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
-                                     "http2_protocol_options": {}},
-        }}
+                                     "http2_protocol_options": {}}}}
     if protocol in TLS_PORTS:
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
-        alpn = ["h2"] if protocol in HTTP2_PORTS else []
-        patch["transport_socket"] = {
-            "name": "envoy.transport_sockets.tls",
-            "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
-                             "common_tls_context": present(
-                                 alpn_protocols=alpn, validation_context=validation)},
-        }
+        patch["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
+            "@type": UPSTREAM_TLS_TYPE, "sni": host, "common_tls_context": present(
+                alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [],
+                validation_context=validation)}}
     return patch
 
 
@@ -1338,14 +1332,13 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    port, used = cluster.port, [found for found in slices if found.family in cluster.families]
-    candidates: list[tuple[Any, ...]] = []  # sorted: by address and port, and the best state first
+    port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted: the best state comes first
+    used = [found for found in slices if found.family in cluster.families and not cluster.host]
     if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
         numbers = {number for found in slices for name, number in found.ports
                    if number and name == port.name}
         number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
         candidates = [(0, b"", number, HEALTHY, False, ("", "", ""), cluster.host)]
-        used = []
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
     worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
@@ -1396,18 +1389,17 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route:
     """What the annotations of a Service ask for. One that is not routed for an error still claims
     its hosts: a typing error must not hand them to another namespace."""
-    key, ours = (service.namespace, service.name), config["route"]["annotation_prefix"] + "/"
-    given = {name.removeprefix(ours): value.strip()
-             for name, value in service.annotations.items() if name.startswith(ours)}
-    unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
+    (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
+    given = {key.removeprefix(ours): text.strip()
+             for key, text in service.annotations.items() if key.startswith(ours)}
+    unknown = sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS))
     if unknown:
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
-        return Route(key)
+        return Route(service.key)
     suffix = f".svc.{config['route']['suffix']}".lower()
-    asked = comma_separated((
-        given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
-    hosts = [host for host in asked[:HOSTS_MOST] if may_have(service, host, suffix)]
+    asked = comma_separated((given.get("hosts") or f"{name}.{namespace}{suffix}").lower())
+    hosts = [host for host in asked[:HOSTS_MOST] if may_have(namespace, host, suffix)]
     if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
         problems.append(
             f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
@@ -1418,13 +1410,13 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
-        return Route(key, hosts)
+        return Route(service.key, hosts)
     weight, number = given.get("weight"), None
     if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return Route(key, hosts, prefixes, number, cluster)
+    return Route(service.key, hosts, prefixes, number, cluster)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1432,15 +1424,15 @@ def comma_separated(text: str) -> list[str]:
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
-def may_have(service: Service, host: str, suffix: str) -> bool:
+def may_have(namespace: str, host: str, suffix: str) -> bool:
     """Whether a Service may have a host: names of Services are their namespace's alone, also with
     `*` for an end of the suffix."""
     name, svc, end = host.rpartition(".svc.")
     if host.endswith(suffix):
         name = host.removesuffix(suffix)
     elif not (svc and end.endswith("*") and suffix.startswith(svc + end[:-1])):
-        name = service.namespace  # no name of a Service
-    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
+        name = namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == namespace
 
 
 def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
