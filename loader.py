@@ -1251,17 +1251,16 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     """The cluster of a port; None where it is not wanted."""
     settings, (namespace, service_name) = config["cluster"], service.key
     name = settings["name"].format(namespace=namespace, service=service_name, port=port.label)
-    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
-    overrides, by_name = [], False
+    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label,
+             "labels": service.labels}
+    overrides, wanted = [], service.key != ("default", "kubernetes")
     for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
-                   if one.get("labels", {}).items() <= service.labels.items()
-                   and all(one.get(key, fact) == fact for key, fact in facts.items())]
-        by_name = by_name or any("cluster_name" in one for one in matches)
+                   if merge(facts, one) == facts]  # it adds nothing that is not so
+        wanted = wanted or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = service.key == ("default", "kubernetes")
-    if (api_server and not by_name) or any("suppress" in override for override in overrides):
+    if not wanted or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
     dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
