@@ -913,7 +913,6 @@ def dns_label(parent: Json, key: str) -> str:
 
 
 def service_from(obj: Json) -> Service:
-    """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
@@ -939,7 +938,6 @@ def service_from(obj: Json) -> Service:
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
-    """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
@@ -1213,7 +1211,6 @@ class ServicePlan(NamedTuple):
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
-    """One line for one Service, whatever there is to say about it."""
     return f"service {'/'.join(key)}: {shortened(problems, '; ')}"
 
 
@@ -1419,7 +1416,6 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
 
 
 def comma_separated(text: str) -> list[str]:
-    """The items of a comma-separated list, sorted, each once."""
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
