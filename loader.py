@@ -1094,10 +1094,6 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
-def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config["endpoint"]["locality"].values())
-
-
 def merge(into: Json, more: Json) -> Json:
     """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
     append, and an object of another `@type` replaces the whole. Neither argument is changed."""
@@ -1981,8 +1977,9 @@ class Sources:
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
             self._reflect(Query(ENDPOINTSLICES, namespace))
-        by_label = by_node_label(self._config)  # which needs all Nodes, not just the own one
-        if by_label or self._config["endpoint"]["prefer_zone"] is True:
+        endpoint = self._config["endpoint"]
+        by_label = any("label" in source for source in endpoint["locality"].values())
+        if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
             self._reflect(Query(NODES, name="" if by_label else options.node_name))
 
     def _reflect(self, query: Query) -> None:
