@@ -1421,8 +1421,8 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
 def owned_by_age(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
-    """The clusters of each Service, and the routes of each host, both in the order of names. What
-    two claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
+    """The clusters of each Service, and the routes of each host in the order of Services. What two
+    claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
     last, in silence), a host to a namespace. Who loses is named."""
     names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
@@ -1446,7 +1446,7 @@ def owned_by_age(
                     f"is not routed at {host}: an older Service of namespace {namespace} has it")
             elif routed:
                 routes[host].append(route)
-    return clusters, {host: sorted(routes[host]) for host in sorted(routes)}
+    return clusters, {host: sorted(found) for host, found in routes.items()}
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
@@ -1700,7 +1700,8 @@ class Renderer:
     def _route_configuration(self, routes: Mapping[str, list[Route]],
                              problems: Mapping[Key, list[str]]) -> bytes:
         """The RouteConfiguration, of virtual hosts that were written before."""
-        hosts = self._changed(self._host, {host: (host, found) for host, found in routes.items()})
+        hosts = self._changed(self._host, {host: (host, routed)
+                                           for host, routed in sorted(routes.items())})
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
             for key, is_problem, text in said:
