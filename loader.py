@@ -1162,12 +1162,8 @@ class Route(NamedTuple):
     cluster: str = ""
 
 
-class ServicePlan(NamedTuple):
-    """What one Service becomes; depends on it and on the configuration alone."""
-
-    clusters: Sequence[Cluster]
-    route: Route
-    problems: Sequence[str]
+# What one Service becomes, and what is wrong with it; from it and the configuration alone.
+ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
@@ -1200,7 +1196,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
                                    for port in kept))]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
+    return clusters, route_of(service, clusters, config, problems), problems
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
@@ -1670,7 +1666,7 @@ class Renderer:
         plans: dict[Key, ServicePlan] = self._changed(plan_service, {
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
-        problems = {key: list(plan.problems) for key, plan in plans.items()}
+        problems = {key: list(said) for key, (_, _, said) in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         clusters, routes = owned_by_age(plans, by_age, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
