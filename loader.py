@@ -1210,7 +1210,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
-                   if merge(facts, one) == facts]  # it adds nothing that is not so
+                   if merge(facts, one) == facts]  # what holds changes nothing
         wanted = wanted or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
     if not wanted or any("suppress" in override for override in overrides):
@@ -1284,7 +1284,7 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted: the best state comes first
+    port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted, the best state is first
     used = [found for found in slices if found.family in cluster.families and not cluster.host]
     if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
         numbers = {number for found in slices for name, number in found.ports
