@@ -806,8 +806,7 @@ class Service(NamedTuple):
     """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
     Of annotations that cannot be ours only the names are kept."""
 
-    namespace: str
-    name: str
+    key: Key
     created: str
     ports: tuple[ServicePort, ...]
     headless: bool
@@ -846,8 +845,8 @@ class Objects(NamedTuple):
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
-    """The member of a raw object; null and absent are the kind's empty value. Strings are interned:
-    zones, nodes and names of ports are few and are held thousands of times."""
+    """The member of a raw object; null and absent are the kind's empty value. Numbers are ports.
+    Strings are interned: zones, nodes and names of ports are few and held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
@@ -855,24 +854,18 @@ def member(parent: Json, key: str, kind: type) -> Json:
         return kind()
     if type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    if type(value) is not str:
-        return value
-    value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-    return sys.intern(value) if len(value) <= 128 else value
+    if type(value) is str:
+        value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
+        return sys.intern(value) if len(value) <= 128 else value
+    if type(value) is int and not 0 <= value <= 65535:
+        raise ValueError(f"{key}: a port is between 1 and 65535")
+    return value
 
 
 def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
     """Labels or annotations of an object."""
     found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
-
-
-def port_number(parent: Json, key: str) -> int:
-    """A port, 0 where there is none."""
-    number: int = member(parent, key, int)
-    if not 0 <= number <= 65535:
-        raise ValueError(f"{key}: a port is between 1 and 65535")
-    return number
 
 
 def dns_label(parent: Json, key: str) -> str:
@@ -884,21 +877,19 @@ def dns_label(parent: Json, key: str) -> str:
 
 
 def service_from(obj: Json) -> Service:
-    """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
     headless, ports = address == "None" and not external, []
     for port in member(spec, "ports", list):
-        number, named = port_number(port, "port"), type(port.get("targetPort")) is str
-        target = 0 if named else port_number(port, "targetPort") or number
+        number, named = member(port, "port", int), type(port.get("targetPort")) is str
+        target = 0 if named else member(port, "targetPort", int) or number
         name = dns_label(port, "name") if port.get("name") else ""
         ports.append(ServicePort(
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
             member(port, "appProtocol", str), target if headless else number))
     return Service(
-        namespace=dns_label(metadata, "namespace"),
-        name=dns_label(metadata, "name"),
+        key=(dns_label(metadata, "namespace"), dns_label(metadata, "name")),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(ports),
         headless=headless,
@@ -911,15 +902,13 @@ def service_from(obj: Json) -> Service:
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
-    """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
     endpoints = []
     for item in member(obj, "endpoints", list):
         conditions = member(item, "conditions", dict)
-        # Null is ready, and serving if it is ready: so the other two only matter where `ready` is
-        # false, and null is false there.
+        # (Null is ready; where `ready` is false the other two matter, and null is false for them.)
         ready = conditions.get("ready") is None or member(conditions, "ready", bool)
         leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
         state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
@@ -937,7 +926,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
                  member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         name=member(metadata, "name", str),
         family=family,
-        ports=tuple((member(port, "name", str), port_number(port, "port"))
+        ports=tuple((member(port, "name", str), member(port, "port", int))
                     for port in member(obj, "ports", list)),
         endpoints=tuple(endpoints),
     )
@@ -991,15 +980,11 @@ DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
-
 Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 
 DEFAULTS: Config = {
-    "cluster": {
-        "base": {},
-        "name": "{namespace}/{service}/{port}",
-        "overrides": [],
-        "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
+    "cluster": {"base": {}, "name": "{namespace}/{service}/{port}", "overrides": [],
+                "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
     "cluster_domain": "cluster.local",
     "endpoint": {"eds_budget": None, "external_name": None, "families": None,
                  "include_not_ready": False, "locality": {}, "prefer_zone": False},
@@ -1109,10 +1094,6 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
-def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config["endpoint"]["locality"].values())
-
-
 def merge(into: Json, more: Json) -> Json:
     """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
     append, and an object of another `@type` replaces the whole. Neither argument is changed."""
@@ -1181,16 +1162,11 @@ class Route(NamedTuple):
     cluster: str = ""
 
 
-class ServicePlan(NamedTuple):
-    """What one Service becomes; depends on it and on the configuration alone."""
-
-    clusters: Sequence[Cluster]
-    route: Route
-    problems: Sequence[str]
+# What one Service becomes, and what is wrong with it; from it and the configuration alone.
+ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
-    """One line for one Service, whatever there is to say about it."""
     return f"service {'/'.join(key)}: {shortened(problems, '; ')}"
 
 
@@ -1220,28 +1196,27 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
                                    for port in kept))]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
+    return clusters, route_of(service, clusters, config, problems), problems
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    namespace, settings = service.namespace, config["cluster"]
-    name = settings["name"].format(namespace=namespace, service=service.name, port=port.label)
-    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
-    overrides, by_name = [], False
+    settings, (namespace, service_name) = config["cluster"], service.key
+    name = settings["name"].format(namespace=namespace, service=service_name, port=port.label)
+    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label,
+             "labels": service.labels}
+    overrides, wanted = [], service.key != ("default", "kubernetes")
     for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
-                   if one.get("labels", {}).items() <= service.labels.items()
-                   and all(one.get(key, fact) == fact for key, fact in facts.items())]
-        by_name = by_name or any("cluster_name" in one for one in matches)
+                   if merge(facts, one) == facts]  # what holds changes nothing
+        wanted = wanted or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (namespace, service.name) == ("default", "kubernetes")
-    if (api_server and not by_name) or any("suppress" in override for override in overrides):
+    if not wanted or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    dns_name = f"{service.name}.{namespace}.svc.{config['cluster_domain']}"
+    dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
     host = service.external_name or dns_name
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
@@ -1257,9 +1232,10 @@ def protocol_of(port: ServicePort) -> str:
     """The name of a port's protocol: its appProtocol, else its name up to the first dash."""
     if port.protocol != "TCP":
         return ""
-    found = port.app_protocol.lower() or port.name.partition("-")[0]
-    unknown = found in ONLY_NAMES or found not in HTTP_PORTS
-    return "http" if port.app_protocol and unknown else found
+    if port.app_protocol:
+        found = port.app_protocol.lower()
+        return found if found in HTTP_PORTS - ONLY_NAMES else "http"
+    return port.name.partition("-")[0]
 
 
 def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str, Json]:
@@ -1270,18 +1246,14 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
             "@type": TYPE_PREFIX + HTTP_OPTIONS,
             "auto_config": None, "use_downstream_protocol_config": None,
             "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
-                                     "http2_protocol_options": {}},
-        }}
+                                     "http2_protocol_options": {}}}}
     if protocol in TLS_PORTS:
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
-        alpn = ["h2"] if protocol in HTTP2_PORTS else []
-        patch["transport_socket"] = {
-            "name": "envoy.transport_sockets.tls",
-            "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
-                             "common_tls_context": present(
-                                 alpn_protocols=alpn, validation_context=validation)},
-        }
+        patch["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
+            "@type": UPSTREAM_TLS_TYPE, "sni": host, "common_tls_context": present(
+                alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [],
+                validation_context=validation)}}
     return patch
 
 
@@ -1312,14 +1284,13 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    port, used = cluster.port, [found for found in slices if found.family in cluster.families]
-    candidates: list[tuple[Any, ...]] = []  # sorted: by address and port, and the best state first
+    port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted, the best state is first
+    used = [found for found in slices if found.family in cluster.families and not cluster.host]
     if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
         numbers = {number for found in slices for name, number in found.ports
                    if number and name == port.name}
         number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
         candidates = [(0, b"", number, HEALTHY, False, ("", "", ""), cluster.host)]
-        used = []
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
     worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
@@ -1341,15 +1312,13 @@ def assignment_of(
             seen.add((packed, number))
             where = present(protocol="UDP" if port.protocol == "UDP" else "",
                             address=address, port_value=number)
-            groups.setdefault((away, locality), []).append({
-                "endpoint": {"address": {"socket_address": where}}, **present(health_status=state)})
+            groups.setdefault((away, locality), []).append(present(
+                endpoint={"address": {"socket_address": where}}, health_status=state))
     all_away = all(away for away, _ in groups)
-    localities = []
-    for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
-        place = present(region=region, zone=zone, sub_zone=sub_zone)
-        shown = present(locality=place, priority=int(away and not all_away))
-        localities.append({**shown, "lb_endpoints": endpoints})
-    return {"cluster_name": cluster.name, **present(endpoints=localities)}
+    return present(cluster_name=cluster.name, endpoints=[
+        present(locality=present(region=region, zone=zone, sub_zone=sub_zone),
+                priority=int(away and not all_away), lb_endpoints=endpoints)
+        for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items())])
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1359,12 +1328,10 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name} are left out"
-        if not found.ports:
-            yield f"{where}: it has no ports"
-        for cluster in clusters:
-            if (cluster.port.name, 0) in found.ports:
-                yield f"{where}: its port {cluster.port.label} has no number"
+        reasons = [f"its port {cluster.port.label} has no number" for cluster in clusters
+                   if (cluster.port.name, 0) in found.ports]
+        for reason in reasons if found.ports else ["it has no ports"]:
+            yield f"endpoints of slice {found.name} are left out: {reason}"
     there = {found.family for found in used}
     if there and not there & set(clusters[0].families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
@@ -1374,18 +1341,17 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route:
     """What the annotations of a Service ask for. One that is not routed for an error still claims
     its hosts: a typing error must not hand them to another namespace."""
-    key, ours = (service.namespace, service.name), config["route"]["annotation_prefix"] + "/"
-    given = {name.removeprefix(ours): value.strip()
-             for name, value in service.annotations.items() if name.startswith(ours)}
-    unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
+    (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
+    given = {key.removeprefix(ours): text.strip()
+             for key, text in service.annotations.items() if key.startswith(ours)}
+    unknown = sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS))
     if unknown:
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
-        return Route(key)
+        return Route(service.key)
     suffix = f".svc.{config['route']['suffix']}".lower()
-    asked = comma_separated((
-        given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
-    hosts = [host for host in asked[:HOSTS_MOST] if may_have(service, host, suffix)]
+    asked = comma_separated((given.get("hosts") or f"{name}.{namespace}{suffix}").lower())
+    hosts = [host for host in asked[:HOSTS_MOST] if may_have(namespace, host, suffix)]
     if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
         problems.append(
             f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
@@ -1396,29 +1362,28 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
-        return Route(key, hosts)
+        return Route(service.key, hosts)
     weight, number = given.get("weight"), None
     if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return Route(key, hosts, prefixes, number, cluster)
+    return Route(service.key, hosts, prefixes, number, cluster)
 
 
 def comma_separated(text: str) -> list[str]:
-    """The items of a comma-separated list, sorted, each once."""
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
-def may_have(service: Service, host: str, suffix: str) -> bool:
+def may_have(namespace: str, host: str, suffix: str) -> bool:
     """Whether a Service may have a host: names of Services are their namespace's alone, also with
     `*` for an end of the suffix."""
     name, svc, end = host.rpartition(".svc.")
     if host.endswith(suffix):
         name = host.removesuffix(suffix)
     elif not (svc and end.endswith("*") and suffix.startswith(svc + end[:-1])):
-        name = service.namespace  # no name of a Service
-    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
+        name = namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == namespace
 
 
 def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
@@ -1452,20 +1417,16 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
 def owned_by_age(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
-    """The clusters of each Service, and the routes of each host. What two claim belongs to the
-    oldest: the name of a cluster (of two Envoy would use the last, in silence) to a Service, a host
-    to its namespace. Who loses is named."""
-    firsts, owners = dict[str, tuple[Key, Cluster]](), dict[str, str]()
-    for key in by_age:
-        for cluster in plans[key].clusters:
-            firsts.setdefault(cluster.name, (key, cluster))
-        for host in plans[key].route.hosts:
-            owners.setdefault(host, key[0])
+    """The clusters of each Service, and the routes of each host in the order of Services. What two
+    claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
+    last, in silence), a host to a namespace. Who loses is named."""
+    names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    routes: dict[str, list[Route]] = {}
-    for key, (planned, route, _) in plans.items():
+    routes = defaultdict[str, list[Route]](list)
+    for key in by_age:
+        planned, route, _ = plans[key]
         for cluster in planned:
-            owner, first = firsts[cluster.name]
+            owner, first = names.setdefault(cluster.name, (key, cluster))
             if first is cluster:
                 clusters[key].append(cluster)
             else:
@@ -1475,21 +1436,21 @@ def owned_by_age(
         if route.cluster and not routed:
             problems[key].append("is not routed: it has no cluster of its own")
         for host in route.hosts:
-            if owners[host] != key[0]:
+            namespace = hosts.setdefault(host, key[0])
+            if namespace != key[0]:
                 problems[key].append(
-                    f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
+                    f"is not routed at {host}: an older Service of namespace {namespace} has it")
             elif routed:
-                routes.setdefault(host, []).append(route)
-    return clusters, routes
+                routes[host].append(route)
+    return clusters, {host: sorted(found) for host, found in routes.items()}
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
     """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
     numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
     given = [weight for weight in weights if weight is not None]
-    if not given:
-        return [1] * len(weights)
-    rest, without = max(0, 100 - sum(given)), len(weights) - len(given)
+    without = len(weights) - len(given)
+    rest = max(0, 100 - sum(given)) if given else without
     parts = iter([rest // without + (i < rest % without) for i in range(without)])
     return [next(parts) if weight is None else weight for weight in weights]
 
@@ -1516,7 +1477,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, said
+    return present(name=host, domains=domains, routes=rendered), said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1697,7 +1658,7 @@ class Renderer:
         plans: dict[Key, ServicePlan] = self._results(plan_service, {
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
-        problems = {key: list(plan.problems) for key, plan in plans.items()}
+        problems = {key: list(said) for key, (_, _, said) in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         clusters, routes = owned_by_age(plans, by_age, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
@@ -1996,8 +1957,9 @@ class Sources:
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
             self._reflect(Query(ENDPOINTSLICES, namespace))
-        by_label = by_node_label(self._config)  # which needs all Nodes, not just the own one
-        if by_label or self._config["endpoint"]["prefer_zone"] is True:
+        endpoint = self._config["endpoint"]
+        by_label = any("label" in source for source in endpoint["locality"].values())
+        if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
             self._reflect(Query(NODES, name="" if by_label else options.node_name))
 
     def _reflect(self, query: Query) -> None:
