@@ -174,17 +174,13 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
 
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
-
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
 PAGE, LIST_PAGES = 500, 2_000
-
 # Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
 LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
-
 # Seconds of silence within a watch, which is bookmarked about once a minute; and until the server
 # is asked to end it: random, so that sidecars that started together do not renew together.
 WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
-
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
@@ -215,7 +211,7 @@ class Query(NamedTuple):
 
     def target(self, more: Mapping[str, str]) -> str:
         """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
-        scope = f"/namespaces/{urllib.parse.quote(self.namespace, '')}" if self.namespace else ""
+        scope = f"/namespaces/{self.namespace}" if self.namespace else ""
         field = f"metadata.name={self.name}" if self.name else ""
         words = {"fieldSelector": field, "labelSelector": self.labels, **more}
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
@@ -337,12 +333,12 @@ class Api:
              ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
         """An answer of status 200, and the object in it ({} for anything else, and of a watch,
         which is not read here); ApiError for any other."""
-        self._token = self._read_token()
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
         target, status, body = self._url.path.rstrip("/") + query.target(page), 0, b""
         try:
+            self._token = self._read_token()
+            if self._token:
+                headers["Authorization"] = f"Bearer {self._token}"
             self._connect()
             with bounded(self.socket, ANSWER_SECONDS):
                 self._connection.request("GET", target, headers=headers)
@@ -414,11 +410,8 @@ class Api:
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
         path, url, token = self._options.token_file, self._url, ""
-        try:
-            with contextlib.suppress(FileNotFoundError), open(path, encoding="latin-1") as stream:
-                token = stream.read().strip()
-        except OSError as error:
-            raise ApiError(f"token file {why(error)}; check --token-file") from None
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="latin-1") as stream:
+            token = stream.read().strip()
         if not token.isprintable():
             raise ApiError(f"token file {path}: not a valid token; check --token-file")
         if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
@@ -474,15 +467,12 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
-
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
-
 # `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
 # restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
 ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
-
 # A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
 # such an end the next server may have an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
@@ -503,21 +493,18 @@ class Reflector(threading.Thread):
         self.query = query
         self.synced = self.absent = False
         self.trouble: ApiError | None = None
+        self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
         once = options.mode == "once"
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
         self._interval = ONETIME_POLL if once else options.sync_interval
         self._one_try = once and not options.timeout
-        self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
         self._refresh = threading.Event()  # requested; ends each wait
         self._watching: socket.socket | None = None
-
-    def objects(self) -> dict[Key, Any]:
-        return self._objects.copy()
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
@@ -583,8 +570,8 @@ class Reflector(threading.Thread):
         self._replace(objects, bad)
 
     def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
-        changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self.synced = objects, bad, True
+        changed = not self.synced or bad != self.bad or objects != self.objects
+        self.objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
@@ -594,7 +581,7 @@ class Reflector(threading.Thread):
         """Store the value of an object; the old one where nothing that counts changed, or it is
         bad."""
         key = object_key(item)
-        value = old = self._objects.get(key)
+        value = old = self.objects.get(key)
         try:
             value = self._parse(item)
         except (ValueError, RecursionError) as error:
@@ -633,14 +620,14 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            bad = {other: text for other, text in self.bad.items() if other != key}
-            before = self._objects.get(key)
+            objects, bad = self.objects.copy(), self.bad.copy()
+            bad.pop(key, None)
             if kind == "DELETED":
-                self._objects.pop(key, None)
+                objects.pop(key, None)
             else:
-                self._keep(self._objects, bad, item)
-            if self._objects.get(key) is not before or bad != self.bad:
-                self.bad = bad
+                self._keep(objects, bad, item)
+            if objects.get(key) is not self.objects.get(key) or bad != self.bad:
+                self.objects, self.bad = objects, bad
                 self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
@@ -2154,7 +2141,7 @@ class Sources:
             return wanted
         layers = [self._files_of(named, wanted) for named in self._options.secret]
         if self._selected is not None:
-            found = self._reflectors[self._selected].objects()
+            found = self._reflectors[self._selected].objects
             if not found:
                 wanted.notes.append(f"{self._selected}: none exist")
             for _, configmap in sorted(found.items()):
@@ -2177,7 +2164,7 @@ class Sources:
         query, reflector = named.query, self._reflectors[named.query]
         key, source = (query.namespace, query.name), str(query)
         bad = key in reflector.bad
-        found = None if bad else reflector.objects().get(key)
+        found = None if bad else reflector.objects.get(key)
         prefix = f"{named.directory}/" if named.directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
         wanted.notes.extend(found.problems if found else ())
@@ -2197,7 +2184,7 @@ class Sources:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
         found = defaultdict[Resource, dict[Key, Any]](dict)
         for query, reflector in self._reflectors.items():
-            found[query.resource] |= reflector.objects()
+            found[query.resource] |= reflector.objects
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
