@@ -547,8 +547,8 @@ class Reflector(threading.Thread):
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
         expired = error.status == 410
         lost = expired or self._rejections >= RELIST_AFTER
-        self._again(f"status {error.status}" if error.status else "cut",
-                    "" if lost else self._version)
+        reason = "expired" if expired else f"status {error.status}" if error.status else "cut"
+        self._again(reason, "" if lost else self._version)
         if expired and self._rejections == 1:
             return 0.0
         self._report(error)
@@ -564,8 +564,8 @@ class Reflector(threading.Thread):
         """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-        self._version = self._client.list(
-            self.query, functools.partial(self._keep, objects, bad))
+        keep = functools.partial(self._keep, objects, bad)
+        self._version = self._client.list(self.query, keep)
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
         self._replace(objects, bad)
 
@@ -578,8 +578,7 @@ class Reflector(threading.Thread):
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
-        """Store the value of an object; the old one where nothing that counts changed, or it is
-        bad."""
+        """Store the value of an object: the old one if that is equal, or if the new one is bad."""
         key = object_key(item)
         value = old = self.objects.get(key)
         try:
