@@ -105,7 +105,6 @@ def kind_of(content: bytes) -> str:
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
-    """A file with the digest of its content, and the kind that its content shows."""
     digest = hashlib.sha256(content).hexdigest()
     return File(content, digest, kind or kind_of(content), source, mode)
 
@@ -117,7 +116,6 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 
 def same_files(one: Files, other: Files) -> bool:
-    """Whether two sets of files are the same on disk."""
     return one.keys() == other.keys() and not moved_paths(one, other)
 
 
@@ -348,8 +346,7 @@ class Api:
                 if status != 200 or verb != "watch":
                     body = response.read(LIST_BYTES + 1)
                     if len(body) > LIST_BYTES or response.length:  # what is left of it
-                        text = f"the answer is cut, or larger than {LIST_BYTES >> 20} MiB"
-                        raise ValueError(text)
+                        raise ValueError(f"answer cut, or larger than {LIST_BYTES >> 20} MiB")
         except BROKEN as error:
             self._connection.close()
             if status in (0, 200):  # of an error the status tells enough
