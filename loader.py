@@ -543,10 +543,10 @@ class Reflector(threading.Thread):
             except ApiError as error:
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
-                self.absent = (self.query.resource is ENDPOINTSLICES and error.status == 404
-                               and not self.synced)
-                if self.absent:
+                missing = error.status == 404 and not self.synced
+                if missing and self.query.resource is ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
+                    self.absent = True
                     self._report(None)
                     self._replace({}, {})
                     return
