@@ -198,45 +198,38 @@ WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
-
-class Resource(NamedTuple):
-    """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
-
-    api: str
-    name: str
-    kind: str
-
-
-CONFIGMAPS = Resource("/api/v1", "configmaps", "ConfigMap")
-SECRETS = Resource("/api/v1", "secrets", "Secret")
-SERVICES = Resource("/api/v1", "services", "Service")
-ENDPOINTS = Resource("/api/v1", "endpoints", "Endpoints")
-NODES = Resource("/api/v1", "nodes", "Node")
-ENDPOINTSLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices", "EndpointSlice")
+CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
+ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
 
 
 class Query(NamedTuple):
-    """What one list or watch asks for. An empty namespace means all, or a resource without one."""
+    """What one list or watch asks for. An empty namespace means all, or a kind without one."""
 
-    resource: Resource
+    kind: str
     namespace: str = ""
     name: str = ""
     labels: str = ""
 
+    @property
+    def resource(self) -> str:
+        """The name of the kind's resource, such as `endpointslices`."""
+        return f"{self.kind.lower().removesuffix('s')}s"
+
     def target(self, more: Mapping[str, str]) -> str:
         """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
+        api = "/apis/discovery.k8s.io/v1" if self.kind == ENDPOINTSLICES else "/api/v1"
         scope = f"/namespaces/{self.namespace}" if self.namespace else ""
         field = f"metadata.name={self.name}" if self.name else ""
         words = {"fieldSelector": field, "labelSelector": self.labels, **more}
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
-        return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
+        return f"{api}{scope}/{self.resource}?{given}"
 
     def __str__(self) -> str:
         if self.name:
             namespace = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.resource.kind.lower()} {namespace}{self.name}"
+            return f"{self.kind.lower()} {namespace}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{where}"
+        return f"{self.resource}{self.labels and f' with {self.labels}'}{where}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
@@ -281,7 +274,7 @@ class Api:
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches; returns the resourceVersion to watch from.
         What is not plainly such a list is an error, never empty."""
-        kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
+        kind, page = f"{query.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
@@ -388,7 +381,7 @@ class Api:
         where = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name} in {where}{sent}",
+            403: f"; grant the service account {verb} on {query.resource} in {where}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
             **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
@@ -544,7 +537,7 @@ class Reflector(threading.Thread):
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
                 missing = error.status == 404 and not self.synced
-                if missing and self.query.resource is ENDPOINTSLICES:
+                if missing and self.query.kind == ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
                     self.absent = True
                     self._report(None)
@@ -597,7 +590,7 @@ class Reflector(threading.Thread):
         try:
             value = self._parse(item)
         except (ValueError, RecursionError) as error:
-            bad[key] = f"{Query(self.query.resource, *key)}: {error}"
+            bad[key] = f"{Query(self.query.kind, *key)}: {error}"
         if value is not None:
             objects[key] = old if value == old else value
 
@@ -677,15 +670,15 @@ class FileSource:
         except (OSError, ValueError, RecursionError) as error:
             text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
             raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
-        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
-        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
+        kinds = {item["kind"] for item in objects} & {ENDPOINTS, ENDPOINTSLICES}
+        if query.kind == ENDPOINTSLICES and kinds == {ENDPOINTS}:
             raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
             metadata = item["metadata"]
-            if item["kind"] != NODES.kind:
+            if item["kind"] != NODES:
                 metadata["namespace"] = metadata.get("namespace") or self._namespace
             namespace, name = object_key(item)
-            if (item["kind"] == query.resource.kind and query.namespace in ("", namespace)
+            if (item["kind"] == query.kind and query.namespace in ("", namespace)
                     and query.name in ("", name) and selects(json_object(metadata.get("labels")))):
                 keep(item)
         return ""
@@ -694,13 +687,13 @@ class FileSource:
         """Where the named object of a query is, which is not where it was looked for; or ""."""
         found: list[dict[str, Json]] = []
         with contextlib.suppress(LoaderError):
-            self.list(Query(query.resource), found.append)
+            self.list(Query(query.kind), found.append)
         keys = sorted(map(object_key, found))
         same = [key for key in keys if key[1] == query.name]
         names = [f"{namespace}/{name}" for namespace, name in same or keys]
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        kind = query.resource.kind.lower()
-        return f"`{self._path}` holds {kind} {shortened(names)}{hint}" if names else ""
+        held = f"{query.kind.lower()} {shortened(names)}"
+        return f"`{self._path}` holds {held}{hint}" if names else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -1960,7 +1953,7 @@ def with_kind(path: str, file: File, before: File | None) -> File:
     return file if file.kind == kind else file._replace(kind=kind)
 
 
-PARSERS: dict[Resource, Callable[..., Any]] = {
+PARSERS: dict[str, Callable[..., Any]] = {
     CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
     ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: texts_of}
 
@@ -2003,8 +1996,8 @@ class Sources:
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-        options, parse = self._options, PARSERS[query.resource]
-        if query.resource is SECRETS:
+        options, parse = self._options, PARSERS[query.kind]
+        if query.kind == SECRETS:
             parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
         self._reflectors[query] = reflector = Reflector(
             query, parse, self._file or Api(options), self._wake, options)
@@ -2076,9 +2069,9 @@ class Sources:
 
     def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
-        found = defaultdict[Resource, dict[Key, Any]](dict)
+        found = defaultdict[str, dict[Key, Any]](dict)
         for query, reflector in self._reflectors.items():
-            found[query.resource] |= reflector.objects
+            found[query.kind] |= reflector.objects
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
@@ -4414,11 +4407,11 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Source:
+def named_secret(text: str, kind: str = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return Query(resource, namespace, object_name(name)), directory
+    return Query(kind, namespace, object_name(name)), directory
 
 
 def named_configmap(text: str) -> Source:
