@@ -416,8 +416,11 @@ class Api:
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
         path, url, token = self._options.token_file, self._url, ""
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="latin-1") as stream:
-            token = stream.read().strip()
+        try:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="latin-1") as stream:
+                token = stream.read().strip()
+        except OSError as error:
+            raise ApiError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
             raise ApiError(f"token file {path}: not a valid token; check --token-file")
         if token and url.scheme == "http" and not re.fullmatch(LOOPBACK, url.hostname or ""):
