@@ -121,7 +121,6 @@ def kind_of(content: bytes) -> str:
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
-    """A file with the digest of its content, and the kind that its content shows."""
     digest = hashlib.sha256(content).hexdigest()
     return File(content, digest, kind or kind_of(content), source, mode)
 
@@ -133,7 +132,6 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 
 def same_files(one: Files, other: Files) -> bool:
-    """Whether two sets of files are the same on disk."""
     return one is other or (one.keys() == other.keys() and not moved_paths(one, other))
 
 
@@ -190,59 +188,48 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
 
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
-
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
 PAGE, LIST_PAGES = 500, 2_000
-
 # Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
 LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
-
 # Seconds of silence within a watch, which is bookmarked about once a minute; and until the server
 # is asked to end it: random, so that sidecars that started together do not renew together.
 WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
-
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
-
-class Resource(NamedTuple):
-    """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
-
-    api: str
-    name: str
-    kind: str
-
-
-CONFIGMAPS = Resource("/api/v1", "configmaps", "ConfigMap")
-SECRETS = Resource("/api/v1", "secrets", "Secret")
-SERVICES = Resource("/api/v1", "services", "Service")
-ENDPOINTS = Resource("/api/v1", "endpoints", "Endpoints")
-NODES = Resource("/api/v1", "nodes", "Node")
-ENDPOINTSLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices", "EndpointSlice")
+CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
+ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
 
 
 class Query(NamedTuple):
-    """What one list or watch asks for. An empty namespace means all, or a resource without one."""
+    """What one list or watch asks for. An empty namespace means all, or a kind without one."""
 
-    resource: Resource
+    kind: str
     namespace: str = ""
     name: str = ""
     labels: str = ""
 
+    @property
+    def resource(self) -> str:
+        """The name of the kind's resource, such as `endpointslices`."""
+        return f"{self.kind.lower().removesuffix('s')}s"
+
     def target(self, more: Mapping[str, str]) -> str:
         """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
-        scope = f"/namespaces/{urllib.parse.quote(self.namespace, '')}" if self.namespace else ""
+        api = "/apis/discovery.k8s.io/v1" if self.kind == ENDPOINTSLICES else "/api/v1"
+        scope = f"/namespaces/{self.namespace}" if self.namespace else ""
         field = f"metadata.name={self.name}" if self.name else ""
         words = {"fieldSelector": field, "labelSelector": self.labels, **more}
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
-        return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
+        return f"{api}{scope}/{self.resource}?{given}"
 
     def __str__(self) -> str:
         if self.name:
             namespace = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.resource.kind.lower()} {namespace}{self.name}"
+            return f"{self.kind.lower()} {namespace}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{where}"
+        return f"{self.resource}{self.labels and f' with {self.labels}'}{where}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
@@ -287,7 +274,7 @@ class Api:
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches; returns the resourceVersion to watch from.
         What is not plainly such a list is an error, never empty."""
-        kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
+        kind, page = f"{query.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
@@ -353,12 +340,12 @@ class Api:
              ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
         """An answer of status 200, and the object in it ({} for anything else, and of a watch,
         which is not read here); ApiError for any other."""
-        self._token = self._read_token()
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
         target, status, body = self._url.path.rstrip("/") + query.target(page), 0, b""
         try:
+            self._token = self._read_token()
+            if self._token:
+                headers["Authorization"] = f"Bearer {self._token}"
             self._connect()
             with bounded(self.socket, ANSWER_SECONDS):
                 self._connection.request("GET", target, headers=headers)
@@ -368,8 +355,7 @@ class Api:
                 if status != 200 or verb != "watch":
                     body = response.read(LIST_BYTES + 1)
                     if len(body) > LIST_BYTES or response.length:  # what is left of it
-                        text = f"the answer is cut, or larger than {LIST_BYTES >> 20} MiB"
-                        raise ValueError(text)
+                        raise ValueError(f"answer cut, or larger than {LIST_BYTES >> 20} MiB")
         except BROKEN as error:
             self._connection.close()
             if status in (0, 200):  # of an error the status tells enough
@@ -395,7 +381,7 @@ class Api:
         where = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name} in {where}{sent}",
+            403: f"; grant the service account {verb} on {query.resource} in {where}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
             **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
@@ -490,15 +476,12 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
-
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
-
 # `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
 # restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
 ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
-
 # A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
 # such an end the next server may have an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
@@ -519,21 +502,18 @@ class Reflector(threading.Thread):
         self.query = query
         self.synced = self.absent = False
         self.trouble: ApiError | None = None
+        self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
         once = options.mode == "once"
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
         self._interval = ONETIME_POLL if once else options.sync_interval
         self._one_try = once and not options.timeout
-        self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
         self._refresh = threading.Event()  # requested; ends each wait
         self._watching: socket.socket | None = None
-
-    def objects(self) -> dict[Key, Any]:
-        return self._objects.copy()
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
@@ -559,10 +539,10 @@ class Reflector(threading.Thread):
             except ApiError as error:
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
-                self.absent = (self.query.resource is ENDPOINTSLICES and error.status == 404
-                               and not self.synced)
-                if self.absent:
+                missing = error.status == 404 and not self.synced
+                if missing and self.query.kind == ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
+                    self.absent = True
                     self._report(None)
                     self._replace({}, {})
                     return
@@ -576,8 +556,8 @@ class Reflector(threading.Thread):
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
         expired = error.status == 410
         lost = expired or self._rejections >= RELIST_AFTER
-        self._again(f"status {error.status}" if error.status else "cut",
-                    "" if lost else self._version)
+        reason = "expired" if expired else f"status {error.status}" if error.status else "cut"
+        self._again(reason, "" if lost else self._version)
         if expired and self._rejections == 1:
             return 0.0
         self._report(error)
@@ -593,28 +573,27 @@ class Reflector(threading.Thread):
         """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-        self._version = self._client.list(
-            self.query, functools.partial(self._keep, objects, bad))
+        keep = functools.partial(self._keep, objects, bad)
+        self._version = self._client.list(self.query, keep)
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
         self._replace(objects, bad)
 
     def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
-        changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self.synced = objects, bad, True
+        changed = not self.synced or bad != self.bad or objects != self.objects
+        self.objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
-        """Store the value of an object; the old one where nothing that counts changed, or it is
-        bad."""
+        """Store the value of an object: the old one if that is equal, or if the new one is bad."""
         key = object_key(item)
-        value = old = self._objects.get(key)
+        value = old = self.objects.get(key)
         try:
             value = self._parse(item)
         except (ValueError, RecursionError) as error:
-            bad[key] = f"{Query(self.query.resource, *key)}: {error}"
+            bad[key] = f"{Query(self.query.kind, *key)}: {error}"
         if value is not None:
             objects[key] = old if value == old else value
 
@@ -649,14 +628,14 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            bad = {other: text for other, text in self.bad.items() if other != key}
-            before = self._objects.get(key)
+            objects, bad = self.objects.copy(), self.bad.copy()
+            bad.pop(key, None)
             if kind == "DELETED":
-                self._objects.pop(key, None)
+                objects.pop(key, None)
             else:
-                self._keep(self._objects, bad, item)
-            if self._objects.get(key) is not before or bad != self.bad:
-                self.bad = bad
+                self._keep(objects, bad, item)
+            if objects.get(key) is not self.objects.get(key) or bad != self.bad:
+                self.objects, self.bad = objects, bad
                 self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
@@ -694,15 +673,15 @@ class FileSource:
         except (OSError, ValueError, RecursionError) as error:
             text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
             raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
-        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
-        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
+        kinds = {item["kind"] for item in objects} & {ENDPOINTS, ENDPOINTSLICES}
+        if query.kind == ENDPOINTSLICES and kinds == {ENDPOINTS}:
             raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
             metadata = item["metadata"]
-            if item["kind"] != NODES.kind:
+            if item["kind"] != NODES:
                 metadata["namespace"] = metadata.get("namespace") or self._namespace
             namespace, name = object_key(item)
-            if (item["kind"] == query.resource.kind and query.namespace in ("", namespace)
+            if (item["kind"] == query.kind and query.namespace in ("", namespace)
                     and query.name in ("", name) and selects(json_object(metadata.get("labels")))):
                 keep(item)
         return ""
@@ -711,13 +690,13 @@ class FileSource:
         """Where the named object of a query is, which is not where it was looked for; or ""."""
         found: list[dict[str, Json]] = []
         with contextlib.suppress(LoaderError):
-            self.list(Query(query.resource), found.append)
+            self.list(Query(query.kind), found.append)
         keys = sorted(map(object_key, found))
         same = [key for key in keys if key[1] == query.name]
         names = [f"{namespace}/{name}" for namespace, name in same or keys]
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        kind = query.resource.kind.lower()
-        return f"`{self._path}` holds {kind} {shortened(names)}{hint}" if names else ""
+        held = f"{query.kind.lower()} {shortened(names)}"
+        return f"`{self._path}` holds {held}{hint}" if names else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -1755,11 +1734,9 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     cert, key, ca = (decode_key(held.get(entry), entry)
                      for entry in ("tls.crt", "tls.key", "ca.crt"))
     check_secret(cert, key, ca)
-    chain, private_key, trusted_ca = (
-        {"inline_bytes": base64.b64encode(pem).decode()} for pem in (cert, key, ca))
     pair = {"name": label, "tls_certificate": {
-        "certificate_chain": chain, "private_key": private_key}}
-    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": trusted_ca}}
+        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
     files, source = {}, f"secret {label}"
     for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
         if pem:
@@ -1767,6 +1744,13 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
             content = discovery_response(form, f"# {source}\n", SDS_TYPE, [text])
             files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
     return Rendering(files)
+
+
+def pem_source(pem: bytes) -> dict[str, str]:
+    """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
+    if re.fullmatch(rb"[\n -~]*", pem):
+        return {"inline_string": pem.decode("ascii")}
+    return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -1933,7 +1917,7 @@ class Sources:
             (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
         self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
-        self._parsers: dict[Resource, Callable[[dict[str, Json]], Any]] = {
+        self._parsers: dict[str, Callable[[dict[str, Json]], Any]] = {
             CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
             ENDPOINTSLICES: endpointslice_from, NODES: texts_of,
             SECRETS: functools.partial(
@@ -1966,7 +1950,7 @@ class Sources:
         if query in self._reflectors:
             return
         self._reflectors[query] = reflector = Reflector(
-            query, self._parsers[query.resource], self._file or Api(self._options), self._wake,
+            query, self._parsers[query.kind], self._file or Api(self._options), self._wake,
             self._options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
@@ -1996,7 +1980,7 @@ class Sources:
         for query, directory in self._sources:
             if query.name:
                 layers.append(self._named(query, directory, wanted))
-            elif selected := self._reflectors[query].objects():
+            elif selected := self._reflectors[query].objects:
                 layers += [selected[key] for key in sorted(selected)]
             else:
                 wanted.notes.append(f"{query}: none exist")
@@ -2011,7 +1995,7 @@ class Sources:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
         source, key = (query, directory), (query.namespace, query.name)
         bad = key in self._reflectors[query].bad
-        found = None if bad else self._reflectors[query].objects().get(key)
+        found = None if bad else self._reflectors[query].objects.get(key)
         named, warnings = found or Rendering({})
         files = {os.path.join(directory, name): file for name, file in named.items()}
         if files or (found and not self._kept.get(source)):
@@ -2028,9 +2012,9 @@ class Sources:
 
     def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
-        found = defaultdict[Resource, dict[Key, Any]](dict)
+        found = defaultdict[str, dict[Key, Any]](dict)
         for query, reflector in self._reflectors.items():
-            found[query.resource] |= reflector.objects()
+            found[query.kind] |= reflector.objects
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
@@ -4226,11 +4210,11 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Source:
+def named_secret(text: str, kind: str = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return Query(resource, namespace, object_name(name)), directory
+    return Query(kind, namespace, object_name(name)), directory
 
 
 def named_configmap(text: str) -> Source:

@@ -131,8 +131,8 @@ LABELS = {
     "file": "path below `current/`",
     "source": "as in the log: `configmap demo/envoy-xds`, `services demo`",
     "reason": "`ended` (by the server, as it does every few minutes), `expired` (410), `cut` "
-    "(no answer, or the end of one), `future` (etcd was reset), `rejected` (a resumed watch, three "
-    "times), `refresh` (SIGHUP), `status <code>`",
+    "(no answer, or the end of one), `future` (etcd was reset), `refresh` (SIGHUP), "
+    "`status <code>`",
     "code": "HTTP status, `none` without an answer",
     "verb": "`list`, `watch`",
     "kind": "`disk`, `damage` (repaired on disk), `check` (`--check-cmd` rejected the files), "
