@@ -3598,8 +3598,8 @@ METRICS = (
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
-                '_bucket{le="+Inf"}': float("inf")}
+HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
+             '_bucket{le="+Inf"}': float("inf"), "_count": float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -3614,12 +3614,10 @@ class Metrics:
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
         self._labels = {metric.name: metric.labels for metric in METRICS}
-        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
-        for name, kind, _, labels in METRICS:
-            if kind == "histogram":
-                self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
-            elif kind == "counter" and not labels:
-                self.add(name, by=0)  # rate() needs to see the 0 before the first 1
+        self._series: dict[str, dict[str, float]] = {
+            name: dict.fromkeys((*HISTOGRAM, "_sum"), 0.0) if kind == "histogram" else {}
+            for name, kind, _, _ in METRICS}
+        self.add("xds_loader_published_files_total", by=0)  # rate() needs to see the 0
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
@@ -3641,10 +3639,9 @@ class Metrics:
         """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
-            for text, bound in BUCKET_TEXTS.items():
-                series[text] += seconds <= bound
+            for row, bound in HISTOGRAM.items():
+                series[row] += seconds <= bound
             series["_sum"] += seconds
-            series["_count"] += 1
 
     def render(self) -> str:
         """All of it in Prometheus' text format 0.0.4."""
@@ -3764,8 +3761,7 @@ class Listener:
             except (OSError, RuntimeError):  # no descriptor, or no thread, is left: not to spin
                 time.sleep(0.01)
             if len(recent) > CONNECTIONS_MAX:
-                with contextlib.suppress(OSError):  # it has ended already
-                    recent.popleft().shutdown(socket.SHUT_RDWR)
+                cut(recent.popleft())
 
     def _talk(self, client: socket.socket) -> None:
         """One request and its answer."""
@@ -4544,7 +4540,10 @@ def preview(options: Options, config: Config) -> int:
         shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
     else:
-        shown = [preview_text(path, file) for path, file in sorted(files.items())]
+        shown = []
+        for path, file in sorted(files.items()):  # key material is not shown
+            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
+            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if any(shown) or not options.diff:
         print_out([f"snapshot {version_of(files)}\n", *shown])
     if options.check_cmd:
@@ -4558,13 +4557,6 @@ def preview(options: Options, config: Config) -> int:
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0
-
-
-def preview_text(path: str, file: File) -> str:
-    """One file under a header; key material is not shown."""
-    text = redacted(file.content).decode("utf-8", "backslashreplace")
-    end = "" if text.endswith("\n") or not text else "\n"
-    return f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}{end}"
 
 
 def difference(path: str, old: File | None, new: File | None) -> str:
@@ -4583,8 +4575,7 @@ def difference(path: str, old: File | None, new: File | None) -> str:
 def print_out(texts: Iterable[str]) -> None:
     """To standard output, as far as anybody reads."""
     try:
-        for text in texts:
-            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.write("".join(texts).encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4776,6 +4767,8 @@ SECTIONS = {
     ),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
+SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
+SPELLED["-h"] = SPELLED["--help"]
 NO_POD = "https://kubernetes"  # the API server where the environment names none
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
@@ -4786,43 +4779,56 @@ class Options(types.SimpleNamespace):
     environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
 
 
-def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them: one dash or
-    two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
-    known = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
-    known["-h"] = known["--help"]
-    found: dict[str, list[str]] = {}
+Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
+
+
+def given_in_words(argv: Sequence[str]) -> Given:
+    """What the command line says, read as Go's flag package reads it: one dash or two; `-x=v` and
+    `-x v`; a switch takes a value only after `=`."""
+    given: Given = {}
     rest = deque(argv)
     while rest:
         name, equals, value = rest.popleft().partition("=")
-        option = known.get(name)
+        option = SPELLED.get(name)
         if option is None:
             raise UsageError(f"unknown option {name[:100]!r}; see --help")
         if option.metavar and not (equals or rest):
             raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
             value = rest.popleft() if option.metavar else "true"
-        found.setdefault(option.name, []).append(value)
-    return found
+        given.setdefault(option.name, []).append((f"--{option.name}", value))
+    return given
 
 
-def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except (ValueError, UsageError) as error:
-        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-        raise UsageError(f"{where} {shown!r}: {error}") from None
+def given_in_environment(environ: Mapping[str, str]) -> Given:
+    """What an option's own variable says, else what Kubernetes gives a pod."""
+    given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
+    with contextlib.suppress(OSError), open(place, "rb") as stream:
+        given["namespace"] = [(place, stream.read(1000).decode("utf-8", "replace").strip())]
+    for variable in ("POD_NAMESPACE", "NS"):
+        if environ.get(variable):
+            given["namespace"] = [(f"${variable}", environ[variable])]
+    if host := environ.get("KUBERNETES_SERVICE_HOST"):
+        port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
+        url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
+        given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
+    for option in OPTIONS:
+        text = environ.get(option.variable)
+        if text and option.name not in ("help", "version"):
+            texts = text.split() if option.repeats else [text]
+            given[option.name] = [(option.variable, each) for each in texts]
+    return given
 
 
-def option_value(option: Option, words: Mapping[str, list[str]],
-                 environ: Mapping[str, str]) -> Any:
-    """What is given on the command line, else in the environment, else the default; None where
-    there is none, or one that is said in words."""
-    where, texts = f"--{option.name}", words.get(option.name, [])
-    if not texts and option.name not in ("help", "version"):
-        where, text = option.variable, environ.get(option.variable, "")
-        texts = text.split() if option.repeats else [text] if text else []
-    values = [value_of(where, option.parse, text) for text in texts]
+def option_value(option: Option, given: Given) -> Any:
+    """What is given, else the default; None where there is none, or one that is said in words."""
+    values = []
+    for where, text in given.get(option.name, ()):
+        try:
+            values.append(option.parse(text))
+        except (ValueError, UsageError) as error:
+            shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+            raise UsageError(f"{where} {shown!r}: {error}") from None
     if option.repeats:
         return tuple(dict.fromkeys(values))
     if not values and option.default:
@@ -4833,22 +4839,22 @@ def option_value(option: Option, words: Mapping[str, list[str]],
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    words = command_line_words(argv)
-    options = Options(**{option.name.replace("-", "_"): option_value(option, words, environ)
+    given = {**given_in_environment(environ), **given_in_words(argv)}
+    options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
     options.mode = ("once" if options.onetime or options.dry_run
                     else "watch" if options.watch and not options.from_file else "poll")
     check_combination(options)
     if options.mode == "once":  # it asks nobody, and serves nothing
         options.listen = options.envoy_admin = None
-    options.namespace = options.namespace or default_namespace(environ)
+    options.namespace = options.namespace or "default"
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
             it if it.query.namespace
             else it._replace(query=it.query._replace(namespace=options.namespace))
             for it in getattr(options, kind)))
     if not options.from_file:
-        options.apiserver = options.apiserver or default_apiserver(environ)
+        options.apiserver = options.apiserver or NO_POD
     options.node_name = environ.get("NODE_NAME", "")
     known = {option.variable for option in OPTIONS}
     options.unknown_variables = [
@@ -4874,26 +4880,6 @@ def check_combination(options: Options) -> None:
     ):
         if not holds:
             raise UsageError(text)
-
-
-def default_namespace(environ: Mapping[str, str]) -> str:
-    for variable in ("NS", "POD_NAMESPACE"):
-        if environ.get(variable):
-            return str(value_of(f"${variable}", namespace_name, environ[variable]))
-    try:
-        with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return str(namespace_name(stream.read(1000).decode().strip()))
-    except (OSError, ValueError):
-        return "default"
-
-
-def default_apiserver(environ: Mapping[str, str]) -> str:
-    """The address that every pod is given, else the predecessor's default."""
-    host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT")
-    if not host:
-        return NO_POD
-    url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
 def help_text() -> str:
@@ -4938,14 +4924,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        words = command_line_words(arguments)
-        wanted = [name for name in ("help", "version")
-                  if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
-        if wanted:
-            version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([help_text() if "help" in wanted else version])
-            return 0
-        return run(options_from(arguments, os.environ))
+        given = given_in_words(arguments)
+        if option_value(SPELLED["--help"], given):
+            print_out([help_text()])
+        elif option_value(SPELLED["--version"], given):
+            print_out([f"envoy-xds-configmap-loader {__version__}\n"])
+        else:
+            return run(options_from(arguments, os.environ))
+        return 0
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
         return 2
