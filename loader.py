@@ -4706,10 +4706,9 @@ SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
-        Option("configmap-selector", label_selector, "SEL",
-               "every ConfigMap of the namespace that matches a label selector ('*' or '': all)"),
-        Option("services", label_selector, "SEL", "render clusters, endpoints and routes of "
-               "the Services that match a label selector ('*' or '': all of them)"),
+        Option("configmap-selector", label_selector, "SEL", "ConfigMaps by label selector"),
+        Option("services", label_selector, "SEL",
+               "render clusters, endpoints and routes of Services by label selector ('*' or '': all)"),
         Option("services-namespace", any_namespace, "NS",
                "where these Services are; '*' for all namespaces", "--namespace", True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
@@ -4717,15 +4716,13 @@ SECTIONS = {
                "$NS, $POD_NAMESPACE, the service account's, 'default'"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "the Kubernetes API server",
-               "the pod's own, else https://kubernetes"),
+        Option("apiserver", http_url, "URL", "API server", "the pod's own, else https://kubernetes"),
         Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
         Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
         Option("client-cert", str, "FILE", "client certificate for the API server"),
         Option("client-key", str, "FILE", "its private key"),
         Option("insecure", go_bool, "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
-               "server; read again every interval ('-': standard input, with --onetime)"),
+        Option("from-file", str, "PATH", "objects from `kubectl get -o json` instead ('-': stdin)"),
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
@@ -4736,10 +4733,8 @@ SECTIONS = {
         Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
         Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D",
-               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
-        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
-               "the API server to answer", "0s"),
+        Option("sync-interval", go_duration, "D", "between polls, and checks of the disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for its sources", "0s"),
         Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
         Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
@@ -4753,8 +4748,7 @@ SECTIONS = {
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT",
-               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
         Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
         Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
