@@ -3697,19 +3697,6 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str]  # status code, body
-
-
-def ready_answer(status: Status, *, started: bool = True) -> Answer:
-    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it. The body
-    names what is not as it should be, which takes no running Envoy out of its Service."""
-    ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
-    lines = [ready if status.version else "no snapshot yet"]
-    named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
-    lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return 200 if status.version and started else 503, "\n".join(lines)
-
-
 def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
@@ -3722,7 +3709,7 @@ def snapshot_text(status: Status) -> str:
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
         "files": rows,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+        **{state: status.paths(state) for state in (NACKED, UNKNOWN, UNREAD)},
         "missing": status.missing, "stale": status.stale}, indent=1)
 
 
@@ -3781,15 +3768,22 @@ class Listener:
             client.settimeout(max(end - time.monotonic(), 0))
             client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
-    def answer(self, path: str) -> Answer:
-        """What is served there."""
+    def answer(self, path: str) -> tuple[int, str]:
+        """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
             age, bound = time.monotonic() - status.last_turn, status.turn_bound
             late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
             return (503, late) if age > bound else (200, "ok")
         if path in ("/readyz", "/startz"):
-            return ready_answer(status, started=path == "/readyz" or status.started)
+            # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
+            # should be takes no running Envoy out of its Service: it is named.
+            started = path == "/readyz" or status.started
+            ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
+            named = {"missing": status.missing, "stale": status.stale, NACKED: status.paths(NACKED)}
+            lines = [f"{what}: {name}" for what, names in named.items() for name in names]
+            text = "\n".join([ready if status.version else "no snapshot yet", *lines])
+            return 200 if status.version and started else 503, text
         if path not in self._kept:
             return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
@@ -4708,7 +4702,7 @@ SECTIONS = {
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
         Option("configmap-selector", label_selector, "SEL", "ConfigMaps by label selector"),
         Option("services", label_selector, "SEL",
-               "render clusters, endpoints and routes of Services by label selector ('*' or '': all)"),
+               "clusters, endpoints and routes of Services by label selector ('*' or '': all)"),
         Option("services-namespace", any_namespace, "NS",
                "where these Services are; '*' for all namespaces", "--namespace", True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
