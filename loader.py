@@ -4651,15 +4651,13 @@ def label_selector(text: str) -> str:
 
 
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         url = urllib.parse.urlsplit(text)
         host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
-        usable = host and url.scheme in schemes and url.port != 0 and url.username is None
-    except ValueError:
-        usable = False
-    if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
-        raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
-    return text
+        plain = re.fullmatch("[!-~]+", text) and not (url.query or url.fragment)
+        if host and plain and url.scheme in schemes and url.port != 0 and url.username is None:
+            return text
+    raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
 
 
 socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
@@ -4689,10 +4687,6 @@ class Option(NamedTuple):
     help: str
     default: str = ""
     repeats: bool = False
-
-    @property
-    def variable(self) -> str:
-        return f"XDS_LOADER_{self.name.replace('-', '_').upper()}"
 
 
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
@@ -4757,6 +4751,7 @@ SECTIONS = {
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
 SPELLED["-h"] = SPELLED["--help"]
+VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
 NO_POD = "https://kubernetes"  # the API server where the environment names none
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
@@ -4800,11 +4795,11 @@ def given_in_environment(environ: Mapping[str, str]) -> Given:
         port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
         given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
-    for option in OPTIONS:
-        text = environ.get(option.variable)
+    for variable, option in VARIABLES.items():
+        text = environ.get(variable)
         if text and option.name not in ("help", "version"):
             texts = text.split() if option.repeats else [text]
-            given[option.name] = [(option.variable, each) for each in texts]
+            given[option.name] = [(variable, each) for each in texts]
     return given
 
 
@@ -4844,10 +4839,9 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     if not options.from_file:
         options.apiserver = options.apiserver or NO_POD
     options.node_name = environ.get("NODE_NAME", "")
-    known = {option.variable for option in OPTIONS}
     options.unknown_variables = [
         name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-        and name not in known and not re.fullmatch(SERVICE_LINK, name)]
+        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
     return options
 
 
