@@ -4387,7 +4387,7 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options
                 "create it, or wait for it with --timeout")
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
     reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.apiserver == NO_POD:
+    if options.apiserver == NO_POD and not options.from_file:
         return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
     return str(reason)
 
@@ -4689,6 +4689,7 @@ class Option(NamedTuple):
     repeats: bool = False
 
 
+NO_POD = "https://kubernetes"  # the API server where the environment names none
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
     "What to load": (
@@ -4698,13 +4699,13 @@ SECTIONS = {
         Option("services", label_selector, "SEL",
                "clusters, endpoints and routes of Services by label selector ('*' or '': all)"),
         Option("services-namespace", any_namespace, "NS",
-               "where these Services are; '*' for all namespaces", "--namespace", True),
+               "where these Services are, if not in --namespace; '*' for all", repeats=True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
-        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
-               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
+        Option("namespace", namespace_name, "NS", "of what is named without one; if not given "
+               "$NS, $POD_NAMESPACE or the service account's", "default"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "API server", "the pod's own, else https://kubernetes"),
+        Option("apiserver", http_url, "URL", "the API server, if not the pod's own", NO_POD),
         Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
         Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
         Option("client-cert", str, "FILE", "client certificate for the API server"),
@@ -4730,8 +4731,8 @@ SECTIONS = {
     "ACK and NACK": (
         Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "pause between ordered steps",
-               "100ms where Envoy is not asked, else none"),
+        Option("step-delay", go_duration, "D",
+               "pause between ordered steps; 100ms where Envoy is not asked, else none"),
         Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
@@ -4752,7 +4753,6 @@ OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
 SPELLED["-h"] = SPELLED["--help"]
 VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
-NO_POD = "https://kubernetes"  # the API server where the environment names none
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
@@ -4804,7 +4804,7 @@ def given_in_environment(environ: Mapping[str, str]) -> Given:
 
 
 def option_value(option: Option, given: Given) -> Any:
-    """What is given, else the default; None where there is none, or one that is said in words."""
+    """What is given, else the default; None where there is none."""
     values = []
     for where, text in given.get(option.name, ()):
         try:
@@ -4815,8 +4815,7 @@ def option_value(option: Option, given: Given) -> Any:
     if option.repeats:
         return tuple(dict.fromkeys(values))
     if not values and option.default:
-        with contextlib.suppress(ValueError):
-            values = [option.parse(option.default)]
+        return option.parse(option.default)
     return values[-1] if values else None
 
 
@@ -4830,14 +4829,11 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     check_combination(options)
     if options.mode == "once":  # it asks nobody, and serves nothing
         options.listen = options.envoy_admin = None
-    options.namespace = options.namespace or "default"
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
             it if it.query.namespace
             else it._replace(query=it.query._replace(namespace=options.namespace))
             for it in getattr(options, kind)))
-    if not options.from_file:
-        options.apiserver = options.apiserver or NO_POD
     options.node_name = environ.get("NODE_NAME", "")
     options.unknown_variables = [
         name for name in sorted(environ) if name.startswith("XDS_LOADER_")
