@@ -4889,8 +4889,7 @@ def run(options: Options) -> int:
     config = read_config(options.config) if options.config else Config()
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
-    if own_zone_wanted and not options.node_name:
+    if config.endpoint_prefer_zone is True and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
