@@ -4613,6 +4613,7 @@ go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or fals
                    lambda text: text[0] in "1tT")
 file_mode = matching("(0o)?0?[4-7][0-7]{2}", "a file mode with which the owner reads, like 0600",
                      lambda text: int(text.removeprefix("0o"), 8))
+socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
 gone = matching("false", "supported any more; split traffic with weights in an RDS file, or by the "
                 "annotation xds-loader/weight with --services")
 
@@ -4660,9 +4661,6 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
 
 
-socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
-
-
 def admin_url(text: str) -> str:
     return socket_path(text) if text.startswith("unix:") else http_url(text, ["http"])
 
@@ -4673,9 +4671,6 @@ def shell_words(text: str) -> tuple[str, ...]:
     if words := tuple(shlex.split(text)):
         return words
     raise ValueError("is empty")
-
-
-# -- options ---------------------------------------------------------------------------------------
 
 
 class Option(NamedTuple):
@@ -4873,9 +4868,6 @@ def help_text() -> str:
             lines.append(f"  --{option.name} {option.metavar}".rstrip())
             lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
     return "\n".join([*lines, ""])
-
-
-# -- running ---------------------------------------------------------------------------------------
 
 
 def run(options: Options) -> int:
