@@ -598,6 +598,21 @@ def test_a_start_that_finds_the_marker_notifies_what_differs(
         assert texts(out) == {"a": "2", "b": "1", "eds/c": "2"}
 
 
+def test_a_stranger_in_the_place_of_the_marker_is_removed_before_anything_moves(
+    output: loader.Output, out: Path
+) -> None:
+    publish(output, {"a": "1"})
+    for make in (Path.mkdir, Path.touch, lambda place: place.symlink_to("elsewhere")):
+        make(out / "..notify")
+        with pytest.raises(FileExistsError):
+            publish(output, {"a": "2"})
+        assert (out / "current/a").read_text() == "1"
+        output.recover()
+        assert not os.path.lexists(out / "..notify")
+    publish(output, {"a": "2"})
+    assert texts(out) == {"a": "2"}
+
+
 # -- pruning
 
 
