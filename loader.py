@@ -4436,7 +4436,8 @@ def named_configmap(text: str) -> Source:
 
 def label_selector(text: str) -> str:
     """A selector that can be read; "" for `*`, which is all."""
-    label_predicate(text := "" if text.strip() == "*" else text)
+    text = "" if text.strip() == "*" else text
+    label_predicate(text)
     return text
 
 
