@@ -3242,8 +3242,8 @@ METRICS = (
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
-                '_bucket{le="+Inf"}': float("inf")}
+HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
+             '_bucket{le="+Inf"}': float("inf"), "_count": float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -3257,12 +3257,10 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._series: dict[str, dict[Any, float]] = {metric.name: {} for metric in METRICS}
-        for name, kind, _, labels in METRICS:
-            if kind == "histogram":
-                self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
-            elif kind == "counter" and not labels:
-                self.add(name, by=0)  # rate() needs to see the 0 before the first 1
+        self._series: dict[str, dict[Any, float]] = {
+            name: dict.fromkeys((*HISTOGRAM, "_sum"), 0.0) if kind == "histogram" else {}
+            for name, kind, _, _ in METRICS}
+        self.add("xds_loader_published_files_total", by=0)  # rate() needs to see the 0
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
@@ -3284,10 +3282,9 @@ class Metrics:
         """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
-            for text, bound in BUCKET_TEXTS.items():
-                series[text] += seconds <= bound
+            for row, bound in HISTOGRAM.items():
+                series[row] += seconds <= bound
             series["_sum"] += seconds
-            series["_count"] += 1
 
     def render(self) -> str:
         """All of it in Prometheus' text format 0.0.4."""
@@ -3300,8 +3297,9 @@ class Metrics:
         lines = []
         for name, kind, text, names in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{held_as if kind == 'histogram' else labels_text(names, held_as)} "
-                      f"{value:.15g}" for held_as, value in held[name]]
+            for key, value in held[name]:
+                suffix = key if kind == "histogram" else labels_text(names, key)
+                lines.append(f"{name}{suffix} {value:.15g}")
         return "\n".join(lines)
 
 
@@ -3344,19 +3342,6 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str]  # status code, body
-
-
-def ready_answer(status: Status, *, started: bool = True) -> Answer:
-    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it. The body
-    names what is not as it should be, which takes no running Envoy out of its Service."""
-    ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
-    lines = [ready if status.version else "no snapshot yet"]
-    named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
-    lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return 200 if status.version and started else 503, "\n".join(lines)
-
-
 def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
@@ -3369,7 +3354,7 @@ def snapshot_text(status: Status) -> str:
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
         "files": rows,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+        **{state: status.paths(state) for state in (NACKED, UNKNOWN, UNREAD)},
         "missing": status.missing, "stale": status.stale}, indent=1)
 
 
@@ -3408,8 +3393,7 @@ class Listener:
             except (OSError, RuntimeError):  # no descriptor, or no thread, is left: not to spin
                 time.sleep(0.01)
             if len(recent) > CONNECTIONS_MAX:
-                with contextlib.suppress(OSError):  # it has ended already
-                    recent.popleft().shutdown(socket.SHUT_RDWR)
+                cut(recent.popleft())
 
     def _talk(self, client: socket.socket) -> None:
         """One request and its answer."""
@@ -3429,15 +3413,22 @@ class Listener:
             client.settimeout(max(end - time.monotonic(), 0))
             client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
-    def answer(self, path: str) -> Answer:
-        """What is served there."""
+    def answer(self, path: str) -> tuple[int, str]:
+        """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
             age, bound = time.monotonic() - status.last_turn, status.turn_bound
             late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
             return (503, late) if age > bound else (200, "ok")
         if path in ("/readyz", "/startz"):
-            return ready_answer(status, started=path == "/readyz" or status.started)
+            # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
+            # should be takes no running Envoy out of its Service: it is named.
+            started = path == "/readyz" or status.started
+            ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
+            named = {"missing": status.missing, "stale": status.stale, NACKED: status.paths(NACKED)}
+            lines = [f"{what}: {name}" for what, names in named.items() for name in names]
+            text = "\n".join([ready if status.version else "no snapshot yet", *lines])
+            return 200 if status.version and started else 503, text
         if path not in self._kept:
             return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
@@ -3967,7 +3958,7 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options
                 "create it, or wait for it with --timeout")
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
     reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.apiserver == NO_POD:
+    if options.apiserver == NO_POD and not options.from_file:
         return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
     return str(reason)
 
@@ -4111,7 +4102,10 @@ def preview(options: Options, config: Config) -> int:
         shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
     else:
-        shown = [preview_text(path, file) for path, file in sorted(files.items())]
+        shown = []
+        for path, file in sorted(files.items()):  # key material is not shown
+            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
+            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if any(shown) or not options.diff:
         print_out([f"snapshot {version_of(files)}\n", *shown])
     if options.check_cmd:
@@ -4125,13 +4119,6 @@ def preview(options: Options, config: Config) -> int:
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0
-
-
-def preview_text(path: str, file: File) -> str:
-    """One file under a header; key material is not shown."""
-    text = redacted(file.content).decode("utf-8", "backslashreplace")
-    end = "" if text.endswith("\n") or not text else "\n"
-    return f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}{end}"
 
 
 def difference(path: str, old: File | None, new: File | None) -> str:
@@ -4150,8 +4137,7 @@ def difference(path: str, old: File | None, new: File | None) -> str:
 def print_out(texts: Iterable[str]) -> None:
     """To standard output, as far as anybody reads."""
     try:
-        for text in texts:
-            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.write("".join(texts).encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4195,6 +4181,7 @@ go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or fals
                    lambda text: text[0] in "1tT")
 file_mode = matching("(0o)?0?[4-7][0-7]{2}", "a file mode with which the owner reads, like 0600",
                      lambda text: int(text.removeprefix("0o"), 8))
+socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
 gone = matching("false", "supported any more; split traffic with weights in an RDS file, or by the "
                 "annotation xds-loader/weight with --services")
 
@@ -4228,23 +4215,19 @@ def named_configmap(text: str) -> Source:
 
 def label_selector(text: str) -> str:
     """A selector that can be read; "" for `*`, which is all."""
-    label_predicate(text := "" if text.strip() == "*" else text)
+    text = "" if text.strip() == "*" else text
+    label_predicate(text)
     return text
 
 
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         url = urllib.parse.urlsplit(text)
         host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
-        usable = host and url.scheme in schemes and url.port != 0 and url.username is None
-    except ValueError:
-        usable = False
-    if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
-        raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
-    return text
-
-
-socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
+        plain = re.fullmatch("[!-~]+", text) and not (url.query or url.fragment)
+        if host and plain and url.scheme in schemes and url.port != 0 and url.username is None:
+            return text
+    raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
 
 
 def admin_url(text: str) -> str:
@@ -4259,9 +4242,6 @@ def shell_words(text: str) -> tuple[str, ...]:
     raise ValueError("is empty")
 
 
-# -- options ---------------------------------------------------------------------------------------
-
-
 class Option(NamedTuple):
     """One option: the same table makes the parser, the environment variables, --help and docs."""
 
@@ -4272,36 +4252,30 @@ class Option(NamedTuple):
     default: str = ""
     repeats: bool = False
 
-    @property
-    def variable(self) -> str:
-        return f"XDS_LOADER_{self.name.replace('-', '_').upper()}"
 
-
+NO_POD = "https://kubernetes"  # the API server where the environment names none
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
-        Option("configmap-selector", label_selector, "SEL",
-               "every ConfigMap of the namespace that matches a label selector ('*' or '': all)"),
-        Option("services", label_selector, "SEL", "render clusters, endpoints and routes of "
-               "the Services that match a label selector ('*' or '': all of them)"),
+        Option("configmap-selector", label_selector, "SEL", "ConfigMaps by label selector"),
+        Option("services", label_selector, "SEL",
+               "clusters, endpoints and routes of Services by label selector ('*' or '': all)"),
         Option("services-namespace", any_namespace, "NS",
-               "where these Services are; '*' for all namespaces", "--namespace", True),
+               "where these Services are, if not in --namespace; '*' for all", repeats=True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
-        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
-               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
+        Option("namespace", namespace_name, "NS", "of what is named without one; if not given "
+               "$NS, $POD_NAMESPACE or the service account's", "default"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "the Kubernetes API server",
-               "the pod's own, else https://kubernetes"),
+        Option("apiserver", http_url, "URL", "the API server, if not the pod's own", NO_POD),
         Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
         Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
         Option("client-cert", str, "FILE", "client certificate for the API server"),
         Option("client-key", str, "FILE", "its private key"),
         Option("insecure", go_bool, "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
-               "server; read again every interval ('-': standard input, with --onetime)"),
+        Option("from-file", str, "PATH", "objects from `kubectl get -o json` instead ('-': stdin)"),
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
@@ -4312,10 +4286,8 @@ SECTIONS = {
         Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
         Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D",
-               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
-        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
-               "the API server to answer", "0s"),
+        Option("sync-interval", go_duration, "D", "between polls, and checks of the disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for its sources", "0s"),
         Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
         Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
@@ -4323,14 +4295,13 @@ SECTIONS = {
     "ACK and NACK": (
         Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "pause between ordered steps",
-               "100ms where Envoy is not asked, else none"),
+        Option("step-delay", go_duration, "D",
+               "pause between ordered steps; 100ms where Envoy is not asked, else none"),
         Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT",
-               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
         Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
         Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
@@ -4343,7 +4314,9 @@ SECTIONS = {
     ),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
-NO_POD = "https://kubernetes"  # the API server where the environment names none
+SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
+SPELLED["-h"] = SPELLED["--help"]
+VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
@@ -4353,73 +4326,81 @@ class Options(types.SimpleNamespace):
     environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
 
 
-def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them: one dash or
-    two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
-    known = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
-    known["-h"] = known["--help"]
-    found: dict[str, list[str]] = {}
+Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
+
+
+def given_in_words(argv: Sequence[str]) -> Given:
+    """What the command line says, read as Go's flag package reads it: one dash or two; `-x=v` and
+    `-x v`; a switch takes a value only after `=`."""
+    given: Given = {}
     rest = deque(argv)
     while rest:
         name, equals, value = rest.popleft().partition("=")
-        option = known.get(name)
+        option = SPELLED.get(name)
         if option is None:
             raise UsageError(f"unknown option {name[:100]!r}; see --help")
         if option.metavar and not (equals or rest):
             raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
             value = rest.popleft() if option.metavar else "true"
-        found.setdefault(option.name, []).append(value)
-    return found
+        given.setdefault(option.name, []).append((f"--{option.name}", value))
+    return given
 
 
-def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except (ValueError, UsageError) as error:
-        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-        raise UsageError(f"{where} {shown!r}: {error}") from None
+def given_in_environment(environ: Mapping[str, str]) -> Given:
+    """What an option's own variable says, else what Kubernetes gives a pod."""
+    given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
+    with contextlib.suppress(OSError), open(place, "rb") as stream:
+        given["namespace"] = [(place, stream.read(1000).decode("utf-8", "replace").strip())]
+    for variable in ("POD_NAMESPACE", "NS"):
+        if environ.get(variable):
+            given["namespace"] = [(f"${variable}", environ[variable])]
+    if host := environ.get("KUBERNETES_SERVICE_HOST"):
+        port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
+        url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
+        given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
+    for variable, option in VARIABLES.items():
+        text = environ.get(variable)
+        if text and option.name not in ("help", "version"):
+            texts = text.split() if option.repeats else [text]
+            given[option.name] = [(variable, each) for each in texts]
+    return given
 
 
-def option_value(option: Option, words: Mapping[str, list[str]],
-                 environ: Mapping[str, str]) -> Any:
-    """What is given on the command line, else in the environment, else the default; None where
-    there is none, or one that is said in words."""
-    where, texts = f"--{option.name}", words.get(option.name, [])
-    if not texts and option.name not in ("help", "version"):
-        where, text = option.variable, environ.get(option.variable, "")
-        texts = text.split() if option.repeats else [text] if text else []
-    values = [value_of(where, option.parse, text) for text in texts]
+def option_value(option: Option, given: Given) -> Any:
+    """What is given, else the default; None where there is none."""
+    values = []
+    for where, text in given.get(option.name, ()):
+        try:
+            values.append(option.parse(text))
+        except (ValueError, UsageError) as error:
+            shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+            raise UsageError(f"{where} {shown!r}: {error}") from None
     if option.repeats:
         return tuple(dict.fromkeys(values))
     if not values and option.default:
-        with contextlib.suppress(ValueError):
-            values = [option.parse(option.default)]
+        return option.parse(option.default)
     return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    words = command_line_words(argv)
-    options = Options(**{option.name.replace("-", "_"): option_value(option, words, environ)
+    given = {**given_in_environment(environ), **given_in_words(argv)}
+    options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
     options.mode = ("once" if options.onetime or options.dry_run
                     else "watch" if options.watch and not options.from_file else "poll")
     check_combination(options)
     if options.mode == "once":  # it asks nobody, and serves nothing
         options.listen = options.envoy_admin = None
-    options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
             (query if query.namespace else query._replace(namespace=options.namespace), directory)
             for query, directory in getattr(options, kind)))
-    if not options.from_file:
-        options.apiserver = options.apiserver or default_apiserver(environ)
     options.node_name = environ.get("NODE_NAME", "")
-    known = {option.variable for option in OPTIONS}
     options.unknown_variables = [
         name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-        and name not in known and not re.fullmatch(SERVICE_LINK, name)]
+        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
     return options
 
 
@@ -4442,26 +4423,6 @@ def check_combination(options: Options) -> None:
             raise UsageError(text)
 
 
-def default_namespace(environ: Mapping[str, str]) -> str:
-    for variable in ("NS", "POD_NAMESPACE"):
-        if environ.get(variable):
-            return str(value_of(f"${variable}", namespace_name, environ[variable]))
-    try:
-        with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return str(namespace_name(stream.read(1000).decode().strip()))
-    except (OSError, ValueError):
-        return "default"
-
-
-def default_apiserver(environ: Mapping[str, str]) -> str:
-    """The address that every pod is given, else the predecessor's default."""
-    host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT")
-    if not host:
-        return NO_POD
-    url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
-
-
 def help_text() -> str:
     """--help: what the module says of itself, and the table of options."""
     import textwrap
@@ -4477,9 +4438,6 @@ def help_text() -> str:
     return "\n".join([*lines, ""])
 
 
-# -- running ---------------------------------------------------------------------------------------
-
-
 def run(options: Options) -> int:
     """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
@@ -4491,8 +4449,7 @@ def run(options: Options) -> int:
     config = read_config(options.config) if options.config else DEFAULTS
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    own_zone_wanted = options.services is not None and config["endpoint"]["prefer_zone"] is True
-    if own_zone_wanted and not options.node_name:
+    if config["endpoint"]["prefer_zone"] is True and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
@@ -4504,14 +4461,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        words = command_line_words(arguments)
-        wanted = [name for name in ("help", "version")
-                  if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
-        if wanted:
-            version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([help_text() if "help" in wanted else version])
-            return 0
-        return run(options_from(arguments, os.environ))
+        given = given_in_words(arguments)
+        if option_value(SPELLED["--help"], given):
+            print_out([help_text()])
+        elif option_value(SPELLED["--version"], given):
+            print_out([f"envoy-xds-configmap-loader {__version__}\n"])
+        else:
+            return run(options_from(arguments, os.environ))
+        return 0
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
         return 2
