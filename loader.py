@@ -669,8 +669,7 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            bad = {**self.bad}
-            bad.pop(key, None)
+            bad = {other: text for other, text in self.bad.items() if other != key}
             value = None if kind == "DELETED" else self._value(key, item, bad)
             if value is not self._objects.get(key) or bad != self.bad:
                 self.bad = bad
@@ -2197,10 +2196,8 @@ class Sources:
                 self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
-            files={}, missing=[], stale=[],
-            notes=[bad for r in reflectors for bad in r.bad.values()],
-            unknown=[str(r.query) for r in reflectors if not r.synced],
-        )
+            {}, missing=[], stale=[], notes=[bad for r in reflectors for bad in r.bad.values()],
+            unknown=[str(r.query) for r in reflectors if not r.synced])
         if wanted.unknown:
             return wanted
         layers = [self._files_of(named, wanted) for named in self._options.secret]
@@ -2469,8 +2466,6 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
-    if not gone:
-        return desired
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
     return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
@@ -3619,13 +3614,11 @@ class Metrics:
             series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
-        with self._lock:
-            self._series[name][labels] = value
+        self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        with self._lock:
-            self._series[name] = {**series}
+        self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -4298,8 +4291,10 @@ class Loop:
         wanted, published = self._compose(), self.output.published
         if not wanted.complete:
             return None
-        files, unfit = self.output.fitting(wanted.files)
-        files = with_needed(files, published, functools.partial(is_read, self.asking.known))
+        files, unfit = wanted.files, list[str]()
+        if files.keys() != published.keys():
+            files, unfit = self.output.fitting(files)
+            files = with_needed(files, published, functools.partial(is_read, self.asking.known))
         self.note("files", [
             *unfit,
             *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
@@ -4352,7 +4347,7 @@ class Loop:
             texts = {re.sub("[0-9]{4,}", "...", note): note for note in lasting}
             new, lasting = [texts[key] for key in texts.keys() - before], frozenset(texts)
             lasting |= before if lasting else frozenset()
-            if before and not lasting:
+            if not lasting:
                 log.info("%s", OVER[topic])
         else:
             new = [*(lasting - before)]
