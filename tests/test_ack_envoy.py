@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -431,6 +432,18 @@ def test_an_admin_interface_that_comes_late_is_asked_about_what_is_published(sta
     stage.envoy.start()
     stage.await_served("v0", "v2", "v0")
     stage.await_acked(15)
+
+
+def test_a_file_that_is_repaired_on_disk_is_judged_again(stage: Stage) -> None:
+    """Envoy is notified of it, so what it counts next is about that."""
+    stage.start()
+    with stage.envoy.paused():
+        damaged = (stage.out / "current/rds.yaml").resolve()
+        damaged.write_text(damaged.read_text() + " ")
+        stage.log.process.send_signal(signal.SIGHUP)
+        stage.log.wait_log("repaired on disk: rds.yaml")
+        wait_until(lambda: stage.states()["rds.yaml"] == "unknown")
+    stage.await_acked()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import socket
 import subprocess
@@ -526,6 +527,12 @@ def to_n() -> str:
 def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> None:
     """It counts the events of its parent too."""
     envoy = stage.envoy
+
+    def child_answers() -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return "epoch: 1" in envoy.admin("/stats?filter=server.hot_restart_epoch")
+        return False
+
     envoy.command.remove("--disable-hot-restart")
     number = str(os.getpid() % 30000)
     envoy.command += ["--base-id", number, "--restart-epoch", "0"]
@@ -535,7 +542,11 @@ def test_fault_18_an_envoy_that_was_restarted_hot_is_unknown(stage: Stage) -> No
     try:
         envoy.command[-1] = "1"
         envoy.start(wait=False)
+        wait_until(child_answers)
+        stage.patch({"eds-e.yaml": stage.endpoints(0)})
         stage.log.wait_log("WARNING Envoy is not asked: it was restarted hot", 10)
+        wait_until(lambda: first.poll() is not None or set(stage.states().values()) == {"unknown"})
+        assert first.poll() is None, "what the parent ACKed is unknown of its child at once"
         wait_until(lambda: first.poll() is not None, 15)
         files = {"rds.yaml": to(x="e"), "eds-e.yaml": stage.endpoints(2)}
         stage.patch(files)
