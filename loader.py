@@ -2144,9 +2144,11 @@ def next_step(published: Files, desired: Files) -> Step | None:
                   and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
     others = {path: united(published[path], desired[path]) for path in moved
               if path in published and path not in references}
-    above = {parent for path in new for parent in parents(path)}  # files that become directories
-    children = {path: file for path, file in published.items() if path not in above} | new
-    clusters = {**children, **others}
+    children: Files = published
+    if new:
+        above = {parent for path in new for parent in parents(path)}  # files become directories
+        children = {path: file for path, file in published.items() if path not in above} | new
+    clusters = {**children, **others} if others else children
     steps = [Step(children, CHILDREN), Step(clusters, CLUSTERS),
              Step({**clusters, **references}, REFERENCES), Step(desired, REMOVALS)]
     if not references and all(published[path].kind != "cds" for path in others):
