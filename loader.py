@@ -4081,17 +4081,16 @@ class Loop:
         wanted, published = self._compose(), self.output.published
         if not wanted.complete:
             return None
-        files, unfit = wanted.files, list[str]()
+        files = wanted.files
+        notes = [f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+                 for path in self.output.foreign if path not in {**published, **files}]
         if files.keys() != published.keys():
             files, unfit = self.output.fitting(files)
             files = with_needed(files, published, functools.partial(is_read, self.asking.known))
-        self.note("files", [
-            *unfit,
-            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
-              for path in files if path not in wanted.files),
-            *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-              for path in self.output.foreign if path not in files),
-        ])
+            notes += unfit
+            notes += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
+                      "needs it" for path in files if path not in wanted.files]
+        self.note("files", notes)
         return self.check_command.passed(files)
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
