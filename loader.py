@@ -2065,9 +2065,11 @@ def next_step(published: Files, desired: Files) -> Step | None:
                   if {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
     others = {path: united(published[path], desired[path]) for path in changed
               if path not in references}
-    above = {parent for path in new for parent in parents(path)}  # files that become directories
-    children = {path: file for path, file in published.items() if path not in above} | new
-    clusters = {**children, **others}
+    children: Files = published
+    if new:
+        above = {parent for path in new for parent in parents(path)}  # files become directories
+        children = {path: file for path, file in published.items() if path not in above} | new
+    clusters = {**children, **others} if others else children
     steps = [Step(children, CHILDREN), Step(clusters, CLUSTERS),
              Step({**clusters, **references}, REFERENCES), Step(desired, REMOVALS)]
     if not references and all(published[path].kind != "cds" for path in others):
@@ -2216,8 +2218,6 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
-    if not gone:
-        return desired
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
     return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
@@ -3270,13 +3270,11 @@ class Metrics:
             series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
-        with self._lock:
-            self._series[name][labels] = value
+        self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        with self._lock:
-            self._series[name] = {**series}
+        self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -3825,15 +3823,15 @@ class Loop:
         sources = self.composed()
         if not sources.complete:
             return False
-        files, unfit = output.fitting(sources.files)
-        files = with_needed(files, published, functools.partial(is_read, asking.known))
-        self.note("files", [
-            *unfit,
-            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
-              for path in files if path not in sources.files),
-            *(f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-              for path in output.foreign if path not in files),
-        ])
+        files, kept = sources.files, list[str]()
+        if files.keys() != published.keys():
+            files, kept = output.fitting(files)
+            files = with_needed(files, published, functools.partial(is_read, asking.known))
+            kept += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
+                     f"needs it" for path in files if path not in sources.files]
+        self.note("files", kept + [
+            f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+            for path in output.foreign if path not in files])
         wanted = self.check_command.passed(files)
         if wanted is None:
             return False
