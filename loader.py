@@ -1,4 +1,4 @@
-"""envoy-xds-configmap-loader: Envoy's filesystem xDS, live from Kubernetes.
+"""envoy-xds-configmap-loader feeds Envoy's filesystem xDS, live from Kubernetes.
 
 It lists, polls or watches ConfigMaps (and if asked Services, EndpointSlices and Secrets) over the
 raw Kubernetes REST API, turns them into the files that Envoy's filesystem xDS reads, and publishes
@@ -20,10 +20,22 @@ What it promises:
 * Clusters come before the routes that name them, and are removed after them.
 * What Envoy rejects (NACK) is rolled back, named, and not tried again until it changes.
 
-Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
-ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
-talks to Envoy's admin interface. Only the standard library is used.
+Examples:
+  An init container: publish the files of a ConfigMap; wait for it up to a minute.
+    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
+  A sidecar: publish every change at once, and roll back what Envoy rejects.
+    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
+  A preview: print what would be made of the Services of a namespace.
+    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
+
+Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
+environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
+More: docs/options.md in the repository.
 """
+
+# Data flows one way, and so do the chapters: API objects -> resources -> files -> steps -> disk ->
+# ACK or NACK. Reflector threads own memory; the main thread alone owns the disk; one more thread
+# talks to Envoy's admin interface. Only the standard library is used.
 
 from __future__ import annotations
 
@@ -100,13 +112,12 @@ KINDS = {
     b"envoy.service.runtime.v3.Runtime": "rtds",
     b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
 }
-TYPE_URL = re.compile(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)")
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = (found[1] for found in TYPE_URL.finditer(content))
-    return next((KINDS[url] for url in urls if url in KINDS), "")
+    urls = re.finditer(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)", content)
+    return next((KINDS[url[1]] for url in urls if url[1] in KINDS), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -117,14 +128,13 @@ def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> F
 
 def same_file(one: File | None, other: File | None) -> bool:
     """Whether two files are the same on disk: bytes and mode. The source does not show there."""
-    if one is None or other is None or one is other:
-        return one is other
-    return one.digest == other.digest and one.mode == other.mode
+    return one is other or (one is not None and other is not None
+                            and one.digest == other.digest and one.mode == other.mode)
 
 
 def same_files(one: Files, other: Files) -> bool:
     """Whether two sets of files are the same on disk."""
-    return one.keys() == other.keys() and not moved_paths(one, other)
+    return one is other or (one.keys() == other.keys() and not moved_paths(one, other))
 
 
 def moved_paths(before: Files, after: Files) -> list[str]:
@@ -227,22 +237,19 @@ class Query(NamedTuple):
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
         return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
 
-    @property
-    def place(self) -> str:
-        return f" in namespace {self.namespace}" if self.namespace else ""
-
     def __str__(self) -> str:
         if self.name:
-            key = "/".join(filter(None, (self.namespace, self.name)))
-            return f"{self.resource.name.removesuffix('s')} {key}"
-        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{self.place}"
+            namespace = f"{self.namespace}/" if self.namespace else ""
+            return f"{self.resource.kind.lower()} {namespace}{self.name}"
+        where = f" in namespace {self.namespace}" if self.namespace else ""
+        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{where}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
     """The text at a path of names in an API object; "" for whatever else is there."""
     value: Json = item
     for name in path:
-        value = json_object(value).get(name)
+        value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, str) else ""
 
 
@@ -262,7 +269,6 @@ class ApiError(LoaderError):
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
-Response = http.client.HTTPResponse
 Event = tuple[str, dict[str, Json]]  # type, object
 
 
@@ -309,20 +315,30 @@ class Api:
         return False
 
     def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """An event "OPEN" when the server has answered, and then its own until it ends the watch
+        """The events after a version, once the server has answered, until it ends the watch
         properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
-        asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
-        asked["timeoutSeconds"] = str(random.randint(*WATCH_SECONDS))
-        response, rest = self._ask(query, "watch", asked)[0], bytearray()
+        asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version,
+                 "timeoutSeconds": str(random.randint(*WATCH_SECONDS))}
+        return self._events(query, self._ask(query, "watch", asked)[0])
+
+    def _events(self, query: Query, response: http.client.HTTPResponse) -> Iterator[Event]:
+        rest = bytearray()
         try:
-            yield "OPEN", {}
             # (http.client's readline shows a stream that was cut between chunks as a normal end.)
             while block := response.read1(1 << 18):
                 rest += block
                 if b"\n" in block:
                     *lines, rest = rest.split(b"\n")
                     for line in filter(None, lines):
-                        yield self._event(query, line)
+                        event = parse_json(line)
+                        kind, item = member(event, "type", str), member(event, "object", dict)
+                        if not kind or not item:
+                            raise ValueError("an event has no type or no object")
+                        if kind == "ERROR":
+                            code: Json = item.get("code")
+                            status = code if code in range(400, 600) else 500
+                            raise self._refusal(query, "watch", status, item)
+                        yield kind, item
                 if len(rest) > EVENT_BYTES:
                     raise ValueError("an event does not end")
             if rest:
@@ -333,36 +349,32 @@ class Api:
             if not response.isclosed():
                 self._connection.close()  # it cannot be used for another request
 
-    # -- one answer -------------------------------------------------------------------------
-
-    def _ask(self, query: Query, verb: str,
-             page: Mapping[str, str]) -> tuple[Response, dict[str, Json]]:
-        """An answer of status 200, and the object in it ({} for anything else, and of a watch);
-        ApiError for any other."""
-        headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
+    def _ask(self, query: Query, verb: str, page: Mapping[str, str]
+             ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
+        """An answer of status 200, and the object in it ({} for anything else, and of a watch,
+        which is not read here); ApiError for any other."""
         self._token = self._read_token()
+        headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        target, status = self._url.path.rstrip("/") + query.target(page), 0
+        target, status, body = self._url.path.rstrip("/") + query.target(page), 0, b""
         try:
-            connection = self._connected()
+            self._connect()
             with bounded(self.socket, ANSWER_SECONDS):
-                connection.request("GET", target, headers=headers)
+                self._connection.request("GET", target, headers=headers)
                 self.socket.settimeout(WATCH_SILENCE if verb == "watch" else ANSWER_TIMEOUT)
-                response = connection.getresponse()
+                response = self._connection.getresponse()
                 status = response.status
-                body = b""
-                try:
-                    if status != 200 or verb != "watch":
-                        body = body_of(response)
-                except BROKEN:
-                    if status == 200:
-                        raise
-                    self._connection.close()  # of an error the status tells enough
+                if status != 200 or verb != "watch":
+                    body = response.read(LIST_BYTES + 1)
+                    if len(body) > LIST_BYTES or response.length:  # what is left of it
+                        text = f"the answer is cut, or larger than {LIST_BYTES >> 20} MiB"
+                        raise ValueError(text)
         except BROKEN as error:
             self._connection.close()
-            text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
-            raise ApiError(f"{text}; check --apiserver and --ca-file") from error
+            if status in (0, 200):  # of an error the status tells enough
+                text = f"{verb} {query} at {self._url.netloc}: {why(error)}"
+                raise ApiError(f"{text}; check --apiserver and --ca-file") from error
         finally:
             metrics.add("xds_loader_api_requests_total", (str(status or "none"), verb))
         said: dict[str, Json] = {}
@@ -374,26 +386,16 @@ class Api:
         seconds = min(float(retry), RETRY_AFTER_LAST) if retry.isdecimal() else 0.0
         raise self._refusal(query, verb, status, said, seconds)
 
-    def _event(self, query: Query, line: bytes | bytearray) -> Event:
-        event = parse_json(line)
-        kind, item = member(event, "type", str), member(event, "object", dict)
-        if not kind or not item:
-            raise ValueError("an event has no type or no object")
-        if kind == "ERROR":
-            code: Json = item.get("code")
-            raise self._refusal(query, "watch", code if code in range(400, 600) else 500, item)
-        return kind, item
-
     def _refusal(self, query: Query, verb: str, status: int, said: dict[str, Json],
                  retry_after: float = 0.0) -> ApiError:
         """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
         other text of a server is shown: it may echo the request, token and all."""
         path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
-        where = query.place or " in all namespaces"
+        where = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name}{where}{sent}",
+            403: f"; grant the service account {verb} on {query.resource.name} in {where}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
             **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
@@ -410,32 +412,27 @@ class Api:
             return "[a text that quotes the token]"
         return " ".join(text.split())[:500]
 
-    # -- one connection ---------------------------------------------------------------------
-
-    def _connected(self) -> http.client.HTTPConnection:
-        """The open connection, unless the server has ended it meanwhile; else a new one."""
+    def _connect(self) -> None:
+        """Connect, unless a connection is open that the server has not ended meanwhile."""
         if self._connection.sock is not None:
             idle = select.poll()
             idle.register(self._connection.sock, select.POLLIN)
             if not idle.poll(0):
-                return self._connection
+                return
         self._connection.close()
         kind: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if self._url.scheme == "https":
             kind = functools.partial(http.client.HTTPSConnection, context=self._context())
-        connection = kind(self._url.hostname or "", self._url.port, timeout=CONNECT_TIMEOUT)
-        connection.connect()
-        self._connection, self.socket = connection, connection.sock
-        return connection
+        self._connection = kind(self._url.hostname, self._url.port, timeout=CONNECT_TIMEOUT)
+        self._connection.connect()
+        self.socket = self._connection.sock
 
     def _read_token(self) -> str:
         """The bearer token as it is now. Without a file there is none: a local proxy needs none."""
-        path, url = self._options.token_file, self._url
+        path, url, token = self._options.token_file, self._url, ""
         try:
-            with open(path, encoding="latin-1") as stream:
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="latin-1") as stream:
                 token = stream.read().strip()
-        except FileNotFoundError:
-            return ""
         except OSError as error:
             raise ApiError(f"token file {why(error)}; check --token-file") from None
         if not token.isprintable():
@@ -452,8 +449,7 @@ class Api:
         where = options.ca_file
         try:
             if options.insecure:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             elif where == f"{SERVICE_ACCOUNT}/ca.crt" and not os.path.exists(where):
                 context.load_default_certs()
             else:
@@ -487,16 +483,6 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def body_of(response: Response) -> bytes:
-    """All of an answer; ValueError if that is more than LIST_BYTES."""
-    body = response.read(LIST_BYTES + 1)
-    if len(body) > LIST_BYTES:
-        raise ValueError(f"the answer is larger than {LIST_BYTES >> 20} MiB")
-    if response.length:  # with a bound, read() does not raise it
-        raise http.client.IncompleteRead(b"", response.length)
-    return body
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,8 +521,8 @@ class Reflector(threading.Thread):
         self.trouble: ApiError | None = None
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
-        once, watches = options.mode == "once", options.mode == "watch"
-        self._api = client if watches and isinstance(client, Api) else None
+        once = options.mode == "once"
+        self._api = client if isinstance(client, Api) and options.mode == "watch" else None
         self._interval = ONETIME_POLL if once else options.sync_interval
         self._one_try = once and not options.timeout
         self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
@@ -557,99 +543,93 @@ class Reflector(threading.Thread):
 
     def run(self) -> None:
         """List, and then watch or list again; go on after whatever fails."""
-        while not self.absent:
+        while True:
+            if self._refresh.is_set():
+                self._refresh.clear()
+                self._again("refresh")
             try:
-                if self._refresh.is_set():
-                    self._refresh.clear()
-                    self._drop_version("refresh")
                 if self._api:
-                    self._watch(self._api)
+                    pause = self._watch(self._api)
                 else:
                     self._relist()
+                    self._report(None)
                     if self._one_try:
                         return
-                    self._failures = self._rejections = 0
-                    self._refresh.wait(self._interval)
+                    self._failures, self._rejections, pause = 0, 0, self._interval
             except ApiError as error:
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
+                self.absent = (self.query.resource is ENDPOINTSLICES and error.status == 404
+                               and not self.synced)
+                if self.absent:
+                    log.info("%s: not available here (%s)", self.query, error)
+                    self._report(None)
+                    self._replace({}, {})
+                    return
                 pause = self._failed(error)
                 if self._one_try and self.trouble and self.trouble.status not in PASSING:
                     return
-                self._refresh.wait(pause)
+            self._refresh.wait(pause)
 
     def _failed(self, error: ApiError) -> float:
         """The seconds until the next request, which is a list where only that helps."""
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
-        if error.status == 410:
-            self._drop_version("expired")
-            if self._rejections == 1:
-                return 0.0
-        elif self._api and self._rejections >= RELIST_AFTER:
-            self._drop_version("rejected")
-        self._count(f"status {error.status}" if error.status else "cut")
-        self.trouble = error
-        self._wake("trouble")
+        expired = error.status == 410
+        lost = expired or self._rejections >= RELIST_AFTER
+        self._again(f"status {error.status}" if error.status else "cut",
+                    "" if lost else self._version)
+        if expired and self._rejections == 1:
+            return 0.0
+        self._report(error)
         return self._delay(error.retry_after)
 
-    def _drop_version(self, reason: str) -> None:
-        """The next request is a list. The objects stay until it has come."""
-        self._version = ""
-        self._count(reason)
+    def _again(self, reason: str, version: str = "") -> None:
+        """The next request is a watch from this version, or a list; the objects stay until then."""
+        self._version = version
+        log.debug("%s: again (%s)", self.query, reason)
+        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
 
     def _relist(self) -> None:
         """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-        version = ""
+        self._version = self._client.list(
+            self.query, functools.partial(self._keep, objects, bad))
+        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
+        self._replace(objects, bad)
 
-        def keep(item: dict[str, Json]) -> None:
-            key = object_key(item)
-            if (value := self._value(key, item, bad)) is not None:
-                objects[key] = value
-
-        try:
-            version = self._client.list(self.query, keep)
-        except ApiError as error:
-            if error.status != 404 or self.synced or self.query.resource is not ENDPOINTSLICES:
-                raise
-            log.info("%s: not available here (%s)", self.query, error)
-            self.absent = True
+    def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
         changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self._version, self.synced = objects, bad, version, True
-        log.debug("listed %s: %d objects at %.40s", self.query, len(objects), version)
-        if self.absent or not self._api:  # else the watch may fail yet
-            self._recovered()
+        self._objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
-    def _value(self, key: Key, item: dict[str, Json], bad: dict[Key, str]) -> Any:
-        """The value of an object; the old one where nothing that counts changed, or it is bad."""
-        old = self._objects.get(key)
+    def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
+        """Store the value of an object; the old one where nothing that counts changed, or it is
+        bad."""
+        key = object_key(item)
+        value = old = self._objects.get(key)
         try:
             value = self._parse(item)
-            return old if value == old else value
         except (ValueError, RecursionError) as error:
-            name = "/".join(filter(None, key))
-            bad[key] = f"{self.query.resource.kind.lower()} {name}: {error}"
-            return old
+            bad[key] = f"{Query(self.query.resource, *key)}: {error}"
+        if value is not None:
+            objects[key] = old if value == old else value
 
-    def _watch(self, api: Api) -> None:
-        """Watch from the last version (of a list, where there is none) until the server ends it."""
+    def _watch(self, api: Api) -> float:
+        """Watch from the last version (of a list, where there is none) until the server ends it;
+        returns the seconds until the next watch."""
         if self._suspect and self._version and api.is_future(self.query, self._version):
-            self._drop_version("future")
+            self._again("future")
         if not self._version:
             self._relist()
-            if self.absent:
-                return
         events = api.watch(self.query, self._version)
-        next(events)
-        began = last = time.monotonic()
         log.debug("watching %s from %.40s", self.query, self._version)
-        self._recovered()
-        self._watching = api.socket
+        self._report(None)
+        self._watching, began = api.socket, time.monotonic()
+        last = began
         try:
             while not self._refresh.is_set() and (event := next(events, None)):
                 last = time.monotonic()
@@ -661,9 +641,8 @@ class Reflector(threading.Thread):
             elif last > began:  # it brought news: the next may come soon, but not at once
                 self._failures = min(self._failures, 1)
         self._suspect, self._rejections = now - last >= SUSPICIOUS_SILENCE, 0
-        self._count("ended")
-        if now - began < WATCH_SHORT:
-            self._refresh.wait(self._delay())
+        self._again("ended", self._version)
+        return self._delay() if now - began < WATCH_SHORT else 0.0
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
@@ -671,24 +650,20 @@ class Reflector(threading.Thread):
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
             bad = {other: text for other, text in self.bad.items() if other != key}
-            value = None if kind == "DELETED" else self._value(key, item, bad)
-            if value is not self._objects.get(key) or bad != self.bad:
+            before = self._objects.get(key)
+            if kind == "DELETED":
+                self._objects.pop(key, None)
+            else:
+                self._keep(self._objects, bad, item)
+            if self._objects.get(key) is not before or bad != self.bad:
                 self.bad = bad
-                if value is None:
-                    self._objects.pop(key, None)
-                else:
-                    self._objects[key] = value
                 self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
-    def _recovered(self) -> None:
-        if self.trouble:
-            self.trouble = None
+    def _report(self, trouble: ApiError | None) -> None:
+        if trouble is not self.trouble:
+            self.trouble = trouble
             self._wake("trouble")
-
-    def _count(self, reason: str) -> None:
-        log.debug("%s: again (%s)", self.query, reason)
-        metrics.add("xds_loader_watch_restarts_total", (self._topic, reason))
 
     def _delay(self, retry_after: float = 0.0) -> float:
         """Seconds to wait after one more failure; never less than what the server asks for. Who
@@ -697,9 +672,6 @@ class Reflector(threading.Thread):
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
         return max(retry_after, ceiling * random.uniform(0.5, 1.0))
-
-
-# -- --from-file ------------------------------------------------------------------------------
 
 
 class FileSource:
@@ -712,31 +684,7 @@ class FileSource:
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with the objects that an API server with this file's objects would list."""
-        wanted, objects = requirements(query.labels), self._objects()
-        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
-        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
-            raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
-        for item in objects:
-            namespace, name = object_key(item)
-            named = query.namespace in ("", namespace) and query.name in ("", name)
-            labels = json_object(item["metadata"].get("labels"))
-            if item["kind"] == query.resource.kind and named and selects(wanted, labels):
-                keep(item)
-        return ""
-
-    def elsewhere(self, query: Query) -> str:
-        """Where the named object of a query is, which is not where it was looked for; or ""."""
-        kind, keys = query.resource.kind, []
-        with contextlib.suppress(LoaderError):
-            keys = sorted(object_key(item) for item in self._objects() if item["kind"] == kind)
-        same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
-        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        return f"`{self._path}` holds {kind.lower()} {shortened(names)}{hint}" if names else ""
-
-    def _objects(self) -> Sequence[dict[str, Json]]:
-        """All objects of the file, each with a namespace if its kind has one."""
-        stdin = self._path == "-"
+        selects, stdin = label_predicate(query.labels), self._path == "-"
         try:
             with self._lock:
                 if not (stdin and self._text):
@@ -746,10 +694,30 @@ class FileSource:
         except (OSError, ValueError, RecursionError) as error:
             text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
             raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
+        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
+        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
+            raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
-            if item["kind"] != NODES.kind and not item["metadata"].get("namespace"):
-                item["metadata"]["namespace"] = self._namespace
-        return objects
+            metadata = item["metadata"]
+            if item["kind"] != NODES.kind:
+                metadata["namespace"] = metadata.get("namespace") or self._namespace
+            namespace, name = object_key(item)
+            if (item["kind"] == query.resource.kind and query.namespace in ("", namespace)
+                    and query.name in ("", name) and selects(json_object(metadata.get("labels")))):
+                keep(item)
+        return ""
+
+    def elsewhere(self, query: Query) -> str:
+        """Where the named object of a query is, which is not where it was looked for; or ""."""
+        found: list[dict[str, Json]] = []
+        with contextlib.suppress(LoaderError):
+            self.list(Query(query.resource), found.append)
+        keys = sorted(map(object_key, found))
+        same = [key for key in keys if key[1] == query.name]
+        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
+        kind = query.resource.kind.lower()
+        return f"`{self._path}` holds {kind} {shortened(names)}{hint}" if names else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -776,38 +744,34 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
     return objects
 
 
-# -- label selectors --------------------------------------------------------------------------
-
-# One requirement of a selector whose words are one space apart, which makes this linear.
+# One requirement of a label selector whose words are one space apart.
 LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
 REQUIREMENT = (
-    rf"(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)"
-    r"(?: , |$)"
+    rf"(?:^|(?<= , ))(?:! {LABEL}|"
+    rf"{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)"
 )
-Requirement = tuple[str, Sequence[str] | None, bool]  # label, values (None: any), whether it holds
 
 
-def requirements(selector: str) -> list[Requirement]:
-    """The requirements of a label selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`,
-    `a`, `!a`, with commas between); UsageError for what is none."""
+def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
+    """Whether labels match a selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`,
+    `!a`, with commas between); UsageError for what is none."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
-    found: list[Requirement] = []
-    pattern, position = re.compile(REQUIREMENT), 0
-    while position < len(text):
-        if not (match := pattern.match(text, position)):
-            raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-        absent, label, operator, value, words, values = match.groups("")
-        chosen = [word.strip() for word in (values or value).split(",")]
-        holds = not absent and operator != "!=" and words != "notin"
-        found.append((absent or label, chosen if operator or words else None, holds))
-        position = match.end()
-    return found
+    requirements = list(re.finditer(REQUIREMENT, text))
+    if " , ".join(requirement[0] for requirement in requirements) != text:
+        raise UsageError(f"{selector[:200]!r} is not a valid label selector")
+    wanted: list[tuple[str, Sequence[str] | None, bool]] = []  # label, values (None: any), holds
+    for requirement in requirements:
+        absent, label, sign, value, word, values = requirement.groups("")
+        chosen = [text.strip() for text in (values or value).split(",")]
+        holds = not absent and sign != "!=" and word != "notin"
+        wanted.append((absent or label, chosen if sign or word else None, holds))
 
+    def selects(labels: Mapping[str, Json]) -> bool:
+        """Like the API server, `!=` and `notin` match absence."""
+        return all((label in labels if values is None else labels.get(label) in values) == holds
+                   for label, values, holds in wanted)
 
-def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
-    """Whether all requirements hold; like the API server, `!=` and `notin` match absence."""
-    return all((label in labels if values is None else labels.get(label) in values) == holds
-               for label, values, holds in wanted)
+    return selects
 
 
 # ---------------------------------------------------------------------------------------------
@@ -818,8 +782,7 @@ def selects(wanted: Sequence[Requirement], labels: Mapping[str, Json]) -> bool:
 # as in Go's types; a wrong type or value is a ValueError that names the member.
 
 HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sorted, best first
-IPV4, IPV6 = "ipv4", "ipv6"
-SOCKET_FAMILIES = {IPV4: socket.AF_INET, IPV6: socket.AF_INET6}
+FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -867,9 +830,8 @@ class Endpoint(NamedTuple):
 class EndpointSlice(NamedTuple):
     """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
 
-    namespace: str
+    service: Key
     name: str
-    service: str
     family: str
     ports: tuple[tuple[str, int], ...]
     endpoints: tuple[Endpoint, ...]
@@ -899,9 +861,9 @@ def member(parent: Json, key: str, kind: type) -> Json:
     return sys.intern(value) if len(value) <= 128 else value
 
 
-def text_map(parent: Json, key: str) -> dict[str, str]:
-    """Labels or annotations."""
-    found = member(parent, key, dict)
+def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
+    """Labels or annotations of an object."""
+    found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
 
 
@@ -926,85 +888,75 @@ def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
-    headless = address == "None" and not external
+    headless, ports = address == "None" and not external, []
+    for port in member(spec, "ports", list):
+        number, named = port_number(port, "port"), type(port.get("targetPort")) is str
+        target = 0 if named else port_number(port, "targetPort") or number
+        name = dns_label(port, "name") if port.get("name") else ""
+        ports.append(ServicePort(
+            name, name or str(number), number, member(port, "protocol", str) or "TCP",
+            member(port, "appProtocol", str), target if headless else number))
     return Service(
         namespace=dns_label(metadata, "namespace"),
         name=dns_label(metadata, "name"),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(service_port_from(port, headless) for port in member(spec, "ports", list)),
+        ports=tuple(ports),
         headless=headless,
         external_name=address.removesuffix(".") if external else None,
-        family=IPV6 if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else IPV4,
-        labels=text_map(metadata, "labels"),
+        family="ipv6" if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else "ipv4",
+        labels=texts_of(obj),
         annotations={name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
-                     for name, text in text_map(metadata, "annotations").items()},
+                     for name, text in texts_of(obj, "annotations").items()},
     )
-
-
-def service_port_from(port: Json, headless: bool) -> ServicePort:
-    number, protocol = port_number(port, "port"), member(port, "protocol", str) or "TCP"
-    name = dns_label(port, "name") if port.get("name") else ""
-    target = 0 if type(port.get("targetPort")) is str else port_number(port, "targetPort") or number
-    return ServicePort(name, name or str(number), number, protocol,
-                       member(port, "appProtocol", str), target if headless else number)
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
     """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
-    if family not in SOCKET_FAMILIES:
+    if family not in FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
+    endpoints = []
+    for item in member(obj, "endpoints", list):
+        conditions = member(item, "conditions", dict)
+        # Null is ready, and serving if it is ready: so the other two only matter where `ready` is
+        # false, and null is false there.
+        ready = conditions.get("ready") is None or member(conditions, "ready", bool)
+        leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
+        state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
+        hints = tuple(member(zone, "name", str)
+                      for zone in member(member(item, "hints", dict), "forZones", list))
+        zone, node = member(item, "zone", str), member(item, "nodeName", str)
+        for address in member(item, "addresses", list):
+            try:  # one that Envoy cannot parse would cost it the whole file
+                socket.inet_pton(FAMILIES[family], address)
+            except (OSError, TypeError, ValueError):
+                raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
+            endpoints.append(Endpoint(address, state, zone, node, hints))
     return EndpointSlice(
-        namespace=member(metadata, "namespace", str),
+        service=(member(metadata, "namespace", str),
+                 member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         name=member(metadata, "name", str),
-        service=member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str),
         family=family,
         ports=tuple((member(port, "name", str), port_number(port, "port"))
                     for port in member(obj, "ports", list)),
-        endpoints=tuple(endpoint for item in member(obj, "endpoints", list)
-                        for endpoint in endpoint_from(item, family)),
+        endpoints=tuple(endpoints),
     )
-
-
-def endpoint_from(item: Json, family: str) -> Iterator[Endpoint]:
-    """The addresses of one endpoint. Null is ready, and serving if it is ready: so the other two
-    only matter where `ready` is false, and null is false there."""
-    conditions = member(item, "conditions", dict)
-    ready = conditions.get("ready") is None or member(conditions, "ready", bool)
-    leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
-    state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
-    hints = member(member(item, "hints", dict), "forZones", list)
-    zones = tuple(member(zone, "name", str) for zone in hints)
-    zone, node = member(item, "zone", str), member(item, "nodeName", str)
-    for address in member(item, "addresses", list):
-        try:  # one that Envoy cannot parse would cost it the whole file
-            socket.inet_pton(SOCKET_FAMILIES[family], address)
-        except (OSError, TypeError, ValueError):
-            raise ValueError(f"addresses: not an {family} address: {address!a:.60}") from None
-        yield Endpoint(address, state, zone, node, zones)
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
     """A legacy v1 Endpoints object as slices: for each subset one of each family."""
-    metadata = member(obj, "metadata", dict)
+    metadata, slices = member(obj, "metadata", dict), []
     own = {**metadata, "labels": {SERVICE_NAME_LABEL: member(metadata, "name", str)}}
-    slices = []
     for subset in member(obj, "subsets", list) or [{}]:
         items = [{"addresses": [member(item, "ip", str)], "nodeName": item.get("nodeName"),
-                  "conditions": {"ready": ready}}
-                 for key, ready in (("addresses", True), ("notReadyAddresses", False))
+                  "conditions": {"ready": key == "addresses"}}
+                 for key in ("addresses", "notReadyAddresses")
                  for item in member(subset, key, list)]
-        for family, colon in (("IPv4", False), ("IPv6", True)):
-            endpoints = [item for item in items if (":" in item["addresses"][0]) == colon]
-            slices.append(endpointslice_from({
-                "metadata": own, "addressType": family, "ports": subset.get("ports"),
-                "endpoints": endpoints}))
+        slices += [endpointslice_from({
+            "metadata": own, "addressType": family, "ports": subset.get("ports"),
+            "endpoints": [item for item in items if (":" in item["addresses"][0]) == colon],
+        }) for family, colon in (("IPv4", False), ("IPv6", True))]
     return tuple(slices)
-
-
-def node_from(obj: Json) -> dict[str, str]:
-    """The labels of a v1 Node."""
-    return text_map(member(obj, "metadata", dict), "labels")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1040,23 +992,19 @@ NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
 
-class Config(NamedTuple):
-    """What `--config` says: `cluster_name` is `name` in its object `cluster`."""
+Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 
-    cluster_name: str = "{namespace}/{service}/{port}"
-    cluster_base: Mapping[str, Json] = {}
-    cluster_overrides: Sequence[Mapping[str, Json]] = ()
-    cluster_trusted_ca: str = "/etc/ssl/certs/ca-certificates.crt"
-    endpoint_include_not_ready: bool = False
-    endpoint_families: Sequence[str] | None = None
-    endpoint_eds_budget: int | None = None
-    endpoint_prefer_zone: bool | str = False
-    endpoint_external_name: str = ""
-    endpoint_locality: Mapping[str, Mapping[str, Json]] = {}
-    route_name: str = "services"
-    route_suffix: str = "cluster.local"
-    route_annotation_prefix: str = "xds-loader"
-    cluster_domain: str = "cluster.local"
+DEFAULTS: Config = {
+    "cluster": {
+        "base": {},
+        "name": "{namespace}/{service}/{port}",
+        "overrides": [],
+        "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
+    "cluster_domain": "cluster.local",
+    "endpoint": {"eds_budget": None, "external_name": None, "families": None,
+                 "include_not_ready": False, "locality": {}, "prefer_zone": False},
+    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"},
+}  # fmt: skip
 
 
 class Rule(NamedTuple):
@@ -1073,11 +1021,6 @@ def text_rule(expected: str, pattern: str) -> Rule:
         type(value) is str and value.isprintable() and re.fullmatch(pattern, value)))
 
 
-def exactly(*values: Json) -> Rule:
-    return Rule(" or ".join(map(json.dumps, values)), lambda value: any(
-        type(value) is type(each) and value == each for each in values))
-
-
 def is_json(value: Json) -> bool:
     """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
     try:
@@ -1087,13 +1030,13 @@ def is_json(value: Json) -> bool:
         return False
 
 
+# A schema is an object with these keys, [the schema of each item of a list], (the schema of an
+# object, the schema of a list), a text of JSON values with ` or ` between, or a rule.
 TEXT, DOMAIN = text_rule("a string", ".+"), text_rule("a DNS name", DNS_NAME)
-ENVOY_JSON = Rule(f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json)
-PATCH = dict.fromkeys(CLUSTER_FIELDS, ENVOY_JSON)
-# A schema is a rule, an object with these keys, [the schema of each item of a list], or (the schema
-# of an object, the schema of a list).
+PATCH = dict.fromkeys(CLUSTER_FIELDS, Rule(
+    f"JSON without NaN, of valid text, at most {CONFIG_DEPTH} deep", is_json))
 PART = Rule("one of label, literal and node_name", lambda value: len(value) == 1,
-            {"label": TEXT, "literal": TEXT, "node_name": exactly(True)})
+            {"label": TEXT, "literal": TEXT, "node_name": "true"})
 LABELS = Rule("an object of strings", lambda value: (
     value and type(value) is dict and all(map(TEXT.holds, value.values()))))
 MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
@@ -1101,7 +1044,7 @@ MATCH = Rule("something to match (what is for every cluster belongs into base)",
 OVERRIDE = Rule(
     "match, and one of merge and suppress",
     lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
-    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": exactly(True)})
+    {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": "true"})
 SCHEMA = {
     "cluster": {
         "base": PATCH,
@@ -1112,9 +1055,9 @@ SCHEMA = {
     "endpoint": {
         "eds_budget": Rule("a whole number of EDS files", lambda value: (
             type(value) is int and value >= 0)),
-        "external_name": exactly("strict_dns", "logical_dns"),
-        "families": exactly([IPV4], [IPV6], [IPV4, IPV6], [IPV6, IPV4]),
-        "include_not_ready": exactly(True, False),
+        "external_name": '"strict_dns" or "logical_dns"',
+        "families": '["ipv4"] or ["ipv6"] or ["ipv4", "ipv6"] or ["ipv6", "ipv4"]',
+        "include_not_ready": "true or false",
         "locality": {"region": PART, "sub_zone": PART, "zone": PART},
         "prefer_zone": Rule("a zone, true or false", lambda value: (
             type(value) is bool or TEXT.holds(value)))},
@@ -1126,14 +1069,15 @@ def config_check(value: Json, schema: Json, path: str) -> None:
     """Raise UsageError with the JSON path of the first value that the schema does not allow."""
     if type(schema) is tuple:
         schema = schema[type(value) is list]
+    expected = ""
     if type(schema) is Rule:
         if schema.inner:
             config_check(value, schema.inner, path)
-        if not schema.holds(value):
-            raise UsageError(f"{path}: {schema.expected} expected")
+        expected = "" if schema.holds(value) else schema.expected
+    elif type(schema) is str:
+        expected = "" if json.dumps(value) in schema.split(" or ") else schema
     elif type(value) is not type(schema):
-        kind = "a list" if type(schema) is list else "an object"
-        raise UsageError(f"{path}: {kind} expected")
+        expected = "a list" if type(schema) is list else "an object"
     elif type(schema) is list:
         for index, item in enumerate(value):
             config_check(item, schema[0], f"{path}[{index}]")
@@ -1145,18 +1089,16 @@ def config_check(value: Json, schema: Json, path: str) -> None:
                 own = OWN_FIELDS.get(key, "not a field of Envoy's Cluster")
                 raise UsageError(f"{where}: {own if schema is PATCH else known}")
             config_check(item, schema[key], where)
+    if expected:
+        raise UsageError(f"{path}: {expected} expected")
 
 
 def config_from(document: Json) -> Config:
-    """Validate a parsed `--config`; raise UsageError with the JSON path of the first error."""
+    """A parsed `--config` with its defaults; UsageError with the JSON path of the first error."""
     config_check(document, SCHEMA, "--config: $")
-    chosen: dict[str, Json] = {}
-    for name, value in document.items():
-        if type(value) is dict:
-            chosen |= {f"{name}_{key}": item for key, item in value.items()}
-        else:
-            chosen[name] = value
-    return Config(**chosen)
+    sections = {name: DEFAULTS[name] | document.get(name, {})
+                for name in ("cluster", "endpoint", "route")}
+    return {**DEFAULTS, **document, **sections}
 
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -1168,12 +1110,7 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config.endpoint_locality.values())
-
-
-def needs_nodes(config: Config) -> bool:
-    """Whether rendering looks at Nodes: only then must the loader be allowed to read them."""
-    return config.endpoint_prefer_zone is True or by_node_label(config)
+    return any("label" in source for source in config["endpoint"]["locality"].values())
 
 
 def merge(into: Json, more: Json) -> Json:
@@ -1238,8 +1175,7 @@ class Route(NamedTuple):
     """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
 
     service: Key
-    created: str
-    hosts: Sequence[str]
+    hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
     cluster: str = ""
@@ -1249,7 +1185,7 @@ class ServicePlan(NamedTuple):
     """What one Service becomes; depends on it and on the configuration alone."""
 
     clusters: Sequence[Cluster]
-    route: Route | None
+    route: Route
     problems: Sequence[str]
 
 
@@ -1270,7 +1206,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     external = service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
-    elif external is not None and not config.endpoint_external_name:
+    elif external is not None and not config["endpoint"]["external_name"]:
         problems.append("is left out: ExternalName needs endpoint.external_name in --config")
     elif external is not None and (
             not re.fullmatch(DNS_NAME, external) or re.fullmatch(LOCAL_NAME, external)):
@@ -1280,8 +1216,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
                             f"{PORTS_MOST} TCP and UDP ports are rendered")
-        planned = (plan_cluster(service, port, config, endpoints) for port in kept)
-        clusters = [cluster for cluster in planned if cluster]
+        clusters = [*filter(None, (plan_cluster(service, port, config, endpoints)
+                                   for port in kept))]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
@@ -1290,34 +1226,31 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    name = config.cluster_name.format(
-        namespace=service.namespace, service=service.name, port=port.label)
-    facts = {"cluster_name": name, "namespace": service.namespace, "port_name": port.label}
+    namespace, settings = service.namespace, config["cluster"]
+    name = settings["name"].format(namespace=namespace, service=service.name, port=port.label)
+    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
     overrides, by_name = [], False
-    for override in config.cluster_overrides:
+    for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
                    if one.get("labels", {}).items() <= service.labels.items()
                    and all(one.get(key, fact) == fact for key, fact in facts.items())]
         by_name = by_name or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (service.namespace, service.name) == ("default", "kubernetes")
+    api_server = (namespace, service.name) == ("default", "kubernetes")
     if (api_server and not by_name) or any("suppress" in override for override in overrides):
         return None
-    families, options = config.endpoint_families or (service.family,), dict[str, Json]()
-    host = service.external_name or service_dns_name(service, config.cluster_domain)
+    families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
+    dns_name = f"{service.name}.{namespace}.svc.{config['cluster_domain']}"
+    host = service.external_name or dns_name
     if by_dns := service.external_name is not None or endpoints == DNS:
-        lookup = "ALL" if families[1:] else {IPV4: "V4_ONLY", IPV6: "V6_ONLY"}[families[0]]
-        kind = config.endpoint_external_name if service.external_name else "strict_dns"
+        lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
+        kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
-    protocol = protocol_options(port, host, config.cluster_trusted_ca)
-    for patch in (config.cluster_base, protocol, *(each["merge"] for each in overrides)):
+    protocol = protocol_options(port, host, settings["trusted_ca"])
+    for patch in (settings["base"], protocol, *(each["merge"] for each in overrides)):
         options = merge(options, patch)
     return Cluster(name, port, families, host if by_dns else "", options)
-
-
-def service_dns_name(service: Service, domain: str) -> str:
-    return f"{service.name}.{service.namespace}.svc.{domain}"
 
 
 def protocol_of(port: ServicePort) -> str:
@@ -1342,38 +1275,21 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     if protocol in TLS_PORTS:
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
-        alpn = present(alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [])
+        alpn = ["h2"] if protocol in HTTP2_PORTS else []
         patch["transport_socket"] = {
             "name": "envoy.transport_sockets.tls",
             "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
-                             "common_tls_context": {**alpn, "validation_context": validation}},
+                             "common_tls_context": present(
+                                 alpn_protocols=alpn, validation_context=validation)},
         }
     return patch
-
-
-def unique_clusters(
-    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
-) -> dict[Key, list[Cluster]]:
-    """Of two clusters of one name that of the oldest Service exists: nobody takes another's where
-    the name template has no namespace. Envoy would use the last, in silence."""
-    owners: dict[str, tuple[Key, Cluster]] = {}
-    kept: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    for key in by_age:
-        for cluster in plans[key].clusters:
-            owner, first = owners.setdefault(cluster.name, (key, cluster))
-            if first is cluster:
-                kept[key].append(cluster)
-            else:
-                problems[key].append(f"port {cluster.port.label} is left out: service "
-                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
-    return kept
 
 
 def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
     found = []
     for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config.endpoint_locality.get(name, {})
+        source = config["endpoint"]["locality"].get(name, {})
         if "label" in source:
             default = labels.get(source["label"], "")
         found.append(node if "node_name" in source else source.get("literal", default))
@@ -1382,8 +1298,8 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config.endpoint_prefer_zone is not True:
-        return config.endpoint_prefer_zone or None
+    if config["endpoint"]["prefer_zone"] is not True:
+        return config["endpoint"]["prefer_zone"] or None
     labels = nodes.get(node, {})
     default = labels.get("topology.kubernetes.io/zone", "")
     return locality_of(config, default, node, labels)[1] or None
@@ -1396,15 +1312,21 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    used = [found for found in slices if found.family in cluster.families]
+    port, used = cluster.port, [found for found in slices if found.family in cluster.families]
+    candidates: list[tuple[Any, ...]] = []  # sorted: by address and port, and the best state first
+    if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
+        numbers = {number for found in slices for name, number in found.ports
+                   if number and name == port.name}
+        number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
+        candidates = [(0, b"", number, HEALTHY, False, ("", "", ""), cluster.host)]
+        used = []
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
-    worst = UNHEALTHY if config.endpoint_include_not_ready else DRAINING
-    candidates = []  # sorted by address and port, and of each of these the best first
+    worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
     for found in used:
-        rank, family = cluster.families.index(found.family), SOCKET_FAMILIES[found.family]
-        numbers = {number for name, number in found.ports if number and name == cluster.port.name}
-        for endpoint in found.endpoints if numbers else ():
+        rank, family = cluster.families.index(found.family), FAMILIES[found.family]
+        numbers = {number for name, number in found.ports if name == port.name}
+        for endpoint in found.endpoints:
             if endpoint.state <= worst:
                 labels = nodes.get(endpoint.node, {})
                 locality = locality_of(config, endpoint.zone, endpoint.node, labels)
@@ -1415,10 +1337,12 @@ def assignment_of(
                                 endpoint.address) for number in numbers]
     groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
     for _, packed, number, state, away, locality, address in sorted(candidates):
-        if (packed, number) not in seen:
+        if number and (packed, number) not in seen:
             seen.add((packed, number))
-            groups.setdefault((away, locality), []).append(
-                lb_endpoint(address, number, cluster.port.protocol, state))
+            where = present(protocol="UDP" if port.protocol == "UDP" else "",
+                            address=address, port_value=number)
+            groups.setdefault((away, locality), []).append({
+                "endpoint": {"address": {"socket_address": where}}, **present(health_status=state)})
     all_away = all(away for away, _ in groups)
     localities = []
     for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
@@ -1426,21 +1350,6 @@ def assignment_of(
         shown = present(locality=place, priority=int(away and not all_away))
         localities.append({**shown, "lb_endpoints": endpoints})
     return {"cluster_name": cluster.name, **present(endpoints=localities)}
-
-
-def dns_assignment(cluster: Cluster, slices: Iterable[EndpointSlice]) -> dict[str, Json]:
-    """One host name. A headless one resolves to pods, so it needs the port of the pods."""
-    port, ports = cluster.port, itertools.chain.from_iterable(found.ports for found in slices)
-    numbers = {number for name, number in ports if number and name == port.name}
-    number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
-    endpoint = lb_endpoint(cluster.host, number, port.protocol, HEALTHY)
-    localities = [{"lb_endpoints": [endpoint]}] if number else []
-    return {"cluster_name": cluster.name, **present(endpoints=localities)}
-
-
-def lb_endpoint(address: str, port: int, protocol: str, state: str) -> dict[str, Json]:
-    where = present(protocol="UDP" if protocol == "UDP" else "", address=address, port_value=port)
-    return {"endpoint": {"address": {"socket_address": where}}, **present(health_status=state)}
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1462,46 +1371,38 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
 
 
 def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-             ) -> Route | None:
-    """What the annotations of a Service ask for; None if nothing. A Service that is not routed for
-    an error still claims its hosts: a typing error must not hand them to another namespace."""
-    ours = f"{config.route_annotation_prefix}/"
+             ) -> Route:
+    """What the annotations of a Service ask for. One that is not routed for an error still claims
+    its hosts: a typing error must not hand them to another namespace."""
+    key, ours = (service.namespace, service.name), config["route"]["annotation_prefix"] + "/"
     given = {name.removeprefix(ours): value.strip()
              for name, value in service.annotations.items() if name.startswith(ours)}
     unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
     if unknown:
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
-        return None
-    route = Route((service.namespace, service.name), service.created, ())
+        return Route(key)
+    suffix = f".svc.{config['route']['suffix']}".lower()
+    asked = comma_separated((
+        given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
+    hosts = [host for host in asked[:HOSTS_MOST] if may_have(service, host, suffix)]
+    if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
+        problems.append(
+            f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
+            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
     try:
-        default = service_dns_name(service, config.route_suffix)
-        asked = comma_separated((given.get("hosts") or default).lower())
-        hosts = [host for host in asked[:HOSTS_MOST]
-                 if may_have(service, host, config.route_suffix.lower())]
-        route = route._replace(hosts=hosts)
-        if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
-            problems.append(
-                f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
-                f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
-        if given.get("route", "true") != "true":
-            raise ValueError(f'{ours}route: "true" or "false" expected')
-        prefixes = route_prefixes(given, ours)
-        port = route_port(service, given.get("port", ""), f"{ours}port")
-        names = [cluster.name for cluster in clusters if cluster.port == port]
-        if not names:
-            raise ValueError(f"its port {port.label} has no cluster")
+        prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
-        return route
+        return Route(key, hosts)
     weight, number = given.get("weight"), None
     if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return route._replace(prefixes=prefixes, weight=number, cluster=names[0])
+    return Route(key, hosts, prefixes, number, cluster)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1512,57 +1413,74 @@ def comma_separated(text: str) -> list[str]:
 def may_have(service: Service, host: str, suffix: str) -> bool:
     """Whether a Service may have a host: names of Services are their namespace's alone, also with
     `*` for an end of the suffix."""
-    name, dot, end = host.rpartition(".svc.")
-    if host.endswith(f".svc.{suffix}"):
-        name = host.removesuffix(f".svc.{suffix}")
-    elif not (dot and end.endswith("*") and suffix.startswith(end[:-1])):
+    name, svc, end = host.rpartition(".svc.")
+    if host.endswith(suffix):
+        name = host.removesuffix(suffix)
+    elif not (svc and end.endswith("*") and suffix.startswith(svc + end[:-1])):
         name = service.namespace  # no name of a Service
     return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
 
 
-def route_prefixes(given: Mapping[str, str], ours: str) -> list[str]:
-    """The path prefixes: gRPC services are prefixes of their own, else `/` is the default."""
-    services = comma_separated(given.get("grpc", ""))
-    paths = list(filter(None, [given.get("prefix") or ("" if services else "/")]))
-    if len(services) + len(paths) > PREFIXES_MOST:
+def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
+                 ) -> tuple[list[str], str]:
+    """The path prefixes that annotations route, and the cluster: of the port that they name, else
+    of the only one, else of the first HTTP one. ValueError for what is wrong in them."""
+    if given.get("route", "true") != "true":
+        raise ValueError(f'{ours}route: "true" or "false" expected')
+    services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
+    if wrong := [name for name in services if not re.fullmatch(GRPC_SERVICE, name)]:
+        raise ValueError(f"{ours}grpc: not the name of a gRPC service: {shortened(wrong)!a:.100}")
+    if prefix and not re.fullmatch(ROUTE_PREFIX, prefix):
+        raise ValueError(f"{ours}prefix: not the beginning of a path: {prefix!a:.100}")
+    prefixes = sorted(({f"/{name}/" for name in services} | {prefix}) - {""} or {"/"})
+    if len(prefixes) > PREFIXES_MOST:
         raise ValueError(f"{ours}grpc: at most {PREFIXES_MOST} prefixes")
-    for what, pattern, texts in (("grpc: not the name of a gRPC service", GRPC_SERVICE, services),
-                                 ("prefix: not the beginning of a path", ROUTE_PREFIX, paths)):
-        if wrong := [text for text in texts if not re.fullmatch(pattern, text)]:
-            raise ValueError(f"{ours}{what}: {shortened(wrong)!a:.100}")
-    return sorted({f"/{service}/" for service in services}.union(paths))
-
-
-def route_port(service: Service, wanted: str, where: str) -> ServicePort:
-    """The port that was asked for, else the only one, else the first HTTP one."""
     ports = [port for port in service.ports if port.protocol == "TCP"]
-    if wanted:
+    if wanted := given.get("port"):
         ports = [port for port in ports if wanted in (port.name, str(port.number))]
     elif len(ports) > 1:
         ports = [port for port in ports if protocol_of(port) in HTTP_PORTS]
     if not ports:
-        raise ValueError(f"{where}: the Service has no TCP port {wanted[:60]!a}" if wanted else
-                         f"which of its ports is HTTP? Set appProtocol or {where}")
-    return ports[0]
+        raise ValueError(f"{ours}port: the Service has no TCP port {wanted[:60]!a}" if wanted else
+                         f"which of its ports is HTTP? Set appProtocol or {ours}port")
+    for cluster in clusters:
+        if cluster.port == ports[0]:
+            return prefixes, cluster.name
+    raise ValueError(f"its port {ports[0].label} has no cluster")
 
 
-def routes_by_host(routes: Iterable[Route], problems: Mapping[Key, list[str]]
-                   ) -> dict[str, list[Route]]:
-    """The routes of each host, in the order of names. A host belongs to the namespace of the oldest
-    Service that claims it; others are named."""
-    owners: dict[str, str] = {}
-    for route in sorted(routes, key=lambda route: (route.created, route.service)):
+def owned_by_age(
+    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
+) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
+    """The clusters of each Service, and the routes of each host. What two claim belongs to the
+    oldest: the name of a cluster (of two Envoy would use the last, in silence) to a Service, a host
+    to its namespace. Who loses is named."""
+    firsts, owners = dict[str, tuple[Key, Cluster]](), dict[str, str]()
+    for key in by_age:
+        for cluster in plans[key].clusters:
+            firsts.setdefault(cluster.name, (key, cluster))
+        for host in plans[key].route.hosts:
+            owners.setdefault(host, key[0])
+    clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
+    routes: dict[str, list[Route]] = {}
+    for key, (planned, route, _) in plans.items():
+        for cluster in planned:
+            owner, first = firsts[cluster.name]
+            if first is cluster:
+                clusters[key].append(cluster)
+            else:
+                problems[key].append(f"port {cluster.port.label} is left out: service "
+                                     f"{'/'.join(owner)} has a cluster named {cluster.name}")
+        routed = route.cluster in [cluster.name for cluster in clusters[key]]
+        if route.cluster and not routed:
+            problems[key].append("is not routed: it has no cluster of its own")
         for host in route.hosts:
-            owners.setdefault(host, route.service[0])
-    found: dict[str, list[Route]] = {}
-    for route in routes:
-        for host in route.hosts:
-            if owners[host] != route.service[0]:
-                problems[route.service].append(
+            if owners[host] != key[0]:
+                problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
-            elif route.cluster:
-                found.setdefault(host, []).append(route)
-    return found
+            elif routed:
+                routes.setdefault(host, []).append(route)
+    return clusters, routes
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
@@ -1610,229 +1528,215 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
     r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
-# What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
-UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
-MADE_BY = "Rendered by envoy-xds-configmap-loader, which overwrites changes."
-CDS_COMMENT = f"Clusters: one for each port of each Service.\n{MADE_BY}"
-RDS_COMMENT = f"Routes: from the annotations {{prefix}}/... of Services.\n{MADE_BY}"
+MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
+CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
+
+
+class Rendering(NamedTuple):
+    """The files of one source, and what is wrong with it."""
+
+    files: Mapping[str, File]
+    warnings: Sequence[str] = ()
 
 
 def yaml_scalar(value: Json) -> str:
     """A scalar or an empty collection, in the one way that cannot be misread."""
-    if type(value) is not str:
-        text = str(value) if type(value) is int else json.dumps(value)
-        return text.replace("e", ".0e") if type(value) is float and "." not in text else text
-    if re.match(PLAIN_SCALAR, value):
-        return value
-    quoted = COMPACT_JSON.encode(value)
-    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", quoted)
+    if type(value) is int or (type(value) is str and re.match(PLAIN_SCALAR, value)):
+        return str(value)
+    text = COMPACT_JSON.encode(value)
+    if type(value) is float and "." not in text:
+        return text.replace("e", ".0e")  # 1e+16 is a string in YAML 1.1
+    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
 
 
 yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
 
 
-def yaml_lines(value: Json, indent: str, lines: list[str]) -> None:
-    """Append the lines of a collection that is not empty, in block style."""
-    if type(value) is dict:
-        for key, item in value.items():
-            if item and type(item) in (dict, list):
-                lines.append(f"{indent}{yaml_key(key)}:")
-                yaml_lines(item, indent + "  " if type(item) is dict else indent, lines)
-            else:
-                lines.append(f"{indent}{yaml_key(key)}: {yaml_scalar(item)}")
-        return
-    for item in value:
-        if item and type(item) in (dict, list):
-            first = len(lines)
-            yaml_lines(item, indent + "  ", lines)
-            lines[first] = f"{indent}- {lines[first][len(indent) + 2 :]}"
-        else:
-            lines.append(f"{indent}- {yaml_scalar(item)}")
+def yaml_text(value: Json, indent: str) -> str:
+    """A value in block style. `indent` begins each line of a collection, with the line break."""
+    deeper = f"{indent}  "
+    if value and type(value) is dict:
+        return "".join([
+            f"{indent}{yaml_key(key)}:{yaml_text(item, deeper if type(item) is dict else indent)}"
+            for key, item in value.items()])
+    if value and type(value) is list:
+        return "".join([f"{indent}- {yaml_text(item, deeper).lstrip()}" for item in value])
+    return f" {yaml_scalar(value)}"
 
 
 def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
+    """An item of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
-    lines: list[str] = []
-    yaml_lines([value], indent, lines)
-    return ("\n".join(lines) + "\n").encode()
+    return yaml_text(value, f"\n{indent}  ").lstrip().encode()
+
+
+def elements(fmt: str, items: Iterable[bytes], indent: str = "") -> bytes:
+    """A list of what element() wrote."""
+    if fmt == "json":
+        return b"[\n%s\n]" % b",\n".join(items)
+    return b"".join(b"\n%s- %s" % (indent.encode(), item) for item in items) or b" []"
 
 
 def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    body = (b",\n" if fmt == "json" else b"").join(resources)
+    body = elements(fmt, resources)
     version = hashlib.sha256(body).hexdigest()[:16]
     if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":['
-        return b"%s\n%s\n]}\n" % (head.encode(), body)
-    notes = "".join(f"# {line}\n" for line in comment.splitlines())
-    head = f'{notes}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return b"%s\n%s" % (head.encode(), body) if resources else f"{head} []\n".encode()
-
-
-def rendered_clusters(content: bytes) -> dict[str, bytes] | None:
-    """The clusters by name in CDS that we wrote in YAML; None if somebody else wrote a byte."""
-    texts = [b"- %s\n" % part for part in content.removesuffix(b"\n").split(b"\n- ")[1:]]
-    if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts) != content:
-        return None
-    names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ").decode() for text in texts]
-    return {json.loads(name) if name[0] == '"' else name: text
-            for name, text in zip(names, texts, strict=True)}
+        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":'
+        return b"%s%s}\n" % (head.encode(), body)
+    head = f'{comment}version_info: "{version}"\ntype_url: {type_url}\nresources:'
+    return b"%s%s\n" % (head.encode(), body)
 
 
 class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts; and what is around them."""
+    """The clusters of a CDS file by name, as texts."""
 
-    frame: Json  # the other fields of the response; None in YAML
+    form: str  # "json" or "yaml"
     texts: Mapping[str, bytes]
 
 
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
 def clusters_of(file: File) -> Clusters | None:
     """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
-    if file.content[:1] == b"{":
-        try:
-            frame = parse_json(file.content)
-            resources = frame.pop("resources", [])
+    content = file.content
+    try:
+        if content.startswith(b"{"):
+            form, resources = "json", parse_json(content).get("resources", [])
             texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
                                                    ensure_ascii=False).encode()
                      for each in resources}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        elif content.startswith(CDS_COMMENT.encode()):
+            form, resources = "yaml", content.removesuffix(b"\n").split(b"\n- ")[1:]
+            if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
+                return None  # somebody else wrote a byte
+            names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ") for text in resources]
+            texts = {json.loads(name) if name.startswith(b'"') else name.decode(): text
+                     for name, text in zip(names, resources, strict=True)}
+        else:
             return None
-        return Clusters(frame, texts) if len(texts) == len(resources) else None
-    rendered = rendered_clusters(file.content) if file.source == SERVICES_SOURCE else None
-    return None if rendered is None else Clusters(None, rendered)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return Clusters(form, texts) if len(texts) == len(resources) else None
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
     """The clusters in the CDS that a loader left, and whether each is on EDS."""
-    modes: dict[str, str] = {}
-    for path in ("cds.yaml", "cds.json"):
-        found = clusters_of(files[path]._replace(source=SERVICES_SOURCE)) if path in files else None
-        for name, text in found.texts.items() if found else ():
-            modes[name] = EDS if b"eds_cluster_config" in text else INLINE
-    return modes
+    left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
+    return {name: EDS if b"eds_cluster_config" in text else INLINE
+            for found in left if found for name, text in found.texts.items()}
 
 
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
     of a user on this node. All its Envoys share these, need one for a file (two while its cluster
     warms), and abort without."""
-    if config.endpoint_eds_budget is not None:
-        return config.endpoint_eds_budget
-    try:
-        with open(MAX_USER_INSTANCES, encoding="ascii") as file:
-            return int(file.read()) // 16
-    except (OSError, ValueError):
-        return 128 // 16  # the kernel's default
-
-
-class Memo:
-    """A function, called for all keys at once; only where arguments differ from the last time's.
-    (Unchanged objects are the same objects: comparing them ends at identity.)"""
-
-    def __init__(self, function: Callable[..., Json]) -> None:
-        self._function = function
-        self._known: dict[Any, tuple[tuple[object, ...], Json]] = {}
-
-    def __call__(self, calls: Mapping[Any, tuple[object, ...]]) -> dict[Any, Json]:
-        known, self._known = self._known, {}
-        for key, arguments in calls.items():
-            found = known.get(key)
-            if found is None or found[0] != arguments:
-                found = (arguments, self._function(*arguments))
-            self._known[key] = found
-        return {key: result for key, (_, result) in self._known.items()}
-
-
-class Rendering(NamedTuple):
-    """What all objects give. `clusters` is how many there are of each mode."""
-
-    files: dict[str, File]
-    warnings: tuple[str, ...]
-    clusters: dict[str, int]
+    instances = 128  # the kernel's default
+    with contextlib.suppress(OSError, ValueError), open(MAX_USER_INSTANCES, "rb") as file:
+        instances = int(file.read())
+    configured = config["endpoint"]["eds_budget"]
+    return instances // 16 if configured is None else configured
 
 
 class Renderer:
-    """Renders Services again and again; a change in one of them renders that one. `current_dir` is
-    the absolute path under which Envoy reads; `modes` are those of the clusters on disk."""
+    """Renders Services again and again; a change in one of them renders that one. `budget` is that
+    of EDS files for `auto`; `modes` are those of the clusters on disk."""
 
-    def __init__(self, config: Config, *, endpoints: str, fmt: str, current_dir: str,
-                 node_name: str, budget: int, modes: Mapping[str, str]) -> None:
-        self._config, self._endpoints, self._fmt = config, endpoints, fmt
-        self._directory, self._node_name, self._budget = current_dir, node_name, budget
-        self._modes: dict[str, str] = {}  # of clusters by slices: those on disk, until decided
-        on_eds = sorted(name for name, mode in modes.items() if mode == EDS)[:budget]
-        if endpoints == AUTO and on_eds:  # without EDS files it was no decision of `auto`
-            self._modes = dict.fromkeys(modes, INLINE) | dict.fromkeys(on_eds, EDS)
-        self._services: Mapping[Key, Service] | None = None
-        self._clusters: dict[Key, list[tuple[Cluster, str]]] = {}  # with their modes
-        self._routes, self._warnings = b"", list[str]()
+    def __init__(self, options: Options, config: Config, budget: int, modes: Mapping[str, str]
+                 ) -> None:
+        self._config, self._node_name = config, options.node_name
+        self._fmt, self._endpoints = options.format, options.endpoints
+        self._directory = f"{os.path.abspath(options.output_dir)}/{CURRENT}"
+        self._budget = {EDS: sys.maxsize, INLINE: 0}.get(options.endpoints, budget)
+        # Of clusters by slices. (On disk without EDS files it was no decision of `auto`.)
+        self._modes = modes if options.endpoints == AUTO and EDS in modes.values() else {}
         self._splits: set[str] = set()  # as they were logged last
-        self._plans, self._hosts = Memo(plan_service), Memo(self._host)
-        self._rendered, self._files = Memo(self._service), Memo(self._file)
+        self._calls: dict[Callable[..., Json], dict[Any, tuple[tuple[object, ...], Json]]] = {}
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
-        if objects.services != self._services:
-            self._services = dict(sorted(objects.services.items()))
-            self._plan(self._services, other_files)
-        config, warnings = self._config, [*self._warnings]
-        zone = own_zone(config, self._node_name, objects.nodes)
-        if zone is None and config.endpoint_prefer_zone:
+        inputs = objects.services, other_files
+        planned, routes, warnings = self._changed(self._plan, {"": inputs})[""]
+        warnings = [*warnings]
+        zone = own_zone(self._config, self._node_name, objects.nodes)
+        if zone is None and self._config["endpoint"]["prefer_zone"]:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
                             f"endpoint.prefer_zone prefers none")
-        slices: dict[Key, list[EndpointSlice]] = {}
+        slices = defaultdict[Key, list[EndpointSlice]](list)
         for found in objects.slices:
-            slices.setdefault((found.namespace, found.service), []).append(found)
-        labels, calls = by_node_label(config), {}
-        for key, clusters in self._clusters.items():
-            own, nodes = slices.get(key, []), dict[str, Texts]()
-            if labels:
-                names = {endpoint.node for found in own for endpoint in found.endpoints}
-                nodes = {name: objects.nodes[name] for name in names & objects.nodes.keys()}
-            calls[key] = (key, clusters, own, zone, nodes)
+            slices[found.service].append(found)
+        calls = {}
+        for key, clusters in planned.items():
+            nodes = {endpoint.node: objects.nodes[endpoint.node]
+                     for found in (slices[key] if objects.nodes else ())
+                     for endpoint in found.endpoints if endpoint.node in objects.nodes}
+            calls[key] = (key, clusters, slices[key], zone, nodes)
         files: dict[str, File] = {}
         resources: list[bytes] = []
-        for key, (texts, eds, problems) in self._rendered(calls).items():
+        for key, (texts, eds, problems) in self._changed(self._service, calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
-        comment = RDS_COMMENT.format(prefix=config.route_annotation_prefix)
-        files |= self._files({
+        prefix = self._config["route"]["annotation_prefix"]
+        comment = f"# Routes: from the annotations {prefix}/... of Services.\n{MADE_BY}"
+        files |= self._changed(self._file, {
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
-            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [self._routes])})
-        modes = [mode for clusters in self._clusters.values() for _, mode in clusters]
-        return Rendering(files, tuple(sorted(warnings)),
-                         {mode: modes.count(mode) for mode in (EDS, INLINE, DNS)})
+            f"rds.{self._fmt}": (comment, ROUTE_TYPE, [routes])})
+        return Rendering(files, tuple(sorted(warnings)))
 
-    def _plan(self, services: Mapping[Key, Service], other_files: int) -> None:
-        """What follows from the Services alone: their clusters, with modes, and the routes."""
-        plans = self._plans({key: (service, self._config, self._endpoints)
-                             for key, service in services.items()})
+    def _changed(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
+                 ) -> dict[Any, Json]:
+        """The results of a function by key. It is called only where arguments differ from the last
+        time's. (Unchanged objects are the same objects: comparing them ends at identity.)"""
+        known = self._calls.get(function, {})
+        found = {key: known[key] if key in known and known[key][0] == arguments else
+                 (arguments, function(*arguments)) for key, arguments in calls.items()}
+        self._calls[function] = found
+        return {key: result for key, (_, result) in found.items()}
+
+    def _plan(self, services: Mapping[Key, Service], other_files: int
+              ) -> tuple[dict[Key, list[Cluster]], bytes, list[str]]:
+        """What follows from the Services alone: clusters, the RouteConfiguration, warnings."""
+        plans: dict[Key, ServicePlan] = self._changed(plan_service, {
+            key: (service, self._config, self._endpoints)
+            for key, service in sorted(services.items())})
         problems = {key: list(plan.problems) for key, plan in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        kept = unique_clusters(plans, by_age, problems)
-        names = [one.name for clusters in kept.values() for one in clusters if not one.host]
-        self._modes = self._decided(names, other_files)
-        self._clusters = {key: [(one, self._modes.get(one.name, DNS)) for one in clusters]
-                          for key, clusters in kept.items()}
-        routes = []
-        for key, plan in plans.items():
-            route = plan.route
-            if route and route.cluster and route.cluster not in [one.name for one in kept[key]]:
-                problems[key].append("is not routed: it has no cluster of its own")
-                route = route._replace(cluster="")
-            routes += [route] if route else []
-        hosts = self._hosts({host: (host, routed) for host, routed
-                             in sorted(routes_by_host(routes, problems).items())})
-        self._routes = self._route_configuration([text for text, _ in hosts.values()])
+        clusters, routes = owned_by_age(plans, by_age, problems)
+        self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
+        rendered = self._route_configuration(routes, problems)
+        warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
+        if not services:
+            warnings = ["--services: no Service matches the selector"]
+        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
+        if inlined and self._endpoints == AUTO:
+            warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
+                            f"{shortened(inlined)}")
+        return clusters, rendered, warnings
+
+    def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
+        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
+        would be new to Envoy, with new connections and health."""
+        names = [cluster.name for cluster in clusters if not cluster.host]
+        on_eds = [name for name in names if self._modes.get(name) == EDS][: self._budget]
+        free = self._budget - len(on_eds)
+        free -= other_files if self._config["endpoint"]["eds_budget"] is None else 0
+        on_eds += [name for name in names if name not in self._modes][: max(0, free)]
+        self._modes = dict.fromkeys(names, INLINE) | dict.fromkeys(on_eds, EDS)
+        metrics.replace("xds_loader_clusters", {
+            (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
+            (DNS,): len(clusters) - len(names)})
+
+    def _route_configuration(self, routes: Mapping[str, list[Route]],
+                             problems: Mapping[Key, list[str]]) -> bytes:
+        """The RouteConfiguration, of virtual hosts that were written before."""
+        hosts = self._changed(self._host, {host: (host, routed)
+                                           for host, routed in sorted(routes.items())})
         splits = defaultdict[Key, list[str]](list)
         for _, said in hosts.values():
             for key, is_problem, text in said:
@@ -1841,59 +1745,35 @@ class Renderer:
         for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
             log.info("%s", line)
         self._splits = lines
-        self._warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
-        if not services:
-            self._warnings = ["--services: no Service matches the selector"]
-        inlined = [name for name, mode in self._modes.items() if mode == INLINE]
-        if inlined and self._endpoints == AUTO:
-            self._warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
-                                  f"{shortened(inlined)}")
-
-    def _decided(self, names: Sequence[str], other_files: int) -> dict[str, str]:
-        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
-        would be new to Envoy, with new connections and health."""
-        modes = {name: self._modes.get(name, self._endpoints) for name in names}
-        if self._endpoints == AUTO:
-            free = self._budget - sum(mode == EDS for mode in modes.values())
-            free -= other_files if self._config.endpoint_eds_budget is None else 0
-            new = [name for name in names if modes[name] == AUTO]
-            modes |= dict.fromkeys(new, INLINE) | dict.fromkeys(new[: max(0, free)], EDS)
-        return modes
+        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]})
+        texts = elements(self._fmt, [text for text, _ in hosts.values()], "  ")
+        if self._fmt == "json":
+            return b'%s,"virtual_hosts":%s}' % (head[:-1], texts)
+        return b"%s\n  virtual_hosts:%s" % (head, texts)
 
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
         found, said = virtual_host(host, routes)
         return element(self._fmt, found, "  "), said
 
-    def _route_configuration(self, virtual_hosts: Sequence[bytes]) -> bytes:
-        """The RouteConfiguration, of virtual hosts that were written before."""
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config.route_name})
-        if not virtual_hosts:
-            return head
-        if self._fmt == "json":
-            return b'%s,"virtual_hosts":[\n%s\n]}' % (head[:-1], b",\n".join(virtual_hosts))
-        return b"%s  virtual_hosts:\n%s" % (head, b"".join(virtual_hosts))
-
-    def _service(self, key: Key, clusters: Sequence[tuple[Cluster, str]],
-                 slices: Sequence[EndpointSlice], zone: str | None, nodes: Mapping[str, Texts]
+    def _service(self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
+                 zone: str | None, nodes: Mapping[str, Texts]
                  ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
-        by_slices = [cluster for cluster, mode in clusters if mode != DNS]
+        by_slices = [cluster for cluster in clusters if not cluster.host]
         problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
         resources, files = [], {}
-        for cluster, mode in clusters:
+        for cluster in clusters:
+            label = cluster.port.label
             resource: dict[str, Json] = {"@type": CLUSTER_TYPE, "name": cluster.name, "type": "EDS"}
-            if mode == DNS:
-                assignment = dns_assignment(cluster, slices)
-                if "endpoints" not in assignment:
-                    problems.append(f"the number of the target port of {cluster.port.label} is not "
-                                    f"known, so there is no endpoint")
-            else:
-                assignment = assignment_of(cluster, slices, self._config, zone, nodes)
-            if mode == EDS:
-                path = f"eds/{'_'.join(key)}_{cluster.port.label}.{self._fmt}"
-                comment = f"Endpoints of service {'/'.join(key)}, port {cluster.port.label}.\n"
+            assignment = assignment_of(cluster, slices, self._config, zone, nodes)
+            if cluster.host and "endpoints" not in assignment:
+                problems.append(f"the number of the target port of {label} is not known, so "
+                                f"there is no endpoint")
+            if self._modes.get(cluster.name) == EDS:
+                path = f"eds/{'_'.join(key)}_{label}.{self._fmt}"
+                comment = f"# Endpoints of service {'/'.join(key)}, port {label}.\n{MADE_BY}"
                 text = element(self._fmt, {"@type": ASSIGNMENT_TYPE, **assignment})
-                files[path] = self._file(comment + MADE_BY, ASSIGNMENT_TYPE, [text])
+                files[path] = self._file(comment, ASSIGNMENT_TYPE, [text])
                 resource["eds_cluster_config"] = {"eds_config": {
                     "resource_api_version": "V3",
                     "path_config_source": {"path": f"{self._directory}/{path}"}}}
@@ -1911,38 +1791,39 @@ class Renderer:
 # ---------------------------------------------------------------------------------------------
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
-# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
-# here (error, problem, repr, redaction) has a byte of a key in it.
+# resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
+# base64, so that every byte arrives. No text made here (error, warning, repr, redaction) has a byte
+# of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-FILE_NAME_BYTES = 255  # NAME_MAX of every file system that we know
+STEM_BYTES = 245  # leaves room for `_ca.yaml` in a file name of 255 bytes
 
 
-def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> ObjectFiles:
+def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     """The SDS files of a Secret. ValueError, without content, if anything is wrong with it. The raw
     object must not be kept: an annotation often holds the key again."""
-    metadata, held = json_object(obj.get("metadata")), json_object(obj.get("data"))
-    namespace, name = str(metadata.get("namespace", "")), str(metadata.get("name", ""))
-    if not (re.fullmatch(OBJECT_NAME, namespace) and re.fullmatch(OBJECT_NAME, name)):
-        raise ValueError("a secret without a valid namespace and name")
+    names = object_key(obj)
+    label, stem = "/".join(names), "_".join(names)  # no object name has `_`
+    if not all(re.fullmatch(OBJECT_NAME, name) for name in names) or len(stem) > STEM_BYTES:
+        raise ValueError("a secret without a valid namespace and name, or too long for a file name")
+    held = json_object(obj.get("data"))
     cert, key, ca = (decode_key(held.get(entry), entry)
                      for entry in ("tls.crt", "tls.key", "ca.crt"))
     check_secret(cert, key, ca)
-    label, stem = f"{namespace}/{name}", f"{namespace}_{name}"  # no object name has `_`
-    if len(f"{stem}_ca.{form}") > FILE_NAME_BYTES:
-        raise ValueError("the name is too long for a file name")
+    chain, private_key, trusted_ca = (
+        {"inline_bytes": base64.b64encode(pem).decode()} for pem in (cert, key, ca))
     pair = {"name": label, "tls_certificate": {
-        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
-    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
+        "certificate_chain": chain, "private_key": private_key}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": trusted_ca}}
     files, source = {}, f"secret {label}"
     for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
         if pem:
             text = element(form, {"@type": SDS_TYPE, **resource})
-            content = discovery_response(form, source, SDS_TYPE, [text])
+            content = discovery_response(form, f"# {source}\n", SDS_TYPE, [text])
             files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
-    return ObjectFiles(files)
+    return Rendering(files)
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -1953,41 +1834,33 @@ def decode_key(text: Json, what: str) -> bytes:
         raise ValueError(f"{what} is not base64") from None
 
 
-def pem_source(pem: bytes) -> dict[str, str]:
-    """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
-    if re.fullmatch(rb"[\n -~]*", pem):
-        return {"inline_string": pem.decode("ascii")}
-    return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
-
-
 def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
-    """ValueError for what Envoy would reject, as far as the standard library can tell, and for
-    nothing that Envoy would accept."""
+    """ValueError for what Envoy would reject, as far as OpenSSL can tell, and for nothing that
+    Envoy would accept: it decides itself what is too weak."""
     if not (cert or key or ca):
         raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
         raise ValueError("tls.crt without tls.key" if cert else "tls.key without tls.crt")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers("ALL:@SECLEVEL=0")
     for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
         if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
             raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
         text = pem.decode("ascii", "backslashreplace")  # a comment may be in any encoding
         try:
             if text:
-                tls_context().load_verify_locations(cadata=text)
+                context.load_verify_locations(cadata=text)
         except ssl.SSLError:
             raise ValueError(f"{entry} holds no PEM certificate, or an unreadable one") from None
-    if cert:
-        check_pair(cert, key)
-
-
-def check_pair(cert: bytes, key: bytes) -> None:
-    """ValueError for a key of another certificate. OpenSSL reads pairs from files only: anonymous
-    memory has a name in /proc, and no disk is touched. Without it (macOS) only Envoy judges."""
+    if not cert:
+        return
     try:
+        # OpenSSL reads pairs from files only: anonymous memory has a name in /proc, and no disk is
+        # touched. Without it (macOS) only Envoy judges.
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
             file.write(cert + b"\n" + key)
             # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
-            tls_context().load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
         if b"ENCRYPTED" in key:
             raise ValueError("tls.key is encrypted, and Envoy is given no passphrase") from None
@@ -1996,13 +1869,6 @@ def check_pair(cert: bytes, key: bytes) -> None:
             f"tls.key is not the key of the first certificate in tls.crt ({reason})") from None
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
-
-
-def tls_context() -> ssl.SSLContext:
-    """A context that judges form and not strength: Envoy decides what is too weak."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    return context
 
 
 def holds_secret(content: bytes) -> bool:
@@ -2024,8 +1890,7 @@ def no_core_dumps() -> None:
     """Keep keys out of core files. (Not 0, which does not hold where core_pattern is a pipe.)"""
     import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    if hard != 0:  # 0 is all that is left to set where somebody forbade them before us
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:  # else somebody forbade them before us
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
@@ -2033,28 +1898,20 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}"  # `..` begins the loader's own names
+KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")  # `..` begins the loader's own names
 
 
 def key_problem(name: str) -> str:
     """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
     checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
-    return "" if re.fullmatch(KEY_NAME, name) else "is not a valid file name"
+    return "" if KEY_NAME.fullmatch(name) else "is not a valid file name"
 
 
-class ObjectFiles(NamedTuple):
-    """The files of a ConfigMap or a Secret, and what in it cannot be one."""
-
-    files: Mapping[str, File]
-    problems: tuple[str, ...] = ()
-
-
-def configmap_from(item: dict[str, Any]) -> ObjectFiles:
+def configmap_from(item: dict[str, Any]) -> Rendering:
     """Reduce a ConfigMap: `data` and `binaryData`, byte for byte. ValueError if it is none."""
-    metadata = json_object(item.get("metadata"))
-    source = f"configmap {metadata.get('namespace')}/{metadata.get('name')}"
+    source = f"configmap {'/'.join(object_key(item))}"
     text, binary = member(item, "data", dict), member(item, "binaryData", dict)
-    files, problems = {}, []
+    files, warnings = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
         problem = key_problem(key)
         try:
@@ -2062,17 +1919,14 @@ def configmap_from(item: dict[str, Any]) -> ObjectFiles:
         except (AttributeError, ValueError):
             problem = "is not text" if key in text else "is not base64"
         if problem:
-            problems.append(f"{source}: key {key[:80]!r} {problem}, left out")
+            warnings.append(f"{source}: key {key[:80]!r} {problem}, left out")
         else:
             files[key] = file_of(content, source)
-    return ObjectFiles(files, tuple(problems))
+    return Rendering(files, tuple(warnings))
 
 
-class NamedObject(NamedTuple):
-    """A ConfigMap or Secret that an option names, and the directory that its files go to."""
-
-    query: Query
-    directory: str
+# What an option asks for: objects by name or selector, and the directory that their files go to.
+Source = tuple[Query, str]
 
 
 class Wanted(NamedTuple):
@@ -2089,6 +1943,11 @@ class Wanted(NamedTuple):
         return not (self.unknown or self.missing)
 
 
+COUNTED = {  # in warnings: what a file has of it, and how each begins
+    "cds": ("clusters", rb"@type\W+type\.googleapis\.com/envoy\.config\.cluster\.v3\.Cluster\b"),
+    "rds": ("routes", rb'- match:|{"match":')}
+
+
 def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
     cannot be where another source has a directory: it is left out."""
@@ -2098,7 +1957,9 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         for path, file in layer.items():
             lost = files.get(path, file)
             if lost.source != file.source:
-                warnings.append(f"{path} of {lost.source}{counted(lost)} is hidden by that of "
+                what, pattern = COUNTED.get(lost.kind, ("", b""))
+                count = f" ({len(re.findall(pattern, lost.content))} {what})" if what else ""
+                warnings.append(f"{path} of {lost.source}{count} is hidden by that of "
                                 f"{file.source}")
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
@@ -2106,15 +1967,6 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
         source = files.pop(path).source
         warnings.append(f"{path} of {source} left out: others have a directory there")
     return files, warnings
-
-
-def counted(file: File) -> str:
-    """How many clusters or routes a file has, in words, where it shows."""
-    if file.kind == "rds":
-        routes = re.findall(rb'- match:|{"match":', file.content)
-        return f" ({len(routes)} routes)"
-    clusters = clusters_of(file) if file.kind == "cds" else None
-    return f" ({len(clusters.texts)} clusters)" if clusters else ""
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
@@ -2127,7 +1979,7 @@ def with_kind(path: str, file: File, before: File | None) -> File:
 
 PARSERS: dict[Resource, Callable[..., Any]] = {
     CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
-    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: node_from}
+    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: texts_of}
 
 
 class Sources:
@@ -2137,38 +1989,33 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        self._selected: Query | None = None
-        self._kept: dict[NamedObject, Files] = {}  # the last good files of each named object
+        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
+        self._sources: list[Source] = [
+            *options.secret, *([] if options.configmap_selector is None else [(selected, "")]),
+            *options.configmap]
+        self._kept: dict[Source, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
         """Start every reflector. What is published tells what sources had before a restart."""
         options, budget = self._options, inotify_budget(self._config)
         metrics.set("xds_loader_inotify_instances_budget", budget)
-        for named in (*options.configmap, *options.secret):
-            source = str(named.query)
-            owned = {path: file for path, file in published.items() if file.source == source
-                     and path.rpartition("/")[0] == named.directory}
+        for query, directory in self._sources:
+            owned = {path: file for path, file in published.items()
+                     if file.source == str(query) and path.rpartition("/")[0] == directory}
             if owned:
-                self._kept[named] = owned
-            self._reflect(named.query)
-        if options.configmap_selector is not None:
-            self._selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector)
-            self._reflect(self._selected)
+                self._kept[query, directory] = owned
+            self._reflect(query)
         if options.services is None:
             return
-        self._renderer = Renderer(
-            self._config, endpoints=options.endpoints, fmt=options.format,
-            current_dir=f"{os.path.abspath(options.output_dir)}/{CURRENT}",
-            node_name=options.node_name, budget=budget, modes=modes_on_disk(published))
+        self._renderer = Renderer(options, self._config, budget, modes_on_disk(published))
         namespaces = options.services_namespace or (options.namespace,)
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
             self._reflect(Query(ENDPOINTSLICES, namespace))
-        if needs_nodes(self._config):
-            # All for localities by label, else just the own one.
-            own = "" if by_node_label(self._config) else options.node_name
-            self._reflect(Query(NODES, name=own))
+        by_label = by_node_label(self._config)  # which needs all Nodes, not just the own one
+        if by_label or self._config["endpoint"]["prefer_zone"] is True:
+            self._reflect(Query(NODES, name="" if by_label else options.node_name))
 
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
@@ -2204,46 +2051,45 @@ class Sources:
         )
         if wanted.unknown:
             return wanted
-        layers = [self._files_of(named, wanted) for named in self._options.secret]
-        if self._selected is not None:
-            found = self._reflectors[self._selected].objects()
-            if not found:
-                wanted.notes.append(f"{self._selected}: none exist")
-            for _, configmap in sorted(found.items()):
-                wanted.notes.extend(configmap.problems)
+        layers: list[Files] = []
+        for source in self._sources:
+            if source[0].name:
+                layers.append(self._named(source, wanted))
+                continue
+            selected = self._reflectors[source[0]].objects()
+            wanted.notes.extend([] if selected else [f"{source[0]}: none exist"])
+            for _, configmap in sorted(selected.items()):
+                wanted.notes.extend(configmap.warnings)
                 layers.append(configmap.files)
-        layers += [self._files_of(named, wanted) for named in self._options.configmap]
         if self._renderer is not None:
             rendering = self._render(self._renderer, layers)
-            metrics.replace("xds_loader_clusters", {
-                (mode,): count for mode, count in rendering.clusters.items()})
             wanted.notes.extend(rendering.warnings)
             layers.insert(0, rendering.files)
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
-        return wanted._replace(files={path: with_kind(path, file, published.get(path))
-                                      for path, file in files.items()})
+        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
+        return Wanted(files, *wanted[1:])
 
-    def _files_of(self, named: NamedObject, wanted: Wanted) -> Files:
+    def _named(self, source: Source, wanted: Wanted) -> Files:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        query, reflector = named.query, self._reflectors[named.query]
-        key, source = (query.namespace, query.name), str(query)
+        query, directory = source
+        key, reflector = (query.namespace, query.name), self._reflectors[query]
         bad = key in reflector.bad
         found = None if bad else reflector.objects().get(key)
-        prefix = f"{named.directory}/" if named.directory else ""
+        prefix = f"{directory}/" if directory else ""
         files = {prefix + path: file for path, file in found.files.items()} if found else {}
-        wanted.notes.extend(found.problems if found else ())
-        if files or (found and not self._kept.get(named)):
-            self._kept[named] = files
-        elif named not in self._kept:
-            wanted.missing.append(source)
+        wanted.notes.extend(found.warnings if found else ())
+        if files or (found and not self._kept.get(source)):
+            self._kept[source] = files
+        elif source not in self._kept:
+            wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
                 wanted.notes.append(hint)
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            wanted.notes.append(f"{source} {state}: its last files stay published")
-            wanted.stale.append(source)
-        return self._kept.get(named, {})
+            wanted.notes.append(f"{query} {state}: its last files stay published")
+            wanted.stale.append(str(query))
+        return self._kept.get(source, {})
 
     def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
@@ -2294,34 +2140,25 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot on the way from `published` to `desired`; None when it is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    changed = {path: published[path] for path in moved_paths(published, desired)
-               if path in published}
-    plain = {path for path, old in changed.items()
-             if not {old.kind, desired[path].kind} & REFERENCE_KINDS}
-    children = beside(published, {p: f for p, f in desired.items() if p not in published})
-    clusters = {**children, **{path: united(published[path], desired[path]) for path in plain}}
-    references = {**clusters, **{path: desired[path] for path in changed.keys() - plain}}
-    steps = [Step(clusters, CLUSTERS), Step(references, REFERENCES), Step(desired, REMOVALS)]
-    if len(plain) < len(changed) or any(changed[path].kind == "cds" for path in plain):
-        # Without a changed parent nobody reads the new files before they are all there.
-        steps.insert(0, Step(children, CHILDREN))
+    moved = moved_paths(published, desired)
+    new = {path: desired[path] for path in moved if path not in published}
+    references = {path: desired[path] for path in moved if path in published
+                  and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
+    others = {path: united(published[path], desired[path]) for path in moved
+              if path in published and path not in references}
+    above = {parent for path in new for parent in parents(path)}  # files that become directories
+    children = {path: file for path, file in published.items() if path not in above} | new
+    clusters = {**children, **others}
+    steps = [Step(children, CHILDREN), Step(clusters, CLUSTERS),
+             Step({**clusters, **references}, REFERENCES), Step(desired, REMOVALS)]
+    if not references and all(published[path].kind != "cds" for path in others):
+        del steps[0]  # no parent changes: nobody reads new files before they are all there
     return next((step for step in steps if not same_files(step.files, published)), None)
-
-
-def beside(published: Files, new: Files) -> dict[str, File]:
-    """Both sets of files, without the old ones where a new one needs a directory, or is one."""
-    above = {parent for path in new for parent in parents(path)}
-    kept = {path: file for path, file in published.items()
-            if path not in above and new.keys().isdisjoint(parents(path))}
-    return {**kept, **new}
 
 
 def notify_order(paths: Iterable[str], files: Files) -> list[str]:
     """Paths in the order in which Envoy shall notice them: children, CDS, RDS, LDS."""
     return sorted(paths, key=lambda path: (NOTIFY_RANK.get(files[path].kind, 0), path))
-
-
-# -- old and new clusters together --------------------------------------------------------------
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
@@ -2333,7 +2170,7 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
-    if one is None or two is None or type(one.frame) is not type(two.frame):
+    if one is None or two is None or one.form != two.form:
         fewer = names_in(new.content) < names_in(old.content)
         return old if fewer or keep is not None else new
     extra = {name: text for name, text in one.texts.items()
@@ -2342,18 +2179,9 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
         return new
     if {**extra, **two.texts} == one.texts:
         return old  # nothing new: the old file is the union
-    return file_of(joined(two.frame, [*two.texts.values(), *extra.values()]), new.source,
-                   new.mode, "cds")
-
-
-def joined(frame: Json, texts: list[bytes]) -> bytes:
-    """A CDS file of these clusters, within the frame of another."""
-    if frame is None:
-        return discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, texts)
-    version = hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
-    fields = {key: value for key, value in frame.items() if key != "versionInfo"}
-    fields |= {"version_info": version, "resources": [json.loads(text) for text in texts]}
-    return (json.dumps(fields, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    content = discovery_response(two.form, CDS_COMMENT, CLUSTER_TYPE,
+                                 [*two.texts.values(), *extra.values()])
+    return file_of(content, new.source, new.mode, "cds")
 
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
@@ -2371,11 +2199,6 @@ def names_in(content: bytes) -> frozenset[str]:
     return frozenset(name.decode("utf-8", "replace") for _, name in NAME.findall(content))
 
 
-def places_in(content: bytes) -> list[str]:
-    """The paths in a text, each from its first slash."""
-    return [place.decode() for place in PLACE.findall(content.replace(b"\\/", b"/"))]
-
-
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
     """The clusters that CDS files hold; where a text does not tell, every name in it."""
     names: set[str] = set()
@@ -2384,29 +2207,6 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
             known = clusters_of(file)
             names |= known.texts.keys() if known else names_in(file.content)
     return frozenset(names)
-
-
-@functools.lru_cache(maxsize=4)
-def eds_clusters_of(cds: File) -> Mapping[str, list[tuple[str, frozenset[str]]]]:
-    """By the base name of a file: the places that clusters name, and the names in these."""
-    if known := clusters_of(cds):
-        blocks = list(known.texts.values())
-    else:  # block YAML, as its dashes divide it
-        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
-        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
-    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
-    for block in blocks:
-        names = names_in(block)
-        for place in places_in(block):
-            found.setdefault(place.rpartition("/")[2], []).append((place, names))
-    return found
-
-
-def names_by_path(path: str, files: Files) -> set[str]:
-    """The names in the clusters whose endpoints are in this file."""
-    return {name for cds in files.values() if cds.kind == "cds"
-            for place, names in eds_clusters_of(cds).get(path.rpartition("/")[2], ())
-            if place.endswith(f"/{path}") for name in names}
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
@@ -2419,14 +2219,41 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     )
 
 
-def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
-    """Those of the paths that texts name, under whatever directory Envoy mounts ours."""
-    found, depth = set[str](), 1 + max((path.count("/") for path in paths), default=0)
-    for content in contents if paths else ():
-        for place in places_in(content):
-            parts = place.rsplit("/", depth)
-            found |= {end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in paths}
+def places_in(content: bytes) -> set[str]:
+    """The paths in a text, each from its first slash, and their ends: Envoy may have our directory
+    anywhere."""
+    found = set()
+    for place in PLACE.findall(content.replace(b"\\/", b"/")):
+        parts = place.decode().split("/")[-DEPTH:]
+        found |= {"/".join(parts[i:]) for i in range(len(parts))}
     return found
+
+
+def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
+    """Those of the paths that texts name."""
+    return {path for content in contents if paths for path in places_in(content) if path in paths}
+
+
+@functools.lru_cache(maxsize=4)
+def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
+    """By the places that clusters name: the names in each of these clusters."""
+    if known := clusters_of(cds):
+        blocks = list(known.texts.values())
+    else:  # block YAML, as its dashes divide it
+        first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
+        blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
+    found = defaultdict[str, list[frozenset[str]]](list)
+    for block in blocks:
+        names = names_in(block)
+        for place in places_in(block):
+            found[place].append(names)
+    return found
+
+
+def names_by_path(path: str, files: Files) -> set[str]:
+    """The names in the clusters whose endpoints are in this file."""
+    return {name for cds in files.values() if cds.kind == "cds"
+            for names in names_by_place(cds).get(path, ()) for name in names}
 
 
 def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
@@ -2450,10 +2277,10 @@ class Nack(NamedTuple):
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
 
 
-def is_nacked(file: File | None, nack: Nack | None, acked: File | None = None) -> bool:
+def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    if file is None or nack is None or nack.digest == file.digest:
-        return file is not None and nack is not None
+    if file is None or nack.digest == file.digest:
+        return file is not None
     if acked is None or nack.digest == acked.digest:
         return False  # the ACKed bytes themselves were NACKed by another Envoy
     return nack.digest == united(acked, file).digest
@@ -2469,6 +2296,8 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
+    if not gone:
+        return desired
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
     return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
@@ -2515,19 +2344,20 @@ def with_named(
 ) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
-    kept = [result[path] for path in moved_paths(desired, result)]
-    named = named_files(kept, gone)
-    result = {**result, **named}
-    users = [file for file in (*kept, *named.values()) if file.kind in REFERENCE_KINDS]
-    for path, file in [*result.items()]:
-        for old in (acked.get(path), published.get(path)) if file.kind == "cds" else ():
-            if old is None or (clusters_of(old) is None and file is not desired.get(path)):
-                continue  # it is one of the old files as a whole already
-            lost = cluster_names([old]) - cluster_names(result.values())
-            needed = frozenset().union(*(mentioned(user.content, lost) for user in users))
-            if needed:
-                result[path] = united(old, result[path], needed)
-                result |= named_files([result[path]], gone)  # the endpoints of these clusters
+    result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
+    users = [file.content for path in moved_paths(desired, result)
+             if (file := result[path]).kind in REFERENCE_KINDS]
+    for path, old in [*acked.items(), *published.items()]:
+        cds = result.get(path)
+        if cds is None or cds.kind != "cds":
+            continue
+        if clusters_of(old) is None and cds is not desired.get(path):
+            continue  # it is one of the old files as a whole already
+        lost = cluster_names([old]) - cluster_names(result.values())
+        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        if needed:
+            result[path] = united(old, cds, needed)
+            result |= named_files([result[path]], gone)  # the endpoints of these clusters
     return result
 
 
@@ -2558,7 +2388,6 @@ SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
 SNAPSHOT = re.compile(r"\.\.[0-9a-f]{16}(\.[0-9]{1,9})?")
 DEPTH = 32  # of directories that we look into
-FILE_BYTES = 64 << 20  # a larger file on the volume is not ours
 SNAPSHOT_BYTES = 256 << 20  # of what is read of one directory: sparse files cost nobody a disk
 STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
@@ -2577,7 +2406,7 @@ class Output:
         self.staged = ""  # a snapshot that --check-cmd looks at
         self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
         self._before = ""  # the last snapshot but one
-        self._links: set[str] = set()  # ours, in `current/`
+        self._unread: list[str] = []  # files behind links of ours that could not be read
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -2599,6 +2428,7 @@ class Output:
         Afterwards `published` is what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
+        remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
@@ -2608,21 +2438,24 @@ class Output:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
-            os.unlink(self._path(MARKER))
             done.append(f"notified again: {shortened(changed) or 'nothing'}")
-        complete = [entry for entry in self._snapshots() if entry != self.snapshot
-                    and version_of(self._load(entry)) == entry[2:18]]
+        remove(self._path(MARKER))
+        complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
+                    if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
-                           key=lambda entry: os.stat(self._path(entry)).st_mtime_ns)
+                           key=lambda entry: os.lstat(self._path(entry)).st_mtime_ns)
         self.prune()
-        remove(self._path(LINK))
         return done
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything. A loader that
-        lives may prune what is being read: then the switch has moved on."""
-        self._read_state()
-        while True:
+        """What is published, read without a lock and without touching anything; `state` is what
+        was remembered, nothing where another version wrote it."""
+        self.state, there = {}, is_directory(self._path(STATE))
+        if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
+                state = parse_json(found[0])
+                self.state = state if state["version"] == __version__ else {}
+        while True:  # a loader that lives may prune what is being read: then it has switched
             name = self._switched()
             files = self._load(name) if name else {}
             if self._switched() == name:
@@ -2633,28 +2466,28 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        blocked = {}
+        foreign, blocked = set(self.foreign), {}
         for path in sorted(files.keys() - self.published.keys()):
-            place = self._path(CURRENT, path)
-            if is_directory(place):
-                blocked[path] = f"{path} of {files[path].source} left out: {place} is a directory"
-            for above in (self._path(CURRENT, each) for each in parents(path)):
-                if os.path.lexists(above) and not os.path.islink(above) and not is_directory(above):
-                    blocked[path] = f"{path} of {files[path].source} left out: {above} is a file"
-        return {p: file for p, file in files.items() if p not in blocked}, list(blocked.values())
+            if is_directory(self._path(CURRENT, path)):
+                blocked[path] = f"{self._path(CURRENT, path)} is a directory"
+            for above in foreign.intersection(parents(path)):
+                blocked[path] = f"{self._path(CURRENT, above)} is a file"
+        warnings = [f"{path} of {files[path].source} left out: {reason}"
+                    for path, reason in blocked.items()]
+        return {path: file for path, file in files.items() if path not in blocked}, warnings
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        version = version_of(files)
-        for attempt in itertools.count():
-            name = f"..{version}.{attempt}" if attempt else f"..{version}"
+        name = version = f"..{version_of(files)}"
+        for attempt in itertools.count(1):
             try:
                 os.mkdir(self._path(name), 0o755)
                 break
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
-        self._own_parents(name, files)
+            name = f"{version}.{attempt}"
+        self._own_parents(name, [path for path in files if "/" in path])
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
         return name
@@ -2662,16 +2495,14 @@ class Output:
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
         changed = [*moved_paths(self.published, files), *again]
-        gone = sorted(self._links - files.keys())
-        self._may_write({os.path.dirname(path) for path in (*changed, *gone)})
+        gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
+                if self._is_ours(path)]
+        self._may_write({path.rpartition("/")[0] for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
-        with contextlib.suppress(FileExistsError):
-            os.symlink(before or "none", self._path(MARKER))  # 3
+        os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
-            if self._is_ours(path):
-                os.unlink(self._path(CURRENT, path))
-        self._links.difference_update(gone)
+            os.unlink(self._path(CURRENT, path))
         self._own_parents(CURRENT, changed)
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published, self.switched_at = name, files, time.time()
@@ -2687,7 +2518,7 @@ class Output:
 
     def prune(self) -> None:
         """Step 8: only the last two snapshots stay. What cannot be removed is named."""
-        for entry in self._snapshots():
+        for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root)):
             if entry not in (self.snapshot, self._before, self.staged):
                 try:
                     remove(self._path(entry))
@@ -2712,7 +2543,7 @@ class Output:
         those that are about to be published too."""
         files = {**self.published, **coming}
         state = {**state, "version": __version__,
-                 "files": {path: [file.source, file.kind] for path, file in files.items()}}
+                 "files": {path: f"{file.kind} {file.source}" for path, file in files.items()}}
         if state == self.state:
             return
         self._own_parents(STATE)
@@ -2751,16 +2582,6 @@ class Output:
         return acked | {path: file for path, file in kept.items()
                         if file.digest == digests.get(path, file.digest)}
 
-    def _read_state(self) -> None:
-        """What was remembered; nothing where it is not JSON or another version wrote it."""
-        there = is_directory(self._path(STATE))
-        found = read_file(self._path(STATE_FILE), STATE_BYTES) if there else None
-        try:
-            state = json_object(parse_json(found[0])) if found else {}
-        except ValueError:
-            state = {}
-        self.state = state if state.get("version") == __version__ else {}
-
     # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
@@ -2770,16 +2591,13 @@ class Output:
         """The regular files of a directory, and of each what is remembered."""
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
         for entry in walk(self._path(name)):
-            parts, place = entry.split(slash), self._path(name, entry)
-            if any(map(key_problem, parts)) or not (found := read_file(place, room)):
+            path, place = entry.replace(slash, "/"), self._path(name, entry)
+            if any(map(key_problem, path.split("/"))) or not (found := read_file(place, room)):
                 continue
-            path, (content, mode) = "/".join(parts), found
-            match rows.get(path):
-                case [str(source), str(kind)] if kind in ("", *KINDS.values()):
-                    pass
-                case _:
-                    source, kind = "disk", ""
-            files[path] = file_of(content, source, mode, kind_of(content) or kind)
+            content, mode = found
+            kind, _, source = str(rows.get(path, " disk")).partition(" ")
+            kind = kind_of(content) or (kind if kind in KINDS.values() else "")
+            files[path] = file_of(content, source, mode, kind)
             room -= len(content)
         return files
 
@@ -2795,8 +2613,8 @@ class Output:
         """The paths that are not on disk as they should be, those that are too many included."""
         if not is_directory(self._path(name)):
             return [*files, name]
-        wrong = [path for path, file in files.items()
-                 if read_file(self._path(name, path)) != (file.content, file.mode)]
+        wrong = [path for path, file in files.items() if (file.content, file.mode)
+                 != read_file(self._path(name, path), len(file.content))]
         return wrong + [path for path in walk(self._path(name)) if path not in files]
 
     def _may_write(self, directories: Iterable[str]) -> None:
@@ -2809,18 +2627,13 @@ class Output:
 
     def _link(self, relative: str, target: str) -> None:
         """Make or replace a link by rename(2): nobody ever finds none."""
-        try:
-            os.symlink(target, self._path(LINK))
-        except FileExistsError:  # of a process that died: a fixed name must not wedge
-            remove(self._path(LINK))
-            os.symlink(target, self._path(LINK))
+        os.symlink(target, self._path(LINK))
         os.rename(self._path(LINK), self._path(relative))
 
     def _notify(self, paths: Iterable[str]) -> None:
         """Make or replace the links of files: the MOVE that Envoy sees."""
         for path in notify_order(paths, self.published):
             self._link(f"{CURRENT}/{path}", link_target(path))
-            self._links.add(path)
 
     def _is_ours(self, path: str) -> bool:
         """Whether what is in `current/` is a link that we made."""
@@ -2830,11 +2643,10 @@ class Output:
         """Real directories above these paths below `top`, never replaced if they are."""
         needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
         for place in map(self._path, sorted(needed)):
-            if is_directory(place):
-                continue
-            if os.path.islink(place):
-                os.unlink(place)  # Envoy's watch would stay on what is behind it
-            os.mkdir(place, 0o755)
+            if not is_directory(place):
+                if os.path.islink(place):
+                    os.unlink(place)  # Envoy's watch would stay on what is behind it
+                os.mkdir(place, 0o755)
 
     def _switched(self) -> str:
         """The snapshot that `..data` names, or nothing where there is none behind it."""
@@ -2846,21 +2658,18 @@ class Output:
         self._own_parents(CURRENT, ("", *self.published))
         repaired = [path for path in self.published if not self._is_ours(path)]
         self._notify(repaired)
-        self._links, self.foreign = set(self.published), []
+        self._unread, self.foreign = [], []
         for path in walk(self._path(CURRENT)):
             if path in self.published:
                 continue
             if not self._is_ours(path):
                 self.foreign.append(path)
             elif os.path.lexists(self._path(self.snapshot, path)):
-                self._links.add(path)  # its file could not be read: the next snapshot decides
+                self._unread.append(path)  # it stays until the next snapshot
             else:
                 os.unlink(self._path(CURRENT, path))
                 repaired.append(path)
         return repaired
-
-    def _snapshots(self) -> list[str]:
-        return [entry for entry in os.listdir(self.root) if SNAPSHOT.fullmatch(entry)]
 
 
 def link_target(path: str) -> str:
@@ -2913,14 +2722,14 @@ def write_file(place: str, content: bytes, mode: int) -> None:
         os.close(number)
 
 
-def read_file(place: str, most: int = FILE_BYTES) -> tuple[bytes, int] | None:
+def read_file(place: str, most: int) -> tuple[bytes, int] | None:
     """Content and mode of a regular file; None where there is none that can be read: it is written
     anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
             status = os.fstat(stream.fileno())
-            if stat.S_ISREG(status.st_mode) and status.st_size <= min(most, FILE_BYTES):
+            if stat.S_ISREG(status.st_mode) and status.st_size <= most:
                 return stream.read(most), stat.S_IMODE(status.st_mode)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -3410,7 +3219,7 @@ def listener_errors(text: str) -> str:
 LOG_LEVELS = ("debug", "info", "warning", "error")
 # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
 LINE_BYTES = 4096
-STDERR_PATIENCE = 20  # milliseconds for a reader of stderr that is behind
+STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
 class Log:
@@ -3429,11 +3238,10 @@ class Log:
         if LOG_LEVELS.index(level) < self._level:
             return
         line = log_line(self._form, level, message % args if args else message, fields)
-        poll = select.poll()
         with self._lock:
-            poll.register(self._fd, select.POLLOUT)
-            self._blocked = not poll.poll(0 if self._blocked else STDERR_PATIENCE)
+            patience = 0 if self._blocked else STDERR_PATIENCE
             try:
+                self._blocked = not select.select([], [self._fd], [], patience)[1]
                 if not self._blocked:
                     os.write(self._fd, line)
             except OSError:  # closed, or a full disk: no reason to end
@@ -3452,15 +3260,15 @@ def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) 
     the same as a JSON object. Where it is too long, its long texts are cut."""
     when, most = timestamp(time.time()), LINE_BYTES
     while True:
-        texts = {name: plain_value(value, most) for name, value in fields.items()}
         said = plain_value(message, most)
+        values = {name: plain_value(value, most) for name, value in fields.items()}
         if form == "json":
-            line = json.dumps({"time": when, "level": level, "message": said, **texts})
+            line = json.dumps({"time": when, "level": level, "message": said, **values})
         else:
-            pairs = (f" {name}={text_value(text)}" for name, text in texts.items())
+            pairs = (f"{name}={text_value(value)}" for name, value in values.items())
             said = said if said.isprintable() else json.dumps(said)
-            line = f"{when} {level.upper()} {said}{''.join(pairs)}"
-        encoded = line.encode("utf-8", "backslashreplace") + b"\n"
+            line = " ".join([when, level.upper(), said, *pairs])
+        encoded = f"{line}\n".encode("utf-8", "backslashreplace")
         if len(encoded) <= LINE_BYTES:
             return encoded
         most //= 2
@@ -3476,10 +3284,8 @@ def plain_value(value: object, most: int) -> Json:
 
 def text_value(value: Json) -> str:
     """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if text.isprintable() and re.fullmatch(r'[^\s"=]+', text):
-        return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    plain = isinstance(value, str) and value.isprintable() and re.fullmatch('[^ "=]+', value)
+    return str(value) if plain else json.dumps(value)
 
 
 def timestamp(now: float) -> str:
@@ -3531,39 +3337,39 @@ BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
                 '_bucket{le="+Inf"}': float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 Labels = tuple[str, ...]
 
 
 class Metrics:
     """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
-    order declared. A series is held by what stands between name and value in the output."""
+    order declared; the series of a histogram are held by what follows its name in the output."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._labels = {metric.name: metric.labels for metric in METRICS}
-        self._series: dict[str, dict[str, float]] = {name: {} for name in self._labels}
+        self._series: dict[str, dict[Any, float]] = {metric.name: {} for metric in METRICS}
         for name, kind, _, labels in METRICS:
             if kind == "histogram":
                 self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
             elif kind == "counter" and not labels:
-                self.add(name, by=0)
+                self.add(name, by=0)  # rate() needs to see the 0 before the first 1
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
     def add(self, name: str, labels: Labels = (), by: float = 1) -> None:
-        """Count. `by=0` makes a series that starts at 0, which rate() needs to see the first 1."""
         with self._lock:
-            series, suffix = self._series[name], self._suffix(name, labels)
-            series[suffix] = series.get(suffix, 0.0) + by
+            series = self._series[name]
+            series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
         with self._lock:
-            self._series[name][self._suffix(name, labels)] = value
+            self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
         with self._lock:
-            self._series[name] = {self._suffix(name, labels): series[labels] for labels in series}
+            self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
@@ -3574,27 +3380,26 @@ class Metrics:
             series["_sum"] += seconds
             series["_count"] += 1
 
-    def render(self) -> bytes:
-        """All of it in Prometheus' text format 0.0.4, in an order that does not change."""
-        times = os.times()
-        self.set("process_cpu_seconds_total", round(times.user + times.system, 2))
-        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+    def render(self) -> str:
+        """All of it in Prometheus' text format 0.0.4."""
+        self.set("process_cpu_seconds_total", time.process_time())
+        with open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+        self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, _ in METRICS:
+        for name, kind, text, names in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            rows = held[name] if kind == "histogram" else sorted(held[name])
-            lines += [f"{name}{suffix} {value:.15g}" for suffix, value in rows]
-        return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+            lines += [f"{name}{held_as if kind == 'histogram' else labels_text(names, held_as)} "
+                      f"{value:.15g}" for held_as, value in held[name]]
+        return "\n".join(lines)
 
-    def _suffix(self, name: str, values: Labels) -> str:
-        """`{code="200",verb="list"}`, "" without labels."""
-        names = self._labels[name]
-        pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
-        return "{" + ",".join(pairs) + "}" if names else ""
+
+def labels_text(names: Labels, values: Labels) -> str:
+    """`{code="200",verb="list"}`, "" without labels."""
+    pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
+    return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
@@ -3611,7 +3416,6 @@ HEAD_MAX = 8192  # bytes that are read of a request
 # An answer that costs more than a probe's is used again for 20 times as long as it took to make:
 # clients that ask without a pause take a twentieth of a CPU.
 REUSED = 20
-COSTLY = {"/metrics": "text/plain; version=0.0.4; charset=utf-8", "/snapshot": "application/json"}
 
 
 class Status(NamedTuple):
@@ -3631,11 +3435,7 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str, bytes]  # status code, Content-Type, body
-
-
-def text_answer(code: int, text: str) -> Answer:
-    return code, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
+Answer = tuple[int, str]  # status code, body
 
 
 def ready_answer(status: Status, *, started: bool = True) -> Answer:
@@ -3645,10 +3445,10 @@ def ready_answer(status: Status, *, started: bool = True) -> Answer:
     lines = [ready if status.version else "no snapshot yet"]
     named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
     lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return text_answer(200 if status.version and started else 503, "\n".join(lines))
+    return 200 if status.version and started else 503, "\n".join(lines)
 
 
-def snapshot_body(status: Status) -> bytes:
+def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
     rows = []
@@ -3656,12 +3456,12 @@ def snapshot_body(status: Status) -> bytes:
         size = {"bytes": len(file.content), "sha256": file.digest}
         rows.append({"path": path, "source": file.source, "state": status.states[path],
                      **({} if holds_secret(file.content) else size)})
-    body = {"version": status.version or None,
-            "published_at": timestamp(status.published_at) if status.version else None,
-            "files": rows,
-            **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
-            "missing": status.missing, "stale": status.stale}
-    return (json.dumps(body, indent=1) + "\n").encode()
+    return json.dumps({
+        "version": status.version or None,
+        "published_at": timestamp(status.published_at) if status.version else None,
+        "files": rows,
+        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+        "missing": status.missing, "stale": status.stale}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3675,10 +3475,9 @@ def listen_address(text: str) -> tuple[str, int]:
 class Listener:
     """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
-    def __init__(self, host: str, port: int, recorded: Metrics) -> None:
-        self.status = Status({}, last_turn=time.monotonic())
-        self._recorded, self._rendering = recorded, threading.Lock()
-        self._kept = dict.fromkeys(COSTLY, (0.0, b""))  # path -> good until, body
+    def __init__(self, host: str, port: int) -> None:
+        self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
+        self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
@@ -3712,8 +3511,10 @@ class Listener:
                 block = client.recv(HEAD_MAX - len(head))
                 head += block
             asked = re.match(r"GET ([^\s?]+)(?:\?\S*)? HTTP/1\.", head.decode("latin-1"))
-            bad = text_answer(400, "not a GET of HTTP/1.1")
-            code, form, body = self.answer(asked[1]) if asked else bad
+            path = asked[1] if asked else ""
+            code, text = self.answer(path)
+            body = f"{text}\n".encode("utf-8", "backslashreplace")
+            form = "application/json" if path == "/snapshot" else METRICS_TYPE
             line = f"HTTP/1.0 {code} {http.client.responses[code]}\r\n"
             fields = f"Content-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
             client.settimeout(max(end - time.monotonic(), 0))
@@ -3721,22 +3522,22 @@ class Listener:
 
     def answer(self, path: str) -> Answer:
         """What is served there."""
-        status, began = self.status, time.monotonic()
+        status = self.status
         if path == "/healthz":  # 200 while the loop turns
-            age, bound = began - status.last_turn, status.turn_bound
+            age, bound = time.monotonic() - status.last_turn, status.turn_bound
             late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
-            return text_answer(503, late) if age > bound else text_answer(200, "ok")
+            return (503, late) if age > bound else (200, "ok")
         if path in ("/readyz", "/startz"):
             return ready_answer(status, started=path == "/readyz" or status.started)
-        if path not in COSTLY:
-            return text_answer(404, "not found")
+        if path not in self._kept:
+            return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
-            began, (until, body) = time.monotonic(), self._kept[path]
+            began, (until, text) = time.monotonic(), self._kept[path]
             if began >= until:
-                body = snapshot_body(status) if path == "/snapshot" else self._recorded.render()
+                text = snapshot_text(status) if path == "/snapshot" else metrics.render()
                 now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), body
-        return 200, COSTLY[path], body
+                self._kept[path] = now + REUSED * (now - began), text
+        return 200, text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3758,22 +3559,6 @@ LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a director
 ABSENT, SILENT, MET, BLIND = "absent", "silent", "met", "blind"
 STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
-DISK_HINTS: Mapping[int | None, str] = {
-    errno.EACCES: "run init container, loader and Envoy as one user",
-    errno.EPERM: "run init container, loader and Envoy as one user",
-    errno.EROFS: "mount a writable volume there",
-    errno.ENOSPC: "make room: a snapshot needs what its changed files need",
-    errno.EMFILE: "raise the limit of open files",
-}
-
-# What is said when a topic is without trouble again; in other topics each warning ends on its own.
-OVER = {
-    "trouble": "all sources have answered again",
-    "lock": "the other loader has ended",
-    "disk": "the output directory can be written again",
-    "envoy": "Envoy answers",
-}
-
 
 class Wakes:
     """The news for the main thread, and a wait for them that a signal ends: the interpreter itself
@@ -3787,8 +3572,10 @@ class Wakes:
     def put(self, what: str, news: object = None) -> None:
         """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
         self._news.append((what, time.monotonic() if news is None else news))
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+        try:
             os.write(self.write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
 
     def wait(self, seconds: float) -> list[tuple[str, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
@@ -3995,171 +3782,133 @@ class Loop:
         self._listener: Listener | None = None
         self._wanted: Wanted | None = None  # None: to be composed
         self._remembered = Known()  # what a restart is told
-        self._noted: dict[str, frozenset[str]] = {}  # what was warned of, by topic
+        self._noted: dict[str, tuple[Mapping[str, object], dict[str, set[str]]]] = {}  # by topic
         self._event_at = time.monotonic()  # of the first event that is not composed
         self._published_at = 0.0  # monotonic; 0: nothing yet
-        self._step_at = 0.0  # when the step that waits may be published
-        self._repair_at = 0.0  # when the files on disk are checked
-        self._retry_at, self._backoff = 0.0, BACKOFF_FIRST  # of the disk
+        self._step_at = 0.0  # when the step that waits may be published; 0: none waits
+        self._check_at = 0.0  # when the files on disk are checked; 0: they are not ours yet
+        self._backoff = 0.0  # seconds: the disk failed, nothing is tried before that check; 0: no
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
 
     # -- running ------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Until SIGTERM or SIGINT; with --onetime until the first complete snapshot."""
-        try:
-            self._open()
-            if self._once:
-                self._publish_once()
-            while not self.stopping and not self._once:
-                self._turn()
-                self._report()
-                self._await(self._next_at())
-        except OSError as error:
-            raise LoaderError(self._disk_trouble(error)) from error
-        finally:
-            self.check_command.stop()
-        self.asking.end()
-        return 0
-
-    def _open(self) -> None:
-        """Take the directory as it is, and start everything that brings news."""
+        """Until SIGTERM or SIGINT; with --onetime until there is nothing left to publish."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # A signal interrupts nothing: it wakes the loop, as everything does.
             signal.signal(number, self._signalled)
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
             host, port = self.options.listen
-            self._listener = Listener(host, port, metrics)
-        while not self.output.lock():
-            text = f"{self.output.root}: another loader works here; give each its own --output-dir"
-            if self._once and time.monotonic() >= self._deadline:
-                raise LoaderError(text)
-            self.note("lock", [f"{text}; waiting for its end"])
-            self._report()
-            self._await(time.monotonic() + LOCK_POLL)
-            if self.stopping:
-                return
-        self.note("lock", [])
-        done = self.output.recover()
-        if done:
-            log.info("%s: %s", self.output.root, "; ".join(done))
-        self._repair_at = time.monotonic() + self.options.sync_interval
-        self.asking.known = self._remembered = known_from(self.output)
-        self.sources.start(self.output.published)
-        if self.options.envoy_admin:
-            self.asking.start(self.options.envoy_admin, self.wakes.put)
-
-    def _publish_once(self) -> None:
-        """--onetime: when the sources are complete, publish step by step."""
-        while True:
-            self.composed()
-            if self.check_command.refusal:
-                self.output.prune()
-                raise LoaderError(self.check_command.refusal)
-            while self._advance():
-                pass
-            if not self._step_at and not self.check_command.running:
-                return
-            self._await(self._step_at or time.monotonic() + CHECK_SECONDS)
-
-    def composed(self) -> Wanted:
-        """The complete files of a one-time run; LoaderError where there will be none."""
-        patient = self.options.timeout > 0
-        deadline = self._deadline if patient else time.monotonic() + ONE_TRY_SECONDS
-        while not self.stopping:
-            wanted, trouble = self._compose(), self.sources.trouble()
-            if wanted.complete:
-                return wanted
-            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
-            # A first answer may be slow: each request has bounds of its own.
-            until = deadline if patient or trouble else time.monotonic() + 60.0
-            if (lasting and not patient) or time.monotonic() >= until:
-                raise LoaderError(unfinished(wanted, trouble, self.options))
-            self._await(until)
-        raise LoaderError("ended by a signal before there was a snapshot to publish")
-
-    # -- waiting ------------------------------------------------------------------------------
+            self._listener = Listener(host, port)
+        try:
+            while not self.stopping:
+                self._turn()
+                self._report()
+                asked, check = self.asking.asked, self.check_command
+                step_at = asked.until if asked else self._step_at
+                if self._once and not (step_at or check.running or self.stopping):
+                    return 1 if check.refusal else 0
+                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+        finally:
+            self.check_command.stop()
+            self.asking.end()
+        if self._once:
+            raise LoaderError("ended by a signal before everything was published")
+        return 0
 
     def _signalled(self, number: int, _: object) -> None:
         self.stopping = self.stopping or number != signal.SIGHUP
         self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
 
-    def _next_at(self) -> float:
-        """When the loop turns if nothing happens."""
-        asked = self.asking.asked
-        times = (self.asking.look_at, asked.until if asked else self._step_at,
-                 self._retry_at or self._repair_at)
-        return min(each for each in times if each)
-
     def _await(self, until: float) -> None:
-        """Sleep until something happens; afterwards everything that happened is taken in."""
+        """Sleep until something happens, and take in all that happened; of a burst, the rest too.
+        Nothing is published here."""
         news = self.wakes.wait(until - time.monotonic())
-        self._take(news)
         burst = self._published_at + DEBOUNCE_QUIET
-        if any(what == "objects" and at < burst for what, at in news):
-            end = time.monotonic() + DEBOUNCE_GATHER
-            while time.monotonic() < end and (news := self.wakes.wait(DEBOUNCE_QUIET)):
-                self._take(news)
-
-    def _take(self, everything: Iterable[tuple[str, Any]]) -> None:
-        """Take in what happened; nothing is published here."""
-        for what, news in everything:
-            match what:
-                case "defect":
-                    raise news
-                case "objects":
-                    self._event_at = self._event_at if self._wanted is None else news
-                    self._wanted = None
-                case "refresh":
-                    log.info("SIGHUP: checking and publishing now")
-                    self.sources.refresh()
-                    self._repair_at = time.monotonic()
-                    self._retry_at = min(self._retry_at, self._repair_at)
-                case "checked":
-                    self.check_command.end(news)
-                case "envoy":
-                    self.asking.found(*news)
+        gathers = any(what == "objects" and at < burst for what, at in news)
+        end = time.monotonic() + DEBOUNCE_GATHER
+        while news:
+            for what, about in news:
+                match what:
+                    case "defect":
+                        raise about
+                    case "objects" if self._wanted is not None:
+                        self._wanted, self._event_at = None, about
+                    case "refresh":
+                        log.info("SIGHUP: checking and publishing now")
+                        self.sources.refresh()
+                        self._check_at = min(self._check_at, time.monotonic())
+                    case "checked":
+                        self.check_command.end(about)
+                    case "envoy":
+                        self.asking.found(*about)
+            gathers = gathers and time.monotonic() < end
+            news = self.wakes.wait(DEBOUNCE_QUIET) if gathers else []
 
     # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
-        asking, now = self.asking, time.monotonic()
+        asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", filter(None, [asking.trouble]))
-        if self._retry_at > now:
+        self.note("envoy", {"Envoy does not answer": asking.trouble} if asking.trouble else {})
+        self._step_at = 0.0
+        if self._backoff and now < self._check_at:
             return
         try:
-            if self._retry_at:
-                self.output.recover()
-                self._retry_at = 0.0
-            if now >= self._repair_at:
+            if not self._check_at and not self._open():
+                return
+            if self._backoff:
+                output.recover()
+            if now >= self._check_at:
+                self._check_at = now + self.options.sync_interval
                 self._repair()
             if asking.mixed:
-                self.output.notify_again(asking.mixed)
+                output.notify_again(asking.mixed)
                 asking.mixed = []
-            if asking.known is not self._remembered:
-                self._remember()
-            while asking.asked is None and not self.stopping and self._advance():
-                pass
-            self._backoff = BACKOFF_FIRST
+            more = True
+            while more:
+                if asking.known is not self._remembered:
+                    output.keep_acked(asking.known.acked, output.published)
+                    output.remember(state_of(asking.known))
+                    self._remembered = asking.known
+                more = asking.asked is None and not self.stopping and self._advance()
+            self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
+            trouble = (f"cannot publish to {output.root}: {why(error)}; it must be a volume with "
+                       "room, writable for init container, loader and Envoy as one user")
+            if self._once or not self._check_at:
+                raise LoaderError(trouble) from error
             metrics.add("xds_loader_errors_total", ("disk",))
-            self.note("disk", [self._disk_trouble(error)])
-            self._retry_at = time.monotonic() + self._backoff
-            self._backoff = min(2 * self._backoff, BACKOFF_LAST)
-            self._step_at = 0.0  # it does not wait for its time, but for the disk
+            self.note("disk", {f"cannot publish to {output.root}": trouble})
+            self._backoff = min(2 * self._backoff or BACKOFF_FIRST, BACKOFF_LAST)
+            self._check_at = time.monotonic() + self._backoff
 
-    def _disk_trouble(self, error: OSError) -> str:
-        hint = DISK_HINTS.get(error.errno, "the last snapshot goes on serving")
-        return f"cannot publish to {self.output.root}: {why(error)}; {hint}"
+    def _open(self) -> bool:
+        """Take the directory as it is, and start everything that brings news; False for as long as
+        the directory is another loader's."""
+        other = f"another loader works in {self.output.root}: give each its own --output-dir"
+        if not self.output.lock():
+            if self._once and time.monotonic() >= self._deadline:
+                raise LoaderError(other)
+            self.note("lock", [f"{other}; waiting for its end"])
+            self._step_at = time.monotonic() + LOCK_POLL
+            return False
+        self.note("lock", [])
+        if done := self.output.recover():
+            log.info("%s: %s", self.output.root, "; ".join(done))
+        self.asking.known = self._remembered = known_from(self.output)
+        self.sources.start(self.output.published)
+        if self.options.envoy_admin:
+            self.asking.start(self.options.envoy_admin, self.wakes.put)
+        self._check_at = time.monotonic() + self.options.sync_interval
+        return True
 
     def _repair(self) -> None:
         """Compare what is on disk with what was published, and repair it."""
-        self._repair_at = time.monotonic() + self.options.sync_interval
         repaired, files = self.output.check() if self.output.snapshot else [], self.output.published
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -4169,27 +3918,38 @@ class Loop:
 
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
-        published, asking, self._step_at = self.output.published, self.asking, 0.0
+        asking, output, published = self.asking, self.output, self.output.published
         back = rollback(published, asking.known.acked, asking.known.nacks)
         if back is not None:
             self._publish(back, back.files)
             return True
-        wanted = self._desired()
+        sources = self.composed()
+        if not sources.complete:
+            return False
+        files, unfit = output.fitting(sources.files)
+        files = with_needed(files, published, functools.partial(is_read, asking.known))
+        self.note("files", [
+            *unfit,
+            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
+              for path in files if path not in sources.files),
+            *(f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+              for path in output.foreign if path not in files),
+        ])
+        wanted = self.check_command.passed(files)
         if wanted is None:
             return False
         asking.known = retried(asking.known, wanted, published)
         desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
         self.note("nacked", [*notes, *asking.notes])
-        step = next_step(published, desired) if self.output.snapshot else Step(desired, INITIAL)
+        step = next_step(published, desired) if output.snapshot else Step(desired, INITIAL)
         again = to_retry(asking.known, published) if step is None else []
         if again:
             step = Step(published, REFERENCES)
         if step is None:
             asking.waits_since = 0.0
-            at_start = not self._published_at and not self._once
-            if at_start and same_files(published, wanted):
+            if not (self._published_at or self._once) and same_files(published, wanted):
                 self._published_at = time.monotonic()
-                log.info("up to date", version=self.output.snapshot[2:])
+                log.info("up to date", version=output.snapshot[2:])
             return False
         opens_at = asking.opens_at(step.name)
         if opens_at > time.monotonic():
@@ -4198,34 +3958,28 @@ class Loop:
         self._publish(step, wanted, again)
         return True
 
-    def _compose(self) -> Wanted:
-        """What the sources ask for now."""
-        if self._wanted is None:
-            self._wanted = self.sources.compose(self.output.published)
-        notes = self._wanted.notes
-        if self.options.timeout or not self._once:  # else these are errors
-            notes = [*notes, *(f"waiting for {source}: it does not exist"
-                               for source in self._wanted.missing)]
-            self.note("trouble", map(str, self.sources.trouble().values()))
-        self.note("sources", notes)
-        return self._wanted
-
-    def _desired(self) -> Files | None:
-        """What is wanted and can be published, as far as --check-cmd lets it pass; None where that
-        is not known."""
-        wanted, published = self._compose(), self.output.published
-        if not wanted.complete:
-            return None
-        files, unfit = self.output.fitting(wanted.files)
-        files = with_needed(files, published, functools.partial(is_read, self.asking.known))
-        self.note("files", [
-            *unfit,
-            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
-              for path in files if path not in wanted.files),
-            *(f"{self.output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-              for path in self.output.foreign if path not in files),
-        ])
-        return self.check_command.passed(files)
+    def composed(self) -> Wanted:
+        """What the sources ask for now. A one-time run waits until that is complete; LoaderError
+        where it will not be."""
+        options, patient = self.options, not self._once or self.options.timeout > 0
+        deadline = self._deadline if patient else time.monotonic() + ONE_TRY_SECONDS
+        while True:
+            if self._wanted is None:
+                self._wanted = self.sources.compose(self.output.published)
+            wanted, trouble = self._wanted, self.sources.trouble()
+            self.note("sources", wanted.notes)
+            if patient:  # else these are errors
+                self.note("missing", [f"waiting for {source}: it does not exist"
+                                      for source in wanted.missing])
+                self.note("trouble", trouble)
+            if wanted.complete or self.stopping or not self._once:
+                return wanted
+            lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
+            # A first answer may be slow: each request has bounds of its own.
+            until = deadline if patient or trouble else time.monotonic() + 60.0
+            if (lasting and not patient) or time.monotonic() >= until:
+                raise LoaderError(unfinished(wanted, trouble, options))
+            self._await(until)
 
     def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
@@ -4249,34 +4003,25 @@ class Loop:
             "changed": shortened(paths), "source": shortened(sorted(origins)),
             "duration_ms": round(took * 1000, 1),
         })
-        self._remember()
         self.output.prune()
-
-    def _remember(self) -> None:
-        """What a restart is to know, and the ACKed bytes that may be rolled back to."""
-        known = self.asking.known
-        self.output.keep_acked(known.acked, self.output.published)
-        self.output.remember(state_of(known))
-        self._remembered = known
 
     # -- what is said -------------------------------------------------------------------------
 
-    def note(self, topic: str, notes: Iterable[str]) -> None:
-        """Warn once of each thing for as long as it lasts; a line when it is over."""
-        lasting, before = frozenset(notes), self._noted.get(topic, frozenset())
-        if topic in OVER:  # what fails may say it with another port each time: no news
-            texts = {re.sub("[0-9]{4,}", "...", note): note for note in lasting}
-            new, lasting = [texts[key] for key in texts.keys() - before], frozenset(texts)
-            lasting |= before if lasting else frozenset()
-            if before and not lasting:
-                log.info("%s", OVER[topic])
-        else:
-            new = [*(lasting - before)]
-            for note in sorted(before - lasting):
-                log.info("warning over: %s", note.partition(": ")[0])
-        for note in sorted(new):
-            log.warning("%s", note)
-        self._noted[topic] = lasting
+    def note(self, topic: str, notes: Iterable[str] | Mapping[str, object]) -> None:
+        """Warn once of each thing for as long as it lasts; a line when it is over. A mapping has
+        what is wrong by its subject: as long as that lasts, only another text is news."""
+        texts = notes if isinstance(notes, dict) else {note: note for note in notes}
+        shown, before = self._noted.get(topic, ({}, {}))
+        if texts == shown:
+            return
+        said = {subject: {re.sub("[0-9]{4,}", "...", str(text)), *before.get(subject, ())}
+                for subject, text in texts.items()}  # another port in an error is no news
+        for subject in sorted(said):
+            if said[subject] != before.get(subject):
+                log.warning("%s", texts[subject])
+        for subject in sorted(before.keys() - said.keys()):
+            log.info("warning over: %s", subject.partition(": ")[0])
+        self._noted[topic] = texts, said
 
     def _report(self) -> None:
         """Put what is known now before whoever asks over HTTP."""
@@ -4335,9 +4080,9 @@ def known_from(output: Output) -> Known:
     """What the process before knew; entries that are not as we write them are left out."""
     nacks = {}
     for path, row in json_object(output.state.get("nacked")).items():
-        if isinstance(row, list) and len(row) == 4 and isinstance(row[3], list):
-            digest, kind, reason = map(str, row[:3])
-            nacks[path] = Nack(digest, kind, reason, frozenset(map(str, row[3])))
+        match row:
+            case [str(digest), str(kind), str(reason), list(stood)]:
+                nacks[path] = Nack(digest, kind, reason, frozenset(map(str, stood)))
     return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
                  came=things(output.published))
 
@@ -4362,17 +4107,16 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
             start_new_session=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         return f"--check-cmd cannot be run: {why(error)}"
-    output, until, printed, secret = process.stdout, time.monotonic() + CHECK_SECONDS, b"", False
+    output, until, printed, ended = process.stdout, time.monotonic() + CHECK_SECONDS, b"", None
     assert output is not None
     os.set_blocking(output.fileno(), False)
-    ended = None
     try:
         while not ended and time.monotonic() < until and not stop.wait(0.01):
             # Not reaped yet, so that the group cannot be another's when it is killed.
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            printed += output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
-            secret = secret or holds_secret(printed)
-            printed = printed[-CHECK_OUTPUT:]
+            block = output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
+            if not holds_secret(printed):  # else what comes may belong to it
+                printed = printed[-CHECK_OUTPUT:] + block
     finally:  # SIGTERM raises in a preview
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -4381,8 +4125,8 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     if not ended:
         late = f"took more than {CHECK_SECONDS:.0f} s"
         return f"--check-cmd {'was ended by a signal' if stop.is_set() else late}"
-    text = "[redacted]" if secret else printed.decode("utf-8", "replace").strip()
-    last = text.splitlines()[-1][:300] if text else "no output"
+    text = "[redacted]" if holds_secret(printed) else printed.decode("utf-8", "replace").strip()
+    last = (text.splitlines() or ["no output"])[-1][:300]
     return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
 
 
@@ -4394,17 +4138,15 @@ class CheckCommand:
         self.running: threading.Thread | None = None
         self.refusal = ""  # of the version that was checked last
         self._version = ""
-        self._accepted: Files | None = None
-        self._command, self._output, self._wake = command, output, wake
+        self._accepted: Files = {}
+        self._command, self._output, self._wake = command or (), output, wake
         self._stop = threading.Event()
 
     def passed(self, desired: Files) -> Files | None:
         """All, or what it accepted last with endpoints and secrets of now; else None."""
         if not self._command:
             return desired
-        if self._accepted is None and self._output.published:
-            self._accepted = self._output.published
-        base = self._accepted or {}
+        base = self._accepted = self._accepted or self._output.published
         fresh = {path: file for path, file in desired.items()
                  if path in base and file.kind in ("eds", "sds")}
         # Endpoints and secrets are not judged: their changes must not start it again and again.
@@ -4418,13 +4160,13 @@ class CheckCommand:
         elif not self.running:
             self._output.staged = self._output.stage(desired)
             self.refusal, self._version = "", version
-            self.running = threading.Thread(target=self._run, args=(self._command,), daemon=True)
+            self.running = threading.Thread(target=self._run, daemon=True)
             self.running.start()
         return {**base, **fresh} if base else None
 
-    def _run(self, command: Sequence[str]) -> None:
+    def _run(self) -> None:
         place = f"{self._output.root}/{self._output.staged}"
-        self._wake("checked", run_check(command, place, self._stop))
+        self._wake("checked", run_check(self._command, place, self._stop))
 
     def end(self, refusal: str) -> None:
         """It has accepted the staged files, or not."""
@@ -4446,20 +4188,24 @@ def preview(options: Options, config: Config) -> int:
     # To process 1 of a container the kernel sends only signals that have a handler.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     loop = Loop(options, config)
-    loop.output.published = loop.output.peek()
-    loop.sources.start(loop.output.published)
+    published = loop.output.published = loop.output.peek()
+    loop.sources.start(published)
     files = loop.composed().files
-    loop.note("json", json_warnings(files))
+    for path, file in sorted(files.items()):
+        if path.endswith(".json"):
+            try:
+                parse_json(file.content)
+            except ValueError as error:
+                log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
     if options.diff:
-        published = loop.output.published
         if not published:
             log.warning("%s: nothing is published there, so every file is new", loop.output.root)
-        texts = [difference(path, published.get(path), files.get(path))
+        shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
     else:
-        texts = [b"\n" + preview_text(path, file) for path, file in sorted(files.items())]
-    if any(texts) or not options.diff:
-        print_out([f"snapshot {version_of(files)}\n".encode(), *texts])
+        shown = [preview_text(path, file) for path, file in sorted(files.items())]
+    if any(shown) or not options.diff:
+        print_out([f"snapshot {version_of(files)}\n", *shown])
     if options.check_cmd:
         import tempfile
 
@@ -4473,29 +4219,14 @@ def preview(options: Options, config: Config) -> int:
     return 0
 
 
-def json_warnings(files: Files) -> Iterator[str]:
-    """The *.json files that Envoy will not be able to read."""
-    for path, file in sorted(files.items()):
-        if path.endswith(".json"):
-            try:
-                parse_json(file.content)
-            except ValueError as error:
-                yield f"{path} of {file.source} is not valid JSON ({why(error)})"
-
-
-def preview_text(path: str, file: File) -> bytes:
+def preview_text(path: str, file: File) -> str:
     """One file under a header; key material is not shown."""
-    content = redacted(file.content)
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        content = b"[binary]\n"
-    end = b"" if content.endswith(b"\n") or not content else b"\n"
-    header = f"==> {path} ({file.source}, {len(file.content)} bytes) <==\n"
-    return header.encode("utf-8", "backslashreplace") + content + end
+    text = redacted(file.content).decode("utf-8", "backslashreplace")
+    end = "" if text.endswith("\n") or not text else "\n"
+    return f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}{end}"
 
 
-def difference(path: str, old: File | None, new: File | None) -> bytes:
+def difference(path: str, old: File | None, new: File | None) -> str:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
 
@@ -4505,14 +4236,14 @@ def difference(path: str, old: File | None, new: File | None) -> bytes:
     names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
     rows = difflib.unified_diff(a, b, *names)
     missing = "\n\\ No newline at end of file\n"
-    return "".join(row if row.endswith("\n") else row + missing for row in rows).encode()
+    return "".join(row if row.endswith("\n") else row + missing for row in rows)
 
 
-def print_out(texts: Iterable[bytes]) -> None:
+def print_out(texts: Iterable[str]) -> None:
     """To standard output, as far as anybody reads."""
     try:
         for text in texts:
-            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4520,8 +4251,6 @@ def print_out(texts: Iterable[bytes]) -> None:
 
 def read_config(path: str) -> Config:
     """The --config file, or UsageError with the place in it."""
-    if not path:
-        return Config()
     try:
         with open(path, "rb") as stream:
             return config_from(json.load(stream, object_pairs_hook=unique_keys))
@@ -4573,14 +4302,14 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> NamedObject:
+def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return NamedObject(Query(resource, namespace, object_name(name)), directory)
+    return Query(resource, namespace, object_name(name)), directory
 
 
-def named_configmap(text: str) -> NamedObject:
+def named_configmap(text: str) -> Source:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
@@ -4590,12 +4319,9 @@ def named_configmap(text: str) -> NamedObject:
 
 
 def label_selector(text: str) -> str:
-    requirements(text)
+    """A selector that can be read; "" for `*`, which is all."""
+    label_predicate(text := "" if text.strip() == "*" else text)
     return text
-
-
-def services_selector(text: str) -> str:
-    return "" if text.strip() == "*" else label_selector(text)
 
 
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
@@ -4610,13 +4336,11 @@ def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
     return text
 
 
+socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
+
+
 def admin_url(text: str) -> str:
-    """`http://127.0.0.1:9901`, or the path of a Unix socket, which has 107 bytes at most."""
-    if not text.startswith("unix:"):
-        return http_url(text, ["http"])
-    if not text.startswith("unix:/") or not text.isprintable() or len(text[5:].encode()) > 107:
-        raise ValueError("is not unix:/ and an absolute path of at most 107 bytes")
-    return text
+    return socket_path(text) if text.startswith("unix:") else http_url(text, ["http"])
 
 
 def shell_words(text: str) -> tuple[str, ...]:
@@ -4651,8 +4375,8 @@ SECTIONS = {
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
         Option("configmap-selector", label_selector, "SEL",
-               "every ConfigMap of the namespace that matches a label selector"),
-        Option("services", services_selector, "SEL", "render clusters, endpoints and routes of "
+               "every ConfigMap of the namespace that matches a label selector ('*' or '': all)"),
+        Option("services", label_selector, "SEL", "render clusters, endpoints and routes of "
                "the Services that match a label selector ('*' or '': all of them)"),
         Option("services-namespace", any_namespace, "NS",
                "where these Services are; '*' for all namespaces", "--namespace", True),
@@ -4724,21 +4448,19 @@ class Options(types.SimpleNamespace):
 def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
     """The values on the command line by option, read as Go's flag package reads them: one dash or
     two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
-    known = {option.name: option for option in OPTIONS}
+    known = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
+    known["-h"] = known["--help"]
     found: dict[str, list[str]] = {}
-    rest = iter(argv)
-    for text in rest:
-        if not text.startswith("-") or text in ("-", "--"):
-            raise UsageError(f"{text[:100]!r} is not an option; every value follows its option")
-        name, equals, value = text.removeprefix("-").removeprefix("-").partition("=")
-        option = known.get("help" if name == "h" else name)
+    rest = deque(argv)
+    while rest:
+        name, equals, value = rest.popleft().partition("=")
+        option = known.get(name)
         if option is None:
-            raise UsageError(f"unknown option {text.partition('=')[0][:100]!r}; see --help")
+            raise UsageError(f"unknown option {name[:100]!r}; see --help")
+        if option.metavar and not (equals or rest):
+            raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
-            following = next(rest, None) if option.metavar else "true"
-            if following is None:
-                raise UsageError(f"--{option.name} needs a value: {option.metavar}")
-            value = following
+            value = rest.popleft() if option.metavar else "true"
         found.setdefault(option.name, []).append(value)
     return found
 
@@ -4781,9 +4503,8 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
-            it if it.query.namespace
-            else it._replace(query=it.query._replace(namespace=options.namespace))
-            for it in getattr(options, kind)))
+            (query if query.namespace else query._replace(namespace=options.namespace), directory)
+            for query, directory in getattr(options, kind)))
     if not options.from_file:
         options.apiserver = options.apiserver or default_apiserver(environ)
     options.node_name = environ.get("NODE_NAME", "")
@@ -4833,36 +4554,19 @@ def default_apiserver(environ: Mapping[str, str]) -> str:
     return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
 
 
-HELP = """\
-envoy-xds-configmap-loader feeds Envoy's filesystem xDS from Kubernetes.
-
-Examples:
-  An init container: publish the files of a ConfigMap; wait for it up to a minute.
-    envoy-xds-configmap-loader --configmap envoy-xds --onetime --timeout 60s
-  A sidecar: publish every change at once, and roll back what Envoy rejects.
-    envoy-xds-configmap-loader --configmap envoy-xds --watch --envoy-admin http://127.0.0.1:9901
-  A preview: print what would be made of the Services of a namespace.
-    envoy-xds-configmap-loader --services app=web --namespace shop --dry-run
-
-Options may have one dash. Durations are written 30s, 1m0s, 250ms. Each option can come from the
-environment as XDS_LOADER_ and its name in capitals with underscores; the command line wins.
-More: docs/options.md in the repository.
-"""
-
-
 def help_text() -> str:
-    """--help, from the table of options."""
+    """--help: what the module says of itself, and the table of options."""
     import textwrap
 
-    parts = [HELP]
+    lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
-        parts.append(f"\n{title}:\n")
+        lines += ["", f"{title}:"]
         for option in options:
             text = option.help + "; repeatable" * option.repeats
             text += f" (default {option.default})" if option.default else ""
-            parts.append(f"  --{option.name} {option.metavar}".rstrip() + "\n")
-            parts.append(textwrap.indent(textwrap.fill(text, 90), " " * 8) + "\n")
-    return "".join(parts)
+            lines.append(f"  --{option.name} {option.metavar}".rstrip())
+            lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
+    return "\n".join([*lines, ""])
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -4876,10 +4580,10 @@ def run(options: Options) -> int:
     if options.unknown_variables:
         log.warning("no option has the environment variable %s",
                     shortened(options.unknown_variables))
-    config = read_config(options.config)
+    config = read_config(options.config) if options.config else DEFAULTS
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    own_zone_wanted = options.services is not None and config.endpoint_prefer_zone is True
+    own_zone_wanted = options.services is not None and config["endpoint"]["prefer_zone"] is True
     if own_zone_wanted and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
@@ -4897,7 +4601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
         if wanted:
             version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([(help_text() if "help" in wanted else version).encode()])
+            print_out([help_text() if "help" in wanted else version])
             return 0
         return run(options_from(arguments, os.environ))
     except UsageError as error:

@@ -380,7 +380,7 @@ def test_what_the_options_become() -> None:
     assert options("--watch", "--from-file", "x.json").mode == "poll"
     assert options("--services", "*").services == ""
     found = options("--secret", "x", "--secret", "shop/x", "--secret=x", NS="demo").secret
-    assert [named.query.namespace for named in found] == ["demo", "shop"]
+    assert [query.namespace for query, _ in found] == ["demo", "shop"]
     assert options(NODE_NAME="node-1").node_name == "node-1"
     assert options("--from-file", "x", "--client-cert", "c").from_file == "x"
     assert options(KUBERNETES_SERVICE_HOST="fd00::1").apiserver == "https://[fd00::1]:443"

@@ -520,7 +520,7 @@ def test_who_may_list_and_not_watch_is_told_once(
     api.requests.wait_for(lambda request: "watch" in request.query, count=5)
     assert shown(out) == "1"
     assert running.count_log("watch configmap") == 1
-    assert running.count_log("answered again") == 0
+    assert running.count_log("warning over") == 0
 
 
 def test_another_port_in_an_error_is_no_news(
@@ -530,7 +530,7 @@ def test_another_port_in_an_error_is_no_news(
         api.fail_next(LIST, failure(500, "InternalError", f"read tcp 10.0.0.5:{port}: reset"))
     put(api, 1)
     running = start_loader(*NAMED, "--watch", prefix=HASTY)
-    running.wait_log("answered again")
+    running.wait_log("INFO warning over: configmap demo")
     assert running.count_log("read tcp") == 1
 
 

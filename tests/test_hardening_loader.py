@@ -47,6 +47,7 @@ TYPES: tuple[Any, ...] = (
     {"rds.yaml": ["a", "b", "eds", "d", [1, []]], "../x": ["a", "b", "c", "d", []]},
     {"rds.yaml": ["s", "no-kind"], "../../other/a": "x", "/etc/hostname": ["s", "cds"]},
     {"rds.yaml": ["\ud800", "\ud800"], "\ud800": ["a", "b", "c", "\ud800", ["\ud800"]]},
+    {"rds.yaml": "eds \ud800", "../../token": "x"}, {"rds.yaml": "no-kind x", "/etc/hostname": ""},
 )  # fmt: skip
 STATES: dict[str, bytes] = {
     "deep": b'{"version":' + b"[" * 200_000,
@@ -338,7 +339,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
     "statistics": lambda text: loader.resource_names(
         "x", loader.file_of(text, "x", kind="rds"), {}),
-    "clusters": lambda text: loader.eds_clusters_of(loader.file_of(text, "x", kind="cds")),
+    "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),
     "our own CDS": lambda text: loader.modes_on_disk(
         {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
@@ -350,7 +351,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
         loader.plan_service(loader.service_from({
             "metadata": {"namespace": "a", "name": "b",
                          "annotations": {f"xds-loader/{name}": text.decode()}},
-            "spec": {"ports": [{"port": 80}]}}), loader.Config(), "eds")
+            "spec": {"ports": [{"port": 80}]}}), loader.DEFAULTS, "eds")
         for name in loader.ROUTE_ANNOTATIONS],
 }  # fmt: skip
 

@@ -377,7 +377,7 @@ class Explorer:
     # -- the loader, as Loop does it ------------------------------------------------------------
 
     def plan(self, state: State) -> tuple[Known, Step | None, Files]:
-        """Loop._advance and Loop._desired."""
+        """Loop._advance."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
                frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)

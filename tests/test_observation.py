@@ -71,7 +71,7 @@ def talk(port: int, sent: bytes, timeout: float = 5.0) -> bytes:
 @pytest.fixture
 def listener() -> Any:
     """It serves for the life of the process."""
-    return loader.Listener("127.0.0.1", 0, loader.Metrics("1.2.3"))
+    return loader.Listener("127.0.0.1", 0)
 
 
 def a_status(**changes: Any) -> Any:
@@ -254,16 +254,18 @@ def test_a_client_that_never_reads_is_gone_after_its_time(
     assert ask(listener.port, "/healthz").status == 200
 
 
-def test_rendering_costs_a_twentieth_of_a_cpu(listener: Any) -> None:
+def test_rendering_costs_a_twentieth_of_a_cpu(
+    listener: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the number of clients, and however often the status changes."""
     spent: list[float] = []
 
-    def slowly() -> bytes:
+    def slowly() -> str:
         time.sleep(0.01)
         spent.append(0.01)
-        return b""
+        return ""
 
-    listener._recorded.render = slowly
+    monkeypatch.setattr(loader.metrics, "render", slowly)
     began = time.monotonic()
     while time.monotonic() - began < 1:
         ask(listener.port, "/metrics")
@@ -275,7 +277,7 @@ def test_descriptors_that_run_out_do_not_end_it() -> None:
     script = """
 import os, resource, socket, sys, time
 import loader
-server = loader.Listener("127.0.0.1", 0, loader.Metrics("1"))
+server = loader.Listener("127.0.0.1", 0)
 client = socket.create_connection(("127.0.0.1", server.port))
 client.close()
 time.sleep(0.1)
@@ -310,7 +312,7 @@ def run_python(script: str) -> None:
 
 
 def test_without_an_address_it_listens_on_every_one() -> None:
-    server = loader.Listener("", 0, loader.Metrics("1"))
+    server = loader.Listener("", 0)
     assert ask(server.port, "/healthz").status == 200
     if socket.has_dualstack_ipv6():
         assert ask(server.port, "/healthz", host="::1").status == 200
@@ -334,8 +336,8 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
 # -- metrics -------------------------------------------------------------------------------------
 
 
-def families(text: bytes) -> dict[str, Any]:
-    return {family.name: family for family in text_string_to_metric_families(text.decode())}
+def families(text: str) -> dict[str, Any]:
+    return {family.name: family for family in text_string_to_metric_families(text)}
 
 
 def recorded() -> Any:
@@ -592,7 +594,7 @@ class Running(NamedTuple):
 
     def metric(self, name: str) -> dict[tuple[str, ...], float]:
         """Values of one metric by its label values."""
-        found = families(ask(self.port, "/metrics").body.encode())
+        found = families(ask(self.port, "/metrics").body)
         samples = (s for family in found.values() for s in family.samples if s.name == name)
         return {tuple(sample.labels.values()): sample.value for sample in samples}
 
@@ -738,14 +740,14 @@ def test_an_outage_is_quiet_and_ready(
     assert is_ready(running)
     assert "stale: " in ask(running.port, "/readyz").body
     api.start()
-    running.process.wait_log("answered again", 15)
+    running.process.wait_log("warning over: configmap demo/envoy-xds", 15)
     api.configmap("demo", "envoy-xds", {"rds.yaml": "1"})
     found = running.process.wait_log('"published".*rds.yaml', 15, since=len(records))
     record = json.loads(found.string)
     assert (record["level"], record["message"], record["files"]) == ("info", "published", 1)
     assert "configmap demo/envoy-xds" in record["source"]
     wait_until(lambda: "stale" not in ask(running.port, "/readyz").body, 15, "not stale")
-    assert running.process.count_log("answered again") == 1
+    assert running.process.count_log("warning over") == 1
 
 
 def test_an_address_that_cannot_be_bound_ends_the_loader(

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -598,6 +599,21 @@ def test_a_start_that_finds_the_marker_notifies_what_differs(
         assert texts(out) == {"a": "2", "b": "1", "eds/c": "2"}
 
 
+def test_a_stranger_in_the_place_of_the_marker_is_removed_before_anything_moves(
+    output: loader.Output, out: Path
+) -> None:
+    publish(output, {"a": "1"})
+    for make in (Path.mkdir, Path.touch, lambda place: place.symlink_to("elsewhere")):
+        make(out / "..notify")
+        with pytest.raises(FileExistsError):
+            publish(output, {"a": "2"})
+        assert (out / "current/a").read_text() == "1"
+        output.recover()
+        assert not os.path.lexists(out / "..notify")
+    publish(output, {"a": "2"})
+    assert texts(out) == {"a": "2"}
+
+
 # -- pruning
 
 
@@ -642,13 +658,15 @@ def test_the_second_loader_says_so_once_and_waits(
     for timeout in ("0s", "300ms"):
         done = run_loader(*ONCE, "--timeout", timeout)
         assert done.returncode == 1
-        assert f"{out}: another loader works here" in done.stderr
+        assert f"another loader works in {out}: " in done.stderr
     second = start_loader(*WATCH)
-    second.wait_log(f"{out}: another loader works here.*waiting")
+    second.wait_log(f"another loader works in {out}: .*waiting")
+    second.process.send_signal(signal.SIGHUP)
+    second.wait_log("SIGHUP")
     assert disk.fingerprint(out) == before
     first.kill()
-    second.wait_log("the other loader has ended")
-    assert second.count_log("another loader works here") == 1
+    second.wait_log("INFO warning over: another loader works in ")
+    assert second.count_log("WARNING another loader works in ") == 1
     api.configmap("demo", "envoy-xds", {"rds.yaml": "2"})
     wait_files(out, {"rds.yaml": "2"})
     assert second.stop() < 1.0
@@ -704,7 +722,7 @@ def test_another_users_directory_is_said_with_what_to_do(
             for path in [out, *out.rglob("*")]:
                 os.chown(path, 0, 0, follow_symlinks=False)
             wait_files(out, {"rds.yaml": "2"})
-            running.wait_log("can be written again")
+            running.wait_log(f"INFO warning over: cannot publish to {out}")
         assert "Traceback" not in running.log
 
 

@@ -107,7 +107,7 @@ def api_object(secret: str = "demo/web-tls", kind: str = "kubernetes.io/tls", **
 
 def files_of(form: str = "yaml", **data: Any) -> dict[str, loader.File]:
     found = loader.secret_from(api_object(**data), form)
-    assert not found.problems
+    assert not found.warnings
     return dict(found.files)
 
 
@@ -389,7 +389,7 @@ def test_no_text_shows_a_key(cert: str, key: str, ca: str, noise: bytes, damage:
     try:
         found = loader.secret_from(obj)
         files = found.files
-        said += [repr(found), str(found), f"{found}", *found.problems, *files]
+        said += [repr(found), str(found), f"{found}", *found.warnings, *files]
         said += [loader.redacted(file.content).decode() for file in files.values()]
         said += [loader.redacted(file.content, b"old").decode() for file in files.values()]
     except ValueError as error:

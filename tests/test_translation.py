@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 import loader
 from tests.conftest import RunLoader
 from tests.support import rendering as r
+from tests.support.apiserver import ApiServer
 from tests.support.rendering import (
     Object,
     assignment,
@@ -39,6 +42,13 @@ from tests.support.rendering import (
 )
 
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+def counted() -> dict[str, int]:
+    """How many clusters of each mode were rendered last, as the metrics say it."""
+    pattern = r'^xds_loader_clusters\{endpoints="(\w+)"\} (\d+)$'
+    found = re.findall(pattern, loader.metrics.render(), re.M)
+    return {mode: int(count) for mode, count in found}
 
 
 # ------------------------------------------------------------------------------------------
@@ -71,8 +81,8 @@ def test_the_version_is_of_the_resources_alone() -> None:
         versions = {
             r.content_of(f"x.{fmt}", loader.file_of(content, ""))["version_info"]
             for content in (
-                loader.discovery_response(fmt, "one", "t", [loader.element(fmt, {"a": 1})]),
-                loader.discovery_response(fmt, "other", "t", [loader.element(fmt, {"a": 1})]),
+                loader.discovery_response(fmt, "# one\n", "t", [loader.element(fmt, {"a": 1})]),
+                loader.discovery_response(fmt, "# other\n", "t", [loader.element(fmt, {"a": 1})]),
             )
         }
         assert len(versions) == 1
@@ -360,16 +370,28 @@ def test_prefer_zone_true_is_the_zone_of_the_own_node() -> None:
     assert shown(found) == ["r1/0 10.0.0.2:8080", "r0/1 10.0.0.1:8080"]
 
 
-def test_nodes_are_needed_only_where_they_matter() -> None:
-    cases: list[tuple[Object, bool]] = [
-        ({}, False),
-        ({"endpoint": {"prefer_zone": "a"}}, False),
-        ({"endpoint": {"prefer_zone": True}}, True),
-        ({"endpoint": {"locality": {"zone": {"label": "x"}}}}, True),
-        ({"endpoint": {"locality": {"zone": {"node_name": True}}}}, False),
-    ]
-    for config, needed in cases:
-        assert loader.needs_nodes(loader.config_from(config)) == needed
+@pytest.mark.parametrize(
+    ("endpoint_config", "asked"),
+    [
+        ({}, []),
+        ({"prefer_zone": "a"}, []),
+        ({"prefer_zone": True}, ["metadata.name=n1"]),
+        ({"locality": {"zone": {"label": "x"}}}, [""]),
+        ({"locality": {"zone": {"label": "x"}}, "prefer_zone": True}, [""]),
+        ({"locality": {"zone": {"node_name": True}}}, []),
+    ],
+)
+def test_nodes_are_asked_for_only_where_they_matter(
+    api: ApiServer, run_loader: RunLoader, tmp_path: Path, endpoint_config: Object, asked: list[str]
+) -> None:
+    """For others the loader needs no permission to read them; and all only for their labels."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"endpoint": endpoint_config}))
+    words = ("--onetime", "--services", "*", "--config", str(config))
+    done = run_loader(*words, env={"NODE_NAME": "n1"})
+    assert done.returncode == 0, done.stderr
+    lists = api.requests.matching(lambda one: one.path == "/api/v1/nodes")
+    assert [one.query.get("fieldSelector", "") for one in lists] == asked
 
 
 # ------------------------------------------------------------------------------------------
@@ -418,7 +440,7 @@ def test_dns_mode(raw: list[Object], number: int, family: str, warned: bool) -> 
     assert shown(found) == [f"web.demo.svc.cluster.local:{number}"]
     assert clusters(found)["demo/web/http"]["type"] == "STRICT_DNS"
     assert clusters(found)["demo/web/http"]["dns_lookup_family"] == family
-    assert found.clusters == {"eds": 0, "inline": 0, "dns": 1}
+    assert counted() == {"eds": 0, "inline": 0, "dns": 1}
     assert bool(found.warnings) == warned
 
 
@@ -502,7 +524,7 @@ def test_auto_spends_the_budget_in_order_of_names() -> None:
     assert on_eds(found) == ["demo/s000/http", "demo/s001/http", "demo/s002/http"]
     said = "beyond the EDS budget of 3, endpoints are in CDS: demo/s003/http, demo/s004/http"
     assert found.warnings == (said,)
-    assert found.clusters == {"eds": 3, "inline": 2, "dns": 0}
+    assert counted() == {"eds": 3, "inline": 2, "dns": 0}
     assert not rendered(*many(5), endpoints="inline").warnings
 
 
@@ -581,10 +603,10 @@ def test_the_budget_is_a_sixteenth_of_the_instances(
 ) -> None:
     limit = tmp_path / "max_user_instances"
     monkeypatch.setattr(loader, "MAX_USER_INSTANCES", str(limit))
-    assert loader.inotify_budget(loader.Config()) == 8
+    assert loader.inotify_budget(loader.DEFAULTS) == 8
     limit.write_text("8192\n")
-    assert loader.inotify_budget(loader.Config()) == 512
-    assert loader.inotify_budget(loader.Config(endpoint_eds_budget=3)) == 3
+    assert loader.inotify_budget(loader.DEFAULTS) == 512
+    assert loader.inotify_budget(loader.config_from({"endpoint": {"eds_budget": 3}})) == 3
 
 
 # ------------------------------------------------------------------------------------------
@@ -888,9 +910,7 @@ DOCUMENTS = st.recursive(
 
 
 def emitted(value: Any) -> str:
-    lines: list[str] = []
-    loader.yaml_lines(value, "", lines)
-    return "".join(f"{line}\n" for line in lines)
+    return loader.yaml_text(value, "\n")
 
 
 @settings(max_examples=100, deadline=None)
@@ -906,12 +926,16 @@ def test_tricky_strings_stay_strings() -> None:
     assert yaml.safe_load(emitted(value)) == value
 
 
+def split_of(content: bytes) -> Mapping[str, bytes] | None:
+    found = loader.clusters_of(loader.file_of(content, ""))
+    return found.texts if found else None
+
+
 def test_rendered_yaml_is_split_and_joined() -> None:
     """As planning the steps needs it: old and new clusters in one file."""
     one = render(service("demo/a"), service("demo/b"), endpoints="inline").files["cds.yaml"]
     two = render(service("demo/c", annotations={"hosts": "h"}), endpoints="dns").files
-    split = loader.rendered_clusters(one.content)
-    other = loader.rendered_clusters(two["cds.yaml"].content)
+    split, other = split_of(one.content), split_of(two["cds.yaml"].content)
     assert split
     assert other
 
@@ -928,13 +952,13 @@ def test_rendered_yaml_is_split_and_joined() -> None:
     versions = {yaml.safe_load(each)["version_info"] for each in (one.content, union)}
     assert len(versions) == 2
     empty = render().files["cds.yaml"].content
-    assert (loader.rendered_clusters(empty), joined()) == ({}, empty)
+    assert (split_of(empty), joined()) == ({}, empty)
     # Whatever else somebody wrote is left as it is.
     for foreign in (b"", b"resources: []\n", one.content[20:], one.content + b"more: 1\n",
                     one.content[:-1], one.content.replace(b"  name", b"\tname"), b"# x\n" * 9,
                     one.content.replace(b"resources:\n", b"resources:\n# x\n"),
                     two["rds.yaml"].content[:-20]):  # fmt: skip
-        assert loader.rendered_clusters(foreign) is None
+        assert split_of(foreign) is None
 
 
 def test_a_thousand_services_are_rendered_in_no_time() -> None:

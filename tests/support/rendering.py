@@ -102,23 +102,19 @@ def objects_of(*raw: Object) -> loader.Objects:
         elif "subsets" in obj:
             found.slices.extend(loader.endpoints_from(obj))  # type: ignore[attr-defined]
         else:
-            found.nodes[key[1]] = loader.node_from(obj)  # type: ignore[index]
+            found.nodes[key[1]] = loader.texts_of(obj)  # type: ignore[index]
     return found
 
 
 def renderer(config: Object | None = None, **options: Any) -> loader.Renderer:
     """A renderer with a configuration in JSON; EDS and YAML unless `options` say otherwise."""
     parsed = loader.config_from(config or {})
-    options = {
-        "endpoints": "eds",
-        "fmt": "yaml",
-        "current_dir": CURRENT,
-        "node_name": "",
-        "budget": 32 if parsed.endpoint_eds_budget is None else loader.inotify_budget(parsed),
-        "modes": {},
-        **options,
-    }
-    return loader.Renderer(parsed, **options)
+    budget = 32 if parsed["endpoint"]["eds_budget"] is None else loader.inotify_budget(parsed)
+    given = {"endpoints": "eds", "fmt": "yaml", "node_name": "", "modes": {}, **options}
+    settings = loader.Options(
+        endpoints=given["endpoints"], format=given["fmt"], node_name=given["node_name"],
+        output_dir=CURRENT.rpartition("/")[0])
+    return loader.Renderer(settings, parsed, given.get("budget", budget), given["modes"])
 
 
 def render(*raw: Object, config: Object | None = None, **options: Any) -> loader.Rendering:
