@@ -2886,7 +2886,7 @@ def rejected_unnamed(
     failing = [scope for scope, counts in look.counts.items()
                if counts.failed and not counts.success]
     explained = {files[path].kind for path, state in {**known.states, **told}.items()
-                 if state in (NACKED, PENDING)}
+                 if path in files and state in (NACKED, PENDING)}
     kinds = {kind for kind, (begin, middle) in SCOPES.items() for scope in failing
              if kind not in explained and scope.startswith(begin) and middle in scope}
     return [path for path, state in told.items()
