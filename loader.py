@@ -3708,7 +3708,8 @@ class Loop:
                 step_at = asked.until if asked else self._step_at
                 if self._once and not (step_at or check.running or self.stopping):
                     return 1 if check.refusal else 0
-                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+                if not self.stopping:
+                    self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
         finally:
             self.check_command.stop()
             self.asking.end()
