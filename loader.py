@@ -3919,7 +3919,7 @@ class Loop:
         """What is due now, and the next snapshots on the way to what is wanted."""
         asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", {"Envoy does not answer": asking.trouble} if asking.trouble else {})
+        self.note("envoy", {"Envoy answers": asking.trouble} if asking.trouble else {})
         self._step_at = 0.0
         if self._backoff and now < self._check_at:
             return
