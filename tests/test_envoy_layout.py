@@ -577,8 +577,10 @@ def reading(out: Path, stats: Config | None = None) -> Config:
 def test_the_server_info_tells_one_process_from_another(
     admin: str, start_envoy: StartEnvoy, out: Path
 ) -> None:
-    """Without any statistics: the seconds that it is up, and how often it was restarted hot."""
+    """Without any statistics: whether it is live, the seconds that it is up, and how often it was
+    restarted hot."""
     envoy = start_envoy(reading(out), admin=admin)
+    assert '"state": "LIVE"' in envoy.admin("/server_info")
     info = json.loads(envoy.admin("/server_info"))
     assert re.fullmatch(r"[0-9]+s", info["uptime_current_epoch"])
     assert info["command_line_options"]["restart_epoch"] == 0

@@ -182,8 +182,8 @@ def test_an_admin_interface_that_trickles_holds_up_nothing(
 
 
 FIGURES = {
-    "superscripts": {"server_info": '"uptime_current_epoch": "²s"', "stats": "a.update_attempt: ²"},
-    "long": {"server_info": f'"uptime_current_epoch": "{"9" * 5000}s"',
+    "superscripts": {"stats": "a.update_success: ²"},
+    "long": {"server_info": f'"state": "LIVE{"E" * 5000}"',
              "stats": f"{STATS}server.hot_restart_epoch: {'9' * 5000}\n"},
     "deep": {"config_dump": "[" * 200_000,
              "stats": f"{STATS}listener_manager.lds.update_failure: 1"},
@@ -337,7 +337,8 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "names": loader.names_in,
     "words": lambda text: loader.mentioned(text, ["a/b", "a b", "x"]),
     "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
-    "statistics": loader.names_of_resource,
+    "statistics": lambda text: loader.resource_names(
+        "x", loader.file_of(text, "x", kind="rds"), {}),
     "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),
     "our own CDS": lambda text: loader.modes_on_disk(
         {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),

@@ -34,7 +34,6 @@ from tests.support import envoy_model as model
 from tests.support.envoy_model import Envoy, cds, cluster, eds, lds, listener, rds
 
 DEEPER = int(os.environ.get("INTERLEAVINGS_DEEPER", "0"))  # so many events more than in the suite
-LATER = loader.END_BOUND + 1
 
 
 class Violation(AssertionError):
@@ -178,16 +177,16 @@ class State:
         counts, before = self.envoy.counts, self.known.counts
         rows, lowered = dict(counts), {}
         if self.known.doubt and not before:
-            rows = {scope: total(min(now.success, 3), min(now.failed, 3))
+            rows = {scope: Counts(min(now.success, 3), min(now.failed, 3))
                     for scope, now in counts.items()}
         for scope, old in before.items():
             now = counts.get(scope)
             if now is None or now.success < old.success or now.failed < old.failed:
-                lowered[scope] = total(min(old.success, 2), min(old.failed, 2))
+                lowered[scope] = Counts(min(old.success, 2), min(old.failed, 2))
                 continue
-            low = lowered[scope] = total(min(old.success, 1), min(old.failed, 1))
-            rows[scope] = total(low.success + min(3, now.success - old.success),
-                                low.failed + min(3, now.failed - old.failed))
+            low = lowered[scope] = Counts(min(old.success, 1), min(old.failed, 1))
+            rows[scope] = Counts(low.success + min(3, now.success - old.success),
+                                 low.failed + min(3, now.failed - old.failed))
         if lowered != before:
             self.know(self.known._replace(counts=lowered))
         if rows != counts:
@@ -197,12 +196,8 @@ class State:
 def key_of(known: Known) -> int:
     return hash((
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
-        frozenset(known.moves.items()), frozenset(known.counts.items()), *known[5:],
+        known.unknown, frozenset(known.counts.items()), *known[5:],
     ))
-
-
-def total(success: int, failed: int) -> Counts:
-    return Counts(success + failed, success, failed)
 
 
 def digests(found: Files) -> frozenset[tuple[str, str]]:
@@ -342,7 +337,7 @@ class Explorer:
         elif envoy.up and state.link in ("", "end"):
             yield "the loader connects", self.connect
         elif envoy.up and state.link == "silent" and not envoy.booting:
-            yield "the loader meets Envoy", self.meet
+            yield "the loader meets Envoy", self.look
         elif (state.link == "meet" and not ((state.first or self.world.shared) and envoy.queue)
               and state.waiting):
             yield "the loader looks", self.look
@@ -457,8 +452,8 @@ class Explorer:
     def lose(self, state: State) -> None:
         """Asking.found: nothing listens, or the connection ended."""
         if state.link in ("meet", "silent"):
-            now = 0.0 if state.ended == "soon" else LATER
-            known, blamed = loader.after_end(state.known, state.published, now)
+            soon = state.ended == "soon" and not self.world.hidden
+            known, blamed = loader.after_end(state.known, state.published, soon=soon)
             state.know(known)
             self.burn(state, blamed)
             self.remember(state)
@@ -467,32 +462,29 @@ class Explorer:
     def connect(self, state: State) -> None:
         state.link = "silent"
 
-    def meet(self, state: State) -> None:
-        state.know(loader.after_meeting(state.known))
-        state.link, state.first = "meet", False
-        state.asked = state.asked if state.asked is not None else ()
-        state.waiting = True
-
     def look(self, state: State) -> None:
-        """Asking._take_look and Asking._plan_look."""
-        look = state.envoy.look("it keeps none" if self.world.hidden else "")
+        """Asking.found and _take_look."""
+        if state.link == "silent":
+            state.link = "meet"
+            state.asked = state.asked if state.asked is not None else ()
+        look = state.envoy.look(hidden=self.world.hidden)
         state.first = state.known.doubt
         mended = set(state.known.nacks)
-        known, outcome = loader.after_look(state.known, state.published, look)
+        known, told = loader.after_look(state.known, state.published, look)
         state.know(known)
-        self.burn(state, outcome[NACKED])
+        nacked = [path for path in told if told[path] == NACKED]
+        self.burn(state, nacked)
         state.doubt = state.doubt and state.first
         self.mend(state, mended - set(state.known.nacks))
-        if outcome[loader.MIXED]:
-            state.own_envoy().move(outcome[loader.MIXED])
-        waiting = bool(outcome[loader.PENDING] or outcome[loader.MIXED] or not look.live)
-        if state.asked is not None and (outcome[NACKED] or not waiting):
+        if mixed := [path for path in told if told[path] == loader.MIXED]:
+            state.own_envoy().move(mixed)
+        waiting = bool(loader.awaited(known, state.published)) or not look.live
+        if state.asked is not None and (nacked or not waiting):
             state.asked = None
-        if outcome[ACKED] or outcome[NACKED]:
+        if {ACKED, NACKED} & {*told.values()}:
             self.remember(state)  # before anything is published
         state.warming = look.warming
-        unknown = any(file.kind and not loader.is_judged(state.known, path)
-                      for path, file in state.published.items())
+        unknown = bool(loader.unjudged(known, state.published))
         state.waiting = waiting or unknown or bool(look.warming)
         if not unknown and NACKED not in state.known.states.values() and (
                 {name for _, name in state.envoy.references()} <= state.envoy.serving()):
@@ -501,7 +493,7 @@ class Explorer:
     def give_up(self, state: State) -> None:
         """Asking.turn, where it is late."""
         assert state.asked is not None
-        if state.link == "meet" and state.asked and not self.world.hidden:
+        if state.link == "meet":
             state.know(loader.after_bound(state.known, state.published, state.asked)[0])
         state.asked = None
 
@@ -594,7 +586,7 @@ class Explorer:
                           (state.published, wanted))
             assert have is not None
             assert want is not None
-            late = [name for name, text in want.texts.items() if have.texts.get(name) != text]
+            late = [name for name, text in want.items() if have.get(name) != text]
             if late:
                 raise Violation(f"the clusters {late} wait")
 

@@ -18,7 +18,6 @@ from loader import (
     CDS_COMMENT,
     MIXED,
     NACKED,
-    PENDING,
     SERVICES_SOURCE,
     UNREAD,
     Counts,
@@ -286,64 +285,63 @@ SCOPE = {"cds.yaml": "cluster_manager.cds", "rds.yaml": "http.ingress.rds.routes
 SCOPE |= {"lds.yaml": "listener_manager.lds"}
 
 
-def look(counts: Mapping[str, tuple[int, int, int]]) -> Look:
-    """`{"cds": (attempt, success, failed)}`."""
+def look(counts: Mapping[str, tuple[int, int]]) -> Look:
+    """`{"cds": (success, failed)}`."""
     found = {SCOPE[f"{name}.yaml"]: Counts(*row) for name, row in counts.items()}
     return Look(found, True)
 
 
-ONE = {"cds": (1, 1, 0), "rds": (1, 1, 0), "lds": (1, 1, 0)}
+ONE = {"cds": (1, 0), "rds": (1, 0), "lds": (1, 0)}
 
 
 def met() -> Known:
     """Envoy has ACKed everything."""
     known, first = after_look(Known(), A, look(ONE))
-    assert set(first[PENDING]) == set(A), "the first look of all is not believed"
-    known, outcome = after_look(known, A, look(ONE))
-    assert set(outcome[ACKED]) == set(A)
+    assert first == {}, "the first look of all is not believed"
+    known, told = after_look(known, A, look(ONE))
+    assert told == dict.fromkeys(A, ACKED)
     return known
 
 
 @pytest.mark.parametrize(
     ("counts", "state"),
     [
-        ((1, 1, 0), None),
-        ((2, 2, 0), ACKED),
-        ((2, 1, 1), NACKED),
-        ((3, 3, 0), ACKED),
-        ((3, 2, 1), None),  # Envoy is notified once more
+        ((1, 0), None),
+        ((2, 0), ACKED),
+        ((1, 1), NACKED),
+        ((3, 0), ACKED),
+        ((2, 1), None),  # Envoy is notified once more
     ],
 )
-def test_counts_tell(counts: tuple[int, int, int], state: str | None) -> None:
+def test_counts_tell(counts: tuple[int, int], state: str | None) -> None:
     new = A | {"rds.yaml": rds("b")}
     known = after_publication(met(), A, new, new)
-    known, outcome = after_look(known, new, look({**ONE, "rds": counts}))
+    known, told = after_look(known, new, look({**ONE, "rds": counts}))
     assert known.states.get("rds.yaml") == state
-    assert (outcome[MIXED] == ["rds.yaml"]) == (counts == (3, 2, 1))
+    assert (told["rds.yaml"] == MIXED) == (counts == (2, 1))
     assert known.acked["rds.yaml"] == (new if state == ACKED else A)["rds.yaml"]
 
 
 def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -> None:
     files = A | {"rds.yaml": text("{", "rds")}
-    known, outcome = after_look(Known(doubt=False), files, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome[NACKED] == ["rds.yaml"]
+    known, told = after_look(Known(doubt=False), files, look({**ONE, "rds": (0, 1)}))
+    assert [path for path in told if told[path] == NACKED] == ["rds.yaml"]
     other = text(real.response("routes", real.route_config({"a": 1}, "other")))
     more = files | {"new.yaml": other}
     known = after_publication(known, files, more, more)
-    known, outcome = after_look(known, more, look({**ONE, "rds": (1, 0, 1)}))
-    assert outcome[NACKED] == []
-    assert known.states["new.yaml"] == UNREAD
+    known, told = after_look(known, more, look({**ONE, "rds": (0, 1)}))
+    assert told == {"new.yaml": UNREAD}
 
 
 def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
     bad = A | {"cds.yaml": cds("a", "deadly")}
     known = after_publication(met(), A, bad, bad)
-    known, blamed = after_end(known, bad, 100.0)
-    assert blamed == ()
-    known, blamed = after_end(known._replace(back_at=105.0), bad, 116.0)
-    assert blamed == (), "it ran for more than ten seconds"
-    known, blamed = after_end(known._replace(back_at=120.0), bad, 121.0)
-    assert blamed == ("cds.yaml",)
+    known, blamed = after_end(known, bad, soon=False)
+    assert blamed == []
+    known, blamed = after_end(known, bad, soon=False)
+    assert blamed == [], "it ran for more than ten seconds"
+    known, blamed = after_end(known, bad, soon=True)
+    assert blamed == ["cds.yaml"]
     assert rollback(bad, known.acked, known.nacks) == (A, "rollback")
 
 
@@ -383,15 +381,14 @@ def test_a_cluster_may_count_its_endpoints_under_another_name() -> None:
 
 def test_statistics_are_read() -> None:
     lines = """\
-cluster.plain.update_attempt: 0
-cluster_manager.cds.update_attempt: 4
+cluster.plain.update_success: 0
 cluster_manager.cds.update_failure: 1
 cluster_manager.cds.update_rejected: 1
 cluster_manager.cds.update_success: 2
 cluster_manager.warming_clusters: 4
 cluster_manager.cds.version_text: "v1"
-odd.update_attempt: 99999999999999999999999
+odd.update_success: 99999999999999999999999
 """
     counts, gauges = parse_stats(lines)
-    assert counts == {"cluster_manager.cds": Counts(4, 2, 2)}
+    assert counts == {"cluster_manager.cds": Counts(2, 2)}
     assert gauges == {"cluster_manager.warming_clusters": 4}

@@ -516,6 +516,27 @@ def test_objects_of_a_file(
     assert api.connections_total == 0
 
 
+@pytest.mark.parametrize(
+    ("selector", "selected"),
+    [("", "abc"), ("app", "ab"), ("!app", "c"), ("app=x", "a"), ("app == y", "b"), ("app!=x", "bc"),
+     ("app=", ""), ("app in (x, y)", "ab"), ("app notin (x)", "bc"), ("app notin (x),app", "b"),
+     ("app in (x,y),tier=1", "b")],
+)  # fmt: skip
+def test_a_selector_selects_from_a_file_what_it_selects_from_an_api_server(
+    run_loader: RunLoader, api: ApiServer, tmp_path: Path, out: Path, selector: str, selected: str
+) -> None:
+    path, items = tmp_path / "objects.json", []
+    for name, labels in {"a": {"app": "x"}, "b": {"app": "y", "tier": "1"}, "c": {}}.items():
+        api.configmap("demo", name, {name: "1"}, labels=labels)
+        items.append(configmap(name, {name: "1"}))
+        items[-1]["metadata"]["labels"] = labels
+    save(path, *items)
+    for more in ((), ("--from-file", str(path))):
+        done = run_loader("--onetime", "--configmap-selector", selector, *more)
+        assert done.returncode == 0, done.stderr
+        assert snapshot(out) == dict.fromkeys(selected, b"1")
+
+
 def test_an_object_of_another_kind_may_have_items(
     run_loader: RunLoader, tmp_path: Path, out: Path
 ) -> None:

@@ -213,7 +213,7 @@ def test_nothing_planted_in_the_state_is_followed(
 
 def counted(acks: int, nacks: int = 0) -> str:
     """The statistics of a subscription to rds.yaml."""
-    rows = {"attempt": acks + nacks, "success": acks, "rejected": nacks}
+    rows = {"success": acks, "rejected": nacks}
     return "".join(f"http.i.rds.r.update_{name}: {n}\n" for name, n in rows.items() if n)
 
 

@@ -64,7 +64,7 @@ class Odd(Listener):
             client.close()
 
 
-STATS = "cluster_manager.cds.update_attempt: 1\nlistener_manager.lds.update_attempt: 1\n"
+STATS = "cluster_manager.cds.update_success: 1\nlistener_manager.lds.update_success: 1\n"
 
 
 class FakeEnvoy(Listener):
@@ -72,8 +72,7 @@ class FakeEnvoy(Listener):
 
     def __init__(self, **answers: str | Callable[[socket.socket], None]) -> None:
         self.answers = {
-            "server_info": '"uptime_current_epoch": "1s"', "ready": "LIVE", "stats": STATS,
-            "config_dump": "{}", **answers,
+            "server_info": '"state": "LIVE"', "stats": STATS, "config_dump": "{}", **answers,
         }  # fmt: skip
         self.asked: list[str] = []
         super().__init__()

@@ -183,7 +183,7 @@ class Envoy:
             if cluster.warming:
                 self.clusters[name] = cluster._replace(serves=True, warming=False)
 
-    def look(self, hidden: str = "") -> Look:
+    def look(self, *, hidden: bool = False) -> Look:
         """What the admin interface tells."""
         warming = sum(cluster.warming for cluster in self.clusters.values())
         return Look({} if hidden else dict(self.counts), not self.booting, hidden, warming)
@@ -215,8 +215,8 @@ class Envoy:
 
     def _count(self, scope: str, file: File | None, *, taken: bool, files: Files | None = None
                ) -> None:
-        attempt, success, failed = self.counts.get(scope, Counts())
-        self.counts[scope] = Counts(attempt + 1, success + taken, failed + (not taken))
+        success, failed = self.counts.get(scope, Counts())
+        self.counts[scope] = Counts(success + taken, failed + (not taken))
         had = frozenset((*self.clusters, *files)) if files and not taken else frozenset()
         self.last[scope] = Read(file.digest if file else "", taken, had)
 
