@@ -3961,9 +3961,6 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options
     return str(reason)
 
 
-# -- what a restart is told --------------------------------------------------------------------
-
-
 def state_of(known: Known) -> dict[str, Json]:
     """What is remembered of Envoy. No digest of a secret: one could test guesses at it."""
     return {
