@@ -3752,7 +3752,7 @@ class Loop:
         """What is due now, and the next snapshots on the way to what is wanted."""
         asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", {"Envoy does not answer": asking.trouble} if asking.trouble else {})
+        self.note("envoy", {"Envoy answers": asking.trouble} if asking.trouble else {})
         self._step_at = 0.0
         if self._backoff and now < self._check_at:
             return
@@ -3960,9 +3960,6 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options
     if options.apiserver == NO_POD and not options.from_file:
         return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
     return str(reason)
-
-
-# -- what a restart is told --------------------------------------------------------------------
 
 
 def state_of(known: Known) -> dict[str, Json]:
