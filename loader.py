@@ -3706,7 +3706,9 @@ class Loop:
                 self._report()
                 asked, check = self.asking.asked, self.check_command
                 step_at = asked.until if asked else self._step_at
-                if self._once and not (step_at or check.running or self.stopping):
+                if self.stopping:  # the signal came within the turn, which took it in
+                    break
+                if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
                 self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
         finally:
