@@ -3701,12 +3701,14 @@ class Loop:
             host, port = self.options.listen
             self._listener = Listener(host, port)
         try:
-            while not self.stopping:
+            while True:
                 self._turn()
                 self._report()
+                if self.stopping:  # perhaps the turn took in the signal
+                    break
                 asked, check = self.asking.asked, self.check_command
                 step_at = asked.until if asked else self._step_at
-                if self._once and not (step_at or check.running or self.stopping):
+                if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
                 if not self.stopping:
                     self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
