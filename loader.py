@@ -3710,8 +3710,7 @@ class Loop:
                 step_at = asked.until if asked else self._step_at
                 if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
-                if not self.stopping:
-                    self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
         finally:
             self.check_command.stop()
             self.asking.end()
