@@ -121,7 +121,6 @@ def kind_of(content: bytes) -> str:
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
-    """A file with the digest of its content, and the kind that its content shows."""
     digest = hashlib.sha256(content).hexdigest()
     return File(content, digest, kind or kind_of(content), source, mode)
 
@@ -133,7 +132,6 @@ def same_file(one: File | None, other: File | None) -> bool:
 
 
 def same_files(one: Files, other: Files) -> bool:
-    """Whether two sets of files are the same on disk."""
     return one is other or (one.keys() == other.keys() and not moved_paths(one, other))
 
 
@@ -190,59 +188,48 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
 
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
-
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
 PAGE, LIST_PAGES = 500, 2_000
-
 # Bytes of an answer: a page of objects of 512 KiB; of an event: one object (etcd takes 1.5 MiB).
 LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
-
 # Seconds of silence within a watch, which is bookmarked about once a minute; and until the server
 # is asked to end it: random, so that sidecars that started together do not renew together.
 WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
-
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
 
-
-class Resource(NamedTuple):
-    """A resource of the Kubernetes API: its API group's path, its plural name, its kind."""
-
-    api: str
-    name: str
-    kind: str
-
-
-CONFIGMAPS = Resource("/api/v1", "configmaps", "ConfigMap")
-SECRETS = Resource("/api/v1", "secrets", "Secret")
-SERVICES = Resource("/api/v1", "services", "Service")
-ENDPOINTS = Resource("/api/v1", "endpoints", "Endpoints")
-NODES = Resource("/api/v1", "nodes", "Node")
-ENDPOINTSLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices", "EndpointSlice")
+CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
+ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
 
 
 class Query(NamedTuple):
-    """What one list or watch asks for. An empty namespace means all, or a resource without one."""
+    """What one list or watch asks for. An empty namespace means all, or a kind without one."""
 
-    resource: Resource
+    kind: str
     namespace: str = ""
     name: str = ""
     labels: str = ""
 
+    @property
+    def resource(self) -> str:
+        """The name of the kind's resource, such as `endpointslices`."""
+        return f"{self.kind.lower().removesuffix('s')}s"
+
     def target(self, more: Mapping[str, str]) -> str:
         """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
-        scope = f"/namespaces/{urllib.parse.quote(self.namespace, '')}" if self.namespace else ""
+        api = "/apis/discovery.k8s.io/v1" if self.kind == ENDPOINTSLICES else "/api/v1"
+        scope = f"/namespaces/{self.namespace}" if self.namespace else ""
         field = f"metadata.name={self.name}" if self.name else ""
         words = {"fieldSelector": field, "labelSelector": self.labels, **more}
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
-        return f"{self.resource.api}{scope}/{self.resource.name}?{given}"
+        return f"{api}{scope}/{self.resource}?{given}"
 
     def __str__(self) -> str:
         if self.name:
             namespace = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.resource.kind.lower()} {namespace}{self.name}"
+            return f"{self.kind.lower()} {namespace}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
-        return f"{self.resource.name}{self.labels and f' with {self.labels}'}{where}"
+        return f"{self.resource}{self.labels and f' with {self.labels}'}{where}"
 
 
 def text_at(item: Mapping[str, Json], *path: str) -> str:
@@ -287,7 +274,7 @@ class Api:
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
         """Call `keep` with each object that matches; returns the resourceVersion to watch from.
         What is not plainly such a list is an error, never empty."""
-        kind, page = f"{query.resource.kind}List", {"limit": str(PAGE)}
+        kind, page = f"{query.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
             items = answer.pop("items", 0)
@@ -353,12 +340,12 @@ class Api:
              ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
         """An answer of status 200, and the object in it ({} for anything else, and of a watch,
         which is not read here); ApiError for any other."""
-        self._token = self._read_token()
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
         target, status, body = self._url.path.rstrip("/") + query.target(page), 0, b""
         try:
+            self._token = self._read_token()
+            if self._token:
+                headers["Authorization"] = f"Bearer {self._token}"
             self._connect()
             with bounded(self.socket, ANSWER_SECONDS):
                 self._connection.request("GET", target, headers=headers)
@@ -368,8 +355,7 @@ class Api:
                 if status != 200 or verb != "watch":
                     body = response.read(LIST_BYTES + 1)
                     if len(body) > LIST_BYTES or response.length:  # what is left of it
-                        text = f"the answer is cut, or larger than {LIST_BYTES >> 20} MiB"
-                        raise ValueError(text)
+                        raise ValueError(f"answer cut, or larger than {LIST_BYTES >> 20} MiB")
         except BROKEN as error:
             self._connection.close()
             if status in (0, 200):  # of an error the status tells enough
@@ -395,7 +381,7 @@ class Api:
         where = f"namespace {query.namespace}" if query.namespace else "all namespaces"
         hint = {
             401: f"; is the token in {path} valid?",
-            403: f"; grant the service account {verb} on {query.resource.name} in {where}{sent}",
+            403: f"; grant the service account {verb} on {query.resource} in {where}{sent}",
             404: "; is --apiserver a Kubernetes API server?",
             **dict.fromkeys(range(300, 400), "; redirects are not followed: correct --apiserver"),
         }.get(status, "")
@@ -490,15 +476,12 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
-
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
 ONETIME_POLL = 1.0  # seconds between two lists of `--onetime --timeout`
-
 # `--onetime` without `--timeout` is one try. What the API server answers for some 20 ms after a
 # restart though it means 200 is asked again for a second (and a little: a Retry-After of 1 fits).
 ONE_TRY_SECONDS, PASSING = 1.25, frozenset((401, 403, 408, 429, *range(500, 600)))
-
 # A server that stops gracefully keeps a watch silent for 60 s and then ends it properly. After
 # such an end the next server may have an older etcd behind it.
 SUSPICIOUS_SILENCE = 30.0
@@ -519,21 +502,18 @@ class Reflector(threading.Thread):
         self.query = query
         self.synced = self.absent = False
         self.trouble: ApiError | None = None
+        self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
         once = options.mode == "once"
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
         self._interval = ONETIME_POLL if once else options.sync_interval
         self._one_try = once and not options.timeout
-        self._objects: dict[Key, Any] = {}  # only ever read, or replaced, as a whole elsewhere
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
         self._refresh = threading.Event()  # requested; ends each wait
         self._watching: socket.socket | None = None
-
-    def objects(self) -> dict[Key, Any]:
-        return self._objects.copy()
 
     def refresh(self) -> None:
         """List now: a pause ends for it, and an open watch."""
@@ -559,10 +539,10 @@ class Reflector(threading.Thread):
             except ApiError as error:
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
-                self.absent = (self.query.resource is ENDPOINTSLICES and error.status == 404
-                               and not self.synced)
-                if self.absent:
+                missing = error.status == 404 and not self.synced
+                if missing and self.query.kind == ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
+                    self.absent = True
                     self._report(None)
                     self._replace({}, {})
                     return
@@ -576,8 +556,8 @@ class Reflector(threading.Thread):
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
         expired = error.status == 410
         lost = expired or self._rejections >= RELIST_AFTER
-        self._again(f"status {error.status}" if error.status else "cut",
-                    "" if lost else self._version)
+        reason = "expired" if expired else f"status {error.status}" if error.status else "cut"
+        self._again(reason, "" if lost else self._version)
         if expired and self._rejections == 1:
             return 0.0
         self._report(error)
@@ -593,28 +573,27 @@ class Reflector(threading.Thread):
         """Replace the store by a complete list, so that deletions in a gap are seen."""
         objects: dict[Key, Any] = {}
         bad: dict[Key, str] = {}
-        self._version = self._client.list(
-            self.query, functools.partial(self._keep, objects, bad))
+        keep = functools.partial(self._keep, objects, bad)
+        self._version = self._client.list(self.query, keep)
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
         self._replace(objects, bad)
 
     def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
-        changed = not self.synced or bad != self.bad or objects != self._objects
-        self._objects, self.bad, self.synced = objects, bad, True
+        changed = not self.synced or bad != self.bad or objects != self.objects
+        self.objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
-        """Store the value of an object; the old one where nothing that counts changed, or it is
-        bad."""
+        """Store the value of an object: the old one if that is equal, or if the new one is bad."""
         key = object_key(item)
-        value = old = self._objects.get(key)
+        value = old = self.objects.get(key)
         try:
             value = self._parse(item)
         except (ValueError, RecursionError) as error:
-            bad[key] = f"{Query(self.query.resource, *key)}: {error}"
+            bad[key] = f"{Query(self.query.kind, *key)}: {error}"
         if value is not None:
             objects[key] = old if value == old else value
 
@@ -649,14 +628,14 @@ class Reflector(threading.Thread):
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
             key = object_key(item)
-            bad = {other: text for other, text in self.bad.items() if other != key}
-            before = self._objects.get(key)
+            objects, bad = self.objects.copy(), self.bad.copy()
+            bad.pop(key, None)
             if kind == "DELETED":
-                self._objects.pop(key, None)
+                objects.pop(key, None)
             else:
-                self._keep(self._objects, bad, item)
-            if self._objects.get(key) is not before or bad != self.bad:
-                self.bad = bad
+                self._keep(objects, bad, item)
+            if objects.get(key) is not self.objects.get(key) or bad != self.bad:
+                self.objects, self.bad = objects, bad
                 self._wake("objects")
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
@@ -694,15 +673,15 @@ class FileSource:
         except (OSError, ValueError, RecursionError) as error:
             text = f"--from-file {self._path}: {getattr(error, 'strerror', None) or error}"
             raise ApiError(f"{text}; give the output of `kubectl get ... -o json`") from None
-        kinds = {item["kind"] for item in objects} & {ENDPOINTS.kind, ENDPOINTSLICES.kind}
-        if query.resource is ENDPOINTSLICES and kinds == {ENDPOINTS.kind}:
+        kinds = {item["kind"] for item in objects} & {ENDPOINTS, ENDPOINTSLICES}
+        if query.kind == ENDPOINTSLICES and kinds == {ENDPOINTS}:
             raise ApiError(f"{self._path} holds Endpoints and no EndpointSlice", 404)
         for item in objects:
             metadata = item["metadata"]
-            if item["kind"] != NODES.kind:
+            if item["kind"] != NODES:
                 metadata["namespace"] = metadata.get("namespace") or self._namespace
             namespace, name = object_key(item)
-            if (item["kind"] == query.resource.kind and query.namespace in ("", namespace)
+            if (item["kind"] == query.kind and query.namespace in ("", namespace)
                     and query.name in ("", name) and selects(json_object(metadata.get("labels")))):
                 keep(item)
         return ""
@@ -711,13 +690,13 @@ class FileSource:
         """Where the named object of a query is, which is not where it was looked for; or ""."""
         found: list[dict[str, Json]] = []
         with contextlib.suppress(LoaderError):
-            self.list(Query(query.resource), found.append)
+            self.list(Query(query.kind), found.append)
         keys = sorted(map(object_key, found))
         same = [key for key in keys if key[1] == query.name]
         names = [f"{namespace}/{name}" for namespace, name in same or keys]
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        kind = query.resource.kind.lower()
-        return f"`{self._path}` holds {kind} {shortened(names)}{hint}" if names else ""
+        held = f"{query.kind.lower()} {shortened(names)}"
+        return f"`{self._path}` holds {held}{hint}" if names else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
@@ -806,8 +785,7 @@ class Service(NamedTuple):
     """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
     Of annotations that cannot be ours only the names are kept."""
 
-    namespace: str
-    name: str
+    key: Key
     created: str
     ports: tuple[ServicePort, ...]
     headless: bool
@@ -846,8 +824,8 @@ class Objects(NamedTuple):
 
 
 def member(parent: Json, key: str, kind: type) -> Json:
-    """The member of a raw object; null and absent are the kind's empty value. Strings are interned:
-    zones, nodes and names of ports are few and are held thousands of times."""
+    """The member of a raw object; null and absent are the kind's empty value. Numbers are ports.
+    Strings are interned: zones, nodes and names of ports are few and held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
     value = parent.get(key)
@@ -855,24 +833,18 @@ def member(parent: Json, key: str, kind: type) -> Json:
         return kind()
     if type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    if type(value) is not str:
-        return value
-    value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-    return sys.intern(value) if len(value) <= 128 else value
+    if type(value) is str:
+        value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
+        return sys.intern(value) if len(value) <= 128 else value
+    if type(value) is int and not 0 <= value <= 65535:
+        raise ValueError(f"{key}: a port is between 1 and 65535")
+    return value
 
 
 def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
     """Labels or annotations of an object."""
     found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
-
-
-def port_number(parent: Json, key: str) -> int:
-    """A port, 0 where there is none."""
-    number: int = member(parent, key, int)
-    if not 0 <= number <= 65535:
-        raise ValueError(f"{key}: a port is between 1 and 65535")
-    return number
 
 
 def dns_label(parent: Json, key: str) -> str:
@@ -884,21 +856,19 @@ def dns_label(parent: Json, key: str) -> str:
 
 
 def service_from(obj: Json) -> Service:
-    """A v1 Service, reduced."""
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
     address = member(spec, "externalName" if external else "clusterIP", str)
     headless, ports = address == "None" and not external, []
     for port in member(spec, "ports", list):
-        number, named = port_number(port, "port"), type(port.get("targetPort")) is str
-        target = 0 if named else port_number(port, "targetPort") or number
+        number, named = member(port, "port", int), type(port.get("targetPort")) is str
+        target = 0 if named else member(port, "targetPort", int) or number
         name = dns_label(port, "name") if port.get("name") else ""
         ports.append(ServicePort(
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
             member(port, "appProtocol", str), target if headless else number))
     return Service(
-        namespace=dns_label(metadata, "namespace"),
-        name=dns_label(metadata, "name"),
+        key=(dns_label(metadata, "namespace"), dns_label(metadata, "name")),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(ports),
         headless=headless,
@@ -911,15 +881,13 @@ def service_from(obj: Json) -> Service:
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
-    """A discovery.k8s.io/v1 EndpointSlice, reduced."""
     metadata, family = member(obj, "metadata", dict), member(obj, "addressType", str).lower()
     if family not in FAMILIES:
         raise ValueError(f"addressType: Envoy needs IPv4 or IPv6, not {family[:60]!a}")
     endpoints = []
     for item in member(obj, "endpoints", list):
         conditions = member(item, "conditions", dict)
-        # Null is ready, and serving if it is ready: so the other two only matter where `ready` is
-        # false, and null is false there.
+        # (Null is ready; where `ready` is false the other two matter, and null is false for them.)
         ready = conditions.get("ready") is None or member(conditions, "ready", bool)
         leaving = member(conditions, "serving", bool) and member(conditions, "terminating", bool)
         state = HEALTHY if ready else DRAINING if leaving else UNHEALTHY
@@ -937,7 +905,7 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
                  member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
         name=member(metadata, "name", str),
         family=family,
-        ports=tuple((member(port, "name", str), port_number(port, "port"))
+        ports=tuple((member(port, "name", str), member(port, "port", int))
                     for port in member(obj, "ports", list)),
         endpoints=tuple(endpoints),
     )
@@ -991,15 +959,11 @@ DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
 
-
 Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 
 DEFAULTS: Config = {
-    "cluster": {
-        "base": {},
-        "name": "{namespace}/{service}/{port}",
-        "overrides": [],
-        "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
+    "cluster": {"base": {}, "name": "{namespace}/{service}/{port}", "overrides": [],
+                "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
     "cluster_domain": "cluster.local",
     "endpoint": {"eds_budget": None, "external_name": None, "families": None,
                  "include_not_ready": False, "locality": {}, "prefer_zone": False},
@@ -1109,10 +1073,6 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return found
 
 
-def by_node_label(config: Config) -> bool:
-    return any("label" in source for source in config["endpoint"]["locality"].values())
-
-
 def merge(into: Json, more: Json) -> Json:
     """JSON Merge Patch (RFC 7386), with two exceptions for what Envoy's messages are made of: lists
     append, and an object of another `@type` replaces the whole. Neither argument is changed."""
@@ -1181,16 +1141,11 @@ class Route(NamedTuple):
     cluster: str = ""
 
 
-class ServicePlan(NamedTuple):
-    """What one Service becomes; depends on it and on the configuration alone."""
-
-    clusters: Sequence[Cluster]
-    route: Route
-    problems: Sequence[str]
+# What one Service becomes, and what is wrong with it; from it and the configuration alone.
+ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
-    """One line for one Service, whatever there is to say about it."""
     return f"service {'/'.join(key)}: {shortened(problems, '; ')}"
 
 
@@ -1220,28 +1175,27 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
                                    for port in kept))]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    return ServicePlan(clusters, route_of(service, clusters, config, problems), problems)
+    return clusters, route_of(service, clusters, config, problems), problems
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
                  ) -> Cluster | None:
     """The cluster of a port; None where it is not wanted."""
-    namespace, settings = service.namespace, config["cluster"]
-    name = settings["name"].format(namespace=namespace, service=service.name, port=port.label)
-    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label}
-    overrides, by_name = [], False
+    settings, (namespace, service_name) = config["cluster"], service.key
+    name = settings["name"].format(namespace=namespace, service=service_name, port=port.label)
+    facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label,
+             "labels": service.labels}
+    overrides, wanted = [], service.key != ("default", "kubernetes")
     for override in settings["overrides"]:
         match = override["match"]
         matches = [one for one in (match if type(match) is list else [match])
-                   if one.get("labels", {}).items() <= service.labels.items()
-                   and all(one.get(key, fact) == fact for key, fact in facts.items())]
-        by_name = by_name or any("cluster_name" in one for one in matches)
+                   if merge(facts, one) == facts]  # what holds changes nothing
+        wanted = wanted or any("cluster_name" in one for one in matches)
         overrides += [override] if matches else []
-    api_server = (namespace, service.name) == ("default", "kubernetes")
-    if (api_server and not by_name) or any("suppress" in override for override in overrides):
+    if not wanted or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    dns_name = f"{service.name}.{namespace}.svc.{config['cluster_domain']}"
+    dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
     host = service.external_name or dns_name
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
@@ -1257,9 +1211,10 @@ def protocol_of(port: ServicePort) -> str:
     """The name of a port's protocol: its appProtocol, else its name up to the first dash."""
     if port.protocol != "TCP":
         return ""
-    found = port.app_protocol.lower() or port.name.partition("-")[0]
-    unknown = found in ONLY_NAMES or found not in HTTP_PORTS
-    return "http" if port.app_protocol and unknown else found
+    if port.app_protocol:
+        found = port.app_protocol.lower()
+        return found if found in HTTP_PORTS - ONLY_NAMES else "http"
+    return port.name.partition("-")[0]
 
 
 def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str, Json]:
@@ -1270,18 +1225,14 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
             "@type": TYPE_PREFIX + HTTP_OPTIONS,
             "auto_config": None, "use_downstream_protocol_config": None,
             "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
-                                     "http2_protocol_options": {}},
-        }}
+                                     "http2_protocol_options": {}}}}
     if protocol in TLS_PORTS:
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
-        alpn = ["h2"] if protocol in HTTP2_PORTS else []
-        patch["transport_socket"] = {
-            "name": "envoy.transport_sockets.tls",
-            "typed_config": {"@type": UPSTREAM_TLS_TYPE, "sni": host,
-                             "common_tls_context": present(
-                                 alpn_protocols=alpn, validation_context=validation)},
-        }
+        patch["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
+            "@type": UPSTREAM_TLS_TYPE, "sni": host, "common_tls_context": present(
+                alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [],
+                validation_context=validation)}}
     return patch
 
 
@@ -1312,14 +1263,13 @@ def assignment_of(
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
-    port, used = cluster.port, [found for found in slices if found.family in cluster.families]
-    candidates: list[tuple[Any, ...]] = []  # sorted: by address and port, and the best state first
+    port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted, the best state is first
+    used = [found for found in slices if found.family in cluster.families and not cluster.host]
     if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
         numbers = {number for found in slices for name, number in found.ports
                    if number and name == port.name}
         number = port.dns_number or (numbers.pop() if len(numbers) == 1 else 0)
         candidates = [(0, b"", number, HEALTHY, False, ("", "", ""), cluster.host)]
-        used = []
     hinted = all(endpoint.hints or endpoint.state != HEALTHY
                  for found in used for endpoint in found.endpoints)
     worst = UNHEALTHY if config["endpoint"]["include_not_ready"] else DRAINING
@@ -1341,15 +1291,13 @@ def assignment_of(
             seen.add((packed, number))
             where = present(protocol="UDP" if port.protocol == "UDP" else "",
                             address=address, port_value=number)
-            groups.setdefault((away, locality), []).append({
-                "endpoint": {"address": {"socket_address": where}}, **present(health_status=state)})
+            groups.setdefault((away, locality), []).append(present(
+                endpoint={"address": {"socket_address": where}}, health_status=state))
     all_away = all(away for away, _ in groups)
-    localities = []
-    for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items()):
-        place = present(region=region, zone=zone, sub_zone=sub_zone)
-        shown = present(locality=place, priority=int(away and not all_away))
-        localities.append({**shown, "lb_endpoints": endpoints})
-    return {"cluster_name": cluster.name, **present(endpoints=localities)}
+    return present(cluster_name=cluster.name, endpoints=[
+        present(locality=present(region=region, zone=zone, sub_zone=sub_zone),
+                priority=int(away and not all_away), lb_endpoints=endpoints)
+        for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items())])
 
 
 def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
@@ -1359,12 +1307,10 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield "has no EndpointSlice, so it has no endpoints"
     used = [found for found in slices if found.endpoints]
     for found in used:
-        where = f"endpoints of slice {found.name} are left out"
-        if not found.ports:
-            yield f"{where}: it has no ports"
-        for cluster in clusters:
-            if (cluster.port.name, 0) in found.ports:
-                yield f"{where}: its port {cluster.port.label} has no number"
+        reasons = [f"its port {cluster.port.label} has no number" for cluster in clusters
+                   if (cluster.port.name, 0) in found.ports]
+        for reason in reasons if found.ports else ["it has no ports"]:
+            yield f"endpoints of slice {found.name} are left out: {reason}"
     there = {found.family for found in used}
     if there and not there & set(clusters[0].families):
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
@@ -1374,18 +1320,17 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
              ) -> Route:
     """What the annotations of a Service ask for. One that is not routed for an error still claims
     its hosts: a typing error must not hand them to another namespace."""
-    key, ours = (service.namespace, service.name), config["route"]["annotation_prefix"] + "/"
-    given = {name.removeprefix(ours): value.strip()
-             for name, value in service.annotations.items() if name.startswith(ours)}
-    unknown = sorted(ours + name for name in given.keys() - set(ROUTE_ANNOTATIONS))
+    (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
+    given = {key.removeprefix(ours): text.strip()
+             for key, text in service.annotations.items() if key.startswith(ours)}
+    unknown = sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS))
     if unknown:
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
-        return Route(key)
+        return Route(service.key)
     suffix = f".svc.{config['route']['suffix']}".lower()
-    asked = comma_separated((
-        given.get("hosts") or f"{service.name}.{service.namespace}{suffix}").lower())
-    hosts = [host for host in asked[:HOSTS_MOST] if may_have(service, host, suffix)]
+    asked = comma_separated((given.get("hosts") or f"{name}.{namespace}{suffix}").lower())
+    hosts = [host for host in asked[:HOSTS_MOST] if may_have(namespace, host, suffix)]
     if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
         problems.append(
             f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
@@ -1396,29 +1341,28 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         prefixes, cluster = route_target(service, clusters, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
-        return Route(key, hosts)
+        return Route(service.key, hosts)
     weight, number = given.get("weight"), None
     if weight and re.fullmatch(r"[0-9]{1,7}", weight) and int(weight) <= WEIGHT_MOST:
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return Route(key, hosts, prefixes, number, cluster)
+    return Route(service.key, hosts, prefixes, number, cluster)
 
 
 def comma_separated(text: str) -> list[str]:
-    """The items of a comma-separated list, sorted, each once."""
     return sorted({word.strip() for word in text.split(",")} - {""})
 
 
-def may_have(service: Service, host: str, suffix: str) -> bool:
+def may_have(namespace: str, host: str, suffix: str) -> bool:
     """Whether a Service may have a host: names of Services are their namespace's alone, also with
     `*` for an end of the suffix."""
     name, svc, end = host.rpartition(".svc.")
     if host.endswith(suffix):
         name = host.removesuffix(suffix)
     elif not (svc and end.endswith("*") and suffix.startswith(svc + end[:-1])):
-        name = service.namespace  # no name of a Service
-    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == service.namespace
+        name = namespace  # no name of a Service
+    return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == namespace
 
 
 def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
@@ -1452,20 +1396,16 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
 def owned_by_age(
     plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
-    """The clusters of each Service, and the routes of each host. What two claim belongs to the
-    oldest: the name of a cluster (of two Envoy would use the last, in silence) to a Service, a host
-    to its namespace. Who loses is named."""
-    firsts, owners = dict[str, tuple[Key, Cluster]](), dict[str, str]()
-    for key in by_age:
-        for cluster in plans[key].clusters:
-            firsts.setdefault(cluster.name, (key, cluster))
-        for host in plans[key].route.hosts:
-            owners.setdefault(host, key[0])
+    """The clusters of each Service, and the routes of each host in the order of Services. What two
+    claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
+    last, in silence), a host to a namespace. Who loses is named."""
+    names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
-    routes: dict[str, list[Route]] = {}
-    for key, (planned, route, _) in plans.items():
+    routes = defaultdict[str, list[Route]](list)
+    for key in by_age:
+        planned, route, _ = plans[key]
         for cluster in planned:
-            owner, first = firsts[cluster.name]
+            owner, first = names.setdefault(cluster.name, (key, cluster))
             if first is cluster:
                 clusters[key].append(cluster)
             else:
@@ -1475,21 +1415,21 @@ def owned_by_age(
         if route.cluster and not routed:
             problems[key].append("is not routed: it has no cluster of its own")
         for host in route.hosts:
-            if owners[host] != key[0]:
+            namespace = hosts.setdefault(host, key[0])
+            if namespace != key[0]:
                 problems[key].append(
-                    f"is not routed at {host}: an older Service of namespace {owners[host]} has it")
+                    f"is not routed at {host}: an older Service of namespace {namespace} has it")
             elif routed:
-                routes.setdefault(host, []).append(route)
-    return clusters, routes
+                routes[host].append(route)
+    return clusters, {host: sorted(found) for host, found in routes.items()}
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
     """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
     numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
     given = [weight for weight in weights if weight is not None]
-    if not given:
-        return [1] * len(weights)
-    rest, without = max(0, 100 - sum(given)), len(weights) - len(given)
+    without = len(weights) - len(given)
+    rest = max(0, 100 - sum(given)) if given else without
     parts = iter([rest // without + (i < rest % without) for i in range(without)])
     return [next(parts) if weight is None else weight for weight in weights]
 
@@ -1516,7 +1456,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return {"name": host, "domains": domains, **present(routes=rendered)}, said
+    return present(name=host, domains=domains, routes=rendered), said
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1528,6 +1468,8 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
 PLAIN_SCALAR = (
     r"(?ia)(?!(?:y|n|yes|no|on|off|true|false|null|nan|inf|infinity)\Z)"
     r"(?:[a-z_/][a-z0-9_./-]*|(?:[0-9]+\.){3}[0-9]+|[0-9]+s)\Z")
+# What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
+UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 SERVICES_SOURCE = "services"  # of every rendered file
@@ -1550,7 +1492,7 @@ def yaml_scalar(value: Json) -> str:
     text = COMPACT_JSON.encode(value)
     if type(value) is float and "." not in text:
         return text.replace("e", ".0e")  # 1e+16 is a string in YAML 1.1
-    return re.sub("[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
+    return re.sub(UNPRINTABLE, lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 yaml_key = functools.lru_cache(maxsize=1024)(yaml_scalar)  # keys are few, and short
@@ -1568,67 +1510,57 @@ def yaml_text(value: Json, indent: str) -> str:
     return f" {yaml_scalar(value)}"
 
 
-def element(fmt: str, value: Json, indent: str = "") -> bytes:
-    """An item of a list: "yaml" for people; "json", which Envoy reads five times faster."""
+def element(fmt: str, value: Json, indent: str = "  ") -> bytes:
+    """One element of a list: "yaml" for people; "json", which Envoy reads five times faster."""
     if fmt == "json":
         return COMPACT_JSON.encode(value).encode()
-    return yaml_text(value, f"\n{indent}  ").lstrip().encode()
+    return yaml_text(value, f"\n{indent}").lstrip().encode()
 
 
-def elements(fmt: str, items: Iterable[bytes], indent: str = "") -> bytes:
-    """A list of what element() wrote."""
+def with_list(fmt: str, value: Json, name: str, elements: Sequence[bytes], indent: str) -> bytes:
+    """What element() writes, and as its last member a list of elements that were written before."""
+    text = element(fmt, {**value, name: []}, indent)
     if fmt == "json":
-        return b"[\n%s\n]" % b",\n".join(items)
-    return b"".join(b"\n%s- %s" % (indent.encode(), item) for item in items) or b" []"
+        return text[:-2] + b"\n" + b",\n".join(elements) + b"\n]}"
+    dash = f"\n{indent}- ".encode()
+    return dash.join([text.removesuffix(b" []"), *elements]) if elements else text
 
 
 def discovery_response(fmt: str, comment: str, type_url: str, resources: Sequence[bytes]) -> bytes:
     """A DiscoveryResponse of resources that element() wrote. Its version is their hash."""
-    body = elements(fmt, resources)
-    version = hashlib.sha256(body).hexdigest()[:16]
-    if fmt == "json":
-        head = f'{{"version_info":"{version}","type_url":"{type_url}","resources":'
-        return b"%s%s}\n" % (head.encode(), body)
-    head = f'{comment}version_info: "{version}"\ntype_url: {type_url}\nresources:'
-    return b"%s%s\n" % (head.encode(), body)
-
-
-class Clusters(NamedTuple):
-    """The clusters of a CDS file by name, as texts."""
-
-    form: str  # "json" or "yaml"
-    texts: Mapping[str, bytes]
+    version = hashlib.sha256(b"\n".join(resources)).hexdigest()[:16]
+    head = {"version_info": version, "type_url": type_url}
+    text = with_list(fmt, head, "resources", resources, "") + b"\n"
+    return text if fmt == "json" else comment.encode() + text
 
 
 @functools.lru_cache(maxsize=4)  # a step is planned several times until it may be published
-def clusters_of(file: File) -> Clusters | None:
-    """The clusters of CDS that is JSON or our own YAML; None where the text does not tell."""
+def clusters_of(file: File) -> Mapping[str, bytes] | None:
+    """The clusters by name, as texts, of CDS that is JSON or our own YAML; else None."""
     content = file.content
     try:
         if content.startswith(b"{"):
-            form, resources = "json", parse_json(content).get("resources", [])
-            texts = {str(each["name"]): json.dumps(each, sort_keys=True, separators=(",", ":"),
-                                                   ensure_ascii=False).encode()
-                     for each in resources}
+            resources = parse_json(content).get("resources", [])
+            texts = {str(each["name"]): COMPACT_JSON.encode(each).encode() for each in resources}
         elif content.startswith(CDS_COMMENT.encode()):
-            form, resources = "yaml", content.removesuffix(b"\n").split(b"\n- ")[1:]
+            resources = content.removesuffix(b"\n").split(b"\n- ")[1:]
             if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
                 return None  # somebody else wrote a byte
-            names = [text.split(b"\n", 2)[1].removeprefix(b"  name: ") for text in resources]
+            names = re.findall(rb"\n- .*\n  name: (.*)", content)
             texts = {json.loads(name) if name.startswith(b'"') else name.decode(): text
                      for name, text in zip(names, resources, strict=True)}
         else:
             return None
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Clusters(form, texts) if len(texts) == len(resources) else None
+    return texts if len(texts) == len(resources) else None
 
 
 def modes_on_disk(files: Files) -> dict[str, str]:
     """The clusters in the CDS that a loader left, and whether each is on EDS."""
     left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
     return {name: EDS if b"eds_cluster_config" in text else INLINE
-            for found in left if found for name, text in found.texts.items()}
+            for found in left if found for name, text in found.items()}
 
 
 def inotify_budget(config: Config) -> int:
@@ -1660,7 +1592,7 @@ class Renderer:
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
         inputs = objects.services, other_files
-        planned, routes, warnings = self._changed(self._plan, {"": inputs})[""]
+        planned, routes, warnings = self._results(self._plan, {"": inputs})[""]
         warnings = [*warnings]
         zone = own_zone(self._config, self._node_name, objects.nodes)
         if zone is None and self._config["endpoint"]["prefer_zone"]:
@@ -1677,19 +1609,19 @@ class Renderer:
             calls[key] = (key, clusters, slices[key], zone, nodes)
         files: dict[str, File] = {}
         resources: list[bytes] = []
-        for key, (texts, eds, problems) in self._changed(self._service, calls).items():
+        for key, (texts, eds, problems) in self._results(self._service, calls).items():
             resources += texts
             files |= eds
             if problems:
                 warnings.append(service_line(key, problems))
         prefix = self._config["route"]["annotation_prefix"]
         comment = f"# Routes: from the annotations {prefix}/... of Services.\n{MADE_BY}"
-        files |= self._changed(self._file, {
+        files |= self._results(self._file, {
             f"cds.{self._fmt}": (CDS_COMMENT, CLUSTER_TYPE, resources),
             f"rds.{self._fmt}": (comment, ROUTE_TYPE, [routes])})
         return Rendering(files, tuple(sorted(warnings)))
 
-    def _changed(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
+    def _results(self, function: Callable[..., Json], calls: Mapping[Any, tuple[object, ...]]
                  ) -> dict[Any, Json]:
         """The results of a function by key. It is called only where arguments differ from the last
         time's. (Unchanged objects are the same objects: comparing them ends at identity.)"""
@@ -1702,14 +1634,22 @@ class Renderer:
     def _plan(self, services: Mapping[Key, Service], other_files: int
               ) -> tuple[dict[Key, list[Cluster]], bytes, list[str]]:
         """What follows from the Services alone: clusters, the RouteConfiguration, warnings."""
-        plans: dict[Key, ServicePlan] = self._changed(plan_service, {
+        plans: dict[Key, ServicePlan] = self._results(plan_service, {
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
-        problems = {key: list(plan.problems) for key, plan in plans.items()}
+        problems = {key: list(said) for key, (_, _, said) in plans.items()}
         by_age = sorted(plans, key=lambda key: (services[key].created, key))
         clusters, routes = owned_by_age(plans, by_age, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
-        rendered = self._route_configuration(routes, problems)
+        hosts = self._results(self._host, {host: (host, routed)
+                                           for host, routed in sorted(routes.items())})
+        splits = defaultdict[Key, list[str]](list)
+        for key, is_problem, text in itertools.chain(*(said for _, said in hosts.values())):
+            (problems if is_problem else splits)[key].append(text)
+        lines = {service_line(key, texts) for key, texts in splits.items()}
+        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
+            log.info("%s", line)
+        self._splits = lines
         warnings = [service_line(key, problems[key]) for key in plans if problems[key]]
         if not services:
             warnings = ["--services: no Service matches the selector"]
@@ -1717,7 +1657,9 @@ class Renderer:
         if inlined and self._endpoints == AUTO:
             warnings.append(f"beyond the EDS budget of {self._budget}, endpoints are in CDS: "
                             f"{shortened(inlined)}")
-        return clusters, rendered, warnings
+        head = {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]}
+        written = [text for text, _ in hosts.values()]
+        return clusters, with_list(self._fmt, head, "virtual_hosts", written, "  "), warnings
 
     def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
         """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
@@ -1732,28 +1674,9 @@ class Renderer:
             (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
             (DNS,): len(clusters) - len(names)})
 
-    def _route_configuration(self, routes: Mapping[str, list[Route]],
-                             problems: Mapping[Key, list[str]]) -> bytes:
-        """The RouteConfiguration, of virtual hosts that were written before."""
-        hosts = self._changed(self._host, {host: (host, routed)
-                                           for host, routed in sorted(routes.items())})
-        splits = defaultdict[Key, list[str]](list)
-        for _, said in hosts.values():
-            for key, is_problem, text in said:
-                (problems if is_problem else splits)[key].append(text)
-        lines = {service_line(key, texts) for key, texts in splits.items()}
-        for line in sorted(lines - self._splits):  # not as a warning: nothing is wrong
-            log.info("%s", line)
-        self._splits = lines
-        head = element(self._fmt, {"@type": ROUTE_TYPE, "name": self._config["route"]["name"]})
-        texts = elements(self._fmt, [text for text, _ in hosts.values()], "  ")
-        if self._fmt == "json":
-            return b'%s,"virtual_hosts":%s}' % (head[:-1], texts)
-        return b"%s\n  virtual_hosts:%s" % (head, texts)
-
     def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
         found, said = virtual_host(host, routes)
-        return element(self._fmt, found, "  "), said
+        return element(self._fmt, found, "    "), said
 
     def _service(self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
                  zone: str | None, nodes: Mapping[str, Texts]
@@ -1792,13 +1715,11 @@ class Renderer:
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
 # resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
-# base64, so that every byte arrives. No text made here (error, warning, repr, redaction) has a byte
-# of a key in it.
+# base64, so that every byte arrives. No text made here to be read has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
-STEM_BYTES = 245  # leaves room for `_ca.yaml` in a file name of 255 bytes
 
 
 def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
@@ -1806,17 +1727,16 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     object must not be kept: an annotation often holds the key again."""
     names = object_key(obj)
     label, stem = "/".join(names), "_".join(names)  # no object name has `_`
-    if not all(re.fullmatch(OBJECT_NAME, name) for name in names) or len(stem) > STEM_BYTES:
+    valid = all(re.fullmatch(OBJECT_NAME, name) for name in names)
+    if not valid or len(f"{stem}_ca.{form}") > 255:  # NAME_MAX of every file system that we know
         raise ValueError("a secret without a valid namespace and name, or too long for a file name")
     held = json_object(obj.get("data"))
     cert, key, ca = (decode_key(held.get(entry), entry)
                      for entry in ("tls.crt", "tls.key", "ca.crt"))
     check_secret(cert, key, ca)
-    chain, private_key, trusted_ca = (
-        {"inline_bytes": base64.b64encode(pem).decode()} for pem in (cert, key, ca))
     pair = {"name": label, "tls_certificate": {
-        "certificate_chain": chain, "private_key": private_key}}
-    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": trusted_ca}}
+        "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
+    trusted = {"name": f"{label}/ca", "validation_context": {"trusted_ca": pem_source(ca)}}
     files, source = {}, f"secret {label}"
     for suffix, pem, resource in (("", cert, pair), ("_ca", ca, trusted)):
         if pem:
@@ -1824,6 +1744,13 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
             content = discovery_response(form, f"# {source}\n", SDS_TYPE, [text])
             files[f"{stem}{suffix}.{form}"] = file_of(content, source, mode)
     return Rendering(files)
+
+
+def pem_source(pem: bytes) -> dict[str, str]:
+    """A DataSource of exactly these bytes: text where every parser reads the same, else base64."""
+    if re.fullmatch(rb"[\n -~]*", pem):
+        return {"inline_string": pem.decode("ascii")}
+    return {"inline_bytes": base64.b64encode(pem).decode("ascii")}
 
 
 def decode_key(text: Json, what: str) -> bytes:
@@ -1872,8 +1799,9 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
 
 
 def holds_secret(content: bytes) -> bool:
-    """Whether a file must not be shown: an SDS resource, a private key, or PEM in base64."""
-    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret", b"LS0tLS1CRUdJTi")
+    """Whether a text must not be shown: an SDS resource, a private key, or PEM, also in base64."""
+    marks = (b"PRIVATE KEY-----", b"transport_sockets.tls.v3.Secret",
+             b"LS0tLS1CRUdJTi", b"0tLS0tQkVHSU4g", b"tLS0tLUJFR0lOI")  # -----BEGIN, wherever it is
     return any(mark in content for mark in marks)
 
 
@@ -1948,13 +1876,13 @@ COUNTED = {  # in warnings: what a file has of it, and how each begins
     "rds": ("routes", rb'- match:|{"match":')}
 
 
-def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
+def overlaid(layers: Iterable[Rendering]) -> Rendering:
     """All files of the layers, the later ones winning, and a warning for each that lost. A file
     cannot be where another source has a directory: it is left out."""
-    files: dict[str, File] = {}
-    warnings = []
+    files, warnings = dict[str, File](), list[str]()
     for layer in layers:
-        for path, file in layer.items():
+        warnings += layer.warnings
+        for path, file in layer.files.items():
             lost = files.get(path, file)
             if lost.source != file.source:
                 what, pattern = COUNTED.get(lost.kind, ("", b""))
@@ -1966,7 +1894,7 @@ def overlaid(layers: Iterable[Files]) -> tuple[dict[str, File], list[str]]:
     for path in sorted(directories & files.keys()):
         source = files.pop(path).source
         warnings.append(f"{path} of {source} left out: others have a directory there")
-    return files, warnings
+    return Rendering(files, warnings)
 
 
 def with_kind(path: str, file: File, before: File | None) -> File:
@@ -1977,11 +1905,6 @@ def with_kind(path: str, file: File, before: File | None) -> File:
     return file if file.kind == kind else file._replace(kind=kind)
 
 
-PARSERS: dict[Resource, Callable[..., Any]] = {
-    CONFIGMAPS: configmap_from, SECRETS: secret_from, SERVICES: service_from,
-    ENDPOINTSLICES: endpointslice_from, ENDPOINTS: endpoints_from, NODES: texts_of}
-
-
 class Sources:
     """All reflectors of a run, and the files that their objects make together."""
 
@@ -1989,11 +1912,16 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
-        self._sources: list[Source] = [
-            *options.secret, *([] if options.configmap_selector is None else [(selected, "")]),
-            *options.configmap]
+        selector = options.configmap_selector
+        selected = [] if selector is None else [
+            (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
+        self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
+        self._parsers: dict[str, Callable[[dict[str, Json]], Any]] = {
+            CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
+            ENDPOINTSLICES: endpointslice_from, NODES: texts_of,
+            SECRETS: functools.partial(
+                secret_from, form=options.format, mode=options.secret_mode)}
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -2013,18 +1941,17 @@ class Sources:
         for namespace in ("",) if "*" in namespaces else namespaces:
             self._reflect(Query(SERVICES, namespace, labels=options.services))
             self._reflect(Query(ENDPOINTSLICES, namespace))
-        by_label = by_node_label(self._config)  # which needs all Nodes, not just the own one
-        if by_label or self._config["endpoint"]["prefer_zone"] is True:
+        endpoint = self._config["endpoint"]
+        by_label = any("label" in source for source in endpoint["locality"].values())
+        if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
             self._reflect(Query(NODES, name="" if by_label else options.node_name))
 
     def _reflect(self, query: Query) -> None:
         if query in self._reflectors:
             return
-        options, parse = self._options, PARSERS[query.resource]
-        if query.resource is SECRETS:
-            parse = functools.partial(parse, form=options.format, mode=options.secret_mode)
         self._reflectors[query] = reflector = Reflector(
-            query, parse, self._file or Api(options), self._wake, options)
+            query, self._parsers[query.kind], self._file or Api(self._options), self._wake,
+            self._options)
         metrics.set("xds_loader_source_synced", 0, (str(query),))
         reflector.start()
 
@@ -2045,61 +1972,53 @@ class Sources:
                 self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
-            files={}, missing=[], stale=[],
-            notes=[bad for r in reflectors for bad in r.bad.values()],
-            unknown=[str(r.query) for r in reflectors if not r.synced],
-        )
+            {}, [bad for r in reflectors for bad in r.bad.values()], missing=[], stale=[],
+            unknown=[str(r.query) for r in reflectors if not r.synced])
         if wanted.unknown:
             return wanted
-        layers: list[Files] = []
-        for source in self._sources:
-            if source[0].name:
-                layers.append(self._named(source, wanted))
-                continue
-            selected = self._reflectors[source[0]].objects()
-            wanted.notes.extend([] if selected else [f"{source[0]}: none exist"])
-            for _, configmap in sorted(selected.items()):
-                wanted.notes.extend(configmap.warnings)
-                layers.append(configmap.files)
+        layers: list[Rendering] = []
+        for query, directory in self._sources:
+            if query.name:
+                layers.append(self._named(query, directory, wanted))
+            elif selected := self._reflectors[query].objects:
+                layers += [selected[key] for key in sorted(selected)]
+            else:
+                wanted.notes.append(f"{query}: none exist")
         if self._renderer is not None:
-            rendering = self._render(self._renderer, layers)
-            wanted.notes.extend(rendering.warnings)
-            layers.insert(0, rendering.files)
+            layers.insert(0, self._render(self._renderer, layers))
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
         files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
         return Wanted(files, *wanted[1:])
 
-    def _named(self, source: Source, wanted: Wanted) -> Files:
+    def _named(self, query: Query, directory: str, wanted: Wanted) -> Rendering:
         """The files of a named object; the last ones where it is gone, emptied or bad."""
-        query, directory = source
-        key, reflector = (query.namespace, query.name), self._reflectors[query]
-        bad = key in reflector.bad
-        found = None if bad else reflector.objects().get(key)
-        prefix = f"{directory}/" if directory else ""
-        files = {prefix + path: file for path, file in found.files.items()} if found else {}
-        wanted.notes.extend(found.warnings if found else ())
+        source, key = (query, directory), (query.namespace, query.name)
+        bad = key in self._reflectors[query].bad
+        found = None if bad else self._reflectors[query].objects.get(key)
+        named, warnings = found or Rendering({})
+        files = {os.path.join(directory, name): file for name, file in named.items()}
         if files or (found and not self._kept.get(source)):
             self._kept[source] = files
         elif source not in self._kept:
             wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
-                wanted.notes.append(hint)
+                warnings = [hint]
         else:
             state = "has no usable files" if found or bad else "does not exist any more"
-            wanted.notes.append(f"{query} {state}: its last files stay published")
+            warnings = [*warnings, f"{query} {state}: its last files stay published"]
             wanted.stale.append(str(query))
-        return self._kept.get(source, {})
+        return Rendering(self._kept.get(source, {}), warnings)
 
-    def _render(self, renderer: Renderer, others: Sequence[Files]) -> Rendering:
+    def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
-        found = defaultdict[Resource, dict[Key, Any]](dict)
+        found = defaultdict[str, dict[Key, Any]](dict)
         for query, reflector in self._reflectors.items():
-            found[query.resource] |= reflector.objects()
+            found[query.kind] |= reflector.objects
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
-        kinds = {path: file.kind for layer in others for path, file in layer.items()}
+        kinds = {path: file.kind for layer in others for path, file in layer.files.items()}
         subscriptions = sum(kind in ("eds", "rds", "sds") for kind in kinds.values())
         return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
@@ -2140,15 +2059,17 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot on the way from `published` to `desired`; None when it is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    moved = moved_paths(published, desired)
-    new = {path: desired[path] for path in moved if path not in published}
-    references = {path: desired[path] for path in moved if path in published
-                  and {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
-    others = {path: united(published[path], desired[path]) for path in moved
-              if path in published and path not in references}
-    above = {parent for path in new for parent in parents(path)}  # files that become directories
-    children = {path: file for path, file in published.items() if path not in above} | new
-    clusters = {**children, **others}
+    new = {path: file for path, file in desired.items() if path not in published}
+    changed = [path for path in moved_paths(published, desired) if path in published]
+    references = {path: desired[path] for path in changed
+                  if {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
+    others = {path: united(published[path], desired[path]) for path in changed
+              if path not in references}
+    children: Files = published
+    if new:
+        above = {parent for path in new for parent in parents(path)}  # files become directories
+        children = {path: file for path, file in published.items() if path not in above} | new
+    clusters = {**children, **others} if others else children
     steps = [Step(children, CHILDREN), Step(clusters, CLUSTERS),
              Step({**clusters, **references}, REFERENCES), Step(desired, REMOVALS)]
     if not references and all(published[path].kind != "cds" for path in others):
@@ -2170,17 +2091,18 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
-    if one is None or two is None or one.form != two.form:
+    if one is None or two is None or old.content[:1] != new.content[:1]:  # JSON beside YAML
         fewer = names_in(new.content) < names_in(old.content)
         return old if fewer or keep is not None else new
-    extra = {name: text for name, text in one.texts.items()
-             if name not in two.texts and (keep is None or name in keep)}
+    extra = {name: text for name, text in one.items()
+             if name not in two and (keep is None or name in keep)}
     if not extra:
         return new
-    if {**extra, **two.texts} == one.texts:
+    if {**extra, **two} == one:
         return old  # nothing new: the old file is the union
-    content = discovery_response(two.form, CDS_COMMENT, CLUSTER_TYPE,
-                                 [*two.texts.values(), *extra.values()])
+    form = "json" if new.content.startswith(b"{") else "yaml"
+    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE,
+                                 [*two.values(), *extra.values()])
     return file_of(content, new.source, new.mode, "cds")
 
 
@@ -2205,7 +2127,7 @@ def cluster_names(files: Iterable[File]) -> frozenset[str]:
     for file in files:
         if file.kind == "cds":
             known = clusters_of(file)
-            names |= known.texts.keys() if known else names_in(file.content)
+            names |= names_in(file.content) if known is None else known.keys()
     return frozenset(names)
 
 
@@ -2237,8 +2159,8 @@ def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
 @functools.lru_cache(maxsize=4)
 def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
     """By the places that clusters name: the names in each of these clusters."""
-    if known := clusters_of(cds):
-        blocks = list(known.texts.values())
+    if (known := clusters_of(cds)) is not None:
+        blocks = list(known.values())
     else:  # block YAML, as its dashes divide it
         first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
         blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
@@ -2296,8 +2218,6 @@ def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
-    if not gone:
-        return desired
     named = paths_in((file.content for file in published.values()), gone)
     read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
     return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
@@ -2339,9 +2259,7 @@ def allowed(
         result |= {path: before[path] for path in waiting if path in before}
 
 
-def with_named(
-    result: Files, desired: Files, published: Files, acked: Files
-) -> dict[str, File]:
+def with_named(result: Files, desired: Files, published: Files, acked: Files) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
     gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
     result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
@@ -2401,12 +2319,12 @@ class Output:
         self.published: Files = {}
         self.snapshot = ""  # the name of its directory
         self.switched_at = 0.0  # when it was switched to, Unix time
-        self.foreign: list[str] = []  # files in `current/` that are not ours
+        self.foreign: set[str] = set()  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._kept: dict[str, str] = {}  # digests of the ACKed files in `..state`, by path
+        self._kept: dict[str, File] = {}  # the ACKed files in `..state`
         self._before = ""  # the last snapshot but one
-        self._unread: list[str] = []  # files behind links of ours that could not be read
+        self._unread: set[str] = set()  # files that could not be read: their links stay
         self._lock = -1
 
     # -- opening ------------------------------------------------------------------------------
@@ -2417,35 +2335,34 @@ class Output:
         os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            return True
+        return False
 
-    def recover(self) -> list[str]:
-        """Make good whatever the last process, or the last failure, left; what was done, in words.
-        Afterwards `published` is what the disk shows, and every link and notification is right."""
+    def recover(self) -> None:
+        """Make good whatever the last process, or the last failure, left. Afterwards `published` is
+        what the disk shows, and every link and notification is right."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
-        done = ["links repaired"] if self._repair_links() else []
+        if repaired := self._repair_links():
+            log.info("links repaired: %s", shortened(repaired))
         marked = read_link(self._path(MARKER))
         if marked is not None:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
-            done.append(f"notified again: {shortened(changed) or 'nothing'}")
+            log.info("notified again: %s", shortened(changed) or "nothing")
         remove(self._path(MARKER))
         complete = [entry for entry in filter(SNAPSHOT.fullmatch, os.listdir(self.root))
                     if entry != self.snapshot and version_of(self._load(entry)) == entry[2:18]]
         self._before = max(complete, default="",
                            key=lambda entry: os.lstat(self._path(entry)).st_mtime_ns)
         self.prune()
-        return done
 
     def peek(self) -> Files:
         """What is published, read without a lock and without touching anything; `state` is what
@@ -2466,11 +2383,11 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        foreign, blocked = set(self.foreign), {}
+        blocked = {}
         for path in sorted(files.keys() - self.published.keys()):
             if is_directory(self._path(CURRENT, path)):
                 blocked[path] = f"{self._path(CURRENT, path)} is a directory"
-            for above in foreign.intersection(parents(path)):
+            for above in self.foreign.intersection(parents(path)):
                 blocked[path] = f"{self._path(CURRENT, above)} is a file"
         warnings = [f"{path} of {files[path].source} left out: {reason}"
                     for path, reason in blocked.items()]
@@ -2539,8 +2456,8 @@ class Output:
     # -- what a restart cannot see --------------------------------------------------------------
 
     def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
-        """Replace what is remembered, by rename. The source and kind of each file comes along, of
-        those that are about to be published too."""
+        """Replace what is remembered, with the kind and source of each file, also of those that
+        are about to be published."""
         files = {**self.published, **coming}
         state = {**state, "version": __version__,
                  "files": {path: f"{file.kind} {file.source}" for path, file in files.items()}}
@@ -2556,30 +2473,25 @@ class Output:
         self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
-        """Keep the ACKed bytes that are not published, or that `files` are about to replace, and
-        no others."""
+        """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        for path in {**self._kept, **needed}:
-            file, place = needed.get(path), self._path(ACKED_FILES, path.replace("/", "%"))
-            if file and self._kept.get(path) == file.digest:
-                continue
+        changed = [*moved_paths(self._kept, needed), *(self._kept.keys() - needed.keys())]
+        self._kept |= dict.fromkeys(changed, file_of(b"", "", 0))  # nobody knows, if a call fails
+        for path in changed:
+            place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
-            self._kept[path] = "unknown"  # if one of the next calls fails
             remove(place)
-            if file:
-                self._put(place, path, file)
-                self._kept[path] = file.digest
-            else:
-                del self._kept[path]
+            if path in needed:
+                self._put(place, path, needed[path])
+        self._kept = needed
 
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
-        self._kept = {path: file.digest for path, file in kept.items()}
+        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
         acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
-        return acked | {path: file for path, file in kept.items()
+        return acked | {path: file for path, file in self._kept.items()
                         if file.digest == digests.get(path, file.digest)}
 
     # -- parts of the steps -------------------------------------------------------------------
@@ -2656,20 +2568,17 @@ class Output:
     def _repair_links(self) -> list[str]:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
-        repaired = [path for path in self.published if not self._is_ours(path)]
-        self._notify(repaired)
-        self._unread, self.foreign = [], []
-        for path in walk(self._path(CURRENT)):
-            if path in self.published:
-                continue
-            if not self._is_ours(path):
-                self.foreign.append(path)
-            elif os.path.lexists(self._path(self.snapshot, path)):
-                self._unread.append(path)  # it stays until the next snapshot
-            else:
-                os.unlink(self._path(CURRENT, path))
-                repaired.append(path)
-        return repaired
+        there = [*walk(self._path(CURRENT))]
+        ours = {path for path in there if self._is_ours(path)}
+        missing = [path for path in self.published if path not in ours]
+        self._notify(missing)
+        left = ours - self.published.keys()
+        self._unread = {path for path in left if os.path.lexists(self._path(self.snapshot, path))}
+        stale = sorted(left - self._unread)
+        for path in stale:
+            os.unlink(self._path(CURRENT, path))
+        self.foreign = {*there} - ours - self.published.keys()
+        return missing + stale
 
 
 def link_target(path: str) -> str:
@@ -3324,8 +3233,8 @@ METRICS = (
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-BUCKET_TEXTS = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
-                '_bucket{le="+Inf"}': float("inf")}
+HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
+             '_bucket{le="+Inf"}': float("inf"), "_count": float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -3339,12 +3248,10 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
-        self._series: dict[str, dict[Any, float]] = {metric.name: {} for metric in METRICS}
-        for name, kind, _, labels in METRICS:
-            if kind == "histogram":
-                self._series[name] = dict.fromkeys((*BUCKET_TEXTS, "_sum", "_count"), 0.0)
-            elif kind == "counter" and not labels:
-                self.add(name, by=0)  # rate() needs to see the 0 before the first 1
+        self._series: dict[str, dict[Any, float]] = {
+            name: dict.fromkeys((*HISTOGRAM, "_sum"), 0.0) if kind == "histogram" else {}
+            for name, kind, _, _ in METRICS}
+        self.add("xds_loader_published_files_total", by=0)  # rate() needs to see the 0
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
 
@@ -3354,22 +3261,19 @@ class Metrics:
             series[labels] = series.get(labels, 0.0) + by
 
     def set(self, name: str, value: float, labels: Labels = ()) -> None:
-        with self._lock:
-            self._series[name][labels] = value
+        self._series[name][labels] = value
 
     def replace(self, name: str, series: Mapping[Labels, float]) -> None:
         """Set all series of a gauge: those that are gone from it are gone from the output."""
-        with self._lock:
-            self._series[name] = {**series}
+        self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
         """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
-            for text, bound in BUCKET_TEXTS.items():
-                series[text] += seconds <= bound
+            for row, bound in HISTOGRAM.items():
+                series[row] += seconds <= bound
             series["_sum"] += seconds
-            series["_count"] += 1
 
     def render(self) -> str:
         """All of it in Prometheus' text format 0.0.4."""
@@ -3382,8 +3286,9 @@ class Metrics:
         lines = []
         for name, kind, text, names in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{held_as if kind == 'histogram' else labels_text(names, held_as)} "
-                      f"{value:.15g}" for held_as, value in held[name]]
+            for key, value in held[name]:
+                suffix = key if kind == "histogram" else labels_text(names, key)
+                lines.append(f"{name}{suffix} {value:.15g}")
         return "\n".join(lines)
 
 
@@ -3426,19 +3331,6 @@ class Status(NamedTuple):
         return sorted(path for path, its in self.states.items() if its == state)
 
 
-Answer = tuple[int, str]  # status code, body
-
-
-def ready_answer(status: Status, *, started: bool = True) -> Answer:
-    """/readyz: 200 as soon as a snapshot is published. /startz: and Envoy has ACKed it. The body
-    names what is not as it should be, which takes no running Envoy out of its Service."""
-    ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
-    lines = [ready if status.version else "no snapshot yet"]
-    named = {"missing": status.missing, "stale": status.stale, "nacked": status.paths("nacked")}
-    lines += [f"{what}: {name}" for what, names in named.items() for name in names]
-    return 200 if status.version and started else 503, "\n".join(lines)
-
-
 def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
@@ -3451,7 +3343,7 @@ def snapshot_text(status: Status) -> str:
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
         "files": rows,
-        **{state: status.paths(state) for state in ("nacked", "unknown", "unread")},
+        **{state: status.paths(state) for state in (NACKED, UNKNOWN, UNREAD)},
         "missing": status.missing, "stale": status.stale}, indent=1)
 
 
@@ -3490,8 +3382,7 @@ class Listener:
             except (OSError, RuntimeError):  # no descriptor, or no thread, is left: not to spin
                 time.sleep(0.01)
             if len(recent) > CONNECTIONS_MAX:
-                with contextlib.suppress(OSError):  # it has ended already
-                    recent.popleft().shutdown(socket.SHUT_RDWR)
+                cut(recent.popleft())
 
     def _talk(self, client: socket.socket) -> None:
         """One request and its answer."""
@@ -3511,15 +3402,22 @@ class Listener:
             client.settimeout(max(end - time.monotonic(), 0))
             client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
-    def answer(self, path: str) -> Answer:
-        """What is served there."""
+    def answer(self, path: str) -> tuple[int, str]:
+        """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
             age, bound = time.monotonic() - status.last_turn, status.turn_bound
             late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
             return (503, late) if age > bound else (200, "ok")
         if path in ("/readyz", "/startz"):
-            return ready_answer(status, started=path == "/readyz" or status.started)
+            # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
+            # should be takes no running Envoy out of its Service: it is named.
+            started = path == "/readyz" or status.started
+            ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
+            named = {"missing": status.missing, "stale": status.stale, NACKED: status.paths(NACKED)}
+            lines = [f"{what}: {name}" for what, names in named.items() for name in names]
+            text = "\n".join([ready if status.version else "no snapshot yet", *lines])
+            return 200 if status.version and started else 503, text
         if path not in self._kept:
             return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
@@ -3790,7 +3688,8 @@ class Loop:
                 check, step_at = self.check_command, self.asking.until or self._step_at
                 if self._once and not (step_at or check.running or self.stopping):
                     return 1 if check.refusal else 0
-                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+                if not self.stopping:
+                    self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
         finally:
             self.check_command.stop()
             self.asking.end()
@@ -3833,7 +3732,7 @@ class Loop:
         """What is due now, and the next snapshots on the way to what is wanted."""
         asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", {"Envoy is not asked": asking.trouble} if asking.trouble else {})
+        self.note("envoy", {"Envoy answers": asking.trouble} if asking.trouble else {})
         self._step_at = 0.0
         if self._backoff and now < self._check_at:
             return
@@ -3878,8 +3777,7 @@ class Loop:
             self._step_at = time.monotonic() + LOCK_POLL
             return False
         self.note("lock", [])
-        if done := self.output.recover():
-            log.info("%s: %s", self.output.root, "; ".join(done))
+        self.output.recover()
         self.asking.known = self._remembered = known_from(self.output)
         self.sources.start(self.output.published)
         if self.options.envoy_admin:
@@ -3906,15 +3804,15 @@ class Loop:
         sources = self.composed()
         if not sources.complete:
             return False
-        files, unfit = output.fitting(sources.files)
-        files = with_needed(files, published, functools.partial(is_read, asking.known))
-        self.note("files", [
-            *unfit,
-            *(f"{path}: its source is gone; its last bytes stay, for Envoy or another file needs it"
-              for path in files if path not in sources.files),
-            *(f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
-              for path in output.foreign if path not in files),
-        ])
+        files, kept = sources.files, list[str]()
+        if files.keys() != published.keys():
+            files, kept = output.fitting(files)
+            files = with_needed(files, published, functools.partial(is_read, asking.known))
+            kept += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
+                     f"needs it" for path in files if path not in sources.files]
+        self.note("files", kept + [
+            f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
+            for path in output.foreign if path not in files])
         wanted = self.check_command.passed(files)
         if wanted is None:
             return False
@@ -4039,12 +3937,9 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options
                 "create it, or wait for it with --timeout")
         return f"{', '.join(wanted.missing)}: does not exist or is not usable; {hint}"
     reason = next(iter(trouble.values()), f"no answer in time for {', '.join(wanted.unknown)}")
-    if options.apiserver == NO_POD:
+    if options.apiserver == NO_POD and not options.from_file:
         return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
     return str(reason)
-
-
-# -- what a restart is told --------------------------------------------------------------------
 
 
 def state_of(known: Known) -> dict[str, Json]:
@@ -4183,7 +4078,10 @@ def preview(options: Options, config: Config) -> int:
         shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
     else:
-        shown = [preview_text(path, file) for path, file in sorted(files.items())]
+        shown = []
+        for path, file in sorted(files.items()):  # key material is not shown
+            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
+            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if any(shown) or not options.diff:
         print_out([f"snapshot {version_of(files)}\n", *shown])
     if options.check_cmd:
@@ -4197,13 +4095,6 @@ def preview(options: Options, config: Config) -> int:
             if problem := run_check(options.check_cmd, directory, threading.Event()):
                 raise LoaderError(problem)
     return 0
-
-
-def preview_text(path: str, file: File) -> str:
-    """One file under a header; key material is not shown."""
-    text = redacted(file.content).decode("utf-8", "backslashreplace")
-    end = "" if text.endswith("\n") or not text else "\n"
-    return f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}{end}"
 
 
 def difference(path: str, old: File | None, new: File | None) -> str:
@@ -4222,8 +4113,7 @@ def difference(path: str, old: File | None, new: File | None) -> str:
 def print_out(texts: Iterable[str]) -> None:
     """To standard output, as far as anybody reads."""
     try:
-        for text in texts:
-            sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.write("".join(texts).encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4267,6 +4157,7 @@ go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or fals
                    lambda text: text[0] in "1tT")
 file_mode = matching("(0o)?0?[4-7][0-7]{2}", "a file mode with which the owner reads, like 0600",
                      lambda text: int(text.removeprefix("0o"), 8))
+socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
 gone = matching("false", "supported any more; split traffic with weights in an RDS file, or by the "
                 "annotation xds-loader/weight with --services")
 
@@ -4282,11 +4173,11 @@ def go_duration(text: str) -> float:
     raise ValueError("is not a valid duration, such as 30s, 1m0s or 250ms")
 
 
-def named_secret(text: str, resource: Resource = SECRETS, directory: str = "sds") -> Source:
+def named_secret(text: str, kind: str = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
     namespace = namespace_name(namespace) if slash else ""
-    return Query(resource, namespace, object_name(name)), directory
+    return Query(kind, namespace, object_name(name)), directory
 
 
 def named_configmap(text: str) -> Source:
@@ -4300,23 +4191,19 @@ def named_configmap(text: str) -> Source:
 
 def label_selector(text: str) -> str:
     """A selector that can be read; "" for `*`, which is all."""
-    label_predicate(text := "" if text.strip() == "*" else text)
+    text = "" if text.strip() == "*" else text
+    label_predicate(text)
     return text
 
 
 def http_url(text: str, schemes: Sequence[str] = ("https", "http")) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         url = urllib.parse.urlsplit(text)
         host = re.fullmatch(r"(?:[^.\s]{1,63}\.)*[^.\s]{1,63}\.?", url.hostname or "")
-        usable = host and url.scheme in schemes and url.port != 0 and url.username is None
-    except ValueError:
-        usable = False
-    if not usable or url.query or url.fragment or not text.isascii() or not text.isprintable():
-        raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
-    return text
-
-
-socket_path = matching(r"unix:/[ -~]{0,106}", "unix:/ and an absolute path of at most 107 bytes")
+        plain = re.fullmatch("[!-~]+", text) and not (url.query or url.fragment)
+        if host and plain and url.scheme in schemes and url.port != 0 and url.username is None:
+            return text
+    raise ValueError(f"is not a valid URL with {' or '.join(schemes)}")
 
 
 def admin_url(text: str) -> str:
@@ -4331,9 +4218,6 @@ def shell_words(text: str) -> tuple[str, ...]:
     raise ValueError("is empty")
 
 
-# -- options ---------------------------------------------------------------------------------------
-
-
 class Option(NamedTuple):
     """One option: the same table makes the parser, the environment variables, --help and docs."""
 
@@ -4344,36 +4228,30 @@ class Option(NamedTuple):
     default: str = ""
     repeats: bool = False
 
-    @property
-    def variable(self) -> str:
-        return f"XDS_LOADER_{self.name.replace('-', '_').upper()}"
 
-
+NO_POD = "https://kubernetes"  # the API server where the environment names none
 WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
                "a ConfigMap: each key is a file (in DIR), its value the content", repeats=True),
-        Option("configmap-selector", label_selector, "SEL",
-               "every ConfigMap of the namespace that matches a label selector ('*' or '': all)"),
-        Option("services", label_selector, "SEL", "render clusters, endpoints and routes of "
-               "the Services that match a label selector ('*' or '': all of them)"),
+        Option("configmap-selector", label_selector, "SEL", "ConfigMaps by label selector"),
+        Option("services", label_selector, "SEL",
+               "clusters, endpoints and routes of Services by label selector ('*' or '': all)"),
         Option("services-namespace", any_namespace, "NS",
-               "where these Services are; '*' for all namespaces", "--namespace", True),
+               "where these Services are, if not in --namespace; '*' for all", repeats=True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
-        Option("namespace", namespace_name, "NS", "the namespace of what is named without one",
-               "$NS, $POD_NAMESPACE, the service account's, 'default'"),
+        Option("namespace", namespace_name, "NS", "of what is named without one; if not given "
+               "$NS, $POD_NAMESPACE or the service account's", "default"),
     ),
     "From where": (
-        Option("apiserver", http_url, "URL", "the Kubernetes API server",
-               "the pod's own, else https://kubernetes"),
+        Option("apiserver", http_url, "URL", "the API server, if not the pod's own", NO_POD),
         Option("token-file", str, "FILE", "bearer token, may rotate", f"{SERVICE_ACCOUNT}/token"),
         Option("ca-file", str, "FILE", "CA of the API server", f"{SERVICE_ACCOUNT}/ca.crt"),
         Option("client-cert", str, "FILE", "client certificate for the API server"),
         Option("client-key", str, "FILE", "its private key"),
         Option("insecure", go_bool, "", "do not verify the API server's certificate"),
-        Option("from-file", str, "PATH", "objects from `kubectl get ... -o json` instead of an API "
-               "server; read again every interval ('-': standard input, with --onetime)"),
+        Option("from-file", str, "PATH", "objects from `kubectl get -o json` instead ('-': stdin)"),
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
@@ -4384,10 +4262,8 @@ SECTIONS = {
         Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
         Option("onetime", go_bool, "", "publish one snapshot and exit (init container)"),
         Option("watch", go_bool, "", "watch for changes instead of polling"),
-        Option("sync-interval", go_duration, "D",
-               "between two polls; in watch mode between two checks of the files on disk", "1m0s"),
-        Option("timeout", go_duration, "D", "how long --onetime waits for the sources to exist and "
-               "the API server to answer", "0s"),
+        Option("sync-interval", go_duration, "D", "between polls, and checks of the disk", "1m0s"),
+        Option("timeout", go_duration, "D", "how long --onetime waits for its sources", "0s"),
         Option("dry-run", go_bool, "", "print the files and touch nothing; implies --onetime"),
         Option("diff", go_bool, "", "with --dry-run: a diff against what is published"),
         Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
@@ -4395,14 +4271,13 @@ SECTIONS = {
     "ACK and NACK": (
         Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
                "Envoy's admin interface what became of every publication"),
-        Option("step-delay", go_duration, "D", "pause between ordered steps",
-               "100ms where Envoy is not asked, else none"),
+        Option("step-delay", go_duration, "D",
+               "pause between ordered steps; 100ms where Envoy is not asked, else none"),
         Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
                "most; non-zero: not published, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
-        Option("listen", listen_address, "[ADDR]:PORT",
-               "serve /healthz, /readyz, /startz, /metrics and /snapshot"),
+        Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
         Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
         Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
@@ -4415,7 +4290,9 @@ SECTIONS = {
     ),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
-NO_POD = "https://kubernetes"  # the API server where the environment names none
+SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
+SPELLED["-h"] = SPELLED["--help"]
+VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
@@ -4425,73 +4302,81 @@ class Options(types.SimpleNamespace):
     environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
 
 
-def command_line_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values on the command line by option, read as Go's flag package reads them: one dash or
-    two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
-    known = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
-    known["-h"] = known["--help"]
-    found: dict[str, list[str]] = {}
+Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
+
+
+def given_in_words(argv: Sequence[str]) -> Given:
+    """What the command line says, read as Go's flag package reads it: one dash or two; `-x=v` and
+    `-x v`; a switch takes a value only after `=`."""
+    given: Given = {}
     rest = deque(argv)
     while rest:
         name, equals, value = rest.popleft().partition("=")
-        option = known.get(name)
+        option = SPELLED.get(name)
         if option is None:
             raise UsageError(f"unknown option {name[:100]!r}; see --help")
         if option.metavar and not (equals or rest):
             raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
             value = rest.popleft() if option.metavar else "true"
-        found.setdefault(option.name, []).append(value)
-    return found
+        given.setdefault(option.name, []).append((f"--{option.name}", value))
+    return given
 
 
-def value_of(where: str, parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except (ValueError, UsageError) as error:
-        shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
-        raise UsageError(f"{where} {shown!r}: {error}") from None
+def given_in_environment(environ: Mapping[str, str]) -> Given:
+    """What an option's own variable says, else what Kubernetes gives a pod."""
+    given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
+    with contextlib.suppress(OSError), open(place, "rb") as stream:
+        given["namespace"] = [(place, stream.read(1000).decode("utf-8", "replace").strip())]
+    for variable in ("POD_NAMESPACE", "NS"):
+        if environ.get(variable):
+            given["namespace"] = [(f"${variable}", environ[variable])]
+    if host := environ.get("KUBERNETES_SERVICE_HOST"):
+        port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
+        url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
+        given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
+    for variable, option in VARIABLES.items():
+        text = environ.get(variable)
+        if text and option.name not in ("help", "version"):
+            texts = text.split() if option.repeats else [text]
+            given[option.name] = [(variable, each) for each in texts]
+    return given
 
 
-def option_value(option: Option, words: Mapping[str, list[str]],
-                 environ: Mapping[str, str]) -> Any:
-    """What is given on the command line, else in the environment, else the default; None where
-    there is none, or one that is said in words."""
-    where, texts = f"--{option.name}", words.get(option.name, [])
-    if not texts and option.name not in ("help", "version"):
-        where, text = option.variable, environ.get(option.variable, "")
-        texts = text.split() if option.repeats else [text] if text else []
-    values = [value_of(where, option.parse, text) for text in texts]
+def option_value(option: Option, given: Given) -> Any:
+    """What is given, else the default; None where there is none."""
+    values = []
+    for where, text in given.get(option.name, ()):
+        try:
+            values.append(option.parse(text))
+        except (ValueError, UsageError) as error:
+            shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
+            raise UsageError(f"{where} {shown!r}: {error}") from None
     if option.repeats:
         return tuple(dict.fromkeys(values))
     if not values and option.default:
-        with contextlib.suppress(ValueError):
-            values = [option.parse(option.default)]
+        return option.parse(option.default)
     return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
-    words = command_line_words(argv)
-    options = Options(**{option.name.replace("-", "_"): option_value(option, words, environ)
+    given = {**given_in_environment(environ), **given_in_words(argv)}
+    options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
     options.mode = ("once" if options.onetime or options.dry_run
                     else "watch" if options.watch and not options.from_file else "poll")
     check_combination(options)
     if options.mode == "once":  # it asks nobody, and serves nothing
         options.listen = options.envoy_admin = None
-    options.namespace = options.namespace or default_namespace(environ)
     for kind in ("configmap", "secret"):
         setattr(options, kind, tuple(
             (query if query.namespace else query._replace(namespace=options.namespace), directory)
             for query, directory in getattr(options, kind)))
-    if not options.from_file:
-        options.apiserver = options.apiserver or default_apiserver(environ)
     options.node_name = environ.get("NODE_NAME", "")
-    known = {option.variable for option in OPTIONS}
     options.unknown_variables = [
         name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-        and name not in known and not re.fullmatch(SERVICE_LINK, name)]
+        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
     return options
 
 
@@ -4514,26 +4399,6 @@ def check_combination(options: Options) -> None:
             raise UsageError(text)
 
 
-def default_namespace(environ: Mapping[str, str]) -> str:
-    for variable in ("NS", "POD_NAMESPACE"):
-        if environ.get(variable):
-            return str(value_of(f"${variable}", namespace_name, environ[variable]))
-    try:
-        with open(f"{SERVICE_ACCOUNT}/namespace", "rb") as stream:
-            return str(namespace_name(stream.read(1000).decode().strip()))
-    except (OSError, ValueError):
-        return "default"
-
-
-def default_apiserver(environ: Mapping[str, str]) -> str:
-    """The address that every pod is given, else the predecessor's default."""
-    host, port = environ.get("KUBERNETES_SERVICE_HOST"), environ.get("KUBERNETES_SERVICE_PORT")
-    if not host:
-        return NO_POD
-    url = f"https://{f'[{host}]' if ':' in host else host}:{port or 443}"
-    return str(value_of("$KUBERNETES_SERVICE_HOST and ..._PORT", http_url, url))
-
-
 def help_text() -> str:
     """--help: what the module says of itself, and the table of options."""
     import textwrap
@@ -4549,9 +4414,6 @@ def help_text() -> str:
     return "\n".join([*lines, ""])
 
 
-# -- running ---------------------------------------------------------------------------------------
-
-
 def run(options: Options) -> int:
     """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
@@ -4563,8 +4425,7 @@ def run(options: Options) -> int:
     config = read_config(options.config) if options.config else DEFAULTS
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
-    own_zone_wanted = options.services is not None and config["endpoint"]["prefer_zone"] is True
-    if own_zone_wanted and not options.node_name:
+    if config["endpoint"]["prefer_zone"] is True and not options.node_name:
         raise UsageError("--config: $.endpoint.prefer_zone: true needs the Node in $NODE_NAME")
     if options.secret:
         no_core_dumps()
@@ -4576,14 +4437,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the loader; returns the exit code: 0, 1 (tried and could not) or 2 (bad input)."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        words = command_line_words(arguments)
-        wanted = [name for name in ("help", "version")
-                  if value_of(f"--{name}", go_bool, words.get(name, ["false"])[-1])]
-        if wanted:
-            version = f"envoy-xds-configmap-loader {__version__}\n"
-            print_out([help_text() if "help" in wanted else version])
-            return 0
-        return run(options_from(arguments, os.environ))
+        given = given_in_words(arguments)
+        if option_value(SPELLED["--help"], given):
+            print_out([help_text()])
+        elif option_value(SPELLED["--version"], given):
+            print_out([f"envoy-xds-configmap-loader {__version__}\n"])
+        else:
+            return run(options_from(arguments, os.environ))
+        return 0
     except UsageError as error:
         print(f"envoy-xds-configmap-loader: {error}", file=sys.stderr)
         return 2

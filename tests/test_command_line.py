@@ -326,6 +326,7 @@ PASSED = {
     "--secret-mode": ["0600", "640", "0o640", "400"],
     "--services": ["*", "", "app=web,tier in (a, b),!legacy"],
     "--services-namespace": ["*", "shop"],
+    "--configmap-selector": ["*", "", "app=web"],
     "--check-cmd": ["check.sh '{dir}'"],
     "--step-delay": ["0", "0s", "+1.5s", "1h1m1s1ms1us1ns", ".5s", "1.s"],
 }  # fmt: skip
@@ -379,6 +380,8 @@ def test_what_the_options_become() -> None:
     assert options("--watch", "--dry-run").mode == "once"
     assert options("--watch", "--from-file", "x.json").mode == "poll"
     assert options("--services", "*").services == ""
+    assert options("--configmap-selector", "*").configmap_selector == ""
+    assert (options().namespace, options().apiserver) == ("default", "https://kubernetes")
     found = options("--secret", "x", "--secret", "shop/x", "--secret=x", NS="demo").secret
     assert [query.namespace for query, _ in found] == ["demo", "shop"]
     assert options(NODE_NAME="node-1").node_name == "node-1"

@@ -587,7 +587,7 @@ class Explorer:
                           (state.published, wanted))
             assert have is not None
             assert want is not None
-            late = [name for name, text in want.texts.items() if have.texts.get(name) != text]
+            late = [name for name, text in want.items() if have.get(name) != text]
             if late:
                 raise Violation(f"the clusters {late} wait")
 

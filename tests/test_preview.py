@@ -148,6 +148,15 @@ def test_the_files_are_printed_and_the_version_to_wait_for(
     assert os.readlink(out / "..data") == f"..{version.removeprefix('snapshot ')}"
 
 
+def test_bytes_that_are_not_text_are_escaped(objects: Path) -> None:
+    item = {"kind": "ConfigMap", "metadata": {"namespace": "demo", "name": "a"},
+            "binaryData": {"blob": "/wBhCg=="}}  # fmt: skip
+    objects.write_text(json.dumps(item))
+    shown = "==> blob (configmap demo/a, 4 bytes) <==\n\\xff\0a\n"
+    assert preview(objects).stdout.endswith(shown)
+    assert "+\\xff\0a\n" in preview(objects, "--diff").stdout
+
+
 def test_a_difference_and_none(objects: Path, run_loader: RunLoader, out: Path) -> None:
     write(objects, {"rds.yaml": "a: 1\n"})
     first = preview(objects, "--diff")

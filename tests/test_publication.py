@@ -513,10 +513,14 @@ def test_a_foreign_file_where_a_directory_must_be_costs_only_what_goes_there(
     api.configmap("demo", "envoy-xds", {"a": "1"})
     (out / "current").mkdir(parents=True)
     (out / "current/eds").write_text("mine")
-    done = run_loader("--onetime", "--configmap", "envoy-xds:eds/x", "--configmap", "envoy-xds")
+    (out / "current/link").symlink_to("/nowhere")
+    names = ("envoy-xds:eds/x", "envoy-xds:link", "envoy-xds")
+    done = run_loader("--onetime", *(word for name in names for word in ("--configmap", name)))
     assert done.returncode == 0, done.stderr
     assert f"eds/x/a of {SOURCE} left out: {out}/current/eds is a file" in done.stderr
-    assert snapshot(out) == {"eds": b"mine", "a": b"1"}
+    assert f"link/a of {SOURCE} left out: {out}/current/link is a file" in done.stderr
+    assert os.readlink(out / "current/link") == "/nowhere"
+    assert texts(out, foreign=["eds", "link"]) == {"a": "1"}
 
 
 # -- modes

@@ -407,7 +407,8 @@ def encrypted_key() -> bytes:
     "content",
     [
         b"inline_string: |\n  -----BEGIN RSA PRIVATE KEY-----\n",
-        b"inline_bytes: " + base64.b64encode(b"-----BEGIN EC PRIVATE KEY-----\nMHc"),
+        *(b"inline_bytes: " + base64.b64encode(b"x" * more + b"-----BEGIN EC PRIVATE KEY-----\nMHc")
+          for more in range(6)),
         b'{"@type": "x/envoy.extensions.transport_sockets.tls.v3.Secret", "generic_secret": 1}',
     ],
 )

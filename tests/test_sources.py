@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -79,6 +80,26 @@ def test_onetime_gives_up_at_its_timeout(run_loader: RunLoader) -> None:
     assert took > 0.9
     in_time(took, 3)
     assert "demo/b" in done.stderr
+
+
+@pytest.mark.parametrize("waits", ["for a source", "for a step"])
+def test_a_signal_ends_onetime_before_it_is_done(
+    start_loader: StartLoader, run_loader: RunLoader, api: ApiServer, out: Path, waits: str
+) -> None:
+    """It did not publish all, so it is no success."""
+    api.configmap("demo", "a", {"cds.json": "{}", "rds.json": "{}"})
+    if waits == "for a step":
+        assert run_loader("--onetime", "--configmap", "a").returncode == 0
+        api.configmap("demo", "a", {"cds.json": '{"a": 1}', "rds.json": '{"a": 1}'})
+        loader = start_loader("--onetime", "--configmap", "a", "--step-delay", "1h")
+        loader.wait_log("published .*step=clusters")
+        wait_files(out, {"cds.json": '{"a": 1}', "rds.json": "{}"})
+    else:
+        loader = start_loader("--onetime", "--timeout", "1h", "--configmap", "absent")
+        loader.wait_log("waiting for configmap demo/absent")
+    loader.process.send_signal(signal.SIGTERM)
+    assert loader.wait(1) == 1
+    assert "ERROR ended by a signal before everything was published" in loader.log
 
 
 @pytest.mark.parametrize("mode", [["--watch"], []], ids=["watch", "poll"])
@@ -514,6 +535,27 @@ def test_objects_of_a_file(
     assert done.returncode == 0, done.stderr
     assert snapshot(out) == {"a": b"1"}
     assert api.connections_total == 0
+
+
+@pytest.mark.parametrize(
+    ("selector", "selected"),
+    [("", "abc"), ("app", "ab"), ("!app", "c"), ("app=x", "a"), ("app == y", "b"), ("app!=x", "bc"),
+     ("app=", ""), ("app in (x, y)", "ab"), ("app notin (x)", "bc"), ("app notin (x),app", "b"),
+     ("app in (x,y),tier=1", "b")],
+)  # fmt: skip
+def test_a_selector_selects_from_a_file_what_it_selects_from_an_api_server(
+    run_loader: RunLoader, api: ApiServer, tmp_path: Path, out: Path, selector: str, selected: str
+) -> None:
+    path, items = tmp_path / "objects.json", []
+    for name, labels in {"a": {"app": "x"}, "b": {"app": "y", "tier": "1"}, "c": {}}.items():
+        api.configmap("demo", name, {name: "1"}, labels=labels)
+        items.append(configmap(name, {name: "1"}))
+        items[-1]["metadata"]["labels"] = labels
+    save(path, *items)
+    for more in ((), ("--from-file", str(path))):
+        done = run_loader("--onetime", "--configmap-selector", selector, *more)
+        assert done.returncode == 0, done.stderr
+        assert snapshot(out) == dict.fromkeys(selected, b"1")
 
 
 def test_an_object_of_another_kind_may_have_items(

@@ -110,6 +110,19 @@ def test_the_second_of_two_clusters_of_one_name_is_left_out() -> None:
     )
 
 
+def test_a_name_of_clusters_belongs_to_the_oldest_service_and_its_first_port() -> None:
+    config = {"cluster": {"name": "{service}"}}
+    young = routed("a/web", created="2025")
+    old = routed("b/web", port("http", 80), port("admin", 81), created="2024")
+    found = rendered(young, old, config=config)
+    assert list(clusters(found)) == ["web"]
+    assert "eds/b_web_http.yaml" in found.files
+    assert found.warnings == (
+        "service a/web: port http is left out: service b/web has a cluster named web",
+        "service b/web: port admin is left out: service b/web has a cluster named web",
+    )
+
+
 def test_sctp_is_skipped_and_named_and_udp_has_udp_addresses() -> None:
     found = rendered(
         service("demo/dns", port("dns", 53, 5353, protocol="UDP"), port("x", 9, protocol="SCTP")),
@@ -927,8 +940,7 @@ def test_tricky_strings_stay_strings() -> None:
 
 
 def split_of(content: bytes) -> Mapping[str, bytes] | None:
-    found = loader.clusters_of(loader.file_of(content, ""))
-    return found.texts if found else None
+    return loader.clusters_of(loader.file_of(content, ""))
 
 
 def test_rendered_yaml_is_split_and_joined() -> None:

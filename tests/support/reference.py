@@ -24,12 +24,14 @@ NOTES = {
   [a runtime layer on disk](bootstraps.md#runtime-flags-a-file-a-flag) wants them.
 - Nothing is published before every named object exists: `--onetime` fails (after `--timeout`), a
   sidecar waits and logs it.
-- A selector is written as for `kubectl -l`: `app=web,tier in (a, b),!legacy`.
+- A selector is written as for `kubectl -l`: `app=web,tier in (a, b),!legacy`; `*` or an empty one
+  selects all. `--configmap-selector` looks into `--namespace`.
 """,
     "From where": """\
 - In a pod none of these is needed; [previews](previews.md) shows what is needed elsewhere.
 - With `--from-file` the options of the API server are ignored. The file has one object, or several
-  in a list, as `kubectl get configmap,service,endpointslice -o json` prints them.
+  in a list, as `kubectl get configmap,service,endpointslice -o json` prints them. A sidecar reads
+  it again every `--sync-interval`; `-`, standard input, needs `--onetime`.
 """,
     "How Services are rendered": """\
 - [Rendering](rendering.md) has the rules, [where endpoints live](rendering.md#where-endpoints-live)
@@ -37,13 +39,15 @@ NOTES = {
 """,
     "Where to, and when": """\
 - Without `--onetime` and `--watch` the loader is a sidecar that polls every `--sync-interval`.
-  `--onetime` wins over `--watch`.
+  `--onetime` wins over `--watch`. With `--watch` the files on disk are checked every
+  `--sync-interval`, and the API server is not asked again for that.
 - Envoy must see the directory under the same path if Services are rendered, since clusters name
   the files of their endpoints. [On disk](on-disk.md) has what is in it.
 - `--dry-run` needs no directory and takes no lock. Its first line is the version of the snapshot,
   which `xds_loader_snapshot_info` shows once it is published; JSON files that are not valid JSON
   are named in a warning. `--diff` prints nothing if nothing would change.
-- `--timeout 0s` is one try, with up to a second of retries on 401, 403, 429 and 5xx.
+- With `--timeout` `--onetime` waits for its sources to exist and for the API server to answer; `0s`
+  is one try, with up to a second of retries on 401, 403, 429 and 5xx.
 """,
     "ACK and NACK": """\
 - With `--envoy-admin` the loader asks Envoy after each publication, steps wait for the answer, and
@@ -131,8 +135,8 @@ LABELS = {
     "file": "path below `current/`",
     "source": "as in the log: `configmap demo/envoy-xds`, `services demo`",
     "reason": "`ended` (by the server, as it does every few minutes), `expired` (410), `cut` "
-    "(no answer, or the end of one), `future` (etcd was reset), `rejected` (a resumed watch, three "
-    "times), `refresh` (SIGHUP), `status <code>`",
+    "(no answer, or the end of one), `future` (etcd was reset), `refresh` (SIGHUP), "
+    "`status <code>`",
     "code": "HTTP status, `none` without an answer",
     "verb": "`list`, `watch`",
     "kind": "`disk`, `damage` (repaired on disk), `check` (`--check-cmd` rejected the files), "
