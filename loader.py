@@ -3596,7 +3596,7 @@ class Asking:
         elif link == SILENT and news:
             self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
         elif link != SILENT:
-            self.trouble = f"Envoy is not asked: {news or 'nobody answered'}"
+            self.trouble = f"Envoy is not asked: {news or 'nobody answers at --envoy-admin'}"
             self.started = link == BLIND
             self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
             if link == BLIND:
