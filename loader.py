@@ -2214,15 +2214,6 @@ def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step 
     return None if same_files(files, published) else Step(files, ROLLBACK)
 
 
-def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that an Envoy which starts would miss: other
-    files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
-    gone = {path: file for path, file in published.items() if path not in desired}
-    named = paths_in((file.content for file in published.values()), gone)
-    read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
-    return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
-
-
 def allowed(
     desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
 ) -> tuple[Files, list[str]]:
@@ -2724,7 +2715,7 @@ class Known(NamedTuple):
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
-    named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
+    named: frozenset[str] = frozenset()  # files without a source that others named
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
 
 
@@ -2775,18 +2766,16 @@ def resource_names(path: str, file: File, files: Files) -> set[str]:
 
 
 def after_publication(
-    known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
+    known: Known, before: Files, after: Files, again: Iterable[str] = ()
 ) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
     waiting = bool(unjudged(known, before))
-    named = known.named | paths_in((file.content for file in before.values()),
-                                   after.keys() - desired.keys())
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and (state == UNKNOWN or path not in moved)},
-        doubt=known.doubt or waiting, came=came, named=named.intersection(after))
+        doubt=known.doubt or waiting, came=came)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -2938,12 +2927,18 @@ def awaited(known: Known, files: Files) -> list[str]:
     return [path for path in unjudged(known, files) if path not in known.states]
 
 
-def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
-    only drains."""
-    state = known.states.get(path)
-    read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
-    return read and path not in known.named
+def with_needed(known: Known, desired: Files, published: Files) -> tuple[Known, Files]:
+    """The desired files, and those without a source that an Envoy which starts would miss: other
+    files name them; or Envoy reads them, as far as it is known, and no file named them (such as a
+    listener that only drains), so that its bootstrap does."""
+    gone = {path: file for path, file in published.items() if path not in desired}
+    named = known.named.union(paths_in((file.content for file in published.values()), gone))
+    if (named := named.intersection(gone)) != known.named:
+        known = known._replace(named=named)
+    read = {path: file for path, file in gone.items() if path not in known.named and (
+        path in known.nacks or known.states.get(path) == NACKED
+        or (path in known.acked and known.states.get(path) != UNREAD))}
+    return known, {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -3520,7 +3515,7 @@ class Asking:
 
     # -- a publication --------------------------------------------------------------------------
 
-    def moved(self, before: Files, after: Files, desired: Files, again: Sequence[str]) -> None:
+    def moved(self, before: Files, after: Files, again: Sequence[str]) -> None:
         """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
@@ -3529,7 +3524,7 @@ class Asking:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
             self._moved_at[REMOVALS] = now
-        self.known = after_publication(known, before, after, desired, again)
+        self.known = after_publication(known, before, after, again)
 
     def ask_about(self, moved: Iterable[str], fields: Mapping[str, object]) -> None:
         """Ask what became of a publication; its line in the log comes with the answer."""
@@ -3790,7 +3785,7 @@ class Loop:
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
-            self.asking.moved(files, files, files, [path for path in repaired if path in files])
+            self.asking.moved(files, files, [path for path in repaired if path in files])
             self.asking.look_at = time.monotonic()
 
     def _advance(self) -> bool:
@@ -3798,15 +3793,15 @@ class Loop:
         asking, output, published = self.asking, self.output, self.output.published
         back = rollback(published, asking.known.acked, asking.known.nacks)
         if back is not None:
-            self._publish(back, back.files)
+            self._publish(back)
             return True
         sources = self.composed()
         if not sources.complete:
             return False
         files, kept = sources.files, list[str]()
-        if files.keys() != published.keys():
+        if files.keys() != published.keys() or asking.known.named:
             files, kept = output.fitting(files)
-            files = with_needed(files, published, functools.partial(is_read, asking.known))
+            asking.known, files = with_needed(asking.known, files, published)
             kept += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
                      f"needs it" for path in files if path not in sources.files]
         self.note("files", kept + [
@@ -3832,7 +3827,7 @@ class Loop:
         if opens_at > time.monotonic():
             self._step_at = opens_at
             return False
-        self._publish(step, wanted, again)
+        self._publish(step, again)
         return True
 
     def composed(self) -> Wanted:
@@ -3858,7 +3853,7 @@ class Loop:
                 raise LoaderError(unfinished(wanted, trouble, options))
             self._await(until)
 
-    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
+    def _publish(self, step: Step, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
         before, files = self.output.published, step.files
         if step.name in WAITING_STEPS:
@@ -3868,7 +3863,7 @@ class Loop:
             paths = self.output.publish(files, again)
         finally:  # whatever failed, Envoy may have read what was switched to
             if self.output.published is not before or again:
-                self.asking.moved(before, files, desired, again)
+                self.asking.moved(before, files, again)
         self._published_at = time.monotonic()
         took = self._published_at - self._event_at
         metrics.add("xds_loader_publications_total", (step.name,))
