@@ -2675,14 +2675,11 @@ LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two look
 PROBE_SOON, PROBE = 0.01, 0.1
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
-REASON_LENGTH = 200  # characters of Envoy's words in the log
+REASON_LENGTH = 400  # characters of Envoy's words in the log
 
-LEAVES = {"update_success": 0, "update_rejected": 1, "update_failure": 1}
-STATS = "/stats?" + urllib.parse.urlencode({
-    "usedonly": "",
-    "filter": r"\.(update_(success|rejected|failure)|warming_clusters"
-              r"|dynamic_unknown_fields|hot_restart_epoch)$",
-})
+STATS = "/stats?usedonly&filter=" + urllib.parse.quote(
+    r"\.(update_(success|rejected|failure)|warming_clusters"
+    r"|dynamic_unknown_fields|hot_restart_epoch)$")
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 LISTENER_ERRORS = "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"
@@ -3052,10 +3049,13 @@ class Admin(threading.Thread):
             raise LoaderError("it was restarted hot, and counts for its parent too: start it with "
                               "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
+        details = self._get(LISTENER_ERRORS) if rejected else ""
+        # Envoy's own words, cut where they would quote the content (or JSON escapes something).
+        words = {each.strip(" :,(") for each in re.findall(r'"details": *"([^\[{"\\]+)', details)}
         return Look(counts, self._live, self._hidden,
                     figures.get("cluster_manager.warming_clusters", 0),
                     figures.get("server.dynamic_unknown_fields", 0),
-                    listener_errors(self._get(LISTENER_ERRORS)) if rejected else "")
+                    "; ".join(sorted(words))[:REASON_LENGTH])
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
@@ -3084,23 +3084,11 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     counts: dict[str, list[int]] = {}
     figures: dict[str, int] = {}
     for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
-        if leaf in LEAVES:
-            counts.setdefault(scope, [0, 0])[LEAVES[leaf]] += int(value)
+        if leaf.startswith("update_"):
+            counts.setdefault(scope, [0, 0])[leaf != "update_success"] += int(value)
         else:
             figures[f"{scope}.{leaf}"] = int(value)
     return {scope: Counts(*values) for scope, values in counts.items() if any(values)}, figures
-
-
-def listener_errors(text: str) -> str:
-    """Why Envoy rejected listeners, in its own words, cut where they would quote the content."""
-    try:
-        details = {row["error_state"]["details"] for row in parse_json(text)["configs"]
-                   if "error_state" in row}
-        words = {re.split(r"[\[{\n\"]", detail, maxsplit=1)[0][:REASON_LENGTH].strip(" :,(")
-                 for detail in details}
-    except (ValueError, TypeError, LookupError):
-        return ""
-    return "; ".join(sorted(words - {""}))[: 2 * REASON_LENGTH]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3437,7 +3425,6 @@ LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a director
 
 # Nobody is there to ask; Envoy does not answer; answers; answers what cannot be understood.
 ABSENT, SILENT, MET, BLIND = "absent", "silent", "met", "blind"
-STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
 
 class Wakes:
@@ -3446,18 +3433,16 @@ class Wakes:
     before it."""
 
     def __init__(self) -> None:
-        self._news: deque[tuple[str, Any]] = deque()
+        self._news: deque[tuple[object, Any]] = deque()
         self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def put(self, what: str, news: object = None) -> None:
+    def put(self, what: object, news: object = None) -> None:
         """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
         self._news.append((what, time.monotonic() if news is None else news))
-        try:
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
-        except BlockingIOError:
-            pass  # a full pipe wakes as well
 
-    def wait(self, seconds: float) -> list[tuple[str, Any]]:
+    def wait(self, seconds: float) -> list[tuple[object, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
         while not self._news and (left := until - time.monotonic()) > 0:
@@ -3476,8 +3461,7 @@ class Asking:
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: list[str] = []  # Envoy has to be notified of these once more
-        self.notes: list[str] = []
-        self.trouble = ""  # why it does not answer
+        self.notes: Mapping[str, str] = {}  # why it does not answer, or not of all files
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
@@ -3577,19 +3561,20 @@ class Asking:
     def found(self, link: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, link
-        self.started = self.started and before != BLIND
+        self.started = link == BLIND or (self.started and not {before, link} & {ABSENT, BLIND})
         self._back_at = now if before == ABSENT else self._back_at
         self._silent_until = (self._silent_until or now + SILENT_BOUND) if link == SILENT else 0.0
         if link == MET:
-            self.trouble, self.look_at = "", 0.0
+            self.look_at = 0.0
             if before != MET and not self.until:
                 self._expect(ANSWER_BOUND)
             self._take_look(news, now)
         elif link == SILENT and news:
-            self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
+            self.notes = {"Envoy answers": f"Envoy does not answer: {news}"}
+            self.look_at = now + LOOK_LAST
         elif link != SILENT:
-            self.trouble = f"Envoy is not asked: {news or 'nobody answers at --envoy-admin'}"
-            self.started = link == BLIND
+            reason = news or "nobody answers at --envoy-admin"
+            self.notes = {"Envoy answers": f"Envoy is not asked: {reason}"}
             self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
             if link == BLIND:
                 self.known = after_meeting(self.known)
@@ -3613,12 +3598,11 @@ class Asking:
         states = self.known.states
         hidden = sorted(path for path in states if look.hidden and states[path] == UNKNOWN)
         waiting = bool(awaited(self.known, files)) or not look.live
-        if not waiting:
-            self.notes = [f"what Envoy makes of {shortened(hidden)} stays unknown: its "
-                          "stats_matcher leaves the counters out"] if hidden else []
+        self.notes = {"Envoy keeps all counters": f"what Envoy makes of {shortened(hidden)} stays "
+                      "unknown: its stats_matcher leaves the counters out"} if hidden else {}
         self.started = self.started or (look.live and bool(files) and all(
             states.get(path) in (ACKED, UNREAD) or path in hidden
-            for path, file in files.items() if file.kind in STARTING_KINDS))
+            for path, file in files.items() if file.kind in ("cds", "lds", "rds")))
         if nacked or not waiting:
             self.end()  # a rollback does not wait for the other files
         if not look.live or unjudged(self.known, files) or look.warming or not self.started:
@@ -3668,18 +3652,14 @@ class Loop:
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until there is nothing left to publish."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # A signal interrupts nothing: it wakes the loop, as everything does.
-            signal.signal(number, self._signalled)
+            signal.signal(number, self.wakes.put)  # it interrupts nothing: it is news like all else
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
-            host, port = self.options.listen
-            self._listener = Listener(host, port)
+            self._listener = Listener(*self.options.listen)
         try:
-            while True:
+            while not self.stopping:
                 self._turn()
                 self._report()
-                if self.stopping:  # perhaps the turn took in the signal
-                    break
                 check, step_at = self.check_command, self.asking.until or self._step_at
                 if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
@@ -3687,13 +3667,7 @@ class Loop:
         finally:
             self.check_command.stop()
             self.asking.end()
-        if self._once:
-            raise LoaderError("ended by a signal before everything was published")
         return 0
-
-    def _signalled(self, number: int, _: object) -> None:
-        self.stopping = self.stopping or number != signal.SIGHUP
-        self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
 
     def _await(self, until: float) -> None:
         """Sleep until something happens, and take in all that happened; of a burst, the rest too.
@@ -3709,7 +3683,11 @@ class Loop:
                         raise about
                     case "objects" if self._wanted is not None:
                         self._wanted, self._event_at = None, about
-                    case "refresh":
+                    case signal.SIGTERM | signal.SIGINT:
+                        if self._once:
+                            raise LoaderError("ended by a signal before everything was published")
+                        self.stopping = True
+                    case signal.SIGHUP:
                         log.info("SIGHUP: checking and publishing now")
                         self.sources.refresh()
                         self._check_at = min(self._check_at, time.monotonic())
@@ -3726,7 +3704,7 @@ class Loop:
         """What is due now, and the next snapshots on the way to what is wanted."""
         asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", {"Envoy answers": asking.trouble} if asking.trouble else {})
+        self.note("envoy", asking.notes)
         self._step_at = 0.0
         if self._backoff and now < self._check_at:
             return
@@ -3747,7 +3725,7 @@ class Loop:
                     output.keep_acked(asking.known.acked, output.published)
                     output.remember(state_of(asking.known))
                     self._remembered = asking.known
-                more = not asking.until and not self.stopping and self._advance()
+                more = not asking.until and self._advance()
             self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
@@ -3812,7 +3790,7 @@ class Loop:
             return False
         asking.known = retried(asking.known, wanted, published)
         desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
-        self.note("nacked", [*notes, *asking.notes])
+        self.note("nacked", notes)
         step = next_step(published, desired) if output.snapshot else Step(desired, INITIAL)
         again = to_retry(asking.known, published) if step is None else []
         if again:
@@ -3844,7 +3822,7 @@ class Loop:
                 self.note("missing", [f"waiting for {source}: it does not exist"
                                       for source in wanted.missing])
                 self.note("trouble", trouble)
-            if wanted.complete or self.stopping or not self._once:
+            if wanted.complete or not self._once:
                 return wanted
             lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
             # A first answer may be slow: each request has bounds of its own.
@@ -3969,34 +3947,33 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     Its process group is killed at the end: no process that it left behind may hold these files."""
     import subprocess
 
+    words = [part.replace("{dir}", directory) for part in command]
+    until, printed, ended = time.monotonic() + CHECK_SECONDS, b"", None
     try:
-        process = subprocess.Popen(
-            [part.replace("{dir}", directory) for part in command], stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, umask=0o022,
-            start_new_session=True)
+        with subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                bufsize=0, umask=0o022, start_new_session=True) as process:
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            try:
+                while not ended and time.monotonic() < until and not stop.wait(0.01):
+                    # Not reaped yet, so that the group cannot be another's when it is killed.
+                    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    block = process.stdout.read(CHECK_OUTPUT) or b""  # a full pipe would block it
+                    if not holds_secret(printed):  # else what comes may belong to it
+                        printed = printed[-CHECK_OUTPUT:] + block
+            finally:  # SIGTERM raises in a preview
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         return f"--check-cmd cannot be run: {why(error)}"
-    output, until, printed, ended = process.stdout, time.monotonic() + CHECK_SECONDS, b"", None
-    assert output is not None
-    os.set_blocking(output.fileno(), False)
-    try:
-        while not ended and time.monotonic() < until and not stop.wait(0.01):
-            # Not reaped yet, so that the group cannot be another's when it is killed.
-            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            block = output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
-            if not holds_secret(printed):  # else what comes may belong to it
-                printed = printed[-CHECK_OUTPUT:] + block
-    finally:  # SIGTERM raises in a preview
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-        output.close()
     if not ended:
         late = f"took more than {CHECK_SECONDS:.0f} s"
         return f"--check-cmd {'was ended by a signal' if stop.is_set() else late}"
     text = "[redacted]" if holds_secret(printed) else printed.decode("utf-8", "replace").strip()
     last = (text.splitlines() or ["no output"])[-1][:300]
-    return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
+    return (f"--check-cmd {command[0]} rejects the files (exit {process.returncode}): {last}"
+            if process.returncode else "")
 
 
 class CheckCommand:
