@@ -2662,9 +2662,7 @@ def walk(root: str, below: str = "") -> Iterator[str]:
 # at a time, so the counts before and after it tell everything. What they do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-# What one look may tell as well: it was not attempted yet; or ACKed and NACKed, by moves that
-# overlapped, so that Envoy must be notified once more.
-PENDING, MIXED = "pending", "mixed"
+PENDING, MIXED = "pending", "mixed"  # in one look: not attempted yet; both, as moves overlapped
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
@@ -2685,16 +2683,12 @@ STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 LISTENER_ERRORS = "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"
 
 
-class Counts(NamedTuple):
-    """What Envoy counts for one subscription: each attempt is one of the two."""
-
+class Counts(NamedTuple):  # of the attempts of one subscription
     success: int = 0
     failed: int = 0  # update_rejected and update_failure
 
 
 class Look(NamedTuple):
-    """One look at Envoy."""
-
     counts: Mapping[str, Counts] = {}  # by the name of the scope in /stats
     live: bool = False  # Envoy is through its own initialization
     hidden: bool = False  # a stats_matcher may leave out counters
@@ -2762,9 +2756,7 @@ def resource_names(path: str, file: File, files: Files) -> set[str]:
 # -- what is known, step by step (pure) ----------------------------------------------------------
 
 
-def after_publication(
-    known: Known, before: Files, after: Files, again: Iterable[str] = ()
-) -> Known:
+def after_publication(known: Known, before: Files, after: Files, again: Sequence[str]) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
     waiting = bool(unjudged(known, before))
@@ -2890,11 +2882,8 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     file, old = files[path], known.nacks.get(path)
     if old and same_file(known.acked.get(path), file):
         return known
-    stood = frozenset[str]()
-    if old and is_nacked(file, old):
-        stood = old.stood
-    elif file.kind in REFERENCE_KINDS:
-        stood = named_things(file, files) - known.came
+    named = named_things(file, files) if file.kind in REFERENCE_KINDS else frozenset[str]()
+    stood = old.stood if old and is_nacked(file, old) else named - known.came
     nack = Nack(file.digest, file.kind, reason, stood)
     return known._replace(nacks={**known.nacks, path: nack})
 
@@ -2960,9 +2949,6 @@ def likely_cause(file: File, files: Files) -> str:
     return f"it names {shortened(missing)}, which is not published" if missing else ""
 
 
-# -- asking Envoy --------------------------------------------------------------------------------
-
-
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
@@ -2978,7 +2964,6 @@ class Admin(threading.Thread):
         self._live, self._hidden = False, False
 
     def ask(self) -> None:
-        """Look at Envoy now; the answer is a wake."""
         with contextlib.suppress(BlockingIOError):  # a full pipe: it is asked enough
             os.write(self._write, b"?")
 
@@ -3497,10 +3482,7 @@ class Asking:
             return max(pause, self._silent_until)
         return now if self._step_delay is None else pause
 
-    # -- a publication --------------------------------------------------------------------------
-
     def moved(self, before: Files, after: Files, again: Sequence[str]) -> None:
-        """Files moved, some of them `again`."""
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
                  if known.states.get(path) != UNREAD}
@@ -3646,8 +3628,6 @@ class Loop:
         self._backoff = 0.0  # seconds: the disk failed, nothing is tried before that check; 0: no
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
-
-    # -- running ------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until there is nothing left to publish."""
