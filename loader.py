@@ -2702,7 +2702,8 @@ class Known(NamedTuple):
 
     acked: Files = {}  # noqa: RUF012 - the last bytes that any Envoy ACKed
     nacks: Mapping[str, Nack] = {}  # of any Envoy, until what is desired is something else
-    states: Mapping[str, str] = {}  # by path, by the Envoy of now; UNKNOWN: no longer waited for
+    states: Mapping[str, str] = {}  # ACKED, NACKED, UNREAD by path, by the Envoy process of now
+    unknown: frozenset[str] = frozenset()  # paths that nobody waits for any more, until an ACK
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
@@ -2763,8 +2764,8 @@ def after_publication(known: Known, before: Files, after: Files, again: Sequence
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
-                if path in after and (state == UNKNOWN or path not in moved)},
-        doubt=known.doubt or waiting, came=came)
+                if path in after and path not in moved},
+        unknown=known.unknown.intersection(after), doubt=known.doubt or waiting, came=came)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -2780,7 +2781,7 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 
 def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, counts={}, doubt=True)
+    return known._replace(states={}, unknown=frozenset(), counts={}, doubt=True)
 
 
 def after_end(known: Known, files: Files, *, soon: bool) -> tuple[Known, list[str]]:
@@ -2815,7 +2816,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
     told |= dict.fromkeys(rejected_unnamed(known, files, look, told), NACKED)
     known = known._replace(
         states={**known.states, **{path: state for path, state in told.items()
-                                   if state not in (PENDING, MIXED)}},
+                                   if state in (ACKED, NACKED, UNREAD)}},
+        unknown=known.unknown.union(path for path in told if told[path] == UNKNOWN),
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
     )
@@ -2874,7 +2876,8 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
         if file.kind in CHILD_KINDS:
             nacks = {each: nack for each, nack in nacks.items()
                      if each not in files or files[each].kind not in REFERENCE_KINDS}
-    return known._replace(acked={**known.acked, path: file}, nacks=nacks)
+    return known._replace(acked={**known.acked, path: file}, nacks=nacks,
+                          unknown=known.unknown - {path})
 
 
 def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
@@ -2904,13 +2907,13 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
 
 def unjudged(known: Known, files: Files, step: str = "") -> list[str]:
     """The xDS files that Envoy did not judge yet; those that it shall have, before a step."""
-    return [path for path, file in files.items() if known.states.get(path, UNKNOWN) == UNKNOWN
+    return [path for path, file in files.items() if path not in known.states
             and (file.kind in CHILD_KINDS if step == REFERENCES else file.kind)]
 
 
 def awaited(known: Known, files: Files) -> list[str]:
     """The files that Envoy is waited for to judge."""
-    return [path for path in unjudged(known, files) if path not in known.states]
+    return [path for path in unjudged(known, files) if path not in known.unknown]
 
 
 def with_needed(known: Known, desired: Files, published: Files) -> tuple[Known, Files]:
@@ -3518,8 +3521,7 @@ class Asking:
             return
         late = set(self._moved).intersection(awaited(self.known, self._output.published))
         if late and self.link == MET:  # nobody waits for them again
-            states = {**self.known.states, **dict.fromkeys(late, UNKNOWN)}
-            self.known = self.known._replace(states=states)
+            self.known = self.known._replace(unknown=self.known.unknown | late)
             log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
                         "name this path?", shortened(sorted(late)))
         self.end()
@@ -3577,8 +3579,7 @@ class Asking:
         nacked = [path for path in told if told[path] == NACKED]
         self._tell_nacks(nacked)
         self.mixed += [path for path in told if told[path] == MIXED]
-        states = self.known.states
-        hidden = sorted(path for path in states if look.hidden and states[path] == UNKNOWN)
+        states, hidden = self.known.states, sorted(self.known.unknown) if look.hidden else []
         waiting = bool(awaited(self.known, files)) or not look.live
         self.notes = {"Envoy keeps all counters": f"what Envoy makes of {shortened(hidden)} stays "
                       "unknown: its stats_matcher leaves the counters out"} if hidden else {}

@@ -196,7 +196,7 @@ class State:
 def key_of(known: Known) -> int:
     return hash((
         digests(known.acked), frozenset(known.nacks.items()), frozenset(known.states.items()),
-        frozenset(known.counts.items()), *known[4:],
+        known.unknown, frozenset(known.counts.items()), *known[5:],
     ))
 
 
@@ -494,8 +494,7 @@ class Explorer:
         assert state.asked is not None
         if state.link == "meet":
             late = set(state.asked).intersection(loader.awaited(state.known, state.published))
-            states = {**state.known.states, **dict.fromkeys(late, loader.UNKNOWN)}
-            state.know(state.known._replace(states=states))
+            state.know(state.known._replace(unknown=state.known.unknown | late))
         state.asked = None
 
     # -- events ----------------------------------------------------------------------------------
