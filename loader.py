@@ -492,15 +492,15 @@ class Reflector(threading.Thread):
 
     It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
     an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
-    is named in `bad`. EndpointSlices that the API server answers with 404 at the start are
-    `absent`, for good. `wake` is called with "objects" or "trouble" where these have changed.
+    is named in `bad`. Where EndpointSlices are answered with 404 at the start it lists Endpoints,
+    for good. `wake` is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
                  client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = self.absent = False
+        self.synced = False
         self.trouble: ApiError | None = None
         self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
@@ -542,10 +542,8 @@ class Reflector(threading.Thread):
                 missing = error.status == 404 and not self.synced
                 if missing and self.query.kind == ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
-                    self.absent = True
-                    self._report(None)
-                    self._replace({}, {})
-                    return
+                    self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
+                    continue
                 pause = self._failed(error)
                 if self._one_try and self.trouble and self.trouble.status not in PASSING:
                     return
@@ -1826,13 +1824,9 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")  # `..` begins the loader's own names
-
-
-def key_problem(name: str) -> str:
-    """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
-    checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
-    return "" if KEY_NAME.fullmatch(name) else "is not a valid file name"
+# The API server checks this; --from-file and `..state` do not, and nothing may leave the output
+# directory. (`..` begins the loader's own names.)
+KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")
 
 
 def configmap_from(item: dict[str, Any]) -> Rendering:
@@ -1841,7 +1835,7 @@ def configmap_from(item: dict[str, Any]) -> Rendering:
     text, binary = member(item, "data", dict), member(item, "binaryData", dict)
     files, warnings = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
-        problem = key_problem(key)
+        problem = "" if KEY_NAME.fullmatch(key) else "is not a valid file name"
         try:
             content = text[key].encode() if key in text else decode_key(binary[key], key)
         except (AttributeError, ValueError):
@@ -1917,11 +1911,6 @@ class Sources:
             (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
         self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
-        self._parsers: dict[str, Callable[[dict[str, Json]], Any]] = {
-            CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
-            ENDPOINTSLICES: endpointslice_from, NODES: texts_of,
-            SECRETS: functools.partial(
-                secret_from, form=options.format, mode=options.secret_mode)}
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -1933,27 +1922,26 @@ class Sources:
                      if file.source == str(query) and path.rpartition("/")[0] == directory}
             if owned:
                 self._kept[query, directory] = owned
-            self._reflect(query)
-        if options.services is None:
-            return
-        self._renderer = Renderer(options, self._config, budget, modes_on_disk(published))
-        namespaces = options.services_namespace or (options.namespace,)
-        for namespace in ("",) if "*" in namespaces else namespaces:
-            self._reflect(Query(SERVICES, namespace, labels=options.services))
-            self._reflect(Query(ENDPOINTSLICES, namespace))
-        endpoint = self._config["endpoint"]
-        by_label = any("label" in source for source in endpoint["locality"].values())
-        if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
-            self._reflect(Query(NODES, name="" if by_label else options.node_name))
-
-    def _reflect(self, query: Query) -> None:
-        if query in self._reflectors:
-            return
-        self._reflectors[query] = reflector = Reflector(
-            query, self._parsers[query.kind], self._file or Api(self._options), self._wake,
-            self._options)
-        metrics.set("xds_loader_source_synced", 0, (str(query),))
-        reflector.start()
+        queries = [query for query, _ in self._sources]
+        if options.services is not None:
+            self._renderer = Renderer(options, self._config, budget, modes_on_disk(published))
+            namespaces = options.services_namespace or (options.namespace,)
+            for namespace in ("",) if "*" in namespaces else namespaces:
+                queries += [Query(SERVICES, namespace, labels=options.services),
+                            Query(ENDPOINTSLICES, namespace)]
+            endpoint = self._config["endpoint"]
+            by_label = any("label" in source for source in endpoint["locality"].values())
+            if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
+                queries.append(Query(NODES, name="" if by_label else options.node_name))
+        parsers: dict[str, Callable[[Json], Any]] = {
+            CONFIGMAPS: configmap_from, SERVICES: service_from, NODES: texts_of,
+            ENDPOINTSLICES: endpointslice_from,
+            SECRETS: functools.partial(secret_from, form=options.format, mode=options.secret_mode)}
+        for query in dict.fromkeys(queries):
+            metrics.set("xds_loader_source_synced", 0, (str(query),))
+            self._reflectors[query] = reflector = Reflector(
+                query, parsers[query.kind], self._file or Api(options), self._wake, options)
+            reflector.start()
 
     def refresh(self) -> None:
         """Ask every source again now."""
@@ -1967,9 +1955,6 @@ class Sources:
     def compose(self, published: Files) -> Wanted:
         """The files of all sources. Precedence, last wins: rendered files, Secrets, ConfigMaps by
         selector in order of name, ConfigMaps in the order in which they were named."""
-        for query, reflector in list(self._reflectors.items()):
-            if reflector.absent:  # the API server has no EndpointSlices
-                self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
             {}, [bad for r in reflectors for bad in r.bad.values()], missing=[], stale=[],
@@ -2013,8 +1998,8 @@ class Sources:
     def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
         found = defaultdict[str, dict[Key, Any]](dict)
-        for query, reflector in self._reflectors.items():
-            found[query.kind] |= reflector.objects
+        for reflector in self._reflectors.values():
+            found[reflector.query.kind] |= reflector.objects
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
@@ -2504,7 +2489,8 @@ class Output:
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
         for entry in walk(self._path(name)):
             path, place = entry.replace(slash, "/"), self._path(name, entry)
-            if any(map(key_problem, path.split("/"))) or not (found := read_file(place, room)):
+            valid = all(map(KEY_NAME.fullmatch, path.split("/")))
+            if not valid or not (found := read_file(place, room)):
                 continue
             content, mode = found
             kind, _, source = str(rows.get(path, " disk")).partition(" ")
@@ -4205,8 +4191,8 @@ def named_configmap(text: str) -> Source:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
-        if problem := key_problem(part):
-            raise ValueError(f"names a directory of which {part!r} {problem}")
+        if not KEY_NAME.fullmatch(part):
+            raise ValueError(f"names a directory of which {part!r} is not a valid file name")
     return named_secret(name, CONFIGMAPS, directory)
 
 
