@@ -1470,7 +1470,6 @@ PLAIN_SCALAR = (
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
-SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
 MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
 CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
@@ -1554,13 +1553,6 @@ def clusters_of(file: File) -> Mapping[str, bytes] | None:
     return texts if len(texts) == len(resources) else None
 
 
-def modes_on_disk(files: Files) -> dict[str, str]:
-    """The clusters in the CDS that a loader left, and whether each is on EDS."""
-    left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
-    return {name: EDS if b"eds_cluster_config" in text else INLINE
-            for found in left if found for name, text in found.items()}
-
-
 def inotify_budget(config: Config) -> int:
     """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
     of a user on this node. All its Envoys share these, need one for a file (two while its cluster
@@ -1574,16 +1566,18 @@ def inotify_budget(config: Config) -> int:
 
 class Renderer:
     """Renders Services again and again; a change in one of them renders that one. `budget` is that
-    of EDS files for `auto`; `modes` are those of the clusters on disk."""
+    of EDS files for `auto`; a cluster that is `published` keeps its mode."""
 
-    def __init__(self, options: Options, config: Config, budget: int, modes: Mapping[str, str]
-                 ) -> None:
+    def __init__(self, options: Options, config: Config, budget: int, published: Files) -> None:
         self._config, self._node_name = config, options.node_name
         self._fmt, self._endpoints = options.format, options.endpoints
         self._directory = f"{os.path.abspath(options.output_dir)}/{CURRENT}"
         self._budget = {EDS: sys.maxsize, INLINE: 0}.get(options.endpoints, budget)
-        # Of clusters by slices. (On disk without EDS files it was no decision of `auto`.)
-        self._modes = modes if options.endpoints == AUTO and EDS in modes.values() else {}
+        left = {name: EDS if b"eds_cluster_config" in text else INLINE
+                for path in ("cds.yaml", "cds.json") if path in published
+                for name, text in (clusters_of(published[path]) or {}).items()}
+        # Of clusters by slices. (Without EDS files the modes there were no decision of `auto`.)
+        self._modes = left if options.endpoints == AUTO and EDS in left.values() else {}
         self._splits: set[str] = set()  # as they were logged last
         self._calls: dict[Callable[..., Json], dict[Any, tuple[tuple[object, ...], Json]]] = {}
 
@@ -1704,7 +1698,7 @@ class Renderer:
         return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
-        return file_of(discovery_response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
+        return file_of(discovery_response(self._fmt, comment, type_url, resources), "services")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1924,7 +1918,7 @@ class Sources:
                 self._kept[query, directory] = owned
         queries = [query for query, _ in self._sources]
         if options.services is not None:
-            self._renderer = Renderer(options, self._config, budget, modes_on_disk(published))
+            self._renderer = Renderer(options, self._config, budget, published)
             namespaces = options.services_namespace or (options.namespace,)
             for namespace in ("",) if "*" in namespaces else namespaces:
                 queries += [Query(SERVICES, namespace, labels=options.services),

@@ -340,8 +340,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "statistics": lambda text: loader.resource_names(
         "x", loader.file_of(text, "x", kind="rds"), {}),
     "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),
-    "our own CDS": lambda text: loader.modes_on_disk(
-        {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
+    "our own CDS": lambda text: loader.clusters_of(loader.file_of(text, "services")),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
     "yaml": lambda text: loader.yaml_scalar(text.decode()),
     "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
