@@ -1706,8 +1706,8 @@ class Renderer:
 # ---------------------------------------------------------------------------------------------
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
-# resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
-# base64, so that every byte arrives. No text made here to be read has a byte of a key in it.
+# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
+# here to be read has a byte of a key in it.
 
 SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
@@ -1765,10 +1765,9 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
     for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
         if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
             raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
-        text = pem.decode("ascii", "backslashreplace")  # a comment may be in any encoding
         try:
-            if text:
-                context.load_verify_locations(cadata=text)
+            if pem:  # of which a comment may be in any encoding
+                context.load_verify_locations(cadata=pem.decode("ascii", "backslashreplace"))
         except ssl.SSLError:
             raise ValueError(f"{entry} holds no PEM certificate, or an unreadable one") from None
     if not cert:
@@ -1846,17 +1845,13 @@ Source = tuple[Query, str]
 
 
 class Wanted(NamedTuple):
-    """What the sources ask for now. Unless it is complete, nothing of it may be published."""
+    """What the sources ask for now. Nothing of it may be published with any missing or unknown."""
 
     files: Files
     notes: list[str]  # what is wrong with single objects
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
-
-    @property
-    def complete(self) -> bool:
-        return not (self.unknown or self.missing)
 
 
 COUNTED = {  # in warnings: what a file has of it, and how each begins
@@ -3803,7 +3798,7 @@ class Loop:
             self._publish(back, back.files)
             return True
         sources = self.composed()
-        if not sources.complete:
+        if sources.missing or sources.unknown:
             return False
         files, kept = sources.files, list[str]()
         if files.keys() != published.keys():
@@ -3851,7 +3846,7 @@ class Loop:
                 self.note("missing", [f"waiting for {source}: it does not exist"
                                       for source in wanted.missing])
                 self.note("trouble", trouble)
-            if wanted.complete or self.stopping or not self._once:
+            if self.stopping or not (self._once and (wanted.missing or wanted.unknown)):
                 return wanted
             lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
             # A first answer may be slow: each request has bounds of its own.
