@@ -1599,8 +1599,7 @@ class Renderer:
                      for found in (slices[key] if objects.nodes else ())
                      for endpoint in found.endpoints if endpoint.node in objects.nodes}
             calls[key] = (key, clusters, slices[key], zone, nodes)
-        files: dict[str, File] = {}
-        resources: list[bytes] = []
+        files, resources = dict[str, File](), list[bytes]()
         for key, (texts, eds, problems) in self._results(self._service, calls).items():
             resources += texts
             files |= eds
@@ -1782,9 +1781,8 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
     except ssl.SSLError as error:
         if b"ENCRYPTED" in key:
             raise ValueError("tls.key is encrypted, and Envoy is given no passphrase") from None
-        reason = error.reason or "not readable"  # OpenSSL's, such as KEY_VALUES_MISMATCH
-        raise ValueError(
-            f"tls.key is not the key of the first certificate in tls.crt ({reason})") from None
+        raise ValueError(f"tls.key is not the key of the first certificate in tls.crt "
+                         f"({error.reason or 'not readable'})") from None
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
 
