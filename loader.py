@@ -1476,10 +1476,8 @@ CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
 
 
 class Rendering(NamedTuple):
-    """The files of one source, and what is wrong with it."""
-
-    files: Mapping[str, File]
-    warnings: Sequence[str] = ()
+    files: Mapping[str, File]  # of one source
+    warnings: Sequence[str] = ()  # what is wrong with it
 
 
 def yaml_scalar(value: Json) -> str:
@@ -1931,7 +1929,6 @@ class Sources:
             reflector.start()
 
     def refresh(self) -> None:
-        """Ask every source again now."""
         for reflector in self._reflectors.values():
             reflector.refresh()
 
