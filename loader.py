@@ -1536,7 +1536,7 @@ def clusters_of(file: File) -> Mapping[str, bytes] | None:
     try:
         if content.startswith(b"{"):
             resources = parse_json(content).get("resources", [])
-            texts = {str(each["name"]): COMPACT_JSON.encode(each).encode() for each in resources}
+            texts = {str(each["name"]): element("json", each) for each in resources}
         elif content.startswith(CDS_COMMENT.encode()):
             resources = content.removesuffix(b"\n").split(b"\n- ")[1:]
             if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
