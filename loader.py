@@ -764,54 +764,44 @@ HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sor
 FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
-DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # of what becomes a part of a file name
 
 Texts = Mapping[str, str]  # labels, annotations
 
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `label` is its name, else its number. `dns_number` is the port where
-    DNS leads: for a headless Service the target port, 0 for one that has a name."""
-
     name: str
-    label: str
+    label: str  # the name, else the number
     number: int
     protocol: str
     app_protocol: str
-    dns_number: int
+    dns_number: int  # where DNS leads: of a headless Service the target port (0 if that is a name)
 
 
 class Service(NamedTuple):
-    """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
-    Of annotations that cannot be ours only the names are kept."""
-
     key: Key
-    created: str
+    created: str  # as in JSON, which sorts by age
     ports: tuple[ServicePort, ...]
     headless: bool
-    external_name: str | None
+    external_name: str | None  # None for other types
     family: str
     labels: Texts
-    annotations: Texts
+    annotations: Texts  # of those that cannot be ours only the names
 
 
 class Endpoint(NamedTuple):
-    """One address of a slice: state, zone, node, and the zones that topology hints name."""
-
     address: str
     state: str
     zone: str
     node: str
-    hints: tuple[str, ...]
+    hints: tuple[str, ...]  # zones
 
 
 class EndpointSlice(NamedTuple):
-    """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
-
     service: Key
     name: str
     family: str
-    ports: tuple[tuple[str, int], ...]
+    ports: tuple[tuple[str, int], ...]  # name, number or 0
     endpoints: tuple[Endpoint, ...]
 
 
@@ -823,20 +813,22 @@ class Objects(NamedTuple):
     nodes: Mapping[str, Texts]
 
 
-def member(parent: Json, key: str, kind: type) -> Json:
+def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
     """The member of a raw object; null and absent are the kind's empty value. Numbers are ports.
     Strings are interned: zones, nodes and names of ports are few and held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
-    value = parent.get(key)
+    value: Json = parent.get(key)
     if value is None:
-        return kind()
-    if type(value) is not kind:
+        value = kind()
+    elif type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    if type(value) is str:
+    if dns_label and not re.fullmatch(DNS_LABEL, value):
+        raise ValueError(f"{key}: not a DNS label: {value[:60]!a}")
+    if kind is str:
         value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-        return sys.intern(value) if len(value) <= 128 else value
-    if type(value) is int and not 0 <= value <= 65535:
+        return sys.intern(value)
+    if kind is int and not 0 <= value <= 65535:
         raise ValueError(f"{key}: a port is between 1 and 65535")
     return value
 
@@ -847,14 +839,6 @@ def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
     return {sys.intern(name): member(found, name, str) for name in found}
 
 
-def dns_label(parent: Json, key: str) -> str:
-    """A DNS label: namespaces and names become file names, so nothing else may pass."""
-    label: str = member(parent, key, str)
-    if not re.fullmatch(DNS_LABEL, label):
-        raise ValueError(f"{key}: not a DNS label: {label[:60]!a}")
-    return label
-
-
 def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
@@ -863,12 +847,13 @@ def service_from(obj: Json) -> Service:
     for port in member(spec, "ports", list):
         number, named = member(port, "port", int), type(port.get("targetPort")) is str
         target = 0 if named else member(port, "targetPort", int) or number
-        name = dns_label(port, "name") if port.get("name") else ""
+        name = member(port, "name", str, dns_label=True) if port.get("name") else ""
         ports.append(ServicePort(
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
             member(port, "appProtocol", str), target if headless else number))
     return Service(
-        key=(dns_label(metadata, "namespace"), dns_label(metadata, "name")),
+        key=(member(metadata, "namespace", str, dns_label=True),
+             member(metadata, "name", str, dns_label=True)),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(ports),
         headless=headless,
