@@ -971,7 +971,7 @@ def text_rule(expected: str, pattern: str) -> Rule:
 
 
 def is_json(value: Json) -> bool:
-    """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
+    """Whether Envoy can read it."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1).encode()
         return b"\n" + b" " * CONFIG_DEPTH not in text  # a level is one space of indent
@@ -1084,11 +1084,9 @@ HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
 # Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
-# a file that Envoy reads on its main thread.
-PORTS_MOST = 256
-HOSTS_MOST = PREFIXES_MOST = 32
-WEIGHT_MOST = 1_000_000
-SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
+# a file that Envoy reads on its main thread; and of Services in a split: the weights must not sum
+# up to 2**32.
+PORTS_MOST, HOSTS_MOST, PREFIXES_MOST, WEIGHT_MOST, SPLIT_MOST = 256, 32, 32, 1_000_000, 1_000
 
 # What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
 # address that a resolver accepts (127.1, 0x7f000001).
@@ -1107,27 +1105,22 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 
 
 class Cluster(NamedTuple):
-    """One cluster without its endpoints. `host` is what DNS is asked for, empty for slices."""
-
     name: str
     port: ServicePort
     families: Sequence[str]
-    host: str
-    options: Mapping[str, Json]
+    host: str  # what DNS is asked for, empty for slices
+    options: Mapping[str, Json]  # more members of the resource
 
 
 class Route(NamedTuple):
-    """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
-
     service: Key
     hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
-    cluster: str = ""
+    cluster: str = ""  # without one it claims its hosts, no more
 
 
-# What one Service becomes, and what is wrong with it; from it and the configuration alone.
-ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]
+ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]  # what it becomes, what is wrong
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
@@ -1140,10 +1133,9 @@ def present(**members: Json) -> dict[str, Json]:
 
 
 def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
-    """Plan one Service; what cannot be rendered is left out and named."""
-    problems: list[str] = []
-    clusters: list[Cluster] = []
-    external = service.external_name
+    """What one Service becomes, from it and the configuration alone; what cannot be rendered is
+    left out and named."""
+    problems, clusters, external = list[str](), list[Cluster](), service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
     elif external is not None and not config["endpoint"]["external_name"]:
@@ -1156,8 +1148,8 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
                             f"{PORTS_MOST} TCP and UDP ports are rendered")
-        clusters = [*filter(None, (plan_cluster(service, port, config, endpoints)
-                                   for port in kept))]
+        planned = [plan_cluster(service, port, config, endpoints) for port in kept]
+        clusters = [*filter(None, planned)]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
     return clusters, route_of(service, clusters, config, problems), problems
@@ -1180,8 +1172,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     if not wanted or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
-    host = service.external_name or dns_name
+    host = service.external_name or f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
         kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
@@ -1223,13 +1214,11 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
 
 def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
-    found = []
-    for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config["endpoint"]["locality"].get(name, {})
-        if "label" in source:
-            default = labels.get(source["label"], "")
-        found.append(node if "node_name" in source else source.get("literal", default))
-    return tuple(found)
+    found = {"region": "", "zone": zone, "sub_zone": ""}
+    for name, source in config["endpoint"]["locality"].items():
+        [(kind, value)] = source.items()
+        found[name] = {"label": labels.get(value, ""), "literal": value, "node_name": node}[kind]
+    return tuple(found.values())
 
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
@@ -1241,10 +1230,8 @@ def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | Non
     return locality_of(config, default, node, labels)[1] or None
 
 
-def assignment_of(
-    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str | None,
-    nodes: Mapping[str, Texts],
-) -> dict[str, Json]:
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Config,
+                  preferred: str | None, nodes: Mapping[str, Texts]) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
@@ -1270,13 +1257,13 @@ def assignment_of(
                 packed = socket.inet_pton(family, endpoint.address)
                 candidates += [(rank, packed, number, endpoint.state, away, locality,
                                 endpoint.address) for number in numbers]
-    groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
+    groups, seen = defaultdict[tuple[bool, Any], list[Json]](list), set[tuple[bytes, int]]()
     for _, packed, number, state, away, locality, address in sorted(candidates):
         if number and (packed, number) not in seen:
             seen.add((packed, number))
             where = present(protocol="UDP" if port.protocol == "UDP" else "",
                             address=address, port_value=number)
-            groups.setdefault((away, locality), []).append(present(
+            groups[away, locality].append(present(
                 endpoint={"address": {"socket_address": where}}, health_status=state))
     all_away = all(away for away, _ in groups)
     return present(cluster_name=cluster.name, endpoints=[
@@ -1378,16 +1365,16 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
     raise ValueError(f"its port {ports[0].label} has no cluster")
 
 
-def owned_by_age(
-    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
-) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
+def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePlan],
+                 problems: Mapping[Key, list[str]]
+                 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
     """The clusters of each Service, and the routes of each host in the order of Services. What two
     claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
     last, in silence), a host to a namespace. Who loses is named."""
     names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
     routes = defaultdict[str, list[Route]](list)
-    for key in by_age:
+    for key in sorted(plans, key=lambda key: (services[key].created, key)):
         planned, route, _ = plans[key]
         for cluster in planned:
             owner, first = names.setdefault(cluster.name, (key, cluster))
@@ -1623,8 +1610,7 @@ class Renderer:
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
         problems = {key: list(said) for key, (_, _, said) in plans.items()}
-        by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        clusters, routes = owned_by_age(plans, by_age, problems)
+        clusters, routes = owned_by_age(services, plans, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
         hosts = self._results(self._host, {host: (host, routed)
                                            for host, routed in sorted(routes.items())})
