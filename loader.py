@@ -85,13 +85,10 @@ class UsageError(LoaderError):
 
 
 class File(NamedTuple):
-    """One file of a snapshot. `digest` is its SHA-256 in hex; `kind` is "cds", "eds", ... or "" for
-    what is not xDS, decided once, when files are composed; `source` is the object it came from."""
-
     content: bytes
-    digest: str
-    kind: str
-    source: str
+    digest: str  # SHA-256 in hex
+    kind: str  # "cds", "eds", ... or "" for what is not xDS; decided once, when it is composed
+    source: str  # the object it came from
     mode: int = 0o644
 
     def __repr__(self) -> str:
@@ -102,22 +99,23 @@ class File(NamedTuple):
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
 
+CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+ASSIGNMENT_TYPE = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+ROUTE_TYPE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 KINDS = {
-    b"envoy.config.cluster.v3.Cluster": "cds",
-    b"envoy.config.listener.v3.Listener": "lds",
-    b"envoy.config.endpoint.v3.ClusterLoadAssignment": "eds",
-    b"envoy.config.route.v3.RouteConfiguration": "rds",
-    b"envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
-    b"envoy.extensions.transport_sockets.tls.v3.Secret": "sds",
-    b"envoy.service.runtime.v3.Runtime": "rtds",
-    b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
-}
+    CLUSTER_TYPE: "cds", ASSIGNMENT_TYPE: "eds", ROUTE_TYPE: "rds", SDS_TYPE: "sds",
+    "type.googleapis.com/envoy.config.listener.v3.Listener": "lds",
+    "type.googleapis.com/envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
+    "type.googleapis.com/envoy.service.runtime.v3.Runtime": "rtds",
+    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds",
+}  # fmt: skip
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = re.finditer(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)", content)
-    return next((KINDS[url[1]] for url in urls if url[1] in KINDS), "")
+    urls = re.finditer(rb"type\.googleapis\.com/envoy\.[A-Za-z0-9_.]+", content)
+    return next(filter(None, (KINDS.get(url[0].decode()) for url in urls)), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -1052,8 +1050,7 @@ def config_from(document: Json) -> Config:
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     """For json.load(object_pairs_hook=): a key that is there twice would hide its first value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         raise UsageError(f"--config: a key is there twice in the object of {shortened([*found])!a}")
     return found
 
@@ -1075,11 +1072,7 @@ def merge(into: Json, more: Json) -> Json:
 # Clusters, assignments, routes
 # ---------------------------------------------------------------------------------------------
 
-TYPE_PREFIX = "type.googleapis.com/"
-CLUSTER_TYPE = f"{TYPE_PREFIX}envoy.config.cluster.v3.Cluster"
-ASSIGNMENT_TYPE = f"{TYPE_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
-ROUTE_TYPE = f"{TYPE_PREFIX}envoy.config.route.v3.RouteConfiguration"
-UPSTREAM_TLS_TYPE = f"{TYPE_PREFIX}envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
@@ -1198,7 +1191,7 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     protocol, patch = protocol_of(port), dict[str, Json]()
     if protocol in HTTP2_PORTS:
         patch["typed_extension_protocol_options"] = {HTTP_OPTIONS: {
-            "@type": TYPE_PREFIX + HTTP_OPTIONS,
+            "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
             "auto_config": None, "use_downstream_protocol_config": None,
             "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
                                      "http2_protocol_options": {}}}}
@@ -1206,7 +1199,7 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
         patch["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
-            "@type": UPSTREAM_TLS_TYPE, "sni": host, "common_tls_context": present(
+            "@type": UPSTREAM_TLS, "sni": host, "common_tls_context": present(
                 alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [],
                 validation_context=validation)}}
     return patch
@@ -1688,7 +1681,6 @@ class Renderer:
 # resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
 # base64, so that every byte arrives. No text made here to be read has a byte of a key in it.
 
-SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
 
