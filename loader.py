@@ -1110,7 +1110,8 @@ class Route(NamedTuple):
     hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
-    cluster: str = ""  # without one it claims its hosts, no more
+    port: ServicePort | None = None  # without one it claims its hosts, no more
+    cluster: str = ""  # of the port
 
 
 ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]  # what it becomes, what is wrong
@@ -1145,7 +1146,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         clusters = [*filter(None, planned)]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    return clusters, route_of(service, clusters, config, problems), problems
+    return clusters, route_of(service, config, problems), problems
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
@@ -1281,8 +1282,7 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
-def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-             ) -> Route:
+def route_of(service: Service, config: Config, problems: list[str]) -> Route:
     """What the annotations of a Service ask for. One that is not routed for an error still claims
     its hosts: a typing error must not hand them to another namespace."""
     (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
@@ -1303,7 +1303,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
     try:
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
-        prefixes, cluster = route_target(service, clusters, given, ours)
+        prefixes, port = route_target(service, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
         return Route(service.key, hosts)
@@ -1312,7 +1312,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return Route(service.key, hosts, prefixes, number, cluster)
+    return Route(service.key, hosts, prefixes, number, port)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1330,10 +1330,9 @@ def may_have(namespace: str, host: str, suffix: str) -> bool:
     return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == namespace
 
 
-def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
-                 ) -> tuple[list[str], str]:
-    """The path prefixes that annotations route, and the cluster: of the port that they name, else
-    of the only one, else of the first HTTP one. ValueError for what is wrong in them."""
+def route_target(service: Service, given: Texts, ours: str) -> tuple[list[str], ServicePort]:
+    """The path prefixes that annotations route, and the port: the one that they name, else the only
+    one, else the first HTTP one. ValueError for what is wrong in them."""
     if given.get("route", "true") != "true":
         raise ValueError(f'{ours}route: "true" or "false" expected')
     services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
@@ -1352,10 +1351,7 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
     if not ports:
         raise ValueError(f"{ours}port: the Service has no TCP port {wanted[:60]!a}" if wanted else
                          f"which of its ports is HTTP? Set appProtocol or {ours}port")
-    for cluster in clusters:
-        if cluster.port == ports[0]:
-            return prefixes, cluster.name
-    raise ValueError(f"its port {ports[0].label} has no cluster")
+    return prefixes, ports[0]
 
 
 def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePlan],
@@ -1376,16 +1372,16 @@ def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePla
             else:
                 problems[key].append(f"port {cluster.port.label} is left out: service "
                                      f"{'/'.join(owner)} has a cluster named {cluster.name}")
-        routed = route.cluster in [cluster.name for cluster in clusters[key]]
-        if route.cluster and not routed:
-            problems[key].append("is not routed: it has no cluster of its own")
+        name = next((own.name for own in clusters[key] if own.port == route.port), "")
+        if route.port and not name:
+            problems[key].append(f"is not routed: its port {route.port.label} has no cluster")
         for host in route.hosts:
             namespace = hosts.setdefault(host, key[0])
             if namespace != key[0]:
                 problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {namespace} has it")
-            elif routed:
-                routes[host].append(route)
+            elif name:
+                routes[host].append(route._replace(cluster=name))
     return clusters, {host: sorted(found) for host, found in routes.items()}
 
 
