@@ -988,16 +988,13 @@ LABELS = Rule("an object of strings", lambda value: (
     value and type(value) is dict and all(map(TEXT.holds, value.values()))))
 MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
              {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT, "labels": LABELS})
-OVERRIDE = Rule(
-    "match, and one of merge and suppress",
-    lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
+OVERRIDE = Rule("match, and one of merge and suppress", lambda value: (
+    value.get("match") and ("merge" in value) != ("suppress" in value)),
     {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": "true"})
 SCHEMA = {
     "cluster": {
-        "base": PATCH,
-        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE),
-        "overrides": [OVERRIDE],
-        "trusted_ca": text_rule("an absolute path", "/.*")},
+        "base": PATCH, "overrides": [OVERRIDE], "trusted_ca": text_rule("an absolute path", "/.*"),
+        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE)},
     "cluster_domain": DOMAIN,
     "endpoint": {
         "eds_budget": Rule("a whole number of EDS files", lambda value: (
@@ -1076,9 +1073,8 @@ UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Up
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
-# Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
-# a file that Envoy reads on its main thread; and of Services in a split: the weights must not sum
-# up to 2**32.
+# Bounds of what one Service may ask for (whoever annotates it is not trusted with the size of what
+# Envoy's main thread reads), and of Services in a split: weights must not sum up to 2**32.
 PORTS_MOST, HOSTS_MOST, PREFIXES_MOST, WEIGHT_MOST, SPLIT_MOST = 256, 32, 32, 1_000_000, 1_000
 
 # What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
@@ -1217,11 +1213,10 @@ def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[st
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config["endpoint"]["prefer_zone"] is not True:
-        return config["endpoint"]["prefer_zone"] or None
-    labels = nodes.get(node, {})
-    default = labels.get("topology.kubernetes.io/zone", "")
-    return locality_of(config, default, node, labels)[1] or None
+    zone, labels = config["endpoint"]["prefer_zone"], nodes.get(node, {})
+    if zone is True:
+        zone = locality_of(config, labels.get("topology.kubernetes.io/zone", ""), node, labels)[1]
+    return zone or None
 
 
 def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Config,
@@ -1288,8 +1283,7 @@ def route_of(service: Service, config: Config, problems: list[str]) -> Route:
     (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
     given = {key.removeprefix(ours): text.strip()
              for key, text in service.annotations.items() if key.startswith(ours)}
-    unknown = sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS))
-    if unknown:
+    if unknown := sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS)):
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return Route(service.key)
