@@ -2815,10 +2815,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
 
 
 def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
-    """What became of one file, by the scopes of those who read it.
-
-    Several may read one file: one NACK is a NACK, and an ACK takes all.
-    """
+    """What became of one file, by the scopes of those who read it: one NACK is a NACK, and an ACK
+    takes all."""
     if not read_by:
         return UNKNOWN if look.hidden else UNREAD if look.live else PENDING
     told = set()
@@ -2831,9 +2829,7 @@ def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
     return next(state for state in (NACKED, MIXED, PENDING, ACKED) if state in told)
 
 
-def rejected_unnamed(
-    known: Known, files: Files, look: Look, told: Mapping[str, str]
-) -> list[str]:
+def rejected_unnamed(known: Known, files: Files, look: Look, told: Mapping[str, str]) -> list[str]:
     """Those of the first files that nobody seems to read which explain a subscription that only
     fails: their text does not show the name for which Envoy asks."""
     failing = [scope for scope, counts in look.counts.items()
@@ -2888,15 +2884,8 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
     return known if kept == known.nacks else known._replace(nacks=kept)
 
 
-def after_bound(known: Known, files: Files, moved: Collection[str]) -> tuple[Known, list[str]]:
-    """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
-    late = [path for path in awaited(known, files) if path in moved]
-    return known._replace(unknown=known.unknown.union(late)), late
-
-
 def unjudged(known: Known, files: Files, step: str = "") -> list[str]:
-    """The xDS files of which it is not known what Envoy makes; of those it is to judge before a
-    step."""
+    """The xDS files that Envoy did not judge yet; those that it shall have, before a step."""
     return [path for path, file in files.items() if path not in known.states
             and (file.kind in CHILD_KINDS if step == REFERENCES else file.kind)]
 
@@ -2943,8 +2932,8 @@ class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
     A connection that is kept tells when its process ends. `wake` gets "envoy" with what is found:
-    SILENT and None at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
-    is none; ABSENT and why when nothing listens or the process ended.
+    SILENT and "" at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
+    is none; ABSENT and why when nothing listens or the process ended ("": nobody ever answered).
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -2961,7 +2950,7 @@ class Admin(threading.Thread):
     def run(self) -> None:
         # A process that dies accepts connections for a moment: one that nobody answers is of
         # another process only if there was none to be had before it.
-        another, told, ended_at = True, False, -END_BOUND
+        another, told, ended_at = False, False, -END_BOUND
         while True:
             try:
                 kept = self._connect()
@@ -2970,9 +2959,13 @@ class Admin(threading.Thread):
                     self._wake("envoy", (ABSENT, f"{self.url}: {why(error)}"))
                 another = told = True
             else:
+                if another or not told:
+                    self._wake("envoy", (SILENT, ""))
                 with kept:
-                    if self._stay(kept, there=another):
-                        self._wake("envoy", (ABSENT, f"{self.url}: the connection ended"))
+                    there = self._stay(kept) or another
+                if there or not told:
+                    news = f"{self.url}: the connection ended" if there else ""
+                    self._wake("envoy", (ABSENT, news))
                 another, told, ended_at = False, True, time.monotonic()
             time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
@@ -2990,25 +2983,23 @@ class Admin(threading.Thread):
             raise
         return sock
 
-    def _stay(self, kept: socket.socket, *, there: bool) -> bool:
-        """Look at the process behind a connection until that ends; whether anything was told."""
-        met, end = False, kept.fileno()
-        self._live = False
-        if there:
-            self._wake("envoy", (SILENT, None))
+    def _stay(self, kept: socket.socket) -> bool:
+        """Look at the process behind a connection until that ends; whether anything was found."""
+        news: object
+        there, end, self._live = False, kept.fileno(), False
         self.ask()
         while end not in select.select([end, self._read], [], [])[0]:
             os.read(self._read, 4096)
             try:
-                self._wake("envoy", (MET, self._look()))
-                met = there = True
+                link, news = MET, self._look()
             except (OSError, LoaderError) as error:
-                if not met and isinstance(error, ConnectionError):
+                if isinstance(error, ConnectionError) and not there:
                     break
-                if not select.select([end], [], [], 0)[0]:  # else its end is why
-                    link = SILENT if isinstance(error, OSError) else BLIND
-                    self._wake("envoy", (link, why(error)))
-                    there = True
+                link, news = SILENT if isinstance(error, OSError) else BLIND, why(error)
+            if select.select([end], [], [], 0)[0]:
+                break  # its end is why, or the answer is that of another process
+            self._wake("envoy", (link, news))
+            there = True
         return there
 
     def _look(self) -> Look:
@@ -3437,21 +3428,13 @@ class Wakes:
         return [self._news.popleft() for _ in range(len(self._news))]
 
 
-class Asked(NamedTuple):
-    """The publication that Envoy is asked about; the next one waits for its end."""
-
-    moved: tuple[str, ...]  # xDS files
-    fields: Mapping[str, object] | None  # of its line in the log
-    until: float  # when it ends whatever Envoy did
-
-
 class Asking:
     """What Envoy makes of the publications (`known`), and when the next step may follow them."""
 
     def __init__(self, output: Output, step_delay: float | None) -> None:
         self.known = Known()
         self.link = ABSENT
-        self.asked: Asked | None = None
+        self.until = 0.0  # the next publication waits for an answer until then; 0: it does not
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: list[str] = []  # Envoy has to be notified of these once more
@@ -3461,21 +3444,18 @@ class Asking:
         self._output, self._step_delay, self._look = output, step_delay, Look()
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
         self._asked_at = 0.0  # about a publication or a new process; then ever more seldom
+        self._moved: Sequence[str] = ()  # xDS files, by the publication that is asked about
+        self._fields: Mapping[str, object] = {}  # of its line in the log
         self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
         self._back_at = 0.0  # when this process was reached
-        self._started = False
+        self.started = True  # Envoy has ACKed what it needs to serve, as far as it can be asked
 
     def start(self, url: str, wake: Callable[[str, object], None]) -> None:
         """Ask Envoy from now on; first for its counts of now, before anything moves."""
-        self.admin = Admin(url, wake)
+        self.admin, self.started = Admin(url, wake), False
         self.admin.start()
         if self._output.published:
             self._expect(ANSWER_BOUND)
-
-    @property
-    def started(self) -> bool:
-        """Whether Envoy has ACKed what it needs to serve, as far as it can be asked."""
-        return self.admin is None or self._started or self.link == BLIND
 
     def opens_at(self, step: str) -> float:
         """When a step may be published (monotonic). References and removals wait until Envoy has
@@ -3513,16 +3493,16 @@ class Asking:
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
             self._expect(ASK_BOUND[self.link == MET],
-                         tuple(path for path in moved if files[path].kind), fields)
+                         [path for path in moved if files[path].kind], fields)
             self.look_at = self._asked_at
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _expect(self, bound: float, moved: tuple[str, ...] = (),
-                fields: Mapping[str, object] | None = None) -> None:
+    def _expect(self, bound: float, moved: Sequence[str] = (),
+                fields: Mapping[str, object] = {}) -> None:
         """The next publication waits for an answer, so many seconds at most."""
-        self._asked_at = time.monotonic()
-        self.asked = Asked(moved, fields, self._asked_at + bound)
+        self._asked_at, self._moved, self._fields = time.monotonic(), moved, fields
+        self.until = self._asked_at + bound
 
     def turn(self) -> None:
         """Look at Envoy if it is time; go on without its answer if it is late."""
@@ -3530,27 +3510,27 @@ class Asking:
         if self.admin and self.look_at and now >= self.look_at:
             self.look_at = 0.0
             self.admin.ask()
-        if self.asked is None or now < self.asked.until:
+        if not self.until or now < self.until:
             return
-        if self.link == MET:
-            self.known, late = after_bound(self.known, self._output.published, self.asked.moved)
-            if late:
-                log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
-                            "name this path?", shortened(late))
+        late = set(self._moved).intersection(awaited(self.known, self._output.published))
+        if late and self.link == MET:  # nobody waits for them again
+            self.known = self.known._replace(unknown=self.known.unknown | late)
+            log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
+                        "name this path?", shortened(sorted(late)))
         self.end()
 
     def end(self) -> None:
         """Envoy told all, or nobody waits any more: the publication's line in the log."""
-        asked, self.asked = self.asked, None
-        if asked is None or not asked.fields:
+        fields, self._fields, self.until = self._fields, {}, 0.0
+        if not fields:
             return
         took, states = time.monotonic() - self._asked_at, self.known.states
-        found = {states.get(path, UNKNOWN) for path in asked.moved}
+        found = {states.get(path, UNKNOWN) for path in self._moved}
         ack = "no" if NACKED in found else "yes" if found - {UNREAD} == {ACKED} else "unknown"
         if ack != "unknown":
             metrics.observe("xds_loader_ack_duration_seconds", took)
-        unread = [path for path in asked.moved if states.get(path) == UNREAD]
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+        unread = [path for path in self._moved if states.get(path) == UNREAD]
+        log.info("published", **fields, ack=ack, ack_ms=round(took * 1000, 1),
                  **({"unread": shortened(unread)} if unread else {}))
 
     # -- what Envoy does --------------------------------------------------------------------------
@@ -3558,22 +3538,23 @@ class Asking:
     def found(self, link: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, link
+        self.started = self.started and before != BLIND
+        self._back_at = now if before == ABSENT else self._back_at
         self._silent_until = (self._silent_until or now + SILENT_BOUND) if link == SILENT else 0.0
         if link == MET:
             self.trouble, self.look_at = "", 0.0
-            if before != MET and self.asked is None:
+            if before != MET and not self.until:
                 self._expect(ANSWER_BOUND)
             self._take_look(news, now)
-        elif link == SILENT and news is None:
-            self._back_at = now
-        elif link == SILENT:
+        elif link == SILENT and news:
             self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
-        else:
-            self.trouble, self._started = f"Envoy is not asked: {news}", False
+        elif link != SILENT:
+            self.trouble = f"Envoy is not asked: {news or 'nobody answers at --envoy-admin'}"
+            self.started = link == BLIND
             self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
             if link == BLIND:
                 self.known = after_meeting(self.known)
-            elif before in (MET, SILENT):
+            elif news and before in (MET, SILENT):
                 soon = not self._look.hidden and now - self._back_at <= END_BOUND
                 self.known, blamed = after_end(self.known, self._output.published, soon=soon)
                 self._tell_nacks(blamed)
@@ -3582,9 +3563,9 @@ class Asking:
     def _take_look(self, look: Look, now: float) -> None:
         """What Envoy made of the published files."""
         files, ignored = self._output.published, look.unknown_fields - self._look.unknown_fields
-        if ignored > 0 and self.asked is not None and self.asked.moved:
+        if ignored > 0 and self.until and self._moved:
             log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
-                        shortened(self.asked.moved))
+                        shortened(self._moved))
         self._look = look
         self.known, told = after_look(self.known, files, look)
         nacked = [path for path in told if told[path] == NACKED]
@@ -3595,15 +3576,15 @@ class Asking:
         if not waiting:
             self.notes = [f"what Envoy makes of {shortened(hidden)} stays unknown: its "
                           "stats_matcher leaves the counters out"] if hidden else []
-        self._started = self._started or (look.live and bool(files) and all(
+        self.started = self.started or (look.live and bool(files) and all(
             states.get(path) in (ACKED, UNREAD) or path in hidden
             for path, file in files.items() if file.kind in STARTING_KINDS))
-        if self.asked is not None and (nacked or not waiting):
+        if nacked or not waiting:
             self.end()  # a rollback does not wait for the other files
-        if not look.live or unjudged(self.known, files) or look.warming or not self._started:
+        if not look.live or unjudged(self.known, files) or look.warming or not self.started:
             # (A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms.)
-            soon = self.asked is not None or self.waits_since
-            longest = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
+            soon = self.until or self.waits_since
+            longest = LOOK_LAST if soon else LOOK_IDLE if self.started else 1.0
             self.look_at = now + min(max((now - self._asked_at) / 2, LOOK_FIRST), longest)
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
@@ -3654,15 +3635,15 @@ class Loop:
             host, port = self.options.listen
             self._listener = Listener(host, port)
         try:
-            while not self.stopping:
+            while True:
                 self._turn()
                 self._report()
-                asked, check = self.asking.asked, self.check_command
-                step_at = asked.until if asked else self._step_at
-                if self._once and not (step_at or check.running or self.stopping):
+                if self.stopping:  # perhaps the turn took in the signal
+                    break
+                check, step_at = self.check_command, self.asking.until or self._step_at
+                if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
-                if not self.stopping:
-                    self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
         finally:
             self.check_command.stop()
             self.asking.end()
@@ -3705,7 +3686,7 @@ class Loop:
         """What is due now, and the next snapshots on the way to what is wanted."""
         asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", {"Envoy does not answer": asking.trouble} if asking.trouble else {})
+        self.note("envoy", {"Envoy answers": asking.trouble} if asking.trouble else {})
         self._step_at = 0.0
         if self._backoff and now < self._check_at:
             return
@@ -3726,7 +3707,7 @@ class Loop:
                     output.keep_acked(asking.known.acked, output.published)
                     output.remember(state_of(asking.known))
                     self._remembered = asking.known
-                more = asking.asked is None and not self.stopping and self._advance()
+                more = not asking.until and not self.stopping and self._advance()
             self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
@@ -3913,9 +3894,6 @@ def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options
     if options.apiserver == NO_POD and not options.from_file:
         return f"{reason}; outside a pod: `kubectl proxy` and --apiserver http://127.0.0.1:8001"
     return str(reason)
-
-
-# -- what a restart is told --------------------------------------------------------------------
 
 
 def state_of(known: Known) -> dict[str, Json]:

@@ -23,7 +23,7 @@ import pytest
 
 import loader
 from tests.conftest import RunLoader, StartLoader
-from tests.support.admin import STATS, FakeEnvoy
+from tests.support.admin import STATS, FakeEnvoy, Listener
 from tests.support.apiserver import ApiServer
 from tests.support.envoy import response
 from tests.support.loader import ROOT, wait_files, wait_until
@@ -178,6 +178,27 @@ def test_an_admin_interface_that_trickles_holds_up_nothing(
         wait_files(out, {"rds.yaml": "3"}, 8)
         asked = len(envoy.asked)
         wait_until(lambda: len(envoy.asked) > asked, 8)
+        running.stop()
+
+
+class Closing(Listener):
+    """A proxy in front of an Envoy that is not there."""
+
+    def serve(self, client: socket.socket) -> None:
+        client.close()
+
+
+def test_connections_that_nobody_answers_are_not_ends_of_envoy(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    """They are told once, and no file is blamed for them."""
+    put(api)
+    with Closing() as proxy:
+        running = start_loader(*WATCH, "--envoy-admin", proxy.url)
+        wait_files(out, {"rds.yaml": "1"})
+        running.wait_log("Envoy is not asked: nobody answers")
+        wait_until(lambda: proxy.accepted > 20)
+        assert running.count_log("NACKed|is not asked") == 1, running.log
         running.stop()
 
 

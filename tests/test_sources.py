@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -79,6 +80,26 @@ def test_onetime_gives_up_at_its_timeout(run_loader: RunLoader) -> None:
     assert took > 0.9
     in_time(took, 3)
     assert "demo/b" in done.stderr
+
+
+@pytest.mark.parametrize("waits", ["for a source", "for a step"])
+def test_a_signal_ends_onetime_before_it_is_done(
+    start_loader: StartLoader, run_loader: RunLoader, api: ApiServer, out: Path, waits: str
+) -> None:
+    """It did not publish all, so it is no success."""
+    api.configmap("demo", "a", {"cds.json": "{}", "rds.json": "{}"})
+    if waits == "for a step":
+        assert run_loader("--onetime", "--configmap", "a").returncode == 0
+        api.configmap("demo", "a", {"cds.json": '{"a": 1}', "rds.json": '{"a": 1}'})
+        loader = start_loader("--onetime", "--configmap", "a", "--step-delay", "1h")
+        loader.wait_log("published .*step=clusters")
+        wait_files(out, {"cds.json": '{"a": 1}', "rds.json": "{}"})
+    else:
+        loader = start_loader("--onetime", "--timeout", "1h", "--configmap", "absent")
+        loader.wait_log("waiting for configmap demo/absent")
+    loader.process.send_signal(signal.SIGTERM)
+    assert loader.wait(1) == 1
+    assert "ERROR ended by a signal before everything was published" in loader.log
 
 
 @pytest.mark.parametrize("mode", [["--watch"], []], ids=["watch", "poll"])
