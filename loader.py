@@ -825,7 +825,7 @@ def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
         raise ValueError(f"{key}: not a DNS label: {value[:60]!a}")
     if kind is str:
         value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-        return sys.intern(value)
+        return sys.intern(value) if len(value) <= 128 else value  # some Pythons never free it
     if kind is int and not 0 <= value <= 65535:
         raise ValueError(f"{key}: a port is between 1 and 65535")
     return value
