@@ -85,13 +85,10 @@ class UsageError(LoaderError):
 
 
 class File(NamedTuple):
-    """One file of a snapshot. `digest` is its SHA-256 in hex; `kind` is "cds", "eds", ... or "" for
-    what is not xDS, decided once, when files are composed; `source` is the object it came from."""
-
     content: bytes
-    digest: str
-    kind: str
-    source: str
+    digest: str  # SHA-256 in hex
+    kind: str  # "cds", "eds", ... or "" for what is not xDS; decided once, when it is composed
+    source: str  # the object it came from
     mode: int = 0o644
 
     def __repr__(self) -> str:
@@ -102,22 +99,23 @@ class File(NamedTuple):
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
 
+CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+ASSIGNMENT_TYPE = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+ROUTE_TYPE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 KINDS = {
-    b"envoy.config.cluster.v3.Cluster": "cds",
-    b"envoy.config.listener.v3.Listener": "lds",
-    b"envoy.config.endpoint.v3.ClusterLoadAssignment": "eds",
-    b"envoy.config.route.v3.RouteConfiguration": "rds",
-    b"envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
-    b"envoy.extensions.transport_sockets.tls.v3.Secret": "sds",
-    b"envoy.service.runtime.v3.Runtime": "rtds",
-    b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
-}
+    CLUSTER_TYPE: "cds", ASSIGNMENT_TYPE: "eds", ROUTE_TYPE: "rds", SDS_TYPE: "sds",
+    "type.googleapis.com/envoy.config.listener.v3.Listener": "lds",
+    "type.googleapis.com/envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
+    "type.googleapis.com/envoy.service.runtime.v3.Runtime": "rtds",
+    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds",
+}  # fmt: skip
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = re.finditer(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)", content)
-    return next((KINDS[url[1]] for url in urls if url[1] in KINDS), "")
+    urls = re.finditer(rb"type\.googleapis\.com/envoy\.[A-Za-z0-9_.]+", content)
+    return next(filter(None, (KINDS.get(url[0].decode()) for url in urls)), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -762,54 +760,44 @@ HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sor
 FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
-DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # of what becomes a part of a file name
 
 Texts = Mapping[str, str]  # labels, annotations
 
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `label` is its name, else its number. `dns_number` is the port where
-    DNS leads: for a headless Service the target port, 0 for one that has a name."""
-
     name: str
-    label: str
+    label: str  # the name, else the number
     number: int
     protocol: str
     app_protocol: str
-    dns_number: int
+    dns_number: int  # where DNS leads: of a headless Service the target port (0 if that is a name)
 
 
 class Service(NamedTuple):
-    """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
-    Of annotations that cannot be ours only the names are kept."""
-
     key: Key
-    created: str
+    created: str  # as in JSON, which sorts by age
     ports: tuple[ServicePort, ...]
     headless: bool
-    external_name: str | None
+    external_name: str | None  # None for other types
     family: str
     labels: Texts
-    annotations: Texts
+    annotations: Texts  # of those that cannot be ours only the names
 
 
 class Endpoint(NamedTuple):
-    """One address of a slice: state, zone, node, and the zones that topology hints name."""
-
     address: str
     state: str
     zone: str
     node: str
-    hints: tuple[str, ...]
+    hints: tuple[str, ...]  # zones
 
 
 class EndpointSlice(NamedTuple):
-    """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
-
     service: Key
     name: str
     family: str
-    ports: tuple[tuple[str, int], ...]
+    ports: tuple[tuple[str, int], ...]  # name, number or 0
     endpoints: tuple[Endpoint, ...]
 
 
@@ -821,20 +809,22 @@ class Objects(NamedTuple):
     nodes: Mapping[str, Texts]
 
 
-def member(parent: Json, key: str, kind: type) -> Json:
+def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
     """The member of a raw object; null and absent are the kind's empty value. Numbers are ports.
     Strings are interned: zones, nodes and names of ports are few and held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
-    value = parent.get(key)
+    value: Json = parent.get(key)
     if value is None:
-        return kind()
-    if type(value) is not kind:
+        value = kind()
+    elif type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    if type(value) is str:
+    if dns_label and not re.fullmatch(DNS_LABEL, value):
+        raise ValueError(f"{key}: not a DNS label: {value[:60]!a}")
+    if kind is str:
         value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-        return sys.intern(value) if len(value) <= 128 else value
-    if type(value) is int and not 0 <= value <= 65535:
+        return sys.intern(value) if len(value) <= 128 else value  # some Pythons never free it
+    if kind is int and not 0 <= value <= 65535:
         raise ValueError(f"{key}: a port is between 1 and 65535")
     return value
 
@@ -845,14 +835,6 @@ def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
     return {sys.intern(name): member(found, name, str) for name in found}
 
 
-def dns_label(parent: Json, key: str) -> str:
-    """A DNS label: namespaces and names become file names, so nothing else may pass."""
-    label: str = member(parent, key, str)
-    if not re.fullmatch(DNS_LABEL, label):
-        raise ValueError(f"{key}: not a DNS label: {label[:60]!a}")
-    return label
-
-
 def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
@@ -861,12 +843,13 @@ def service_from(obj: Json) -> Service:
     for port in member(spec, "ports", list):
         number, named = member(port, "port", int), type(port.get("targetPort")) is str
         target = 0 if named else member(port, "targetPort", int) or number
-        name = dns_label(port, "name") if port.get("name") else ""
+        name = member(port, "name", str, dns_label=True) if port.get("name") else ""
         ports.append(ServicePort(
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
             member(port, "appProtocol", str), target if headless else number))
     return Service(
-        key=(dns_label(metadata, "namespace"), dns_label(metadata, "name")),
+        key=(member(metadata, "namespace", str, dns_label=True),
+             member(metadata, "name", str, dns_label=True)),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(ports),
         headless=headless,
@@ -984,7 +967,7 @@ def text_rule(expected: str, pattern: str) -> Rule:
 
 
 def is_json(value: Json) -> bool:
-    """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
+    """Whether Envoy can read it."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1).encode()
         return b"\n" + b" " * CONFIG_DEPTH not in text  # a level is one space of indent
@@ -1003,16 +986,13 @@ LABELS = Rule("an object of strings", lambda value: (
     value and type(value) is dict and all(map(TEXT.holds, value.values()))))
 MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
              {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT, "labels": LABELS})
-OVERRIDE = Rule(
-    "match, and one of merge and suppress",
-    lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
+OVERRIDE = Rule("match, and one of merge and suppress", lambda value: (
+    value.get("match") and ("merge" in value) != ("suppress" in value)),
     {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": "true"})
 SCHEMA = {
     "cluster": {
-        "base": PATCH,
-        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE),
-        "overrides": [OVERRIDE],
-        "trusted_ca": text_rule("an absolute path", "/.*")},
+        "base": PATCH, "overrides": [OVERRIDE], "trusted_ca": text_rule("an absolute path", "/.*"),
+        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE)},
     "cluster_domain": DOMAIN,
     "endpoint": {
         "eds_budget": Rule("a whole number of EDS files", lambda value: (
@@ -1065,8 +1045,7 @@ def config_from(document: Json) -> Config:
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     """For json.load(object_pairs_hook=): a key that is there twice would hide its first value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         raise UsageError(f"--config: a key is there twice in the object of {shortened([*found])!a}")
     return found
 
@@ -1088,20 +1067,13 @@ def merge(into: Json, more: Json) -> Json:
 # Clusters, assignments, routes
 # ---------------------------------------------------------------------------------------------
 
-TYPE_PREFIX = "type.googleapis.com/"
-CLUSTER_TYPE = f"{TYPE_PREFIX}envoy.config.cluster.v3.Cluster"
-ASSIGNMENT_TYPE = f"{TYPE_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
-ROUTE_TYPE = f"{TYPE_PREFIX}envoy.config.route.v3.RouteConfiguration"
-UPSTREAM_TLS_TYPE = f"{TYPE_PREFIX}envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
-# Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
-# a file that Envoy reads on its main thread.
-PORTS_MOST = 256
-HOSTS_MOST = PREFIXES_MOST = 32
-WEIGHT_MOST = 1_000_000
-SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
+# Bounds of what one Service may ask for (whoever annotates it is not trusted with the size of what
+# Envoy's main thread reads), and of Services in a split: weights must not sum up to 2**32.
+PORTS_MOST, HOSTS_MOST, PREFIXES_MOST, WEIGHT_MOST, SPLIT_MOST = 256, 32, 32, 1_000_000, 1_000
 
 # What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
 # address that a resolver accepts (127.1, 0x7f000001).
@@ -1120,27 +1092,23 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 
 
 class Cluster(NamedTuple):
-    """One cluster without its endpoints. `host` is what DNS is asked for, empty for slices."""
-
     name: str
     port: ServicePort
     families: Sequence[str]
-    host: str
-    options: Mapping[str, Json]
+    host: str  # what DNS is asked for, empty for slices
+    options: Mapping[str, Json]  # more members of the resource
 
 
 class Route(NamedTuple):
-    """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
-
     service: Key
     hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
-    cluster: str = ""
+    port: ServicePort | None = None  # without one it claims its hosts, no more
+    cluster: str = ""  # of the port
 
 
-# What one Service becomes, and what is wrong with it; from it and the configuration alone.
-ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]
+ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]  # what it becomes, what is wrong
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
@@ -1153,10 +1121,9 @@ def present(**members: Json) -> dict[str, Json]:
 
 
 def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
-    """Plan one Service; what cannot be rendered is left out and named."""
-    problems: list[str] = []
-    clusters: list[Cluster] = []
-    external = service.external_name
+    """What one Service becomes, from it and the configuration alone; what cannot be rendered is
+    left out and named."""
+    problems, clusters, external = list[str](), list[Cluster](), service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
     elif external is not None and not config["endpoint"]["external_name"]:
@@ -1169,11 +1136,11 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
                             f"{PORTS_MOST} TCP and UDP ports are rendered")
-        clusters = [*filter(None, (plan_cluster(service, port, config, endpoints)
-                                   for port in kept))]
+        planned = [plan_cluster(service, port, config, endpoints) for port in kept]
+        clusters = [*filter(None, planned)]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    return clusters, route_of(service, clusters, config, problems), problems
+    return clusters, route_of(service, config, problems), problems
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
@@ -1193,8 +1160,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     if not wanted or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
-    host = service.external_name or dns_name
+    host = service.external_name or f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
         kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
@@ -1220,7 +1186,7 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     protocol, patch = protocol_of(port), dict[str, Json]()
     if protocol in HTTP2_PORTS:
         patch["typed_extension_protocol_options"] = {HTTP_OPTIONS: {
-            "@type": TYPE_PREFIX + HTTP_OPTIONS,
+            "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
             "auto_config": None, "use_downstream_protocol_config": None,
             "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
                                      "http2_protocol_options": {}}}}
@@ -1228,7 +1194,7 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
         patch["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
-            "@type": UPSTREAM_TLS_TYPE, "sni": host, "common_tls_context": present(
+            "@type": UPSTREAM_TLS, "sni": host, "common_tls_context": present(
                 alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [],
                 validation_context=validation)}}
     return patch
@@ -1236,28 +1202,23 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
 
 def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
-    found = []
-    for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config["endpoint"]["locality"].get(name, {})
-        if "label" in source:
-            default = labels.get(source["label"], "")
-        found.append(node if "node_name" in source else source.get("literal", default))
-    return tuple(found)
+    found = {"region": "", "zone": zone, "sub_zone": ""}
+    for name, source in config["endpoint"]["locality"].items():
+        [(kind, value)] = source.items()
+        found[name] = {"label": labels.get(value, ""), "literal": value, "node_name": node}[kind]
+    return tuple(found.values())
 
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config["endpoint"]["prefer_zone"] is not True:
-        return config["endpoint"]["prefer_zone"] or None
-    labels = nodes.get(node, {})
-    default = labels.get("topology.kubernetes.io/zone", "")
-    return locality_of(config, default, node, labels)[1] or None
+    zone, labels = config["endpoint"]["prefer_zone"], nodes.get(node, {})
+    if zone is True:
+        zone = locality_of(config, labels.get("topology.kubernetes.io/zone", ""), node, labels)[1]
+    return zone or None
 
 
-def assignment_of(
-    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str | None,
-    nodes: Mapping[str, Texts],
-) -> dict[str, Json]:
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Config,
+                  preferred: str | None, nodes: Mapping[str, Texts]) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
@@ -1283,13 +1244,13 @@ def assignment_of(
                 packed = socket.inet_pton(family, endpoint.address)
                 candidates += [(rank, packed, number, endpoint.state, away, locality,
                                 endpoint.address) for number in numbers]
-    groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
+    groups, seen = defaultdict[tuple[bool, Any], list[Json]](list), set[tuple[bytes, int]]()
     for _, packed, number, state, away, locality, address in sorted(candidates):
         if number and (packed, number) not in seen:
             seen.add((packed, number))
             where = present(protocol="UDP" if port.protocol == "UDP" else "",
                             address=address, port_value=number)
-            groups.setdefault((away, locality), []).append(present(
+            groups[away, locality].append(present(
                 endpoint={"address": {"socket_address": where}}, health_status=state))
     all_away = all(away for away, _ in groups)
     return present(cluster_name=cluster.name, endpoints=[
@@ -1314,15 +1275,13 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
-def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-             ) -> Route:
+def route_of(service: Service, config: Config, problems: list[str]) -> Route:
     """What the annotations of a Service ask for. One that is not routed for an error still claims
     its hosts: a typing error must not hand them to another namespace."""
     (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
     given = {key.removeprefix(ours): text.strip()
              for key, text in service.annotations.items() if key.startswith(ours)}
-    unknown = sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS))
-    if unknown:
+    if unknown := sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS)):
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return Route(service.key)
@@ -1336,7 +1295,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
     try:
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
-        prefixes, cluster = route_target(service, clusters, given, ours)
+        prefixes, port = route_target(service, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
         return Route(service.key, hosts)
@@ -1345,7 +1304,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return Route(service.key, hosts, prefixes, number, cluster)
+    return Route(service.key, hosts, prefixes, number, port)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1363,10 +1322,9 @@ def may_have(namespace: str, host: str, suffix: str) -> bool:
     return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == namespace
 
 
-def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
-                 ) -> tuple[list[str], str]:
-    """The path prefixes that annotations route, and the cluster: of the port that they name, else
-    of the only one, else of the first HTTP one. ValueError for what is wrong in them."""
+def route_target(service: Service, given: Texts, ours: str) -> tuple[list[str], ServicePort]:
+    """The path prefixes that annotations route, and the port: the one that they name, else the only
+    one, else the first HTTP one. ValueError for what is wrong in them."""
     if given.get("route", "true") != "true":
         raise ValueError(f'{ours}route: "true" or "false" expected')
     services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
@@ -1385,22 +1343,19 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
     if not ports:
         raise ValueError(f"{ours}port: the Service has no TCP port {wanted[:60]!a}" if wanted else
                          f"which of its ports is HTTP? Set appProtocol or {ours}port")
-    for cluster in clusters:
-        if cluster.port == ports[0]:
-            return prefixes, cluster.name
-    raise ValueError(f"its port {ports[0].label} has no cluster")
+    return prefixes, ports[0]
 
 
-def owned_by_age(
-    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
-) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
+def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePlan],
+                 problems: Mapping[Key, list[str]]
+                 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
     """The clusters of each Service, and the routes of each host in the order of Services. What two
     claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
     last, in silence), a host to a namespace. Who loses is named."""
     names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
     routes = defaultdict[str, list[Route]](list)
-    for key in by_age:
+    for key in sorted(plans, key=lambda key: (services[key].created, key)):
         planned, route, _ = plans[key]
         for cluster in planned:
             owner, first = names.setdefault(cluster.name, (key, cluster))
@@ -1409,16 +1364,16 @@ def owned_by_age(
             else:
                 problems[key].append(f"port {cluster.port.label} is left out: service "
                                      f"{'/'.join(owner)} has a cluster named {cluster.name}")
-        routed = route.cluster in [cluster.name for cluster in clusters[key]]
-        if route.cluster and not routed:
-            problems[key].append("is not routed: it has no cluster of its own")
+        name = next((own.name for own in clusters[key] if own.port == route.port), "")
+        if route.port and not name:
+            problems[key].append(f"is not routed: its port {route.port.label} has no cluster")
         for host in route.hosts:
             namespace = hosts.setdefault(host, key[0])
             if namespace != key[0]:
                 problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {namespace} has it")
-            elif routed:
-                routes[host].append(route)
+            elif name:
+                routes[host].append(route._replace(cluster=name))
     return clusters, {host: sorted(found) for host, found in routes.items()}
 
 
@@ -1627,8 +1582,7 @@ class Renderer:
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
         problems = {key: list(said) for key, (_, _, said) in plans.items()}
-        by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        clusters, routes = owned_by_age(plans, by_age, problems)
+        clusters, routes = owned_by_age(services, plans, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
         hosts = self._results(self._host, {host: (host, routed)
                                            for host, routed in sorted(routes.items())})
@@ -1706,7 +1660,6 @@ class Renderer:
 # resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
 # here to be read has a byte of a key in it.
 
-SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
 

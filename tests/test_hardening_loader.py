@@ -387,8 +387,7 @@ def test_every_reader_of_foreign_text_is_linear(name: str) -> None:
 
 def test_no_digest_of_a_secret_is_remembered() -> None:
     """Neither of one that Envoy took nor of one that it refused: guesses could be tested at it."""
-    sds = loader.file_of(b"type.googleapis.com/" + next(
-        url for url, kind in loader.KINDS.items() if kind == "sds"), "secret demo/web")  # fmt: skip
+    sds = loader.file_of(loader.SDS_TYPE.encode(), "secret demo/web")
     nack = loader.Nack(sds.digest, sds.kind, "reason")
     known = loader.Known(acked={"sds/a": sds}, nacks={"sds/b": nack})
     assert sds.digest not in json.dumps(loader.state_of(known))
