@@ -4315,7 +4315,9 @@ SECTIONS = {
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
 SPELLED["-h"] = SPELLED["--help"]
-VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
+VARIABLES = {  # the later ones win
+    "POD_NAMESPACE": SPELLED["--namespace"], "NS": SPELLED["--namespace"],
+    **{f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
@@ -4349,11 +4351,8 @@ def given_in_words(argv: Sequence[str]) -> Given:
 def given_in_environment(environ: Mapping[str, str]) -> Given:
     """What an option's own variable says, else what Kubernetes gives a pod."""
     given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
-    with contextlib.suppress(OSError), open(place, "rb") as stream:
-        given["namespace"] = [(place, stream.read(1000).decode("utf-8", "replace").strip())]
-    for variable in ("POD_NAMESPACE", "NS"):
-        if environ.get(variable):
-            given["namespace"] = [(f"${variable}", environ[variable])]
+    with contextlib.suppress(OSError, ValueError), open(place, "rb") as stream:
+        given["namespace"] = [(place, namespace_name(stream.read(1000).decode().strip()))]
     if host := environ.get("KUBERNETES_SERVICE_HOST"):
         port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
@@ -4385,6 +4384,8 @@ def option_value(option: Option, given: Given) -> Any:
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     given = {**given_in_environment(environ), **given_in_words(argv)}
+    if given.get("from-file"):
+        given.pop("apiserver", None)  # it is not asked, whatever the pod's variables say
     options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
     options.mode = ("once" if options.onetime or options.dry_run
