@@ -3208,36 +3208,29 @@ log = Log()
 # -- metrics -----------------------------------------------------------------------------------
 
 
-class Metric(NamedTuple):
-    name: str
-    type: str  # counter, gauge or histogram
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-METRICS = (
-    Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
-    Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
-    Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-    Metric("xds_loader_publication_duration_seconds", "histogram", "From an event to the file."),
-    Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
-    Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
-    Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
-    Metric("xds_loader_unknown_files", "gauge", "1 while no ACK or NACK is known.", ("file",)),
-    Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
-           "When a source last answered: an event, a bookmark or a list.", ("source",)),
-    Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-    Metric("xds_loader_watch_restarts_total", "counter", "Watches resumed.", ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter", "API requests.", ("code", "verb")),
-    Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
-    Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
-    Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
-    Metric("xds_loader_inotify_instances_used", "gauge", "Files that Envoy subscribes to."),
-    Metric("xds_loader_snapshot_info", "gauge", "The published snapshot.", ("version",)),
-    Metric("xds_loader_snapshot_timestamp_seconds", "gauge", "When it was published."),
-    Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
-    Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
-    Metric("process_start_time_seconds", "gauge", "When the process started."),
+METRICS = (  # name, type, labels, help
+    ("xds_loader_info", "gauge", "version", "The loader that runs."),
+    ("xds_loader_publications_total", "counter", "step", "Published snapshots by step."),
+    ("xds_loader_published_files_total", "counter", "", "Files that changed in publications."),
+    ("xds_loader_publication_duration_seconds", "histogram", "", "From an event to the file."),
+    ("xds_loader_ack_duration_seconds", "histogram", "", "From a publication to Envoy's answer."),
+    ("xds_loader_nacks_total", "counter", "type", "Files that Envoy rejected by type."),
+    ("xds_loader_nacked_files", "gauge", "file", "1 while the wanted bytes are NACKed."),
+    ("xds_loader_unknown_files", "gauge", "file", "1 while no ACK or NACK is known."),
+    ("xds_loader_source_last_event_timestamp_seconds", "gauge", "source",
+     "When a source last answered: an event, a bookmark or a list."),
+    ("xds_loader_source_synced", "gauge", "source", "1 once the first list is complete."),
+    ("xds_loader_watch_restarts_total", "counter", "source reason", "Watches resumed."),
+    ("xds_loader_api_requests_total", "counter", "code verb", "API requests."),
+    ("xds_loader_errors_total", "counter", "kind", "Errors by kind."),
+    ("xds_loader_clusters", "gauge", "endpoints", "Clusters by where endpoints live."),
+    ("xds_loader_inotify_instances_budget", "gauge", "", "Files that Envoy may subscribe to."),
+    ("xds_loader_inotify_instances_used", "gauge", "", "Files that Envoy subscribes to."),
+    ("xds_loader_snapshot_info", "gauge", "version", "The published snapshot."),
+    ("xds_loader_snapshot_timestamp_seconds", "gauge", "", "When it was published."),
+    ("process_resident_memory_bytes", "gauge", "", "Resident memory."),
+    ("process_cpu_seconds_total", "counter", "", "User and system CPU time."),
+    ("process_start_time_seconds", "gauge", "", "When the process started."),
 )
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
@@ -3247,7 +3240,6 @@ HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 Labels = tuple[str, ...]
 
 
@@ -3259,7 +3251,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._series: dict[str, dict[Any, float]] = {
             name: dict.fromkeys((*HISTOGRAM, "_sum"), 0.0) if kind == "histogram" else {}
-            for name, kind, _, _ in METRICS}
+            for name, kind, *_ in METRICS}
         self.add("xds_loader_published_files_total", by=0)  # rate() needs to see the 0
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
@@ -3293,18 +3285,14 @@ class Metrics:
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, names in METRICS:
+        for name, kind, labels, text in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             for key, value in held[name]:
-                suffix = key if kind == "histogram" else labels_text(names, key)
+                pairs = (f'{label}="{its.translate(LABEL_ESCAPES)}"'
+                         for label, its in zip(labels.split(), key, strict=True))
+                suffix = "{" + ",".join(pairs) + "}" if labels else "".join(key)
                 lines.append(f"{name}{suffix} {value:.15g}")
         return "\n".join(lines)
-
-
-def labels_text(names: Labels, values: Labels) -> str:
-    """`{code="200",verb="list"}`, "" without labels."""
-    pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
-    return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)

@@ -343,25 +343,25 @@ def families(text: str) -> dict[str, Any]:
 def recorded() -> Any:
     """A value in every metric."""
     metrics = loader.Metrics("1.2.3")
-    for metric in loader.METRICS:
-        labels = tuple(f"a {label}" for label in metric.labels)
-        if metric.type == "histogram":
+    for name, kind, names, _ in loader.METRICS:
+        labels = tuple(f"a {label}" for label in names.split())
+        if kind == "histogram":
             for seconds in (0.0001, 0.0012, 0.0012, 3.0, 99.0):
-                metrics.observe(metric.name, seconds)
-        elif metric.type == "counter":
-            metrics.add(metric.name, labels, 2)
+                metrics.observe(name, seconds)
+        elif kind == "counter":
+            metrics.add(name, labels, 2)
         else:
-            metrics.set(metric.name, 1.5, labels)
+            metrics.set(name, 1.5, labels)
     return metrics
 
 
 def test_a_real_parser_reads_every_metric() -> None:
     found = families(recorded().render())
-    for metric in loader.METRICS:
-        family = found[metric.name.removesuffix("_total")]
-        assert family.type == metric.type
-        assert family.documentation == metric.help
-        assert family.samples, metric.name
+    for name, kind, _, text in loader.METRICS:
+        family = found[name.removesuffix("_total")]
+        assert family.type == kind
+        assert family.documentation == text
+        assert family.samples, name
     assert [s.value for s in found["xds_loader_publications"].samples] == [2.0]
     assert found["xds_loader_api_requests"].samples[0].labels == {
         "code": "a code",
@@ -394,13 +394,13 @@ def test_a_bound_belongs_to_its_bucket() -> None:
 
 
 def test_names_follow_the_conventions() -> None:
-    for metric in loader.METRICS:
-        assert metric.name.startswith(("xds_loader_", "process_"))
-        assert metric.name.endswith("_total") == (metric.type == "counter")
-        if metric.type == "histogram":
-            assert metric.name.endswith("_seconds")
-        assert metric.help.endswith(".")
-    assert len({metric.name for metric in loader.METRICS}) == len(loader.METRICS)
+    for name, kind, _, text in loader.METRICS:
+        assert name.startswith(("xds_loader_", "process_"))
+        assert name.endswith("_total") == (kind == "counter")
+        if kind == "histogram":
+            assert name.endswith("_seconds")
+        assert text.endswith(".")
+    assert len({name for name, *_ in loader.METRICS}) == len(loader.METRICS)
 
 
 def test_only_what_is_known_has_a_sample() -> None:
