@@ -3303,6 +3303,7 @@ metrics = Metrics(__version__)
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
 
+NOT_ACKED = (NACKED, UNKNOWN, UNREAD)
 CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
 HEAD_MAX = 8192  # bytes that are read of a request
@@ -3318,14 +3319,11 @@ class Status(NamedTuple):
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
     states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
-    missing: tuple[str, ...] = ()  # sources waited for
-    stale: tuple[str, ...] = ()  # sources that show their last good state
+    # Files by state (but acked), sources that are waited for, and that show their last good state.
+    named: Mapping[str, Sequence[str]] = dict.fromkeys((*NOT_ACKED, "missing", "stale"), ())
     started: bool = False  # Envoy has ACKed what it needs to serve
     last_turn: float = 0.0  # monotonic time
     turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
-
-    def paths(self, state: str) -> list[str]:
-        return sorted(path for path, its in self.states.items() if its == state)
 
 
 def snapshot_text(status: Status) -> str:
@@ -3339,9 +3337,7 @@ def snapshot_text(status: Status) -> str:
     return json.dumps({
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows,
-        **{state: status.paths(state) for state in (NACKED, UNKNOWN, UNREAD)},
-        "missing": status.missing, "stale": status.stale}, indent=1)
+        "files": rows, **status.named}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3411,8 +3407,8 @@ class Listener:
             # should be takes no running Envoy out of its Service: it is named.
             started = path == "/readyz" or status.started
             ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
-            named = {"missing": status.missing, "stale": status.stale, NACKED: status.paths(NACKED)}
-            lines = [f"{what}: {name}" for what, names in named.items() for name in names]
+            lines = [f"{what}: {name}" for what in ("missing", "stale", NACKED)
+                     for name in status.named[what]]
             text = "\n".join([ready if status.version else "no snapshot yet", *lines])
             return 200 if status.version and started else 503, text
         if path not in self._kept:
@@ -3913,29 +3909,27 @@ class Loop:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [])
-        asking, files = self.asking, self.output.published
-        states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
+        wanted, known = self._wanted or Wanted({}, [], [], [], []), self.asking.known
+        files, version = self.output.published, self.output.snapshot[2:]
+        states = {path: known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        acked, nacks = asking.known.acked, asking.known.nacks
-        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
-                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
-        version = self.output.snapshot[2:]
-        self._listener.status = status = Status(
-            files, version, self.output.switched_at, states,
-            missing=(*wanted.missing, *wanted.unknown),
-            stale=(*wanted.stale, *self.sources.trouble()) if files else (),
-            started=bool(version) and asking.started,
-            last_turn=time.monotonic(),
-            turn_bound=2 * self.options.sync_interval + 60.0,
-        )
-        unknown = status.paths(UNKNOWN) if asking.admin else ()
+        states |= {path: NACKED for path, nack in known.nacks.items()
+                   if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, known.acked.get(path))}
+        named = {state: sorted(path for path, its in states.items() if its == state)
+                 for state in NOT_ACKED}
+        named["missing"] = wanted.missing + wanted.unknown
+        named["stale"] = [*wanted.stale, *self.sources.trouble()] if files else []
+        self._listener.status = Status(
+            files, version, self.output.switched_at, states, named, self.asking.started,
+            last_turn=time.monotonic(), turn_bound=2 * self.options.sync_interval + 60.0)
+        unknown = named[UNKNOWN] if self.asking.admin else []
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
-        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in named[NACKED]})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
         metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
         metrics.set("xds_loader_inotify_instances_used",
-                    sum(bool(file.kind) for file in files.values()))
+                    len([path for path, file in files.items() if file.kind]))
 
 
 def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:

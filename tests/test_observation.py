@@ -74,6 +74,9 @@ def listener() -> Any:
     return loader.Listener("127.0.0.1", 0)
 
 
+NOTHING = loader.Status({}).named
+
+
 def a_status(**changes: Any) -> Any:
     files = {
         "rds.yaml": loader.file_of(b"resources: []\n", "configmap demo/envoy-xds"),
@@ -87,8 +90,8 @@ def a_status(**changes: Any) -> Any:
         published_at=1_700_000_000.25,
         states={"rds.yaml": "acked", "eds/x.yaml": "nacked", "note": "unread",
                 "sds/demo_web.yaml": "unknown"},
-        missing=("configmap demo/absent",),
-        stale=("services",),
+        named={"nacked": ["eds/x.yaml"], "unknown": ["sds/demo_web.yaml"], "unread": ["note"],
+               "missing": ["configmap demo/absent"], "stale": ["services"]},
         last_turn=time.monotonic(),
         turn_bound=60.0,
     )
@@ -109,7 +112,8 @@ def test_healthz_is_well_while_the_loop_turns(listener: Any) -> None:
 
 
 def test_readyz_waits_for_the_first_snapshot_and_names_what_is_not_well(listener: Any) -> None:
-    listener.status = loader.Status({}, missing=("configmap demo/absent",))
+    listener.status = loader.Status({}, named={
+        **NOTHING, "missing": ["configmap demo/absent"]})  # fmt: skip
     reply = ask(listener.port, "/readyz")
     assert (reply.status, reply.body) == (503, "no snapshot yet\nmissing: configmap demo/absent\n")
     listener.status = a_status()
@@ -125,10 +129,10 @@ def test_readyz_waits_for_the_first_snapshot_and_names_what_is_not_well(listener
 
 def test_startz_waits_for_envoy(listener: Any) -> None:
     assert ask(listener.port, "/startz").body == "no snapshot yet\n"
-    listener.status = a_status(stale=(), missing=())
+    listener.status = a_status(named={**NOTHING, "nacked": ["eds/x.yaml"]})
     reply = ask(listener.port, "/startz")
     assert (reply.status, reply.body) == (503, "not ACKed by Envoy yet\nnacked: eds/x.yaml\n")
-    listener.status = a_status(stale=(), missing=(), states={}, started=True)
+    listener.status = a_status(named=NOTHING, started=True)
     reply = ask(listener.port, "/startz")
     assert (reply.status, reply.body) == (200, "ready, version ab12cd34\n")
 
@@ -158,7 +162,8 @@ def test_snapshot_lists_files_and_serves_no_content(listener: Any) -> None:
 
 def test_an_empty_status_is_a_snapshot_of_nothing(listener: Any) -> None:
     shown = json.loads(ask(listener.port, "/snapshot").body)
-    assert (shown["version"], shown["published_at"], shown["files"]) == (None, None, [])
+    assert shown == {"version": None, "published_at": None, "files": [], "nacked": [],
+                     "unknown": [], "unread": [], "missing": [], "stale": []}  # fmt: skip
 
 
 # -- the server ----------------------------------------------------------------------------------
