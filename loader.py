@@ -3205,9 +3205,6 @@ def timestamp(now: float) -> str:
 
 log = Log()
 
-# -- metrics -----------------------------------------------------------------------------------
-
-
 METRICS = (  # name, type, labels, help
     ("xds_loader_info", "gauge", "version", "The loader that runs."),
     ("xds_loader_publications_total", "counter", "step", "Published snapshots by step."),
@@ -3238,7 +3235,6 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
              '_bucket{le="+Inf"}': float("inf"), "_count": float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = tuple[str, ...]
 
@@ -3329,11 +3325,10 @@ class Status(NamedTuple):
 def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
-    rows = []
-    for path, file in sorted(status.files.items()):
-        size = {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({"path": path, "source": file.source, "state": status.states[path],
-                     **({} if holds_secret(file.content) else size)})
+    rows = [{"path": path, "source": file.source, "state": status.states[path]} | (
+                {} if holds_secret(file.content) else
+                {"bytes": len(file.content), "sha256": file.digest})
+            for path, file in sorted(status.files.items())]
     return json.dumps({
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
@@ -4124,15 +4119,6 @@ def print_out(texts: Iterable[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def read_config(path: str) -> Config:
-    """The --config file, or UsageError with the place in it."""
-    try:
-        with open(path, "rb") as stream:
-            return config_from(json.load(stream, object_pairs_hook=unique_keys))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
-
-
 # ---------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------
@@ -4246,8 +4232,8 @@ SECTIONS = {
         Option("services-namespace", any_namespace, "NS",
                "where these Services are, if not in --namespace; '*' for all", repeats=True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
-        Option("namespace", namespace_name, "NS", "of what is named without one; if not given "
-               "$NS, $POD_NAMESPACE or the service account's", "default"),
+        Option("namespace", namespace_name, "NS",
+               "of names without one; else $NS, $POD_NAMESPACE, the service account's", "default"),
     ),
     "From where": (
         Option("apiserver", http_url, "URL", "the API server, if not the pod's own", NO_POD),
@@ -4274,12 +4260,12 @@ SECTIONS = {
         Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
-               "Envoy's admin interface what became of every publication"),
+        Option("envoy-admin", admin_url, "URL",
+               "ask Envoy what became of every publication: http://127.0.0.1:9901 or unix:/path"),
         Option("step-delay", go_duration, "D",
                "pause between ordered steps; 100ms where Envoy is not asked, else none"),
-        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
-               "most; non-zero: not published, only endpoints and secrets go on"),
+        Option("check-cmd", shell_words, "CMD", "run on what is staged ('{dir}'), 30 s at most; "
+               "if it fails, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
         Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
@@ -4304,11 +4290,9 @@ VARIABLES = {  # the later ones win
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
 
-class Options(types.SimpleNamespace):
-    """The value of each option by its name (with `_`), checked; and what follows from them and the
-    environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
-
-
+# The value of each option by its name (with `_`), checked; and what follows from them and the
+# environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
+Options = types.SimpleNamespace
 Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
 
 
@@ -4370,30 +4354,12 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         given.pop("apiserver", None)  # it is not asked, whatever the pod's variables say
     options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
-    options.mode = ("once" if options.onetime or options.dry_run
-                    else "watch" if options.watch and not options.from_file else "poll")
-    check_combination(options)
-    if options.mode == "once":  # it asks nobody, and serves nothing
-        options.listen = options.envoy_admin = None
-    for kind in ("configmap", "secret"):
-        setattr(options, kind, tuple(
-            (query if query.namespace else query._replace(namespace=options.namespace), directory)
-            for query, directory in getattr(options, kind)))
-    options.node_name = environ.get("NODE_NAME", "")
-    options.unknown_variables = [
-        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
-    return options
-
-
-def check_combination(options: Options) -> None:
-    """Combinations that make no sense, before any request."""
-    services = options.services is not None
+    services, once = options.services is not None, options.onetime or options.dry_run
     for holds, text in (
         (options.configmap or options.secret or services or options.configmap_selector is not None,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
-        (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
+        (once or options.from_file != "-", "--from-file - needs --onetime"),
         (options.from_file or bool(options.client_cert) == bool(options.client_key),
          "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
@@ -4403,20 +4369,29 @@ def check_combination(options: Options) -> None:
     ):
         if not holds:
             raise UsageError(text)
+    options.mode = "watch" if options.watch and not options.from_file else "poll"
+    if once:  # it asks no Envoy, and serves nothing
+        options.mode, options.listen, options.envoy_admin = "once", None, None
+    for kind in ("configmap", "secret"):
+        setattr(options, kind, tuple(
+            (query._replace(namespace=query.namespace or options.namespace), directory)
+            for query, directory in getattr(options, kind)))
+    options.node_name = environ.get("NODE_NAME", "")
+    options.unknown_variables = [
+        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
+    return options
 
 
 def help_text() -> str:
     """--help: what the module says of itself, and the table of options."""
-    import textwrap
-
     lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
         lines += ["", f"{title}:"]
         for option in options:
             text = option.help + "; repeatable" * option.repeats
             text += f" (default {option.default})" if option.default else ""
-            lines.append(f"  --{option.name} {option.metavar}".rstrip())
-            lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
+            lines += [f"  --{option.name} {option.metavar}".rstrip(), f"        {text}"]
     return "\n".join([*lines, ""])
 
 
@@ -4428,7 +4403,13 @@ def run(options: Options) -> int:
     if options.unknown_variables:
         log.warning("no option has the environment variable %s",
                     shortened(options.unknown_variables))
-    config = read_config(options.config) if options.config else DEFAULTS
+    config, path = DEFAULTS, options.config
+    if path:
+        try:
+            with open(path, "rb") as stream:
+                config = config_from(json.load(stream, object_pairs_hook=unique_keys))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if config["endpoint"]["prefer_zone"] is True and not options.node_name:
