@@ -3294,7 +3294,6 @@ class Metrics:
 metrics = Metrics(__version__)
 
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
-#
 # Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
@@ -4065,25 +4064,23 @@ def preview(options: Options, config: Config) -> int:
     loop = Loop(options, config)
     published = loop.output.published = loop.output.peek()
     loop.sources.start(published)
-    files = loop.composed().files
+    files, shown = loop.composed().files, list[str]()
     for path, file in sorted(files.items()):
-        if path.endswith(".json"):
-            try:
+        try:
+            if path.endswith(".json"):
                 parse_json(file.content)
-            except ValueError as error:
-                log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
+        except ValueError as error:
+            log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
+        if not options.diff:  # key material is not shown
+            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
+            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if options.diff:
         if not published:
             log.warning("%s: nothing is published there, so every file is new", loop.output.root)
         shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
-    else:
-        shown = []
-        for path, file in sorted(files.items()):  # key material is not shown
-            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
-            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if any(shown) or not options.diff:
-        print_out([f"snapshot {version_of(files)}\n", *shown])
+        print_out("".join([f"snapshot {version_of(files)}\n", *shown]))
     if options.check_cmd:
         import tempfile
 
@@ -4110,10 +4107,10 @@ def difference(path: str, old: File | None, new: File | None) -> str:
     return "".join(row if row.endswith("\n") else row + missing for row in rows)
 
 
-def print_out(texts: Iterable[str]) -> None:
+def print_out(text: str) -> None:
     """To standard output, as far as anybody reads."""
     try:
-        sys.stdout.buffer.write("".join(texts).encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4289,7 +4286,6 @@ VARIABLES = {  # the later ones win
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
-
 # The value of each option by its name (with `_`), checked; and what follows from them and the
 # environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
 Options = types.SimpleNamespace
@@ -4333,8 +4329,8 @@ def given_in_environment(environ: Mapping[str, str]) -> Given:
 
 def option_value(option: Option, given: Given) -> Any:
     """What is given, else the default; None where there is none."""
-    values = []
-    for where, text in given.get(option.name, ()):
+    values, default = [], [("", option.default)] if option.default else []
+    for where, text in given.get(option.name, default):
         try:
             values.append(option.parse(text))
         except (ValueError, UsageError) as error:
@@ -4342,15 +4338,13 @@ def option_value(option: Option, given: Given) -> Any:
             raise UsageError(f"{where} {shown!r}: {error}") from None
     if option.repeats:
         return tuple(dict.fromkeys(values))
-    if not values and option.default:
-        return option.parse(option.default)
     return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     given = {**given_in_environment(environ), **given_in_words(argv)}
-    if given.get("from-file"):
+    if option_value(SPELLED["--from-file"], given):
         given.pop("apiserver", None)  # it is not asked, whatever the pod's variables say
     options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
@@ -4426,9 +4420,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = given_in_words(arguments)
         if option_value(SPELLED["--help"], given):
-            print_out([help_text()])
+            print_out(help_text())
         elif option_value(SPELLED["--version"], given):
-            print_out([f"envoy-xds-configmap-loader {__version__}\n"])
+            print_out(f"envoy-xds-configmap-loader {__version__}\n")
         else:
             return run(options_from(arguments, os.environ))
         return 0
