@@ -3167,34 +3167,22 @@ class Log:
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
     the same as a JSON object. Where it is too long, its long texts are cut."""
-    when, most = timestamp(time.time()), LINE_BYTES
-    while True:
-        said = plain_value(message, most)
-        values = {name: plain_value(value, most) for name, value in fields.items()}
+    numbers = {name: value for name, value in fields.items()  # JSON has no NaN and no infinity
+               if value is None or (isinstance(value, (int, float)) and value - value == 0)}
+    when, most, line = timestamp(time.time()), LINE_BYTES, b""
+    while not line or len(line) > LINE_BYTES:
+        texts = {name: text if len(text := str(value)) <= most else f"{text[:most]}..."
+                 for name, value in {"message": message, **fields}.items()}
         if form == "json":
-            line = json.dumps({"time": when, "level": level, "message": said, **values})
-        else:
-            pairs = (f"{name}={text_value(value)}" for name, value in values.items())
+            text = json.dumps({"time": when, "level": level, **texts, **numbers})
+        else:  # what comes from outside (names, reasons) cannot forge a field or a line
+            said = texts.pop("message")
             said = said if said.isprintable() else json.dumps(said)
-            line = " ".join([when, level.upper(), said, *pairs])
-        encoded = f"{line}\n".encode("utf-8", "backslashreplace")
-        if len(encoded) <= LINE_BYTES:
-            return encoded
-        most //= 2
-
-
-def plain_value(value: object, most: int) -> Json:
-    """A number stays (not NaN nor infinite, which JSON does not have); the rest is its str()."""
-    if value is None or (isinstance(value, (int, float)) and value - value == 0):
-        return value
-    text = str(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def text_value(value: Json) -> str:
-    """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
-    plain = isinstance(value, str) and value.isprintable() and re.fullmatch('[^ "=]+', value)
-    return str(value) if plain else json.dumps(value)
+            pairs = [f"{name}={text}" if text.isprintable() and re.fullmatch('[^ "=]+', text)
+                     else f"{name}={json.dumps(text)}" for name, text in texts.items()]
+            text = " ".join([when, level.upper(), said, *pairs])
+        line, most = f"{text}\n".encode("utf-8", "backslashreplace"), most // 2
+    return line
 
 
 def timestamp(now: float) -> str:
