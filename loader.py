@@ -3126,8 +3126,7 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
-LINE_BYTES = 4096
+LINE_BYTES = 4096  # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes
 STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
@@ -3290,9 +3289,7 @@ NOT_ACKED = (NACKED, UNKNOWN, UNREAD)
 CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
 HEAD_MAX = 8192  # bytes that are read of a request
-# An answer that costs more than a probe's is used again for 20 times as long as it took to make:
-# clients that ask without a pause take a twentieth of a CPU.
-REUSED = 20
+REUSED = 20  # an answer is used for so many times as long as its rendering took: 5 % of a CPU
 
 
 class Status(NamedTuple):
@@ -4277,7 +4274,7 @@ SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 # The value of each option by its name (with `_`), checked; and what follows from them and the
 # environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
 Options = types.SimpleNamespace
-Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
+Given = dict[str, tuple[str, list[str]]]  # by option: where it is said, and its values as texts
 
 
 def given_in_words(argv: Sequence[str]) -> Given:
@@ -4294,7 +4291,7 @@ def given_in_words(argv: Sequence[str]) -> Given:
             raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
             value = rest.popleft() if option.metavar else "true"
-        given.setdefault(option.name, []).append((f"--{option.name}", value))
+        given.setdefault(option.name, (f"--{option.name}", []))[1].append(value)
     return given
 
 
@@ -4302,23 +4299,23 @@ def given_in_environment(environ: Mapping[str, str]) -> Given:
     """What an option's own variable says, else what Kubernetes gives a pod."""
     given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
     with contextlib.suppress(OSError, ValueError), open(place, "rb") as stream:
-        given["namespace"] = [(place, namespace_name(stream.read(1000).decode().strip()))]
+        given["namespace"] = place, [namespace_name(stream.read(1000).decode().strip())]
     if host := environ.get("KUBERNETES_SERVICE_HOST"):
         port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
-        given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
+        given["apiserver"] = "$KUBERNETES_SERVICE_HOST and ..._PORT", [url]
     for variable, option in VARIABLES.items():
         text = environ.get(variable)
         if text and option.name not in ("help", "version"):
-            texts = text.split() if option.repeats else [text]
-            given[option.name] = [(variable, each) for each in texts]
+            given[option.name] = variable, text.split() if option.repeats else [text]
     return given
 
 
 def option_value(option: Option, given: Given) -> Any:
     """What is given, else the default; None where there is none."""
-    values, default = [], [("", option.default)] if option.default else []
-    for where, text in given.get(option.name, default):
+    where, texts = given.get(option.name, ("", [option.default] if option.default else []))
+    values = []
+    for text in texts:
         try:
             values.append(option.parse(text))
         except (ValueError, UsageError) as error:
