@@ -3302,8 +3302,7 @@ class Status(NamedTuple):
     # Files by state (but acked), sources that are waited for, and that show their last good state.
     named: Mapping[str, Sequence[str]] = dict.fromkeys((*NOT_ACKED, "missing", "stale"), ())
     started: bool = False  # Envoy has ACKed what it needs to serve
-    last_turn: float = 0.0  # monotonic time
-    turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
+    turn_by: float = 0.0  # when the loop has turned again if it is well (monotonic)
 
 
 def snapshot_text(status: Status) -> str:
@@ -3331,7 +3330,7 @@ class Listener:
     """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
+        self.status, self._rendering = Status({}, turn_by=time.monotonic() + 120), threading.Lock()
         self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
@@ -3378,9 +3377,8 @@ class Listener:
         """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
-            age, bound = time.monotonic() - status.last_turn, status.turn_bound
-            late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
-            return (503, late) if age > bound else (200, "ok")
+            late = time.monotonic() - status.turn_by
+            return (503, f"the loop is {late:.0f} s late") if late > 0 else (200, "ok")
         if path in ("/readyz", "/startz"):
             # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
             # should be takes no running Envoy out of its Service: it is named.
@@ -3901,7 +3899,7 @@ class Loop:
         named["stale"] = [*wanted.stale, *self.sources.trouble()] if files else []
         self._listener.status = Status(
             files, version, self.output.switched_at, states, named, self.asking.started,
-            last_turn=time.monotonic(), turn_bound=2 * self.options.sync_interval + 60.0)
+            turn_by=time.monotonic() + 2 * self.options.sync_interval + 60.0)
         unknown = named[UNKNOWN] if self.asking.admin else []
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
         metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in named[NACKED]})
