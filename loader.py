@@ -4115,10 +4115,6 @@ def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Call
     return parse
 
 
-def one_of(words: str) -> Callable[[str], Any]:
-    return matching(words, f"one of {words.replace('|', ', ')}")
-
-
 NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
 NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
 namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
@@ -4194,14 +4190,13 @@ class Option(NamedTuple):
 
     name: str
     parse: Callable[[str], Any]
-    metavar: str  # "" of a switch
+    metavar: str  # "" of a switch; `a|b` where these are all values
     help: str
     default: str = ""
     repeats: bool = False
 
 
 NO_POD = "https://kubernetes"  # the API server where the environment names none
-WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
@@ -4226,8 +4221,8 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of(WHERE), WHERE, "where endpoints live", "auto"),
-        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
+        Option("endpoints", str, "auto|eds|inline|dns", "where endpoints live", "auto"),
+        Option("format", str, "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
         Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
@@ -4249,8 +4244,8 @@ SECTIONS = {
     ),
     "Log, metrics, probes": (
         Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
-        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
-        Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
+        Option("log-format", str, "text|json", "of standard error", "text"),
+        Option("log-level", str, "|".join(LOG_LEVELS), "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
         Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
@@ -4315,6 +4310,8 @@ def option_value(option: Option, given: Given) -> Any:
     values = []
     for text in texts:
         try:
+            if "|" in option.metavar and text not in option.metavar.split("|"):
+                raise ValueError(f"is not one of {option.metavar}")
             values.append(option.parse(text))
         except (ValueError, UsageError) as error:
             shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
