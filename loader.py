@@ -4116,9 +4116,8 @@ def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Call
 
 
 NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
-NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
-namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
-any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+namespace_name = matching(NAMESPACE, "a namespace (at most 63 lower case letters, digits, '-')")
+any_namespace = matching(rf"\*|{NAMESPACE}", "'*' or a namespace (lower case letters, digits, '-')")
 object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
 go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false",
                    lambda text: text[0] in "1tT")
