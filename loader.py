@@ -3170,7 +3170,7 @@ def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) 
                if value is None or (isinstance(value, (int, float)) and value - value == 0)}
     when, most, line = timestamp(time.time()), LINE_BYTES, b""
     while not line or len(line) > LINE_BYTES:
-        texts = {name: text if len(text := str(value)) <= most else f"{text[:most]}..."
+        texts = {name: whole if len(whole := str(value)) <= most else f"{whole[:most]}..."
                  for name, value in {"message": message, **fields}.items()}
         if form == "json":
             text = json.dumps({"time": when, "level": level, **texts, **numbers})
@@ -3904,7 +3904,8 @@ class Loop:
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
         metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in named[NACKED]})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
-        metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
+        metrics.replace("xds_loader_snapshot_timestamp_seconds",
+                        {(): self.output.switched_at} if version else {})
         metrics.set("xds_loader_inotify_instances_used",
                     len([path for path, file in files.items() if file.kind]))
 

@@ -632,8 +632,11 @@ def test_a_loader_from_missing_to_published(
     wait_until(lambda: ask(running.port, "/readyz").body == missing, message="missing")
     assert not is_ready(running)
     assert ask(running.port, "/healthz").status == 200
+    published = ("xds_loader_snapshot_info", "xds_loader_snapshot_timestamp_seconds")
+    assert not any(running.metric(name) for name in published), "no snapshot is not one of 1970"
     api.configmap("demo", "envoy-xds", {"rds.yaml": "resources: []\n", "note": "content"})
     wait_until(lambda: is_ready(running), message="ready")
+    wait_until(lambda: running.metric(published[0]), message="metrics that are not kept ones")
     (version,) = running.metric("xds_loader_snapshot_info").keys()
     reply = ask(running.port, "/snapshot")
     shown = json.loads(reply.body)
