@@ -3040,8 +3040,7 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
-LINE_BYTES = 4096
+LINE_BYTES = 4096  # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes
 STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
@@ -3081,34 +3080,22 @@ class Log:
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
     the same as a JSON object. Where it is too long, its long texts are cut."""
-    when, most = timestamp(time.time()), LINE_BYTES
-    while True:
-        said = plain_value(message, most)
-        values = {name: plain_value(value, most) for name, value in fields.items()}
+    numbers = {name: value for name, value in fields.items()  # JSON has no NaN and no infinity
+               if value is None or (isinstance(value, (int, float)) and value - value == 0)}
+    when, most, line = timestamp(time.time()), LINE_BYTES, b""
+    while not line or len(line) > LINE_BYTES:
+        texts = {name: whole if len(whole := str(value)) <= most else f"{whole[:most]}..."
+                 for name, value in {"message": message, **fields}.items()}
         if form == "json":
-            line = json.dumps({"time": when, "level": level, "message": said, **values})
-        else:
-            pairs = (f"{name}={text_value(value)}" for name, value in values.items())
+            text = json.dumps({"time": when, "level": level, **texts, **numbers})
+        else:  # what comes from outside (names, reasons) cannot forge a field or a line
+            said = texts.pop("message")
             said = said if said.isprintable() else json.dumps(said)
-            line = " ".join([when, level.upper(), said, *pairs])
-        encoded = f"{line}\n".encode("utf-8", "backslashreplace")
-        if len(encoded) <= LINE_BYTES:
-            return encoded
-        most //= 2
-
-
-def plain_value(value: object, most: int) -> Json:
-    """A number stays (not NaN nor infinite, which JSON does not have); the rest is its str()."""
-    if value is None or (isinstance(value, (int, float)) and value - value == 0):
-        return value
-    text = str(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def text_value(value: Json) -> str:
-    """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
-    plain = isinstance(value, str) and value.isprintable() and re.fullmatch('[^ "=]+', value)
-    return str(value) if plain else json.dumps(value)
+            pairs = [f"{name}={text}" if text.isprintable() and re.fullmatch('[^ "=]+', text)
+                     else f"{name}={json.dumps(text)}" for name, text in texts.items()]
+            text = " ".join([when, level.upper(), said, *pairs])
+        line, most = f"{text}\n".encode("utf-8", "backslashreplace"), most // 2
+    return line
 
 
 def timestamp(now: float) -> str:
@@ -3119,39 +3106,29 @@ def timestamp(now: float) -> str:
 
 log = Log()
 
-# -- metrics -----------------------------------------------------------------------------------
-
-
-class Metric(NamedTuple):
-    name: str
-    type: str  # counter, gauge or histogram
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-METRICS = (
-    Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
-    Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
-    Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-    Metric("xds_loader_publication_duration_seconds", "histogram", "From an event to the file."),
-    Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
-    Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
-    Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
-    Metric("xds_loader_unknown_files", "gauge", "1 while no ACK or NACK is known.", ("file",)),
-    Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
-           "When a source last answered: an event, a bookmark or a list.", ("source",)),
-    Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-    Metric("xds_loader_watch_restarts_total", "counter", "Watches resumed.", ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter", "API requests.", ("code", "verb")),
-    Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
-    Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
-    Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
-    Metric("xds_loader_inotify_instances_used", "gauge", "Files that Envoy subscribes to."),
-    Metric("xds_loader_snapshot_info", "gauge", "The published snapshot.", ("version",)),
-    Metric("xds_loader_snapshot_timestamp_seconds", "gauge", "When it was published."),
-    Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
-    Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
-    Metric("process_start_time_seconds", "gauge", "When the process started."),
+METRICS = (  # name, type, labels, help
+    ("xds_loader_info", "gauge", "version", "The loader that runs."),
+    ("xds_loader_publications_total", "counter", "step", "Published snapshots by step."),
+    ("xds_loader_published_files_total", "counter", "", "Files that changed in publications."),
+    ("xds_loader_publication_duration_seconds", "histogram", "", "From an event to the file."),
+    ("xds_loader_ack_duration_seconds", "histogram", "", "From a publication to Envoy's answer."),
+    ("xds_loader_nacks_total", "counter", "type", "Files that Envoy rejected by type."),
+    ("xds_loader_nacked_files", "gauge", "file", "1 while the wanted bytes are NACKed."),
+    ("xds_loader_unknown_files", "gauge", "file", "1 while no ACK or NACK is known."),
+    ("xds_loader_source_last_event_timestamp_seconds", "gauge", "source",
+     "When a source last answered: an event, a bookmark or a list."),
+    ("xds_loader_source_synced", "gauge", "source", "1 once the first list is complete."),
+    ("xds_loader_watch_restarts_total", "counter", "source reason", "Watches resumed."),
+    ("xds_loader_api_requests_total", "counter", "code verb", "API requests."),
+    ("xds_loader_errors_total", "counter", "kind", "Errors by kind."),
+    ("xds_loader_clusters", "gauge", "endpoints", "Clusters by where endpoints live."),
+    ("xds_loader_inotify_instances_budget", "gauge", "", "Files that Envoy may subscribe to."),
+    ("xds_loader_inotify_instances_used", "gauge", "", "Files that Envoy subscribes to."),
+    ("xds_loader_snapshot_info", "gauge", "version", "The published snapshot."),
+    ("xds_loader_snapshot_timestamp_seconds", "gauge", "", "When it was published."),
+    ("process_resident_memory_bytes", "gauge", "", "Resident memory."),
+    ("process_cpu_seconds_total", "counter", "", "User and system CPU time."),
+    ("process_start_time_seconds", "gauge", "", "When the process started."),
 )
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
@@ -3159,9 +3136,7 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
              '_bucket{le="+Inf"}': float("inf"), "_count": float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 Labels = tuple[str, ...]
 
 
@@ -3173,7 +3148,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._series: dict[str, dict[Any, float]] = {
             name: dict.fromkeys((*HISTOGRAM, "_sum"), 0.0) if kind == "histogram" else {}
-            for name, kind, _, _ in METRICS}
+            for name, kind, *_ in METRICS}
         self.add("xds_loader_published_files_total", by=0)  # rate() needs to see the 0
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
@@ -3207,34 +3182,28 @@ class Metrics:
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, names in METRICS:
+        for name, kind, labels, text in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             for key, value in held[name]:
-                suffix = key if kind == "histogram" else labels_text(names, key)
+                pairs = (f'{label}="{its.translate(LABEL_ESCAPES)}"'
+                         for label, its in zip(labels.split(), key, strict=True))
+                suffix = "{" + ",".join(pairs) + "}" if labels else "".join(key)
                 lines.append(f"{name}{suffix} {value:.15g}")
         return "\n".join(lines)
-
-
-def labels_text(names: Labels, values: Labels) -> str:
-    """`{code="200",verb="list"}`, "" without labels."""
-    pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
-    return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
 
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
-#
 # Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
 
+NOT_ACKED = (NACKED, UNKNOWN, UNREAD)
 CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
 HEAD_MAX = 8192  # bytes that are read of a request
-# An answer that costs more than a probe's is used again for 20 times as long as it took to make:
-# clients that ask without a pause take a twentieth of a CPU.
-REUSED = 20
+REUSED = 20  # an answer is used for so many times as long as its rendering took: 5 % of a CPU
 
 
 class Status(NamedTuple):
@@ -3244,30 +3213,23 @@ class Status(NamedTuple):
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
     states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
-    missing: tuple[str, ...] = ()  # sources waited for
-    stale: tuple[str, ...] = ()  # sources that show their last good state
+    # Files by state (but acked), sources that are waited for, and that show their last good state.
+    named: Mapping[str, Sequence[str]] = dict.fromkeys((*NOT_ACKED, "missing", "stale"), ())
     started: bool = False  # Envoy has ACKed what it needs to serve
-    last_turn: float = 0.0  # monotonic time
-    turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
-
-    def paths(self, state: str) -> list[str]:
-        return sorted(path for path, its in self.states.items() if its == state)
+    turn_by: float = 0.0  # when the loop has turned again if it is well (monotonic)
 
 
 def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
-    rows = []
-    for path, file in sorted(status.files.items()):
-        size = {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({"path": path, "source": file.source, "state": status.states[path],
-                     **({} if holds_secret(file.content) else size)})
+    rows = [{"path": path, "source": file.source, "state": status.states[path]} | (
+                {} if holds_secret(file.content) else
+                {"bytes": len(file.content), "sha256": file.digest})
+            for path, file in sorted(status.files.items())]
     return json.dumps({
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows,
-        **{state: status.paths(state) for state in (NACKED, UNKNOWN, UNREAD)},
-        "missing": status.missing, "stale": status.stale}, indent=1)
+        "files": rows, **status.named}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3282,7 +3244,7 @@ class Listener:
     """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
+        self.status, self._rendering = Status({}, turn_by=time.monotonic() + 120), threading.Lock()
         self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
@@ -3329,16 +3291,15 @@ class Listener:
         """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
-            age, bound = time.monotonic() - status.last_turn, status.turn_bound
-            late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
-            return (503, late) if age > bound else (200, "ok")
+            late = time.monotonic() - status.turn_by
+            return (503, f"the loop is {late:.0f} s late") if late > 0 else (200, "ok")
         if path in ("/readyz", "/startz"):
             # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
             # should be takes no running Envoy out of its Service: it is named.
             started = path == "/readyz" or status.started
             ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
-            named = {"missing": status.missing, "stale": status.stale, NACKED: status.paths(NACKED)}
-            lines = [f"{what}: {name}" for what, names in named.items() for name in names]
+            lines = [f"{what}: {name}" for what in ("missing", "stale", NACKED)
+                     for name in status.named[what]]
             text = "\n".join([ready if status.version else "no snapshot yet", *lines])
             return 200 if status.version and started else 503, text
         if path not in self._kept:
@@ -3829,29 +3790,28 @@ class Loop:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [])
-        asking, files = self.asking, self.output.published
-        states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
+        wanted, known = self._wanted or Wanted({}, [], [], [], []), self.asking.known
+        files, version = self.output.published, self.output.snapshot[2:]
+        states = {path: known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        acked, nacks = asking.known.acked, asking.known.nacks
-        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
-                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
-        version = self.output.snapshot[2:]
-        self._listener.status = status = Status(
-            files, version, self.output.switched_at, states,
-            missing=(*wanted.missing, *wanted.unknown),
-            stale=(*wanted.stale, *self.sources.trouble()) if files else (),
-            started=bool(version) and asking.started,
-            last_turn=time.monotonic(),
-            turn_bound=2 * self.options.sync_interval + 60.0,
-        )
-        unknown = status.paths(UNKNOWN) if asking.admin else ()
+        states |= {path: NACKED for path, nack in known.nacks.items()
+                   if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, known.acked.get(path))}
+        named = {state: sorted(path for path, its in states.items() if its == state)
+                 for state in NOT_ACKED}
+        named["missing"] = wanted.missing + wanted.unknown
+        named["stale"] = [*wanted.stale, *self.sources.trouble()] if files else []
+        self._listener.status = Status(
+            files, version, self.output.switched_at, states, named, self.asking.started,
+            turn_by=time.monotonic() + 2 * self.options.sync_interval + 60.0)
+        unknown = named[UNKNOWN] if self.asking.admin else []
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
-        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in named[NACKED]})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
-        metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
+        metrics.replace("xds_loader_snapshot_timestamp_seconds",
+                        {(): self.output.switched_at} if version else {})
         metrics.set("xds_loader_inotify_instances_used",
-                    sum(bool(file.kind) for file in files.values()))
+                    len([path for path, file in files.items() if file.kind]))
 
 
 def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
@@ -3989,25 +3949,23 @@ def preview(options: Options, config: Config) -> int:
     loop = Loop(options, config)
     published = loop.output.published = loop.output.peek()
     loop.sources.start(published)
-    files = loop.composed().files
+    files, shown = loop.composed().files, list[str]()
     for path, file in sorted(files.items()):
-        if path.endswith(".json"):
-            try:
+        try:
+            if path.endswith(".json"):
                 parse_json(file.content)
-            except ValueError as error:
-                log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
+        except ValueError as error:
+            log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
+        if not options.diff:  # key material is not shown
+            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
+            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if options.diff:
         if not published:
             log.warning("%s: nothing is published there, so every file is new", loop.output.root)
         shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
-    else:
-        shown = []
-        for path, file in sorted(files.items()):  # key material is not shown
-            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
-            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if any(shown) or not options.diff:
-        print_out([f"snapshot {version_of(files)}\n", *shown])
+        print_out("".join([f"snapshot {version_of(files)}\n", *shown]))
     if options.check_cmd:
         import tempfile
 
@@ -4034,22 +3992,13 @@ def difference(path: str, old: File | None, new: File | None) -> str:
     return "".join(row if row.endswith("\n") else row + missing for row in rows)
 
 
-def print_out(texts: Iterable[str]) -> None:
+def print_out(text: str) -> None:
     """To standard output, as far as anybody reads."""
     try:
-        sys.stdout.buffer.write("".join(texts).encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def read_config(path: str) -> Config:
-    """The --config file, or UsageError with the place in it."""
-    try:
-        with open(path, "rb") as stream:
-            return config_from(json.load(stream, object_pairs_hook=unique_keys))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4068,14 +4017,9 @@ def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Call
     return parse
 
 
-def one_of(words: str) -> Callable[[str], Any]:
-    return matching(words, f"one of {words.replace('|', ', ')}")
-
-
 NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
-NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
-namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
-any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+namespace_name = matching(NAMESPACE, "a namespace (at most 63 lower case letters, digits, '-')")
+any_namespace = matching(rf"\*|{NAMESPACE}", "'*' or a namespace (lower case letters, digits, '-')")
 object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
 go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false",
                    lambda text: text[0] in "1tT")
@@ -4147,14 +4091,13 @@ class Option(NamedTuple):
 
     name: str
     parse: Callable[[str], Any]
-    metavar: str  # "" of a switch
+    metavar: str  # "" of a switch; `a|b` where these are all values
     help: str
     default: str = ""
     repeats: bool = False
 
 
 NO_POD = "https://kubernetes"  # the API server where the environment names none
-WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
@@ -4165,8 +4108,8 @@ SECTIONS = {
         Option("services-namespace", any_namespace, "NS",
                "where these Services are, if not in --namespace; '*' for all", repeats=True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
-        Option("namespace", namespace_name, "NS", "of what is named without one; if not given "
-               "$NS, $POD_NAMESPACE or the service account's", "default"),
+        Option("namespace", namespace_name, "NS",
+               "of names without one; else $NS, $POD_NAMESPACE, the service account's", "default"),
     ),
     "From where": (
         Option("apiserver", http_url, "URL", "the API server, if not the pod's own", NO_POD),
@@ -4179,8 +4122,8 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of(WHERE), WHERE, "where endpoints live", "auto"),
-        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
+        Option("endpoints", str, "auto|eds|inline|dns", "where endpoints live", "auto"),
+        Option("format", str, "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
         Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
@@ -4193,17 +4136,17 @@ SECTIONS = {
         Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
-               "Envoy's admin interface what became of every publication"),
+        Option("envoy-admin", admin_url, "URL",
+               "ask Envoy what became of every publication: http://127.0.0.1:9901 or unix:/path"),
         Option("step-delay", go_duration, "D",
                "pause between ordered steps; 100ms where Envoy is not asked, else none"),
-        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
-               "most; non-zero: not published, only endpoints and secrets go on"),
+        Option("check-cmd", shell_words, "CMD", "run on what is staged ('{dir}'), 30 s at most; "
+               "if it fails, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
         Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
-        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
-        Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
+        Option("log-format", str, "text|json", "of standard error", "text"),
+        Option("log-level", str, "|".join(LOG_LEVELS), "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
         Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
@@ -4216,17 +4159,16 @@ SECTIONS = {
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
 SPELLED["-h"] = SPELLED["--help"]
-VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
+VARIABLES = {  # the later ones win
+    "POD_NAMESPACE": SPELLED["--namespace"], "NS": SPELLED["--namespace"],
+    **{f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
-
-class Options(types.SimpleNamespace):
-    """The value of each option by its name (with `_`), checked; and what follows from them and the
-    environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
-
-
-Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
+# The value of each option by its name (with `_`), checked; and what follows from them and the
+# environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
+Options = types.SimpleNamespace
+Given = dict[str, tuple[str, list[str]]]  # by option: where it is said, and its values as texts
 
 
 def given_in_words(argv: Sequence[str]) -> Given:
@@ -4243,75 +4185,56 @@ def given_in_words(argv: Sequence[str]) -> Given:
             raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
             value = rest.popleft() if option.metavar else "true"
-        given.setdefault(option.name, []).append((f"--{option.name}", value))
+        given.setdefault(option.name, (f"--{option.name}", []))[1].append(value)
     return given
 
 
 def given_in_environment(environ: Mapping[str, str]) -> Given:
     """What an option's own variable says, else what Kubernetes gives a pod."""
     given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
-    with contextlib.suppress(OSError), open(place, "rb") as stream:
-        given["namespace"] = [(place, stream.read(1000).decode("utf-8", "replace").strip())]
-    for variable in ("POD_NAMESPACE", "NS"):
-        if environ.get(variable):
-            given["namespace"] = [(f"${variable}", environ[variable])]
+    with contextlib.suppress(OSError, ValueError), open(place, "rb") as stream:
+        given["namespace"] = place, [namespace_name(stream.read(1000).decode().strip())]
     if host := environ.get("KUBERNETES_SERVICE_HOST"):
         port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
-        given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
+        given["apiserver"] = "$KUBERNETES_SERVICE_HOST and ..._PORT", [url]
     for variable, option in VARIABLES.items():
         text = environ.get(variable)
         if text and option.name not in ("help", "version"):
-            texts = text.split() if option.repeats else [text]
-            given[option.name] = [(variable, each) for each in texts]
+            given[option.name] = variable, text.split() if option.repeats else [text]
     return given
 
 
 def option_value(option: Option, given: Given) -> Any:
     """What is given, else the default; None where there is none."""
+    where, texts = given.get(option.name, ("", [option.default] if option.default else []))
     values = []
-    for where, text in given.get(option.name, ()):
+    for text in texts:
         try:
+            if "|" in option.metavar and text not in option.metavar.split("|"):
+                raise ValueError(f"is not one of {option.metavar}")
             values.append(option.parse(text))
         except (ValueError, UsageError) as error:
             shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
             raise UsageError(f"{where} {shown!r}: {error}") from None
     if option.repeats:
         return tuple(dict.fromkeys(values))
-    if not values and option.default:
-        return option.parse(option.default)
     return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     given = {**given_in_environment(environ), **given_in_words(argv)}
+    if option_value(SPELLED["--from-file"], given):
+        given.pop("apiserver", None)  # it is not asked, whatever the pod's variables say
     options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
-    options.mode = ("once" if options.onetime or options.dry_run
-                    else "watch" if options.watch and not options.from_file else "poll")
-    check_combination(options)
-    if options.mode == "once":  # it asks nobody, and serves nothing
-        options.listen = options.envoy_admin = None
-    for kind in ("configmap", "secret"):
-        setattr(options, kind, tuple(
-            (query if query.namespace else query._replace(namespace=options.namespace), directory)
-            for query, directory in getattr(options, kind)))
-    options.node_name = environ.get("NODE_NAME", "")
-    options.unknown_variables = [
-        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
-    return options
-
-
-def check_combination(options: Options) -> None:
-    """Combinations that make no sense, before any request."""
-    services = options.services is not None
+    services, once = options.services is not None, options.onetime or options.dry_run
     for holds, text in (
         (options.configmap or options.secret or services or options.configmap_selector is not None,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
-        (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
+        (once or options.from_file != "-", "--from-file - needs --onetime"),
         (options.from_file or bool(options.client_cert) == bool(options.client_key),
          "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
@@ -4321,20 +4244,29 @@ def check_combination(options: Options) -> None:
     ):
         if not holds:
             raise UsageError(text)
+    options.mode = "watch" if options.watch and not options.from_file else "poll"
+    if once:  # it asks no Envoy, and serves nothing
+        options.mode, options.listen, options.envoy_admin = "once", None, None
+    for kind in ("configmap", "secret"):
+        setattr(options, kind, tuple(
+            (query._replace(namespace=query.namespace or options.namespace), directory)
+            for query, directory in getattr(options, kind)))
+    options.node_name = environ.get("NODE_NAME", "")
+    options.unknown_variables = [
+        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
+    return options
 
 
 def help_text() -> str:
     """--help: what the module says of itself, and the table of options."""
-    import textwrap
-
     lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
         lines += ["", f"{title}:"]
         for option in options:
             text = option.help + "; repeatable" * option.repeats
             text += f" (default {option.default})" if option.default else ""
-            lines.append(f"  --{option.name} {option.metavar}".rstrip())
-            lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
+            lines += [f"  --{option.name} {option.metavar}".rstrip(), f"        {text}"]
     return "\n".join([*lines, ""])
 
 
@@ -4346,7 +4278,13 @@ def run(options: Options) -> int:
     if options.unknown_variables:
         log.warning("no option has the environment variable %s",
                     shortened(options.unknown_variables))
-    config = read_config(options.config) if options.config else DEFAULTS
+    config, path = DEFAULTS, options.config
+    if path:
+        try:
+            with open(path, "rb") as stream:
+                config = config_from(json.load(stream, object_pairs_hook=unique_keys))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if config["endpoint"]["prefer_zone"] is True and not options.node_name:
@@ -4363,9 +4301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = given_in_words(arguments)
         if option_value(SPELLED["--help"], given):
-            print_out([help_text()])
+            print_out(help_text())
         elif option_value(SPELLED["--version"], given):
-            print_out([f"envoy-xds-configmap-loader {__version__}\n"])
+            print_out(f"envoy-xds-configmap-loader {__version__}\n")
         else:
             return run(options_from(arguments, os.environ))
         return 0
