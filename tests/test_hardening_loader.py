@@ -361,8 +361,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "statistics": lambda text: loader.resource_names(
         "x", loader.file_of(text, "x", kind="rds"), {}),
     "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),
-    "our own CDS": lambda text: loader.modes_on_disk(
-        {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
+    "our own CDS": lambda text: loader.clusters_of(loader.file_of(text, "services")),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
     "yaml": lambda text: loader.yaml_scalar(text.decode()),
     "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
@@ -387,8 +386,7 @@ def test_every_reader_of_foreign_text_is_linear(name: str) -> None:
 
 def test_no_digest_of_a_secret_is_remembered() -> None:
     """Neither of one that Envoy took nor of one that it refused: guesses could be tested at it."""
-    sds = loader.file_of(b"type.googleapis.com/" + next(
-        url for url, kind in loader.KINDS.items() if kind == "sds"), "secret demo/web")  # fmt: skip
+    sds = loader.file_of(loader.SDS_TYPE.encode(), "secret demo/web")
     nack = loader.Nack(sds.digest, sds.kind, "reason")
     known = loader.Known(acked={"sds/a": sds}, nacks={"sds/b": nack})
     assert sds.digest not in json.dumps(loader.state_of(known))
