@@ -2756,8 +2756,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
     # Of files that are gone the ACKed bytes are kept until nothing may be rolled back to them.
     if all(known.states.get(path) in (ACKED, UNREAD)
            for path, file in files.items() if file.kind in ("cds", "lds")):
-        acked = {path: file for path, file in known.acked.items() if path in files}
-        known = known._replace(acked=acked)
+        known = known._replace(acked={p: file for p, file in known.acked.items() if p in files})
     return known, told
 
 
@@ -2797,8 +2796,7 @@ def with_ack(known: Known, path: str, files: Files) -> Known:
     if nack and (is_nacked(file, nack) or not same_file(known.acked.get(path), file)):
         del nacks[path]
         if file.kind in CHILD_KINDS:
-            nacks = {each: nack for each, nack in nacks.items()
-                     if each not in files or files[each].kind not in REFERENCE_KINDS}
+            nacks = {p: its for p, its in nacks.items() if its.kind not in REFERENCE_KINDS}
     return known._replace(acked={**known.acked, path: file}, nacks=nacks,
                           unknown=known.unknown - {path})
 
@@ -3535,7 +3533,7 @@ class Loop:
         news = self.wakes.wait(until - time.monotonic())
         burst = self._published_at + DEBOUNCE_QUIET
         gathers = any(what == "objects" and at < burst for what, at in news)
-        end = time.monotonic() + DEBOUNCE_GATHER
+        end = time.monotonic() + (DEBOUNCE_GATHER if gathers else 0.0)
         while news:
             for what, about in news:
                 match what:
@@ -3555,8 +3553,7 @@ class Loop:
                         self.check_command.end(about)
                     case "envoy":
                         self.asking.found(*about)
-            gathers = gathers and time.monotonic() < end
-            news = self.wakes.wait(DEBOUNCE_QUIET) if gathers else []
+            news = self.wakes.wait(DEBOUNCE_QUIET) if time.monotonic() < end else []
 
     # -- turning ------------------------------------------------------------------------------
 
