@@ -2347,6 +2347,7 @@ class Output:
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
+        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
         if repaired := self._repair_links():
@@ -2395,15 +2396,15 @@ class Output:
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        name = version = f"..{version_of(files)}"
-        for attempt in itertools.count(1):
+        version = f"..{version_of(files)}"
+        for attempt in itertools.count():
+            name = f"{version}.{attempt}" if attempt else version
             try:
                 os.mkdir(self._path(name), 0o755)
                 break
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
-            name = f"{version}.{attempt}"
         self._own_parents(name, [path for path in files if "/" in path])
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
@@ -2411,9 +2412,9 @@ class Output:
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
-        changed = [*moved_paths(self.published, files), *again]
+        changed = [*moved_paths(self.published, files), *files.keys() & again]
         gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
-                if self._is_ours(path)]
+                if read_link(self._path(CURRENT, path)) == link_target(path)]  # it is ours
         self._may_write({path.rpartition("/")[0] for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
@@ -2427,11 +2428,6 @@ class Output:
         self._notify(changed)  # 6
         remove(self._path(MARKER))  # 7
         return changed + gone
-
-    def notify_again(self, paths: Iterable[str]) -> None:
-        """Wake Envoy once more: those who watch the switch, and those who watch the links."""
-        self._link(SWITCH, self.snapshot)
-        self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
         """Step 8: only the last two snapshots stay. What cannot be removed is named."""
@@ -2473,11 +2469,11 @@ class Output:
         self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
-        """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
+        """Keep the ACKed bytes that are not published or that `files` will replace, no others.
+        After an OSError `recover` sees what is kept."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
         changed = [*moved_paths(self._kept, needed), *(self._kept.keys() - needed.keys())]
-        self._kept |= dict.fromkeys(changed, file_of(b"", "", 0))  # nobody knows, if a call fails
         for path in changed:
             place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
@@ -2489,7 +2485,6 @@ class Output:
     def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
         """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
         one tells."""
-        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
         acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
         return acked | {path: file for path, file in self._kept.items()
                         if file.digest == digests.get(path, file.digest)}
@@ -2547,10 +2542,6 @@ class Output:
         for path in notify_order(paths, self.published):
             self._link(f"{CURRENT}/{path}", link_target(path))
 
-    def _is_ours(self, path: str) -> bool:
-        """Whether what is in `current/` is a link that we made."""
-        return read_link(self._path(CURRENT, path)) == link_target(path)
-
     def _own_parents(self, top: str, paths: Iterable[str] = ("",)) -> None:
         """Real directories above these paths below `top`, never replaced if they are."""
         needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
@@ -2569,7 +2560,8 @@ class Output:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
         there = [*walk(self._path(CURRENT))]
-        ours = {path for path in there if self._is_ours(path)}
+        ours = {path for path in there
+                if read_link(self._path(CURRENT, path)) == link_target(path)}
         missing = [path for path in self.published if path not in ours]
         self._notify(missing)
         left = ours - self.published.keys()
@@ -3767,7 +3759,7 @@ class Loop:
                 self._check_at = now + self.options.sync_interval
                 self._repair()
             if asking.mixed:
-                output.notify_again(asking.mixed)
+                output.publish(output.published, asking.mixed)
                 asking.mixed = []
             more = True
             while more:
