@@ -1916,7 +1916,7 @@ class Sources:
         selected = [] if selector is None else [
             (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
         self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
-        self._kept: dict[Source, Files] = {}  # the last good files of each named object
+        self.kept: dict[Source, Files] = {}  # the last good files of each named object
         self._parsers: dict[str, Callable[[dict[str, Json]], Any]] = {
             CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
             ENDPOINTSLICES: endpointslice_from, NODES: texts_of,
@@ -1932,7 +1932,7 @@ class Sources:
             owned = {path: file for path, file in published.items()
                      if file.source == str(query) and path.rpartition("/")[0] == directory}
             if owned:
-                self._kept[query, directory] = owned
+                self.kept[query, directory] = owned
             self._reflect(query)
         if options.services is None:
             return
@@ -1998,9 +1998,9 @@ class Sources:
         found = None if bad else self._reflectors[query].objects.get(key)
         named, warnings = found or Rendering({})
         files = {os.path.join(directory, name): file for name, file in named.items()}
-        if files or (found and not self._kept.get(source)):
-            self._kept[source] = files
-        elif source not in self._kept:
+        if files or (found and not self.kept.get(source)):
+            self.kept[source] = files
+        elif source not in self.kept:
             wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
                 warnings = [hint]
@@ -2008,7 +2008,7 @@ class Sources:
             state = "has no usable files" if found or bad else "does not exist any more"
             warnings = [*warnings, f"{query} {state}: its last files stay published"]
             wanted.stale.append(str(query))
-        return Rendering(self._kept.get(source, {}), warnings)
+        return Rendering(self.kept.get(source, {}), warnings)
 
     def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
@@ -2151,9 +2151,9 @@ def places_in(content: bytes) -> set[str]:
     return found
 
 
-def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
-    """Those of the paths that texts name."""
-    return {path for content in contents if paths for path in places_in(content) if path in paths}
+def paths_in(files: Iterable[File], paths: Collection[str]) -> set[str]:
+    """Those of the paths that files name."""
+    return {path for file in files if paths for path in places_in(file.content) if path in paths}
 
 
 @functools.lru_cache(maxsize=4)
@@ -2178,13 +2178,13 @@ def names_by_path(path: str, files: Files) -> set[str]:
             for names in names_by_place(cds).get(path, ()) for name in names}
 
 
-def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
-    """The files of a pool that others name, and those that these name."""
-    found: dict[str, File] = {}
-    while more := paths_in((file.content for file in users), pool.keys() - found.keys()):
-        users = [pool[path] for path in more]
-        found |= {path: pool[path] for path in more}
-    return found
+def with_named_files(files: Files, pool: Files) -> dict[str, File]:
+    """These files, those of a pool that they name, and so on."""
+    files = {**files}
+    while more := paths_in(files.values(), pool.keys() - files.keys()):
+        files |= {path: pool[path] for path in more}
+    above = {parent for path in files for parent in parents(path)}  # files became directories
+    return {path: file for path, file in files.items() if path not in above}
 
 
 # -- what may be published after a NACK ----------------------------------------------------------
@@ -2201,26 +2201,18 @@ class Nack(NamedTuple):
 
 def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    if file is None or nack.digest == file.digest:
-        return file is not None
-    if acked is None or nack.digest == acked.digest:
-        return False  # the ACKed bytes themselves were NACKed by another Envoy
-    return nack.digest == united(acked, file).digest
-
-
-def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
-    """The snapshot without the NACKed bytes that are published, where there are ACKed ones."""
-    files, _ = allowed(published, published, acked, nacks)
-    return None if same_files(files, published) else Step(files, ROLLBACK)
+    if file is None or acked is None or acked.digest == nack.digest:  # another Envoy's NACK
+        return file is not None and file.digest == nack.digest
+    return nack.digest in (file.digest, united(acked, file).digest)
 
 
 def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
     """The desired files, and those without a source that an Envoy which starts would miss: other
     files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
-    gone = {path: file for path, file in published.items() if path not in desired}
-    named = paths_in((file.content for file in published.values()), gone)
-    read = {path: file for path, file in gone.items() if path not in named and is_read(path)}
-    return {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
+    gone = published.keys() - desired.keys()
+    read = {path: published[path] for path in gone - paths_in(published.values(), gone)
+            if is_read(path)}
+    return with_named_files({**desired, **read}, published)
 
 
 def allowed(
@@ -2250,7 +2242,7 @@ def allowed(
         waiting = [path for path, file in result.items()
                    if file.kind in REFERENCE_KINDS and file is desired.get(path)
                    and not same_file(before.get(path), file)
-                   and (mentioned(file.content, lacking) or paths_in([file.content], missing))]
+                   and (mentioned(file.content, lacking) or paths_in([file], missing))]
         if not waiting:
             return result, notes
         for path in waiting:
@@ -2261,22 +2253,19 @@ def allowed(
 
 def with_named(result: Files, desired: Files, published: Files, acked: Files) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
-    gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
-    result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
-    users = [file.content for path in moved_paths(desired, result)
-             if (file := result[path]).kind in REFERENCE_KINDS]
+    result = with_named_files(result, {**acked, **published})
+    users = b"\n".join(file.content for path in moved_paths(desired, result)
+                       if (file := result[path]).kind in REFERENCE_KINDS)
     for path, old in [*acked.items(), *published.items()]:
         cds = result.get(path)
         if cds is None or cds.kind != "cds":
             continue
         if clusters_of(old) is None and cds is not desired.get(path):
             continue  # it is one of the old files as a whole already
-        lost = cluster_names([old]) - cluster_names(result.values())
-        needed = frozenset().union(*(mentioned(user, lost) for user in users))
+        needed = mentioned(users, cluster_names([old]) - cluster_names(result.values()))
         if needed:
             result[path] = united(old, cds, needed)
-            result |= named_files([result[path]], gone)  # the endpoints of these clusters
-    return result
+    return with_named_files(result, {**acked, **published})  # the endpoints of these clusters
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2286,11 +2275,9 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
 # A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
 #
-#   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
-#      hard link to that of the previous snapshot.
+#   1. Stage: a new directory `..<version>` of all files; unchanged ones are hard-linked.
 #   2. Remember in `..state` which object each file is from.
-#   3. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
-#      everything. symlink(2) and unlink(2) are no event for Envoy.
+#   3. Mark: a symlink `..notify` names the snapshot before. (For Envoy it is no event.)
 #   4. Unlink the links of files that are gone.
 #   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
 #   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
@@ -2299,8 +2286,7 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
 #   8. Prune: all but the last two snapshots go.
 #
 # A death before 5 leaves the old snapshot and a left-over; between 5 and 7 the marker, and the
-# next start notifies again of what differs. So does a loader that lives: after an OSError it
-# recovers, as at a start, before it publishes anything.
+# next start notifies again of what differs. A loader that lives does so after an OSError.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
@@ -2322,12 +2308,10 @@ class Output:
         self.foreign: set[str] = set()  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._kept: dict[str, File] = {}  # the ACKed files in `..state`
+        self.kept: Files = {}  # the ACKed files in `..state`
         self._before = ""  # the last snapshot but one
         self._unread: set[str] = set()  # files that could not be read: their links stay
         self._lock = -1
-
-    # -- opening ------------------------------------------------------------------------------
 
     def lock(self) -> bool:
         """Create the directory if need be and be its only loader; False while another one is. The
@@ -2347,7 +2331,7 @@ class Output:
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
-        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
+        self.kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
         if self.snapshot:
             self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
         if repaired := self._repair_links():
@@ -2449,8 +2433,6 @@ class Output:
             self.prune()
         return damaged + self._repair_links()
 
-    # -- what a restart cannot see --------------------------------------------------------------
-
     def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
         """Replace what is remembered, with the kind and source of each file, also of those that
         are about to be published."""
@@ -2473,21 +2455,14 @@ class Output:
         After an OSError `recover` sees what is kept."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        changed = [*moved_paths(self._kept, needed), *(self._kept.keys() - needed.keys())]
+        changed = [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]
         for path in changed:
             place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
             remove(place)
             if path in needed:
                 self._put(place, path, needed[path])
-        self._kept = needed
-
-    def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
-        """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
-        one tells."""
-        acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
-        return acked | {path: file for path, file in self._kept.items()
-                        if file.digest == digests.get(path, file.digest)}
+        self.kept = needed
 
     # -- parts of the steps -------------------------------------------------------------------
 
@@ -2616,9 +2591,8 @@ def write_file(place: str, content: bytes, mode: int) -> None:
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.fchmod(number, mode)  # whatever the umask
-        view = memoryview(content)
-        while view:
-            view = view[os.write(number, view) :]
+        while content:
+            content = content[os.write(number, content) :]
     finally:
         os.close(number)
 
@@ -2642,16 +2616,14 @@ def walk(root: str, below: str = "") -> Iterator[str]:
     """The relative path of every entry under a directory that is no directory."""
     if not is_directory(root):
         return
-    found = []
     # What is not there was pruned by a loader that lives, while a preview reads.
     with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{below}") as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        path = f"{below}{entry.name}"
-        if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
-            yield from walk(root, f"{path}/")
-        else:
-            yield path
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = f"{below}{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
+                yield from walk(root, f"{path}/")
+            else:
+                yield path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2773,8 +2745,7 @@ def after_publication(
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
     waiting = bool(unjudged(known, before))
-    named = known.named | paths_in((file.content for file in before.values()),
-                                   after.keys() - desired.keys())
+    named = known.named | paths_in(before.values(), after.keys() - desired.keys())
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
@@ -2791,7 +2762,7 @@ def things(files: Files) -> frozenset[str]:
 def named_things(file: File, files: Files) -> frozenset[str]:
     """The clusters and files there are, of those that a reference names."""
     clusters = mentioned(file.content, cluster_names(files.values()))
-    return clusters | paths_in([file.content], files.keys())
+    return clusters | paths_in([file], files.keys())
 
 
 def after_meeting(known: Known) -> Known:
@@ -3361,7 +3332,7 @@ class Listener:
 
     def __init__(self, host: str, port: int) -> None:
         self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
-        self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
+        self.kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
@@ -3419,14 +3390,14 @@ class Listener:
             lines = [f"{what}: {name}" for what, names in named.items() for name in names]
             text = "\n".join([ready if status.version else "no snapshot yet", *lines])
             return 200 if status.version and started else 503, text
-        if path not in self._kept:
+        if path not in self.kept:
             return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
-            began, (until, text) = time.monotonic(), self._kept[path]
+            began, (until, text) = time.monotonic(), self.kept[path]
             if began >= until:
                 text = snapshot_text(status) if path == "/snapshot" else metrics.render()
                 now = time.monotonic()
-                self._kept[path] = now + REUSED * (now - began), text
+                self.kept[path] = now + REUSED * (now - began), text
         return 200, text
 
 
@@ -3811,9 +3782,9 @@ class Loop:
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
         asking, output, published = self.asking, self.output, self.output.published
-        back = rollback(published, asking.known.acked, asking.known.nacks)
-        if back is not None:
-            self._publish(back, back.files)
+        back, _ = allowed(published, published, asking.known.acked, asking.known.nacks)
+        if not same_files(back, published):
+            self._publish(Step(back, ROLLBACK), back)
             return True
         sources = self.composed()
         if not sources.complete:
@@ -3972,8 +3943,11 @@ def known_from(output: Output) -> Known:
         match row:
             case [str(digest), str(kind), str(reason), list(stood)]:
                 nacks[path] = Nack(digest, kind, reason, frozenset(map(str, stood)))
-    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
-                 came=things(output.published))
+    digests = json_object(output.state.get("acked"))  # none of a secret: what is kept of it tells
+    acked = {p: file for p, file in output.published.items() if file.digest == digests.get(p)}
+    acked |= {p: file for p, file in output.kept.items()
+              if file.digest == digests.get(p, file.digest)}
+    return Known(acked=acked, nacks=nacks, came=things(output.published))
 
 
 # ---------------------------------------------------------------------------------------------
