@@ -2028,21 +2028,17 @@ class Sources:
 # ---------------------------------------------------------------------------------------------
 #
 # A route to a cluster that is not there yet answers 503, and so does a route to one that is gone
-# already (measured: 547 and 709 of 76,000 requests). RDS, scoped RDS, ECDS and LDS are references:
-# they name clusters, files or each other. With P published and D desired, the next snapshot is the
-# first of these that differs from P:
+# already (measured: 547 and 709 of 76,000 requests). With P published and D desired, the next
+# snapshot is the first of these that differs from P, each complete and consistent:
 #
 #   children    P, and the files of D whose path is new
 #   clusters    that, and every changed file that is no reference; CDS with old and new clusters
 #   references  that, and the changed references
 #   removals    D
-#
-# Each is complete and consistent. What is on disk tells which is next, also after a restart.
 
-INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
-    "initial", "children", "clusters", "references", "removals", "rollback",
-)
-REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))
+INITIAL, CHILDREN, CLUSTERS = "initial", "children", "clusters"
+REFERENCES, REMOVALS, ROLLBACK = "references", "removals", "rollback"
+REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))  # name clusters, files, others
 CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
 NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
@@ -2056,7 +2052,7 @@ class Step(NamedTuple):
 
 
 def next_step(published: Files, desired: Files) -> Step | None:
-    """The next snapshot on the way from `published` to `desired`; None when it is published."""
+    """The next snapshot on the way, as what is on disk tells; None when all is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
     new = {path: file for path, file in desired.items() if path not in published}
@@ -2083,11 +2079,9 @@ def notify_order(paths: Iterable[str], files: Files) -> list[str]:
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
-    """A file on the way from old to new: of CDS the clusters of both, of two with one name the new.
-
-    `keep`: the old clusters to take along; None for all. YAML of a ConfigMap is never rewritten:
-    it goes out now, or with the removals if it only has fewer names.
-    """
+    """A file on the way from old to new: in CDS the new clusters and the others of the old one, or
+    those of them to `keep`. YAML of a ConfigMap is never rewritten: it goes out now, or with the
+    removals if it only has fewer names."""
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
@@ -2142,8 +2136,7 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
 
 
 def places_in(content: bytes) -> set[str]:
-    """The paths in a text, each from its first slash, and their ends: Envoy may have our directory
-    anywhere."""
+    """The paths in a text, and their ends: Envoy may have our directory anywhere."""
     found = set()
     for place in PLACE.findall(content.replace(b"\\/", b"/")):
         parts = place.decode().split("/")[-DEPTH:]
@@ -2201,7 +2194,7 @@ class Nack(NamedTuple):
 
 def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    if file is None or acked is None or acked.digest == nack.digest:  # another Envoy's NACK
+    if file is None or acked is None or acked.digest == nack.digest:  # another Envoy ACKed it
         return file is not None and file.digest == nack.digest
     return nack.digest in (file.digest, united(acked, file).digest)
 
@@ -2258,13 +2251,11 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
                        if (file := result[path]).kind in REFERENCE_KINDS)
     for path, old in [*acked.items(), *published.items()]:
         cds = result.get(path)
-        if cds is None or cds.kind != "cds":
-            continue
-        if clusters_of(old) is None and cds is not desired.get(path):
-            continue  # it is one of the old files as a whole already
-        needed = mentioned(users, cluster_names([old]) - cluster_names(result.values()))
-        if needed:
-            result[path] = united(old, cds, needed)
+        # (YAML that was put back is one of the old files as a whole already.)
+        if cds and cds.kind == "cds" and (clusters_of(old) or cds is desired.get(path)):
+            lost = cluster_names([old]) - cluster_names(result.values())
+            if needed := mentioned(users, lost):
+                result[path] = united(old, cds, needed)
     return with_named_files(result, {**acked, **published})  # the endpoints of these clusters
 
 
@@ -2314,10 +2305,10 @@ class Output:
         self._lock = -1
 
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader; False while another one is. The
-        directory itself is locked: a lock file could be another user's."""
+        """Create the directory if need be and be its only loader; False while another one is."""
         os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
+            # (The directory itself: a lock file could be another user's.)
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
