@@ -2052,7 +2052,7 @@ class Step(NamedTuple):
 
 
 def next_step(published: Files, desired: Files) -> Step | None:
-    """The next snapshot on the way, as what is on disk tells; None when all is published."""
+    """The next snapshot, of which what is on disk tells; None when all is published."""
     if not published:
         return Step(desired, INITIAL) if desired else None
     new = {path: file for path, file in desired.items() if path not in published}
@@ -2102,10 +2102,8 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
 
-NAME = re.compile(
-    rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?[ \t]*:[ \t]*"""
-    rb"""["']?([^\s"',{}\[\]]+)"""
-)
+NAME = re.compile(rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?"""
+                  rb"""[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)""")
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
 PLACE = re.compile(rb"/[-\w./]+", re.ASCII)
 
@@ -2129,10 +2127,8 @@ def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     """Those of the names that a text has as a word."""
     text = content.replace(b"\\/", b"/")
     words = {word.strip(b":") for word in WORD.findall(text)}
-    return frozenset(
-        name for name in names
-        if (raw := name.encode()) in words or (WORD.fullmatch(raw) is None and raw in text)
-    )
+    return frozenset(name for name in names if (raw := name.encode()) in words
+                     or (WORD.fullmatch(raw) is None and raw in text))
 
 
 def places_in(content: bytes) -> set[str]:
@@ -2152,9 +2148,8 @@ def paths_in(files: Iterable[File], paths: Collection[str]) -> set[str]:
 @functools.lru_cache(maxsize=4)
 def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
     """By the places that clusters name: the names in each of these clusters."""
-    if (known := clusters_of(cds)) is not None:
-        blocks = list(known.values())
-    else:  # block YAML, as its dashes divide it
+    blocks = [*(clusters_of(cds) or {}).values()]
+    if not blocks:  # block YAML, as its dashes divide it
         first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
         blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
     found = defaultdict[str, list[frozenset[str]]](list)
@@ -2216,32 +2211,26 @@ def allowed(
     A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
     theirs too, and what bytes that are kept name stays as well.
     """
-    before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
             if is_nacked(desired.get(path), nack, acked.get(path))]
-    if not held:
-        return desired, []
     notes = [f"{path}: NACKed by Envoy, "
              f"{'the last ACKed bytes stay' if path in acked else 'it has no ACKed bytes'}"
              for path in held]
-    there = cluster_names(desired.values())
-    idle = there & {name for path in held if path not in acked
-                    for name in names_by_path(path, desired)}
-    result = {**desired, **{path: before[path] for path in held if path in before}}
-    while True:
+    idle = {name for path in held if path not in acked for name in names_by_path(path, desired)}
+    result, waiting = desired, held
+    while waiting:
+        before = {**published, **acked}
+        result = {path: file for path, file in result.items() if path not in waiting}
+        result |= {path: before[path] for path in waiting if path in before}
         result = with_named(result, desired, published, acked)
-        lacking = idle | (there - cluster_names(result.values()))
-        missing = desired.keys() - result.keys()
+        there, missing = cluster_names(desired.values()), desired.keys() - result.keys()
+        lacking = (there & idle) | (there - cluster_names(result.values()))
         waiting = [path for path, file in result.items()
                    if file.kind in REFERENCE_KINDS and file is desired.get(path)
                    and not same_file(before.get(path), file)
                    and (mentioned(file.content, lacking) or paths_in([file], missing))]
-        if not waiting:
-            return result, notes
-        for path in waiting:
-            notes.append(f"{path}: waits for what Envoy NACKed")
-            del result[path]
-        result |= {path: before[path] for path in waiting if path in before}
+        notes += [f"{path}: waits for what Envoy NACKed" for path in waiting]
+    return result, notes
 
 
 def with_named(result: Files, desired: Files, published: Files, acked: Files) -> dict[str, File]:
@@ -2353,8 +2342,6 @@ class Output:
             files = self._load(name) if name else {}
             if self._switched() == name:
                 return files
-
-    # -- publishing ---------------------------------------------------------------------------
 
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
