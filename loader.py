@@ -2305,19 +2305,17 @@ class Output:
         return False
 
     def recover(self) -> None:
-        """Make good whatever the last process, or the last failure, left. Afterwards `published` is
-        what the disk shows, and every link and notification is right."""
+        """Make good whatever the last process, or the last failure, left: every link and every
+        notification. What the disk shows is `published`, and what Envoy ACKed of old `kept`."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
         self.kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
-        if self.snapshot:
-            self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
+        self.switched_at = os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
         if repaired := self._repair_links():
             log.info("links repaired: %s", shortened(repaired))
-        marked = read_link(self._path(MARKER))
-        if marked is not None:
+        if (marked := read_link(self._path(MARKER))) is not None:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
@@ -2330,8 +2328,8 @@ class Output:
         self.prune()
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything; `state` is what
-        was remembered, nothing where another version wrote it."""
+        """What is published, read without a lock and without touching anything. What this version
+        of the loader remembered is `state`."""
         self.state, there = {}, is_directory(self._path(STATE))
         if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
             with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
@@ -2346,15 +2344,14 @@ class Output:
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
         """The files that can be in `current/`, and a warning for each that cannot: a directory
         there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        blocked = {}
+        fit, warnings = {**files}, list[str]()
         for path in sorted(files.keys() - self.published.keys()):
-            if is_directory(self._path(CURRENT, path)):
-                blocked[path] = f"{self._path(CURRENT, path)} is a directory"
-            for above in self.foreign.intersection(parents(path)):
-                blocked[path] = f"{self._path(CURRENT, above)} is a file"
-        warnings = [f"{path} of {files[path].source} left out: {reason}"
-                    for path, reason in blocked.items()]
-        return {path: file for path, file in files.items() if path not in blocked}, warnings
+            above = next(iter(self.foreign.intersection(parents(path))), "")
+            if above or is_directory(self._path(CURRENT, path)):
+                place = self._path(CURRENT, above or path)
+                warnings.append(f"{path} of {fit.pop(path).source} left out: {place} is a "
+                                f"{'file' if above else 'directory'}")
+        return fit, warnings
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
@@ -2429,8 +2426,7 @@ class Output:
         self.state = state
 
     def keep_acked(self, acked: Files, files: Files) -> None:
-        """Keep the ACKed bytes that are not published or that `files` will replace, no others.
-        After an OSError `recover` sees what is kept."""
+        """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
         changed = [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]
@@ -2550,8 +2546,7 @@ def is_directory(place: str) -> bool:
 
 
 def remove(place: str, depth: int = DEPTH) -> None:
-    """Remove what is there, if anything is. A link is removed, never followed: nothing outside of
-    the output directory is touched."""
+    """Remove what is there, if anything is. A link is never followed."""
     try:
         os.unlink(place)
     except FileNotFoundError:
@@ -2576,8 +2571,8 @@ def write_file(place: str, content: bytes, mode: int) -> None:
 
 
 def read_file(place: str, most: int) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read: it is written
-    anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
+    """Content and mode of a regular file; None where there is none that can be read. Others may
+    write to the volume: no link is followed, and no FIFO is waited for."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
