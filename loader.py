@@ -2052,7 +2052,7 @@ class Step(NamedTuple):
 
 
 def next_step(published: Files, desired: Files) -> Step | None:
-    """The next snapshot, of which what is on disk tells; None when all is published."""
+    """The next snapshot; None when all is published. (What is on disk tells, at a start too.)"""
     if not published:
         return Step(desired, INITIAL) if desired else None
     new = {path: file for path, file in desired.items() if path not in published}
@@ -2171,8 +2171,7 @@ def with_named_files(files: Files, pool: Files) -> dict[str, File]:
     files = {**files}
     while more := paths_in(files.values(), pool.keys() - files.keys()):
         files |= {path: pool[path] for path in more}
-    above = {parent for path in files for parent in parents(path)}  # files became directories
-    return {path: file for path, file in files.items() if path not in above}
+    return files
 
 
 # -- what may be published after a NACK ----------------------------------------------------------
@@ -2342,11 +2341,12 @@ class Output:
                 return files
 
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
-        """The files that can be in `current/`, and a warning for each that cannot: a directory
-        there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
+        """The files that can be in `current/`, and a warning for each that cannot: no directory
+        (Envoy's watch is bound to it) and no file that is foreign or needed goes for it."""
         fit, warnings = {**files}, list[str]()
         for path in sorted(files.keys() - self.published.keys()):
-            above = next(iter(self.foreign.intersection(parents(path))), "")
+            above = next((each for each in parents(path)
+                          if each in self.foreign or each in files), "")
             if above or is_directory(self._path(CURRENT, path)):
                 place = self._path(CURRENT, above or path)
                 warnings.append(f"{path} of {fit.pop(path).source} left out: {place} is a "
@@ -3764,8 +3764,8 @@ class Loop:
             return False
         files, kept = sources.files, list[str]()
         if files.keys() != published.keys():
-            files, kept = output.fitting(files)
             files = with_needed(files, published, functools.partial(is_read, asking.known))
+            files, kept = output.fitting(files)
             kept += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
                      f"needs it" for path in files if path not in sources.files]
         self.note("files", kept + [

@@ -42,7 +42,6 @@ from loader import (
     resource_names,
     same_files,
     united,
-    with_needed,
 )
 from tests.support import envoy as real
 
@@ -257,14 +256,6 @@ def planned(published: Mapping[str, File], desired: Mapping[str, File]) -> str:
         published = step.files
     assert same_files(published, desired)
     return " ".join(rows)
-
-
-def test_a_file_whose_place_is_a_directory_now_is_not_needed() -> None:
-    """Both cannot be in one snapshot: it would fail each time."""
-    published = A | {"x": rds("a"), "y": rds("a"), "lds.yaml": lds("x")}
-    desired = A | {"x/a": rds("a"), "lds.yaml": lds("x")}
-    found = with_needed(desired, published, lambda path: True)
-    assert found == desired | {"y": published["y"]}
 
 
 def test_children_are_noticed_first() -> None:
