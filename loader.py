@@ -2115,12 +2115,9 @@ def names_in(content: bytes) -> frozenset[str]:
 
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
     """The clusters that CDS files hold; where a text does not tell, every name in it."""
-    names: set[str] = set()
-    for file in files:
-        if file.kind == "cds":
-            known = clusters_of(file)
-            names |= names_in(file.content) if known is None else known.keys()
-    return frozenset(names)
+    return frozenset().union(*(
+        names_in(file.content) if (known := clusters_of(file)) is None else known.keys()
+        for file in files if file.kind == "cds"))
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
