@@ -85,13 +85,10 @@ class UsageError(LoaderError):
 
 
 class File(NamedTuple):
-    """One file of a snapshot. `digest` is its SHA-256 in hex; `kind` is "cds", "eds", ... or "" for
-    what is not xDS, decided once, when files are composed; `source` is the object it came from."""
-
     content: bytes
-    digest: str
-    kind: str
-    source: str
+    digest: str  # SHA-256 in hex
+    kind: str  # "cds", "eds", ... or "" for what is not xDS; decided once, when it is composed
+    source: str  # the object it came from
     mode: int = 0o644
 
     def __repr__(self) -> str:
@@ -102,22 +99,23 @@ class File(NamedTuple):
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
 
+CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
+ASSIGNMENT_TYPE = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+ROUTE_TYPE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
+SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 KINDS = {
-    b"envoy.config.cluster.v3.Cluster": "cds",
-    b"envoy.config.listener.v3.Listener": "lds",
-    b"envoy.config.endpoint.v3.ClusterLoadAssignment": "eds",
-    b"envoy.config.route.v3.RouteConfiguration": "rds",
-    b"envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
-    b"envoy.extensions.transport_sockets.tls.v3.Secret": "sds",
-    b"envoy.service.runtime.v3.Runtime": "rtds",
-    b"envoy.config.core.v3.TypedExtensionConfig": "ecds",
-}
+    CLUSTER_TYPE: "cds", ASSIGNMENT_TYPE: "eds", ROUTE_TYPE: "rds", SDS_TYPE: "sds",
+    "type.googleapis.com/envoy.config.listener.v3.Listener": "lds",
+    "type.googleapis.com/envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
+    "type.googleapis.com/envoy.service.runtime.v3.Runtime": "rtds",
+    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds",
+}  # fmt: skip
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = re.finditer(rb"type\.googleapis\.com/(envoy\.[A-Za-z0-9_.]+)", content)
-    return next((KINDS[url[1]] for url in urls if url[1] in KINDS), "")
+    urls = re.finditer(rb"type\.googleapis\.com/envoy\.[A-Za-z0-9_.]+", content)
+    return next(filter(None, (KINDS.get(url[0].decode()) for url in urls)), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -492,15 +490,15 @@ class Reflector(threading.Thread):
 
     It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
     an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
-    is named in `bad`. EndpointSlices that the API server answers with 404 at the start are
-    `absent`, for good. `wake` is called with "objects" or "trouble" where these have changed.
+    is named in `bad`. Where EndpointSlices are answered with 404 at the start it lists Endpoints,
+    for good. `wake` is called with "objects" or "trouble" where these have changed.
     """
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
                  client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
         self.query = query
-        self.synced = self.absent = False
+        self.synced = False
         self.trouble: ApiError | None = None
         self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
@@ -542,10 +540,8 @@ class Reflector(threading.Thread):
                 missing = error.status == 404 and not self.synced
                 if missing and self.query.kind == ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
-                    self.absent = True
-                    self._report(None)
-                    self._replace({}, {})
-                    return
+                    self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
+                    continue
                 pause = self._failed(error)
                 if self._one_try and self.trouble and self.trouble.status not in PASSING:
                     return
@@ -764,54 +760,44 @@ HEALTHY, DRAINING, UNHEALTHY = "", "DRAINING", "UNHEALTHY"  # Envoy's names; sor
 FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
-DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # of what becomes a part of a file name
 
 Texts = Mapping[str, str]  # labels, annotations
 
 
 class ServicePort(NamedTuple):
-    """One port of a Service. `label` is its name, else its number. `dns_number` is the port where
-    DNS leads: for a headless Service the target port, 0 for one that has a name."""
-
     name: str
-    label: str
+    label: str  # the name, else the number
     number: int
     protocol: str
     app_protocol: str
-    dns_number: int
+    dns_number: int  # where DNS leads: of a headless Service the target port (0 if that is a name)
 
 
 class Service(NamedTuple):
-    """A Service. `external_name`: None for other types; `created`: as in JSON, which sorts by age.
-    Of annotations that cannot be ours only the names are kept."""
-
     key: Key
-    created: str
+    created: str  # as in JSON, which sorts by age
     ports: tuple[ServicePort, ...]
     headless: bool
-    external_name: str | None
+    external_name: str | None  # None for other types
     family: str
     labels: Texts
-    annotations: Texts
+    annotations: Texts  # of those that cannot be ours only the names
 
 
 class Endpoint(NamedTuple):
-    """One address of a slice: state, zone, node, and the zones that topology hints name."""
-
     address: str
     state: str
     zone: str
     node: str
-    hints: tuple[str, ...]
+    hints: tuple[str, ...]  # zones
 
 
 class EndpointSlice(NamedTuple):
-    """A slice of a Service's endpoints, all of one family, with ports (name, number or 0)."""
-
     service: Key
     name: str
     family: str
-    ports: tuple[tuple[str, int], ...]
+    ports: tuple[tuple[str, int], ...]  # name, number or 0
     endpoints: tuple[Endpoint, ...]
 
 
@@ -823,20 +809,22 @@ class Objects(NamedTuple):
     nodes: Mapping[str, Texts]
 
 
-def member(parent: Json, key: str, kind: type) -> Json:
+def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
     """The member of a raw object; null and absent are the kind's empty value. Numbers are ports.
     Strings are interned: zones, nodes and names of ports are few and held thousands of times."""
     if type(parent) is not dict:
         raise ValueError(f"an object with {key} expected, not {type(parent).__name__}")
-    value = parent.get(key)
+    value: Json = parent.get(key)
     if value is None:
-        return kind()
-    if type(value) is not kind:
+        value = kind()
+    elif type(value) is not kind:
         raise ValueError(f"{key}: {kind.__name__} expected, not {type(value).__name__}")
-    if type(value) is str:
+    if dns_label and not re.fullmatch(DNS_LABEL, value):
+        raise ValueError(f"{key}: not a DNS label: {value[:60]!a}")
+    if kind is str:
         value.encode()  # "\ud800" is valid JSON, and not valid UTF-8: a ValueError
-        return sys.intern(value) if len(value) <= 128 else value
-    if type(value) is int and not 0 <= value <= 65535:
+        return sys.intern(value) if len(value) <= 128 else value  # some Pythons never free it
+    if kind is int and not 0 <= value <= 65535:
         raise ValueError(f"{key}: a port is between 1 and 65535")
     return value
 
@@ -847,14 +835,6 @@ def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
     return {sys.intern(name): member(found, name, str) for name in found}
 
 
-def dns_label(parent: Json, key: str) -> str:
-    """A DNS label: namespaces and names become file names, so nothing else may pass."""
-    label: str = member(parent, key, str)
-    if not re.fullmatch(DNS_LABEL, label):
-        raise ValueError(f"{key}: not a DNS label: {label[:60]!a}")
-    return label
-
-
 def service_from(obj: Json) -> Service:
     metadata, spec = member(obj, "metadata", dict), member(obj, "spec", dict)
     external = member(spec, "type", str) == "ExternalName"
@@ -863,12 +843,13 @@ def service_from(obj: Json) -> Service:
     for port in member(spec, "ports", list):
         number, named = member(port, "port", int), type(port.get("targetPort")) is str
         target = 0 if named else member(port, "targetPort", int) or number
-        name = dns_label(port, "name") if port.get("name") else ""
+        name = member(port, "name", str, dns_label=True) if port.get("name") else ""
         ports.append(ServicePort(
             name, name or str(number), number, member(port, "protocol", str) or "TCP",
             member(port, "appProtocol", str), target if headless else number))
     return Service(
-        key=(dns_label(metadata, "namespace"), dns_label(metadata, "name")),
+        key=(member(metadata, "namespace", str, dns_label=True),
+             member(metadata, "name", str, dns_label=True)),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
         ports=tuple(ports),
         headless=headless,
@@ -986,7 +967,7 @@ def text_rule(expected: str, pattern: str) -> Rule:
 
 
 def is_json(value: Json) -> bool:
-    """What Envoy can read: no NaN, no lone surrogates, and not too deep."""
+    """Whether Envoy can read it."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1).encode()
         return b"\n" + b" " * CONFIG_DEPTH not in text  # a level is one space of indent
@@ -1005,16 +986,13 @@ LABELS = Rule("an object of strings", lambda value: (
     value and type(value) is dict and all(map(TEXT.holds, value.values()))))
 MATCH = Rule("something to match (what is for every cluster belongs into base)", bool,
              {"cluster_name": TEXT, "namespace": TEXT, "port_name": TEXT, "labels": LABELS})
-OVERRIDE = Rule(
-    "match, and one of merge and suppress",
-    lambda value: value.get("match") and ("merge" in value) != ("suppress" in value),
+OVERRIDE = Rule("match, and one of merge and suppress", lambda value: (
+    value.get("match") and ("merge" in value) != ("suppress" in value)),
     {"match": (MATCH, [MATCH]), "merge": PATCH, "suppress": "true"})
 SCHEMA = {
     "cluster": {
-        "base": PATCH,
-        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE),
-        "overrides": [OVERRIDE],
-        "trusted_ca": text_rule("an absolute path", "/.*")},
+        "base": PATCH, "overrides": [OVERRIDE], "trusted_ca": text_rule("an absolute path", "/.*"),
+        "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE)},
     "cluster_domain": DOMAIN,
     "endpoint": {
         "eds_budget": Rule("a whole number of EDS files", lambda value: (
@@ -1067,8 +1045,7 @@ def config_from(document: Json) -> Config:
 
 def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     """For json.load(object_pairs_hook=): a key that is there twice would hide its first value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found := dict(pairs)) < len(pairs):
         raise UsageError(f"--config: a key is there twice in the object of {shortened([*found])!a}")
     return found
 
@@ -1090,20 +1067,13 @@ def merge(into: Json, more: Json) -> Json:
 # Clusters, assignments, routes
 # ---------------------------------------------------------------------------------------------
 
-TYPE_PREFIX = "type.googleapis.com/"
-CLUSTER_TYPE = f"{TYPE_PREFIX}envoy.config.cluster.v3.Cluster"
-ASSIGNMENT_TYPE = f"{TYPE_PREFIX}envoy.config.endpoint.v3.ClusterLoadAssignment"
-ROUTE_TYPE = f"{TYPE_PREFIX}envoy.config.route.v3.RouteConfiguration"
-UPSTREAM_TLS_TYPE = f"{TYPE_PREFIX}envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
+UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
 
-# Bounds of what one Service may ask for: whoever may annotate it is not trusted with the size of
-# a file that Envoy reads on its main thread.
-PORTS_MOST = 256
-HOSTS_MOST = PREFIXES_MOST = 32
-WEIGHT_MOST = 1_000_000
-SPLIT_MOST = 1_000  # Services; Envoy rejects a file whose weights sum up to 2**32
+# Bounds of what one Service may ask for (whoever annotates it is not trusted with the size of what
+# Envoy's main thread reads), and of Services in a split: weights must not sum up to 2**32.
+PORTS_MOST, HOSTS_MOST, PREFIXES_MOST, WEIGHT_MOST, SPLIT_MOST = 256, 32, 32, 1_000_000, 1_000
 
 # What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
 # address that a resolver accepts (127.1, 0x7f000001).
@@ -1122,27 +1092,23 @@ ONLY_NAMES = frozenset(("tls", "httptls", "grpctls"))  # known as a port's name 
 
 
 class Cluster(NamedTuple):
-    """One cluster without its endpoints. `host` is what DNS is asked for, empty for slices."""
-
     name: str
     port: ServicePort
     families: Sequence[str]
-    host: str
-    options: Mapping[str, Json]
+    host: str  # what DNS is asked for, empty for slices
+    options: Mapping[str, Json]  # more members of the resource
 
 
 class Route(NamedTuple):
-    """What the annotations of a Service ask for. Without a cluster it claims its hosts, no more."""
-
     service: Key
     hosts: Sequence[str] = ()
     prefixes: Sequence[str] = ()
     weight: int | None = None
-    cluster: str = ""
+    port: ServicePort | None = None  # without one it claims its hosts, no more
+    cluster: str = ""  # of the port
 
 
-# What one Service becomes, and what is wrong with it; from it and the configuration alone.
-ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]
+ServicePlan = tuple[Sequence[Cluster], Route, Sequence[str]]  # what it becomes, what is wrong
 
 
 def service_line(key: Key, problems: Sequence[str]) -> str:
@@ -1155,10 +1121,9 @@ def present(**members: Json) -> dict[str, Json]:
 
 
 def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
-    """Plan one Service; what cannot be rendered is left out and named."""
-    problems: list[str] = []
-    clusters: list[Cluster] = []
-    external = service.external_name
+    """What one Service becomes, from it and the configuration alone; what cannot be rendered is
+    left out and named."""
+    problems, clusters, external = list[str](), list[Cluster](), service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
     elif external is not None and not config["endpoint"]["external_name"]:
@@ -1171,11 +1136,11 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
         if left_out := sorted({port.label for port in set(service.ports).difference(kept)}):
             problems.append(f"port {shortened(left_out)!a:.100} is left out: the first "
                             f"{PORTS_MOST} TCP and UDP ports are rendered")
-        clusters = [*filter(None, (plan_cluster(service, port, config, endpoints)
-                                   for port in kept))]
+        planned = [plan_cluster(service, port, config, endpoints) for port in kept]
+        clusters = [*filter(None, planned)]
         if endpoints == DNS and clusters and not service.headless and external is None:
             problems.append("has one clusterIP, where --endpoints dns needs a headless Service")
-    return clusters, route_of(service, clusters, config, problems), problems
+    return clusters, route_of(service, config, problems), problems
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
@@ -1195,8 +1160,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
     if not wanted or any("suppress" in override for override in overrides):
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
-    dns_name = f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
-    host = service.external_name or dns_name
+    host = service.external_name or f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
     if by_dns := service.external_name is not None or endpoints == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
         kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
@@ -1222,7 +1186,7 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
     protocol, patch = protocol_of(port), dict[str, Json]()
     if protocol in HTTP2_PORTS:
         patch["typed_extension_protocol_options"] = {HTTP_OPTIONS: {
-            "@type": TYPE_PREFIX + HTTP_OPTIONS,
+            "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
             "auto_config": None, "use_downstream_protocol_config": None,
             "explicit_http_config": {"http_protocol_options": None, "http3_protocol_options": None,
                                      "http2_protocol_options": {}}}}
@@ -1230,7 +1194,7 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
         validation = {"trusted_ca": {"filename": trusted_ca}, "match_typed_subject_alt_names": [
             {"san_type": "DNS", "matcher": {"exact": host}}]}
         patch["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": {
-            "@type": UPSTREAM_TLS_TYPE, "sni": host, "common_tls_context": present(
+            "@type": UPSTREAM_TLS, "sni": host, "common_tls_context": present(
                 alpn_protocols=["h2"] if protocol in HTTP2_PORTS else [],
                 validation_context=validation)}}
     return patch
@@ -1238,28 +1202,23 @@ def protocol_options(port: ServicePort, host: str, trusted_ca: str) -> dict[str,
 
 def locality_of(config: Config, zone: str, node: str, labels: Texts) -> tuple[str, ...]:
     """Region, zone and sub-zone of what runs on a Node; `zone` is what its slice says."""
-    found = []
-    for name, default in (("region", ""), ("zone", zone), ("sub_zone", "")):
-        source = config["endpoint"]["locality"].get(name, {})
-        if "label" in source:
-            default = labels.get(source["label"], "")
-        found.append(node if "node_name" in source else source.get("literal", default))
-    return tuple(found)
+    found = {"region": "", "zone": zone, "sub_zone": ""}
+    for name, source in config["endpoint"]["locality"].items():
+        [(kind, value)] = source.items()
+        found[name] = {"label": labels.get(value, ""), "literal": value, "node_name": node}[kind]
+    return tuple(found.values())
 
 
 def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | None:
     """The zone to prefer; None: none, or the own Node is not known or has no zone."""
-    if config["endpoint"]["prefer_zone"] is not True:
-        return config["endpoint"]["prefer_zone"] or None
-    labels = nodes.get(node, {})
-    default = labels.get("topology.kubernetes.io/zone", "")
-    return locality_of(config, default, node, labels)[1] or None
+    zone, labels = config["endpoint"]["prefer_zone"], nodes.get(node, {})
+    if zone is True:
+        zone = locality_of(config, labels.get("topology.kubernetes.io/zone", ""), node, labels)[1]
+    return zone or None
 
 
-def assignment_of(
-    cluster: Cluster, slices: Sequence[EndpointSlice], config: Config, preferred: str | None,
-    nodes: Mapping[str, Texts],
-) -> dict[str, Json]:
+def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Config,
+                  preferred: str | None, nodes: Mapping[str, Texts]) -> dict[str, Json]:
     """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
     count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
     must not take them from the others at every rolling update."""
@@ -1285,13 +1244,13 @@ def assignment_of(
                 packed = socket.inet_pton(family, endpoint.address)
                 candidates += [(rank, packed, number, endpoint.state, away, locality,
                                 endpoint.address) for number in numbers]
-    groups, seen = dict[tuple[bool, tuple[str, ...]], list[Json]](), set[tuple[bytes, int]]()
+    groups, seen = defaultdict[tuple[bool, Any], list[Json]](list), set[tuple[bytes, int]]()
     for _, packed, number, state, away, locality, address in sorted(candidates):
         if number and (packed, number) not in seen:
             seen.add((packed, number))
             where = present(protocol="UDP" if port.protocol == "UDP" else "",
                             address=address, port_value=number)
-            groups.setdefault((away, locality), []).append(present(
+            groups[away, locality].append(present(
                 endpoint={"address": {"socket_address": where}}, health_status=state))
     all_away = all(away for away, _ in groups)
     return present(cluster_name=cluster.name, endpoints=[
@@ -1316,15 +1275,13 @@ def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlic
         yield f"has only {min(there)} endpoints, which endpoint.families leaves out"
 
 
-def route_of(service: Service, clusters: Sequence[Cluster], config: Config, problems: list[str]
-             ) -> Route:
+def route_of(service: Service, config: Config, problems: list[str]) -> Route:
     """What the annotations of a Service ask for. One that is not routed for an error still claims
     its hosts: a typing error must not hand them to another namespace."""
     (namespace, name), ours = service.key, config["route"]["annotation_prefix"] + "/"
     given = {key.removeprefix(ours): text.strip()
              for key, text in service.annotations.items() if key.startswith(ours)}
-    unknown = sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS))
-    if unknown:
+    if unknown := sorted(ours + key for key in given.keys() - set(ROUTE_ANNOTATIONS)):
         problems.append(f"unknown annotation {shortened(unknown)!a:.100}")
     if len(unknown) == len(given) or given.get("route") == "false":
         return Route(service.key)
@@ -1338,7 +1295,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
     try:
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
-        prefixes, cluster = route_target(service, clusters, given, ours)
+        prefixes, port = route_target(service, given, ours)
     except ValueError as error:
         problems.append(f"is not routed: {error}")
         return Route(service.key, hosts)
@@ -1347,7 +1304,7 @@ def route_of(service: Service, clusters: Sequence[Cluster], config: Config, prob
         number = int(weight)
     elif weight is not None:
         problems.append(f"{ours}weight counts as none: {weight[:60]!a} is not 0 to {WEIGHT_MOST}")
-    return Route(service.key, hosts, prefixes, number, cluster)
+    return Route(service.key, hosts, prefixes, number, port)
 
 
 def comma_separated(text: str) -> list[str]:
@@ -1365,10 +1322,9 @@ def may_have(namespace: str, host: str, suffix: str) -> bool:
     return bool(re.fullmatch(ROUTE_HOST, host)) and name.rpartition(".")[2] == namespace
 
 
-def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ours: str
-                 ) -> tuple[list[str], str]:
-    """The path prefixes that annotations route, and the cluster: of the port that they name, else
-    of the only one, else of the first HTTP one. ValueError for what is wrong in them."""
+def route_target(service: Service, given: Texts, ours: str) -> tuple[list[str], ServicePort]:
+    """The path prefixes that annotations route, and the port: the one that they name, else the only
+    one, else the first HTTP one. ValueError for what is wrong in them."""
     if given.get("route", "true") != "true":
         raise ValueError(f'{ours}route: "true" or "false" expected')
     services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
@@ -1387,22 +1343,19 @@ def route_target(service: Service, clusters: Sequence[Cluster], given: Texts, ou
     if not ports:
         raise ValueError(f"{ours}port: the Service has no TCP port {wanted[:60]!a}" if wanted else
                          f"which of its ports is HTTP? Set appProtocol or {ours}port")
-    for cluster in clusters:
-        if cluster.port == ports[0]:
-            return prefixes, cluster.name
-    raise ValueError(f"its port {ports[0].label} has no cluster")
+    return prefixes, ports[0]
 
 
-def owned_by_age(
-    plans: Mapping[Key, ServicePlan], by_age: Iterable[Key], problems: Mapping[Key, list[str]]
-) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
+def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePlan],
+                 problems: Mapping[Key, list[str]]
+                 ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
     """The clusters of each Service, and the routes of each host in the order of Services. What two
     claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
     last, in silence), a host to a namespace. Who loses is named."""
     names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
     routes = defaultdict[str, list[Route]](list)
-    for key in by_age:
+    for key in sorted(plans, key=lambda key: (services[key].created, key)):
         planned, route, _ = plans[key]
         for cluster in planned:
             owner, first = names.setdefault(cluster.name, (key, cluster))
@@ -1411,16 +1364,16 @@ def owned_by_age(
             else:
                 problems[key].append(f"port {cluster.port.label} is left out: service "
                                      f"{'/'.join(owner)} has a cluster named {cluster.name}")
-        routed = route.cluster in [cluster.name for cluster in clusters[key]]
-        if route.cluster and not routed:
-            problems[key].append("is not routed: it has no cluster of its own")
+        name = next((own.name for own in clusters[key] if own.port == route.port), "")
+        if route.port and not name:
+            problems[key].append(f"is not routed: its port {route.port.label} has no cluster")
         for host in route.hosts:
             namespace = hosts.setdefault(host, key[0])
             if namespace != key[0]:
                 problems[key].append(
                     f"is not routed at {host}: an older Service of namespace {namespace} has it")
-            elif routed:
-                routes[host].append(route)
+            elif name:
+                routes[host].append(route._replace(cluster=name))
     return clusters, {host: sorted(found) for host, found in routes.items()}
 
 
@@ -1472,17 +1425,14 @@ PLAIN_SCALAR = (
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
-SERVICES_SOURCE = "services"  # of every rendered file
 MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
 MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
 CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
 
 
 class Rendering(NamedTuple):
-    """The files of one source, and what is wrong with it."""
-
-    files: Mapping[str, File]
-    warnings: Sequence[str] = ()
+    files: Mapping[str, File]  # of one source
+    warnings: Sequence[str] = ()  # what is wrong with it
 
 
 def yaml_scalar(value: Json) -> str:
@@ -1541,7 +1491,7 @@ def clusters_of(file: File) -> Mapping[str, bytes] | None:
     try:
         if content.startswith(b"{"):
             resources = parse_json(content).get("resources", [])
-            texts = {str(each["name"]): COMPACT_JSON.encode(each).encode() for each in resources}
+            texts = {str(each["name"]): element("json", each) for each in resources}
         elif content.startswith(CDS_COMMENT.encode()):
             resources = content.removesuffix(b"\n").split(b"\n- ")[1:]
             if discovery_response("yaml", CDS_COMMENT, CLUSTER_TYPE, resources) != content:
@@ -1554,13 +1504,6 @@ def clusters_of(file: File) -> Mapping[str, bytes] | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return texts if len(texts) == len(resources) else None
-
-
-def modes_on_disk(files: Files) -> dict[str, str]:
-    """The clusters in the CDS that a loader left, and whether each is on EDS."""
-    left = [clusters_of(files[path]) for path in ("cds.yaml", "cds.json") if path in files]
-    return {name: EDS if b"eds_cluster_config" in text else INLINE
-            for found in left if found for name, text in found.items()}
 
 
 def inotify_budget(config: Config) -> int:
@@ -1576,16 +1519,18 @@ def inotify_budget(config: Config) -> int:
 
 class Renderer:
     """Renders Services again and again; a change in one of them renders that one. `budget` is that
-    of EDS files for `auto`; `modes` are those of the clusters on disk."""
+    of EDS files for `auto`; a cluster that is `published` keeps its mode."""
 
-    def __init__(self, options: Options, config: Config, budget: int, modes: Mapping[str, str]
-                 ) -> None:
+    def __init__(self, options: Options, config: Config, budget: int, published: Files) -> None:
         self._config, self._node_name = config, options.node_name
         self._fmt, self._endpoints = options.format, options.endpoints
         self._directory = f"{os.path.abspath(options.output_dir)}/{CURRENT}"
         self._budget = {EDS: sys.maxsize, INLINE: 0}.get(options.endpoints, budget)
-        # Of clusters by slices. (On disk without EDS files it was no decision of `auto`.)
-        self._modes = modes if options.endpoints == AUTO and EDS in modes.values() else {}
+        left = {name: EDS if b"eds_cluster_config" in text else INLINE
+                for path in ("cds.yaml", "cds.json") if path in published
+                for name, text in (clusters_of(published[path]) or {}).items()}
+        # Of clusters by slices. (Without EDS files the modes there were no decision of `auto`.)
+        self._modes = left if options.endpoints == AUTO and EDS in left.values() else {}
         self._splits: set[str] = set()  # as they were logged last
         self._calls: dict[Callable[..., Json], dict[Any, tuple[tuple[object, ...], Json]]] = {}
 
@@ -1607,8 +1552,7 @@ class Renderer:
                      for found in (slices[key] if objects.nodes else ())
                      for endpoint in found.endpoints if endpoint.node in objects.nodes}
             calls[key] = (key, clusters, slices[key], zone, nodes)
-        files: dict[str, File] = {}
-        resources: list[bytes] = []
+        files, resources = dict[str, File](), list[bytes]()
         for key, (texts, eds, problems) in self._results(self._service, calls).items():
             resources += texts
             files |= eds
@@ -1638,8 +1582,7 @@ class Renderer:
             key: (service, self._config, self._endpoints)
             for key, service in sorted(services.items())})
         problems = {key: list(said) for key, (_, _, said) in plans.items()}
-        by_age = sorted(plans, key=lambda key: (services[key].created, key))
-        clusters, routes = owned_by_age(plans, by_age, problems)
+        clusters, routes = owned_by_age(services, plans, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
         hosts = self._results(self._host, {host: (host, routed)
                                            for host, routed in sorted(routes.items())})
@@ -1706,7 +1649,7 @@ class Renderer:
         return resources, files, problems
 
     def _file(self, comment: str, type_url: str, resources: list[bytes]) -> File:
-        return file_of(discovery_response(self._fmt, comment, type_url, resources), SERVICES_SOURCE)
+        return file_of(discovery_response(self._fmt, comment, type_url, resources), "services")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1714,10 +1657,9 @@ class Renderer:
 # ---------------------------------------------------------------------------------------------
 #
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
-# resource a file. The PEM is inline, so that certificate and key are replaced at once, and in
-# base64, so that every byte arrives. No text made here to be read has a byte of a key in it.
+# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
+# here to be read has a byte of a key in it.
 
-SDS_TYPE = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
 
@@ -1773,10 +1715,9 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
     for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
         if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
             raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
-        text = pem.decode("ascii", "backslashreplace")  # a comment may be in any encoding
         try:
-            if text:
-                context.load_verify_locations(cadata=text)
+            if pem:  # of which a comment may be in any encoding
+                context.load_verify_locations(cadata=pem.decode("ascii", "backslashreplace"))
         except ssl.SSLError:
             raise ValueError(f"{entry} holds no PEM certificate, or an unreadable one") from None
     if not cert:
@@ -1791,9 +1732,8 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
     except ssl.SSLError as error:
         if b"ENCRYPTED" in key:
             raise ValueError("tls.key is encrypted, and Envoy is given no passphrase") from None
-        reason = error.reason or "not readable"  # OpenSSL's, such as KEY_VALUES_MISMATCH
-        raise ValueError(
-            f"tls.key is not the key of the first certificate in tls.crt ({reason})") from None
+        raise ValueError(f"tls.key is not the key of the first certificate in tls.crt "
+                         f"({error.reason or 'not readable'})") from None
     except (OSError, AttributeError):  # after SSLError, which is an OSError
         pass
 
@@ -1826,13 +1766,9 @@ def no_core_dumps() -> None:
 # Composing
 # ---------------------------------------------------------------------------------------------
 
-KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")  # `..` begins the loader's own names
-
-
-def key_problem(name: str) -> str:
-    """Why a key (or a part of a path) cannot be a file name here; empty if it can. The API server
-    checks keys; --from-file and `..state` do not, and nothing may leave the output directory."""
-    return "" if KEY_NAME.fullmatch(name) else "is not a valid file name"
+# The API server checks this; --from-file and `..state` do not, and nothing may leave the output
+# directory. (`..` begins the loader's own names.)
+KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")
 
 
 def configmap_from(item: dict[str, Any]) -> Rendering:
@@ -1841,7 +1777,7 @@ def configmap_from(item: dict[str, Any]) -> Rendering:
     text, binary = member(item, "data", dict), member(item, "binaryData", dict)
     files, warnings = {}, []
     for key in sorted(text.keys() | binary.keys()):  # (values of any type have no order)
-        problem = key_problem(key)
+        problem = "" if KEY_NAME.fullmatch(key) else "is not a valid file name"
         try:
             content = text[key].encode() if key in text else decode_key(binary[key], key)
         except (AttributeError, ValueError):
@@ -1858,17 +1794,13 @@ Source = tuple[Query, str]
 
 
 class Wanted(NamedTuple):
-    """What the sources ask for now. Unless it is complete, nothing of it may be published."""
+    """What the sources ask for now. Nothing of it may be published with any missing or unknown."""
 
     files: Files
     notes: list[str]  # what is wrong with single objects
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
-
-    @property
-    def complete(self) -> bool:
-        return not (self.unknown or self.missing)
 
 
 COUNTED = {  # in warnings: what a file has of it, and how each begins
@@ -1916,12 +1848,7 @@ class Sources:
         selected = [] if selector is None else [
             (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
         self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
-        self.kept: dict[Source, Files] = {}  # the last good files of each named object
-        self._parsers: dict[str, Callable[[dict[str, Json]], Any]] = {
-            CONFIGMAPS: configmap_from, SERVICES: service_from, ENDPOINTS: endpoints_from,
-            ENDPOINTSLICES: endpointslice_from, NODES: texts_of,
-            SECRETS: functools.partial(
-                secret_from, form=options.format, mode=options.secret_mode)}
+        self._kept: dict[Source, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
     def start(self, published: Files) -> None:
@@ -1932,31 +1859,29 @@ class Sources:
             owned = {path: file for path, file in published.items()
                      if file.source == str(query) and path.rpartition("/")[0] == directory}
             if owned:
-                self.kept[query, directory] = owned
-            self._reflect(query)
-        if options.services is None:
-            return
-        self._renderer = Renderer(options, self._config, budget, modes_on_disk(published))
-        namespaces = options.services_namespace or (options.namespace,)
-        for namespace in ("",) if "*" in namespaces else namespaces:
-            self._reflect(Query(SERVICES, namespace, labels=options.services))
-            self._reflect(Query(ENDPOINTSLICES, namespace))
-        endpoint = self._config["endpoint"]
-        by_label = any("label" in source for source in endpoint["locality"].values())
-        if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
-            self._reflect(Query(NODES, name="" if by_label else options.node_name))
-
-    def _reflect(self, query: Query) -> None:
-        if query in self._reflectors:
-            return
-        self._reflectors[query] = reflector = Reflector(
-            query, self._parsers[query.kind], self._file or Api(self._options), self._wake,
-            self._options)
-        metrics.set("xds_loader_source_synced", 0, (str(query),))
-        reflector.start()
+                self._kept[query, directory] = owned
+        queries = [query for query, _ in self._sources]
+        if options.services is not None:
+            self._renderer = Renderer(options, self._config, budget, published)
+            namespaces = options.services_namespace or (options.namespace,)
+            for namespace in ("",) if "*" in namespaces else namespaces:
+                queries += [Query(SERVICES, namespace, labels=options.services),
+                            Query(ENDPOINTSLICES, namespace)]
+            endpoint = self._config["endpoint"]
+            by_label = any("label" in source for source in endpoint["locality"].values())
+            if by_label or endpoint["prefer_zone"] is True:  # all Nodes, or just the own one
+                queries.append(Query(NODES, name="" if by_label else options.node_name))
+        parsers: dict[str, Callable[[Json], Any]] = {
+            CONFIGMAPS: configmap_from, SERVICES: service_from, NODES: texts_of,
+            ENDPOINTSLICES: endpointslice_from,
+            SECRETS: functools.partial(secret_from, form=options.format, mode=options.secret_mode)}
+        for query in dict.fromkeys(queries):
+            metrics.set("xds_loader_source_synced", 0, (str(query),))
+            self._reflectors[query] = reflector = Reflector(
+                query, parsers[query.kind], self._file or Api(options), self._wake, options)
+            reflector.start()
 
     def refresh(self) -> None:
-        """Ask every source again now."""
         for reflector in self._reflectors.values():
             reflector.refresh()
 
@@ -1967,9 +1892,6 @@ class Sources:
     def compose(self, published: Files) -> Wanted:
         """The files of all sources. Precedence, last wins: rendered files, Secrets, ConfigMaps by
         selector in order of name, ConfigMaps in the order in which they were named."""
-        for query, reflector in list(self._reflectors.items()):
-            if reflector.absent:  # the API server has no EndpointSlices
-                self._reflect(Query(ENDPOINTS, query.namespace))
         reflectors = self._reflectors.values()
         wanted = Wanted(
             {}, [bad for r in reflectors for bad in r.bad.values()], missing=[], stale=[],
@@ -1998,9 +1920,9 @@ class Sources:
         found = None if bad else self._reflectors[query].objects.get(key)
         named, warnings = found or Rendering({})
         files = {os.path.join(directory, name): file for name, file in named.items()}
-        if files or (found and not self.kept.get(source)):
-            self.kept[source] = files
-        elif source not in self.kept:
+        if files or (found and not self._kept.get(source)):
+            self._kept[source] = files
+        elif source not in self._kept:
             wanted.missing.append(str(query))
             if self._file and not bad and (hint := self._file.elsewhere(query)):
                 warnings = [hint]
@@ -2008,13 +1930,13 @@ class Sources:
             state = "has no usable files" if found or bad else "does not exist any more"
             warnings = [*warnings, f"{query} {state}: its last files stay published"]
             wanted.stale.append(str(query))
-        return Rendering(self.kept.get(source, {}), warnings)
+        return Rendering(self._kept.get(source, {}), warnings)
 
     def _render(self, renderer: Renderer, others: Sequence[Rendering]) -> Rendering:
         """The files of Services, as many of them with EDS as the other files leave budget for."""
         found = defaultdict[str, dict[Key, Any]](dict)
-        for query, reflector in self._reflectors.items():
-            found[query.kind] |= reflector.objects
+        for reflector in self._reflectors.values():
+            found[reflector.query.kind] |= reflector.objects
         legacy = itertools.chain.from_iterable(found[ENDPOINTS].values())
         slices = [*found[ENDPOINTSLICES].values(), *legacy]
         nodes = {name: node for (_, name), node in found[NODES].items()}
@@ -2445,7 +2367,8 @@ class Output:
         rows, files, room = json_object(self.state.get("files")), dict[str, File](), SNAPSHOT_BYTES
         for entry in walk(self._path(name)):
             path, place = entry.replace(slash, "/"), self._path(name, entry)
-            if any(map(key_problem, path.split("/"))) or not (found := read_file(place, room)):
+            valid = all(map(KEY_NAME.fullmatch, path.split("/")))
+            if not valid or not (found := read_file(place, room)):
                 continue
             content, mode = found
             kind, _, source = str(rows.get(path, " disk")).partition(" ")
@@ -2795,10 +2718,8 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
 
 
 def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
-    """What became of one file, by the scopes of those who read it.
-
-    Several may read one file: one NACK is a NACK, and an ACK takes all.
-    """
+    """What became of one file, by the scopes of those who read it: one NACK is a NACK, and an ACK
+    takes all."""
     if not read_by:
         return UNKNOWN if look.hidden else UNREAD if look.live else PENDING
     told = set()
@@ -2811,9 +2732,7 @@ def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
     return next(state for state in (NACKED, MIXED, PENDING, ACKED) if state in told)
 
 
-def rejected_unnamed(
-    known: Known, files: Files, look: Look, told: Mapping[str, str]
-) -> list[str]:
+def rejected_unnamed(known: Known, files: Files, look: Look, told: Mapping[str, str]) -> list[str]:
     """Those of the first files that nobody seems to read which explain a subscription that only
     fails: their text does not show the name for which Envoy asks."""
     failing = [scope for scope, counts in look.counts.items()
@@ -2868,15 +2787,8 @@ def retried(known: Known, desired: Files, published: Files) -> Known:
     return known if kept == known.nacks else known._replace(nacks=kept)
 
 
-def after_bound(known: Known, files: Files, moved: Collection[str]) -> tuple[Known, list[str]]:
-    """Envoy answers, and did not attempt these files in time: nobody waits for them again."""
-    late = [path for path in awaited(known, files) if path in moved]
-    return known._replace(unknown=known.unknown.union(late)), late
-
-
 def unjudged(known: Known, files: Files, step: str = "") -> list[str]:
-    """The xDS files of which it is not known what Envoy makes; of those it is to judge before a
-    step."""
+    """The xDS files that Envoy did not judge yet; those that it shall have, before a step."""
     return [path for path, file in files.items() if path not in known.states
             and (file.kind in CHILD_KINDS if step == REFERENCES else file.kind)]
 
@@ -2923,8 +2835,8 @@ class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
     A connection that is kept tells when its process ends. `wake` gets "envoy" with what is found:
-    SILENT and None at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
-    is none; ABSENT and why when nothing listens or the process ended.
+    SILENT and "" at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
+    is none; ABSENT and why when nothing listens or the process ended ("": nobody ever answered).
     """
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
@@ -2941,7 +2853,7 @@ class Admin(threading.Thread):
     def run(self) -> None:
         # A process that dies accepts connections for a moment: one that nobody answers is of
         # another process only if there was none to be had before it.
-        another, told, ended_at = True, False, -END_BOUND
+        another, told, ended_at = False, False, -END_BOUND
         while True:
             try:
                 kept = self._connect()
@@ -2950,9 +2862,13 @@ class Admin(threading.Thread):
                     self._wake("envoy", (ABSENT, f"{self.url}: {why(error)}"))
                 another = told = True
             else:
+                if another or not told:
+                    self._wake("envoy", (SILENT, ""))
                 with kept:
-                    if self._stay(kept, there=another):
-                        self._wake("envoy", (ABSENT, f"{self.url}: the connection ended"))
+                    there = self._stay(kept) or another
+                if there or not told:
+                    news = f"{self.url}: the connection ended" if there else ""
+                    self._wake("envoy", (ABSENT, news))
                 another, told, ended_at = False, True, time.monotonic()
             time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
@@ -2970,25 +2886,23 @@ class Admin(threading.Thread):
             raise
         return sock
 
-    def _stay(self, kept: socket.socket, *, there: bool) -> bool:
-        """Look at the process behind a connection until that ends; whether anything was told."""
-        met, end = False, kept.fileno()
-        self._live = False
-        if there:
-            self._wake("envoy", (SILENT, None))
+    def _stay(self, kept: socket.socket) -> bool:
+        """Look at the process behind a connection until that ends; whether anything was found."""
+        news: object
+        there, end, self._live = False, kept.fileno(), False
         self.ask()
         while end not in select.select([end, self._read], [], [])[0]:
             os.read(self._read, 4096)
             try:
-                self._wake("envoy", (MET, self._look()))
-                met = there = True
+                link, news = MET, self._look()
             except (OSError, LoaderError) as error:
-                if not met and isinstance(error, ConnectionError):
+                if isinstance(error, ConnectionError) and not there:
                     break
-                if not select.select([end], [], [], 0)[0]:  # else its end is why
-                    link = SILENT if isinstance(error, OSError) else BLIND
-                    self._wake("envoy", (link, why(error)))
-                    there = True
+                link, news = SILENT if isinstance(error, OSError) else BLIND, why(error)
+            if select.select([end], [], [], 0)[0]:
+                break  # its end is why, or the answer is that of another process
+            self._wake("envoy", (link, news))
+            there = True
         return there
 
     def _look(self) -> Look:
@@ -3059,8 +2973,7 @@ def listener_errors(text: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes to it.
-LINE_BYTES = 4096
+LINE_BYTES = 4096  # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes
 STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
@@ -3100,34 +3013,22 @@ class Log:
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
     """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
     the same as a JSON object. Where it is too long, its long texts are cut."""
-    when, most = timestamp(time.time()), LINE_BYTES
-    while True:
-        said = plain_value(message, most)
-        values = {name: plain_value(value, most) for name, value in fields.items()}
+    numbers = {name: value for name, value in fields.items()  # JSON has no NaN and no infinity
+               if value is None or (isinstance(value, (int, float)) and value - value == 0)}
+    when, most, line = timestamp(time.time()), LINE_BYTES, b""
+    while not line or len(line) > LINE_BYTES:
+        texts = {name: whole if len(whole := str(value)) <= most else f"{whole[:most]}..."
+                 for name, value in {"message": message, **fields}.items()}
         if form == "json":
-            line = json.dumps({"time": when, "level": level, "message": said, **values})
-        else:
-            pairs = (f"{name}={text_value(value)}" for name, value in values.items())
+            text = json.dumps({"time": when, "level": level, **texts, **numbers})
+        else:  # what comes from outside (names, reasons) cannot forge a field or a line
+            said = texts.pop("message")
             said = said if said.isprintable() else json.dumps(said)
-            line = " ".join([when, level.upper(), said, *pairs])
-        encoded = f"{line}\n".encode("utf-8", "backslashreplace")
-        if len(encoded) <= LINE_BYTES:
-            return encoded
-        most //= 2
-
-
-def plain_value(value: object, most: int) -> Json:
-    """A number stays (not NaN nor infinite, which JSON does not have); the rest is its str()."""
-    if value is None or (isinstance(value, (int, float)) and value - value == 0):
-        return value
-    text = str(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def text_value(value: Json) -> str:
-    """A value in a text line. What comes from outside (names, reasons) cannot forge a line."""
-    plain = isinstance(value, str) and value.isprintable() and re.fullmatch('[^ "=]+', value)
-    return str(value) if plain else json.dumps(value)
+            pairs = [f"{name}={text}" if text.isprintable() and re.fullmatch('[^ "=]+', text)
+                     else f"{name}={json.dumps(text)}" for name, text in texts.items()]
+            text = " ".join([when, level.upper(), said, *pairs])
+        line, most = f"{text}\n".encode("utf-8", "backslashreplace"), most // 2
+    return line
 
 
 def timestamp(now: float) -> str:
@@ -3138,39 +3039,29 @@ def timestamp(now: float) -> str:
 
 log = Log()
 
-# -- metrics -----------------------------------------------------------------------------------
-
-
-class Metric(NamedTuple):
-    name: str
-    type: str  # counter, gauge or histogram
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-METRICS = (
-    Metric("xds_loader_info", "gauge", "The loader that runs.", ("version",)),
-    Metric("xds_loader_publications_total", "counter", "Published snapshots by step.", ("step",)),
-    Metric("xds_loader_published_files_total", "counter", "Files that changed in publications."),
-    Metric("xds_loader_publication_duration_seconds", "histogram", "From an event to the file."),
-    Metric("xds_loader_ack_duration_seconds", "histogram", "From a publication to Envoy's answer."),
-    Metric("xds_loader_nacks_total", "counter", "Files that Envoy rejected by type.", ("type",)),
-    Metric("xds_loader_nacked_files", "gauge", "1 while the wanted bytes are NACKed.", ("file",)),
-    Metric("xds_loader_unknown_files", "gauge", "1 while no ACK or NACK is known.", ("file",)),
-    Metric("xds_loader_source_last_event_timestamp_seconds", "gauge",
-           "When a source last answered: an event, a bookmark or a list.", ("source",)),
-    Metric("xds_loader_source_synced", "gauge", "1 once the first list is complete.", ("source",)),
-    Metric("xds_loader_watch_restarts_total", "counter", "Watches resumed.", ("source", "reason")),
-    Metric("xds_loader_api_requests_total", "counter", "API requests.", ("code", "verb")),
-    Metric("xds_loader_errors_total", "counter", "Errors by kind.", ("kind",)),
-    Metric("xds_loader_clusters", "gauge", "Clusters by where endpoints live.", ("endpoints",)),
-    Metric("xds_loader_inotify_instances_budget", "gauge", "Files that Envoy may subscribe to."),
-    Metric("xds_loader_inotify_instances_used", "gauge", "Files that Envoy subscribes to."),
-    Metric("xds_loader_snapshot_info", "gauge", "The published snapshot.", ("version",)),
-    Metric("xds_loader_snapshot_timestamp_seconds", "gauge", "When it was published."),
-    Metric("process_resident_memory_bytes", "gauge", "Resident memory."),
-    Metric("process_cpu_seconds_total", "counter", "User and system CPU time."),
-    Metric("process_start_time_seconds", "gauge", "When the process started."),
+METRICS = (  # name, type, labels, help
+    ("xds_loader_info", "gauge", "version", "The loader that runs."),
+    ("xds_loader_publications_total", "counter", "step", "Published snapshots by step."),
+    ("xds_loader_published_files_total", "counter", "", "Files that changed in publications."),
+    ("xds_loader_publication_duration_seconds", "histogram", "", "From an event to the file."),
+    ("xds_loader_ack_duration_seconds", "histogram", "", "From a publication to Envoy's answer."),
+    ("xds_loader_nacks_total", "counter", "type", "Files that Envoy rejected by type."),
+    ("xds_loader_nacked_files", "gauge", "file", "1 while the wanted bytes are NACKed."),
+    ("xds_loader_unknown_files", "gauge", "file", "1 while no ACK or NACK is known."),
+    ("xds_loader_source_last_event_timestamp_seconds", "gauge", "source",
+     "When a source last answered: an event, a bookmark or a list."),
+    ("xds_loader_source_synced", "gauge", "source", "1 once the first list is complete."),
+    ("xds_loader_watch_restarts_total", "counter", "source reason", "Watches resumed."),
+    ("xds_loader_api_requests_total", "counter", "code verb", "API requests."),
+    ("xds_loader_errors_total", "counter", "kind", "Errors by kind."),
+    ("xds_loader_clusters", "gauge", "endpoints", "Clusters by where endpoints live."),
+    ("xds_loader_inotify_instances_budget", "gauge", "", "Files that Envoy may subscribe to."),
+    ("xds_loader_inotify_instances_used", "gauge", "", "Files that Envoy subscribes to."),
+    ("xds_loader_snapshot_info", "gauge", "version", "The published snapshot."),
+    ("xds_loader_snapshot_timestamp_seconds", "gauge", "", "When it was published."),
+    ("process_resident_memory_bytes", "gauge", "", "Resident memory."),
+    ("process_cpu_seconds_total", "counter", "", "User and system CPU time."),
+    ("process_start_time_seconds", "gauge", "", "When the process started."),
 )
 
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
@@ -3178,9 +3069,7 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
              '_bucket{le="+Inf"}': float("inf"), "_count": float("inf")}
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 Labels = tuple[str, ...]
 
 
@@ -3192,7 +3081,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._series: dict[str, dict[Any, float]] = {
             name: dict.fromkeys((*HISTOGRAM, "_sum"), 0.0) if kind == "histogram" else {}
-            for name, kind, _, _ in METRICS}
+            for name, kind, *_ in METRICS}
         self.add("xds_loader_published_files_total", by=0)  # rate() needs to see the 0
         self.set("xds_loader_info", 1, (version,))
         self.set("process_start_time_seconds", time.time())
@@ -3226,34 +3115,28 @@ class Metrics:
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []
-        for name, kind, text, names in METRICS:
+        for name, kind, labels, text in METRICS:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             for key, value in held[name]:
-                suffix = key if kind == "histogram" else labels_text(names, key)
+                pairs = (f'{label}="{its.translate(LABEL_ESCAPES)}"'
+                         for label, its in zip(labels.split(), key, strict=True))
+                suffix = "{" + ",".join(pairs) + "}" if labels else "".join(key)
                 lines.append(f"{name}{suffix} {value:.15g}")
         return "\n".join(lines)
-
-
-def labels_text(names: Labels, values: Labels) -> str:
-    """`{code="200",verb="list"}`, "" without labels."""
-    pairs = (f'{n}="{v.translate(LABEL_ESCAPES)}"' for n, v in zip(names, values, strict=True))
-    return "{" + ",".join(pairs) + "}" if names else ""
 
 
 metrics = Metrics(__version__)
 
 # -- probes, metrics and the snapshot over HTTP ------------------------------------------------
-#
 # Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
 # the size of a request, what rendering may cost. It shows names and figures: never the content of
 # a file, nor Envoy's reasons, which quote it.
 
+NOT_ACKED = (NACKED, UNKNOWN, UNREAD)
 CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
 HEAD_MAX = 8192  # bytes that are read of a request
-# An answer that costs more than a probe's is used again for 20 times as long as it took to make:
-# clients that ask without a pause take a twentieth of a CPU.
-REUSED = 20
+REUSED = 20  # an answer is used for so many times as long as its rendering took: 5 % of a CPU
 
 
 class Status(NamedTuple):
@@ -3263,30 +3146,23 @@ class Status(NamedTuple):
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
     states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
-    missing: tuple[str, ...] = ()  # sources waited for
-    stale: tuple[str, ...] = ()  # sources that show their last good state
+    # Files by state (but acked), sources that are waited for, and that show their last good state.
+    named: Mapping[str, Sequence[str]] = dict.fromkeys((*NOT_ACKED, "missing", "stale"), ())
     started: bool = False  # Envoy has ACKed what it needs to serve
-    last_turn: float = 0.0  # monotonic time
-    turn_bound: float = 120.0  # seconds within which the loop turns again if it is well
-
-    def paths(self, state: str) -> list[str]:
-        return sorted(path for path, its in self.states.items() if its == state)
+    turn_by: float = 0.0  # when the loop has turned again if it is well (monotonic)
 
 
 def snapshot_text(status: Status) -> str:
     """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
     size and no digest: with a digest one tests guesses at a password."""
-    rows = []
-    for path, file in sorted(status.files.items()):
-        size = {"bytes": len(file.content), "sha256": file.digest}
-        rows.append({"path": path, "source": file.source, "state": status.states[path],
-                     **({} if holds_secret(file.content) else size)})
+    rows = [{"path": path, "source": file.source, "state": status.states[path]} | (
+                {} if holds_secret(file.content) else
+                {"bytes": len(file.content), "sha256": file.digest})
+            for path, file in sorted(status.files.items())]
     return json.dumps({
         "version": status.version or None,
         "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows,
-        **{state: status.paths(state) for state in (NACKED, UNKNOWN, UNREAD)},
-        "missing": status.missing, "stale": status.stale}, indent=1)
+        "files": rows, **status.named}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3301,8 +3177,8 @@ class Listener:
     """The server of --listen, with a thread for each connection. The loop sets `status`."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.status, self._rendering = Status({}, last_turn=time.monotonic()), threading.Lock()
-        self.kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
+        self.status, self._rendering = Status({}, turn_by=time.monotonic() + 120), threading.Lock()
+        self._kept = {"/metrics": (0.0, ""), "/snapshot": (0.0, "")}  # good until, text
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
@@ -3348,26 +3224,25 @@ class Listener:
         """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
-            age, bound = time.monotonic() - status.last_turn, status.turn_bound
-            late = f"the loop has not turned for {age:.0f} s (bound: {bound:.0f} s)"
-            return (503, late) if age > bound else (200, "ok")
+            late = time.monotonic() - status.turn_by
+            return (503, f"the loop is {late:.0f} s late") if late > 0 else (200, "ok")
         if path in ("/readyz", "/startz"):
             # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
             # should be takes no running Envoy out of its Service: it is named.
             started = path == "/readyz" or status.started
             ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
-            named = {"missing": status.missing, "stale": status.stale, NACKED: status.paths(NACKED)}
-            lines = [f"{what}: {name}" for what, names in named.items() for name in names]
+            lines = [f"{what}: {name}" for what in ("missing", "stale", NACKED)
+                     for name in status.named[what]]
             text = "\n".join([ready if status.version else "no snapshot yet", *lines])
             return 200 if status.version and started else 503, text
-        if path not in self.kept:
+        if path not in self._kept:
             return (404, "not found") if path else (400, "not a GET of HTTP/1.1")
         with self._rendering:
-            began, (until, text) = time.monotonic(), self.kept[path]
+            began, (until, text) = time.monotonic(), self._kept[path]
             if began >= until:
                 text = snapshot_text(status) if path == "/snapshot" else metrics.render()
                 now = time.monotonic()
-                self.kept[path] = now + REUSED * (now - began), text
+                self._kept[path] = now + REUSED * (now - began), text
         return 200, text
 
 
@@ -3417,21 +3292,13 @@ class Wakes:
         return [self._news.popleft() for _ in range(len(self._news))]
 
 
-class Asked(NamedTuple):
-    """The publication that Envoy is asked about; the next one waits for its end."""
-
-    moved: tuple[str, ...]  # xDS files
-    fields: Mapping[str, object] | None  # of its line in the log
-    until: float  # when it ends whatever Envoy did
-
-
 class Asking:
     """What Envoy makes of the publications (`known`), and when the next step may follow them."""
 
     def __init__(self, output: Output, step_delay: float | None) -> None:
         self.known = Known()
         self.link = ABSENT
-        self.asked: Asked | None = None
+        self.until = 0.0  # the next publication waits for an answer until then; 0: it does not
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: list[str] = []  # Envoy has to be notified of these once more
@@ -3441,21 +3308,18 @@ class Asking:
         self._output, self._step_delay, self._look = output, step_delay, Look()
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
         self._asked_at = 0.0  # about a publication or a new process; then ever more seldom
+        self._moved: Sequence[str] = ()  # xDS files, by the publication that is asked about
+        self._fields: Mapping[str, object] = {}  # of its line in the log
         self._silent_until = 0.0  # until then a silent Envoy is waited for; 0: it is not silent
         self._back_at = 0.0  # when this process was reached
-        self._started = False
+        self.started = True  # Envoy has ACKed what it needs to serve, as far as it can be asked
 
     def start(self, url: str, wake: Callable[[str, object], None]) -> None:
         """Ask Envoy from now on; first for its counts of now, before anything moves."""
-        self.admin = Admin(url, wake)
+        self.admin, self.started = Admin(url, wake), False
         self.admin.start()
         if self._output.published:
             self._expect(ANSWER_BOUND)
-
-    @property
-    def started(self) -> bool:
-        """Whether Envoy has ACKed what it needs to serve, as far as it can be asked."""
-        return self.admin is None or self._started or self.link == BLIND
 
     def opens_at(self, step: str) -> float:
         """When a step may be published (monotonic). References and removals wait until Envoy has
@@ -3493,16 +3357,16 @@ class Asking:
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
             self._expect(ASK_BOUND[self.link == MET],
-                         tuple(path for path in moved if files[path].kind), fields)
+                         [path for path in moved if files[path].kind], fields)
             self.look_at = self._asked_at
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _expect(self, bound: float, moved: tuple[str, ...] = (),
-                fields: Mapping[str, object] | None = None) -> None:
+    def _expect(self, bound: float, moved: Sequence[str] = (),
+                fields: Mapping[str, object] = {}) -> None:
         """The next publication waits for an answer, so many seconds at most."""
-        self._asked_at = time.monotonic()
-        self.asked = Asked(moved, fields, self._asked_at + bound)
+        self._asked_at, self._moved, self._fields = time.monotonic(), moved, fields
+        self.until = self._asked_at + bound
 
     def turn(self) -> None:
         """Look at Envoy if it is time; go on without its answer if it is late."""
@@ -3510,27 +3374,27 @@ class Asking:
         if self.admin and self.look_at and now >= self.look_at:
             self.look_at = 0.0
             self.admin.ask()
-        if self.asked is None or now < self.asked.until:
+        if not self.until or now < self.until:
             return
-        if self.link == MET:
-            self.known, late = after_bound(self.known, self._output.published, self.asked.moved)
-            if late:
-                log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
-                            "name this path?", shortened(late))
+        late = set(self._moved).intersection(awaited(self.known, self._output.published))
+        if late and self.link == MET:  # nobody waits for them again
+            self.known = self.known._replace(unknown=self.known.unknown | late)
+            log.warning("Envoy did not read %s in time: does a bootstrap, listener or cluster "
+                        "name this path?", shortened(sorted(late)))
         self.end()
 
     def end(self) -> None:
         """Envoy told all, or nobody waits any more: the publication's line in the log."""
-        asked, self.asked = self.asked, None
-        if asked is None or not asked.fields:
+        fields, self._fields, self.until = self._fields, {}, 0.0
+        if not fields:
             return
         took, states = time.monotonic() - self._asked_at, self.known.states
-        found = {states.get(path, UNKNOWN) for path in asked.moved}
+        found = {states.get(path, UNKNOWN) for path in self._moved}
         ack = "no" if NACKED in found else "yes" if found - {UNREAD} == {ACKED} else "unknown"
         if ack != "unknown":
             metrics.observe("xds_loader_ack_duration_seconds", took)
-        unread = [path for path in asked.moved if states.get(path) == UNREAD]
-        log.info("published", **asked.fields, ack=ack, ack_ms=round(took * 1000, 1),
+        unread = [path for path in self._moved if states.get(path) == UNREAD]
+        log.info("published", **fields, ack=ack, ack_ms=round(took * 1000, 1),
                  **({"unread": shortened(unread)} if unread else {}))
 
     # -- what Envoy does --------------------------------------------------------------------------
@@ -3538,22 +3402,23 @@ class Asking:
     def found(self, link: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, link
+        self.started = self.started and before != BLIND
+        self._back_at = now if before == ABSENT else self._back_at
         self._silent_until = (self._silent_until or now + SILENT_BOUND) if link == SILENT else 0.0
         if link == MET:
             self.trouble, self.look_at = "", 0.0
-            if before != MET and self.asked is None:
+            if before != MET and not self.until:
                 self._expect(ANSWER_BOUND)
             self._take_look(news, now)
-        elif link == SILENT and news is None:
-            self._back_at = now
-        elif link == SILENT:
+        elif link == SILENT and news:
             self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
-        else:
-            self.trouble, self._started = f"Envoy is not asked: {news}", False
+        elif link != SILENT:
+            self.trouble = f"Envoy is not asked: {news or 'nobody answers at --envoy-admin'}"
+            self.started = link == BLIND
             self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
             if link == BLIND:
                 self.known = after_meeting(self.known)
-            elif before in (MET, SILENT):
+            elif news and before in (MET, SILENT):
                 soon = not self._look.hidden and now - self._back_at <= END_BOUND
                 self.known, blamed = after_end(self.known, self._output.published, soon=soon)
                 self._tell_nacks(blamed)
@@ -3562,9 +3427,9 @@ class Asking:
     def _take_look(self, look: Look, now: float) -> None:
         """What Envoy made of the published files."""
         files, ignored = self._output.published, look.unknown_fields - self._look.unknown_fields
-        if ignored > 0 and self.asked is not None and self.asked.moved:
+        if ignored > 0 and self.until and self._moved:
             log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
-                        shortened(self.asked.moved))
+                        shortened(self._moved))
         self._look = look
         self.known, told = after_look(self.known, files, look)
         nacked = [path for path in told if told[path] == NACKED]
@@ -3575,15 +3440,15 @@ class Asking:
         if not waiting:
             self.notes = [f"what Envoy makes of {shortened(hidden)} stays unknown: its "
                           "stats_matcher leaves the counters out"] if hidden else []
-        self._started = self._started or (look.live and bool(files) and all(
+        self.started = self.started or (look.live and bool(files) and all(
             states.get(path) in (ACKED, UNREAD) or path in hidden
             for path, file in files.items() if file.kind in STARTING_KINDS))
-        if self.asked is not None and (nacked or not waiting):
+        if nacked or not waiting:
             self.end()  # a rollback does not wait for the other files
-        if not look.live or unjudged(self.known, files) or look.warming or not self._started:
+        if not look.live or unjudged(self.known, files) or look.warming or not self.started:
             # (A look costs Envoy's main thread 1 ms, with 1,000 clusters 41 ms.)
-            soon = self.asked is not None or self.waits_since
-            longest = LOOK_LAST if soon else LOOK_IDLE if self._started else 1.0
+            soon = self.until or self.waits_since
+            longest = LOOK_LAST if soon else LOOK_IDLE if self.started else 1.0
             self.look_at = now + min(max((now - self._asked_at) / 2, LOOK_FIRST), longest)
 
     def _tell_nacks(self, paths: Iterable[str]) -> None:
@@ -3639,12 +3504,10 @@ class Loop:
                 self._report()
                 if self.stopping:  # perhaps the turn took in the signal
                     break
-                asked, check = self.asking.asked, self.check_command
-                step_at = asked.until if asked else self._step_at
+                check, step_at = self.check_command, self.asking.until or self._step_at
                 if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
-                if not self.stopping:
-                    self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
+                self._await(min(filter(None, (step_at, self.asking.look_at, self._check_at))))
         finally:
             self.check_command.stop()
             self.asking.end()
@@ -3708,7 +3571,7 @@ class Loop:
                     output.keep_acked(asking.known.acked, output.published)
                     output.remember(state_of(asking.known))
                     self._remembered = asking.known
-                more = asking.asked is None and not self.stopping and self._advance()
+                more = not asking.until and not self.stopping and self._advance()
             self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
@@ -3757,7 +3620,7 @@ class Loop:
             self._publish(Step(back, ROLLBACK), back)
             return True
         sources = self.composed()
-        if not sources.complete:
+        if sources.missing or sources.unknown:
             return False
         files, kept = sources.files, list[str]()
         if files.keys() != published.keys():
@@ -3805,7 +3668,7 @@ class Loop:
                 self.note("missing", [f"waiting for {source}: it does not exist"
                                       for source in wanted.missing])
                 self.note("trouble", trouble)
-            if wanted.complete or self.stopping or not self._once:
+            if self.stopping or not (self._once and (wanted.missing or wanted.unknown)):
                 return wanted
             lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
             # A first answer may be slow: each request has bounds of its own.
@@ -3860,29 +3723,28 @@ class Loop:
         """Put what is known now before whoever asks over HTTP."""
         if self._listener is None:
             return
-        wanted = self._wanted or Wanted({}, [], [], [], [])
-        asking, files = self.asking, self.output.published
-        states = {path: asking.known.states.get(path, UNKNOWN) if file.kind else UNREAD
+        wanted, known = self._wanted or Wanted({}, [], [], [], []), self.asking.known
+        files, version = self.output.published, self.output.snapshot[2:]
+        states = {path: known.states.get(path, UNKNOWN) if file.kind else UNREAD
                   for path, file in files.items()}
-        acked, nacks = asking.known.acked, asking.known.nacks
-        states |= {path: NACKED for path, nack in nacks.items() if is_nacked(files.get(path), nack)
-                   or is_nacked(wanted.files.get(path), nack, acked.get(path))}
-        version = self.output.snapshot[2:]
-        self._listener.status = status = Status(
-            files, version, self.output.switched_at, states,
-            missing=(*wanted.missing, *wanted.unknown),
-            stale=(*wanted.stale, *self.sources.trouble()) if files else (),
-            started=bool(version) and asking.started,
-            last_turn=time.monotonic(),
-            turn_bound=2 * self.options.sync_interval + 60.0,
-        )
-        unknown = status.paths(UNKNOWN) if asking.admin else ()
+        states |= {path: NACKED for path, nack in known.nacks.items()
+                   if is_nacked(files.get(path), nack)
+                   or is_nacked(wanted.files.get(path), nack, known.acked.get(path))}
+        named = {state: sorted(path for path, its in states.items() if its == state)
+                 for state in NOT_ACKED}
+        named["missing"] = wanted.missing + wanted.unknown
+        named["stale"] = [*wanted.stale, *self.sources.trouble()] if files else []
+        self._listener.status = Status(
+            files, version, self.output.switched_at, states, named, self.asking.started,
+            turn_by=time.monotonic() + 2 * self.options.sync_interval + 60.0)
+        unknown = named[UNKNOWN] if self.asking.admin else []
         metrics.replace("xds_loader_unknown_files", {(path,): 1.0 for path in unknown})
-        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in status.paths(NACKED)})
+        metrics.replace("xds_loader_nacked_files", {(path,): 1.0 for path in named[NACKED]})
         metrics.replace("xds_loader_snapshot_info", {(version,): 1.0} if files else {})
-        metrics.set("xds_loader_snapshot_timestamp_seconds", self.output.switched_at)
+        metrics.replace("xds_loader_snapshot_timestamp_seconds",
+                        {(): self.output.switched_at} if version else {})
         metrics.set("xds_loader_inotify_instances_used",
-                    sum(bool(file.kind) for file in files.values()))
+                    len([path for path, file in files.items() if file.kind]))
 
 
 def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
@@ -4023,25 +3885,23 @@ def preview(options: Options, config: Config) -> int:
     loop = Loop(options, config)
     published = loop.output.published = loop.output.peek()
     loop.sources.start(published)
-    files = loop.composed().files
+    files, shown = loop.composed().files, list[str]()
     for path, file in sorted(files.items()):
-        if path.endswith(".json"):
-            try:
+        try:
+            if path.endswith(".json"):
                 parse_json(file.content)
-            except ValueError as error:
-                log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
+        except ValueError as error:
+            log.warning("%s of %s is not valid JSON (%s)", path, file.source, why(error))
+        if not options.diff:  # key material is not shown
+            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
+            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if options.diff:
         if not published:
             log.warning("%s: nothing is published there, so every file is new", loop.output.root)
         shown = [difference(path, published.get(path), files.get(path))
                  for path in sorted({*files, *published})]
-    else:
-        shown = []
-        for path, file in sorted(files.items()):  # key material is not shown
-            text = redacted(file.content).decode("utf-8", "backslashreplace").removesuffix("\n")
-            shown.append(f"\n==> {path} ({file.source}, {len(file.content)} bytes) <==\n{text}\n")
     if any(shown) or not options.diff:
-        print_out([f"snapshot {version_of(files)}\n", *shown])
+        print_out("".join([f"snapshot {version_of(files)}\n", *shown]))
     if options.check_cmd:
         import tempfile
 
@@ -4068,22 +3928,13 @@ def difference(path: str, old: File | None, new: File | None) -> str:
     return "".join(row if row.endswith("\n") else row + missing for row in rows)
 
 
-def print_out(texts: Iterable[str]) -> None:
+def print_out(text: str) -> None:
     """To standard output, as far as anybody reads."""
     try:
-        sys.stdout.buffer.write("".join(texts).encode("utf-8", "backslashreplace"))
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def read_config(path: str) -> Config:
-    """The --config file, or UsageError with the place in it."""
-    try:
-        with open(path, "rb") as stream:
-            return config_from(json.load(stream, object_pairs_hook=unique_keys))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4102,14 +3953,9 @@ def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Call
     return parse
 
 
-def one_of(words: str) -> Callable[[str], Any]:
-    return matching(words, f"one of {words.replace('|', ', ')}")
-
-
 NAMESPACE = rf"(?=.{{1,63}}\Z){NAME_PART}"
-NAMESPACE_WHAT = "a valid namespace (at most 63 lower case letters, digits, '-')"
-namespace_name = matching(NAMESPACE, NAMESPACE_WHAT)
-any_namespace = matching(rf"\*|{NAMESPACE}", NAMESPACE_WHAT)
+namespace_name = matching(NAMESPACE, "a namespace (at most 63 lower case letters, digits, '-')")
+any_namespace = matching(rf"\*|{NAMESPACE}", "'*' or a namespace (lower case letters, digits, '-')")
 object_name = matching(OBJECT_NAME, "a valid Kubernetes name (lower case letters, digits, '-')")
 go_bool = matching("1|t|T|true|TRUE|True|0|f|F|false|FALSE|False", "true or false",
                    lambda text: text[0] in "1tT")
@@ -4142,8 +3988,8 @@ def named_configmap(text: str) -> Source:
     """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
-        if problem := key_problem(part):
-            raise ValueError(f"names a directory of which {part!r} {problem}")
+        if not KEY_NAME.fullmatch(part):
+            raise ValueError(f"names a directory of which {part!r} is not a valid file name")
     return named_secret(name, CONFIGMAPS, directory)
 
 
@@ -4181,14 +4027,13 @@ class Option(NamedTuple):
 
     name: str
     parse: Callable[[str], Any]
-    metavar: str  # "" of a switch
+    metavar: str  # "" of a switch; `a|b` where these are all values
     help: str
     default: str = ""
     repeats: bool = False
 
 
 NO_POD = "https://kubernetes"  # the API server where the environment names none
-WHERE, LEVELS = "auto|eds|inline|dns", "|".join(LOG_LEVELS)
 SECTIONS = {
     "What to load": (
         Option("configmap", named_configmap, "[NS/]NAME[:DIR]",
@@ -4199,8 +4044,8 @@ SECTIONS = {
         Option("services-namespace", any_namespace, "NS",
                "where these Services are, if not in --namespace; '*' for all", repeats=True),
         Option("secret", named_secret, "[NS/]NAME", "a TLS Secret as SDS files", repeats=True),
-        Option("namespace", namespace_name, "NS", "of what is named without one; if not given "
-               "$NS, $POD_NAMESPACE or the service account's", "default"),
+        Option("namespace", namespace_name, "NS",
+               "of names without one; else $NS, $POD_NAMESPACE, the service account's", "default"),
     ),
     "From where": (
         Option("apiserver", http_url, "URL", "the API server, if not the pod's own", NO_POD),
@@ -4213,8 +4058,8 @@ SECTIONS = {
     ),
     "How Services are rendered": (
         Option("config", str, "PATH", "JSON: how Services become clusters and routes"),
-        Option("endpoints", one_of(WHERE), WHERE, "where endpoints live", "auto"),
-        Option("format", one_of("yaml|json"), "yaml|json", "of rendered files", "yaml"),
+        Option("endpoints", str, "auto|eds|inline|dns", "where endpoints live", "auto"),
+        Option("format", str, "yaml|json", "of rendered files", "yaml"),
     ),
     "Where to, and when": (
         Option("output-dir", str, "DIR", "where the files are published", "/srv/runtime"),
@@ -4227,17 +4072,17 @@ SECTIONS = {
         Option("secret-mode", file_mode, "MODE", "of files that hold private keys", "0600"),
     ),
     "ACK and NACK": (
-        Option("envoy-admin", admin_url, "URL", "http://127.0.0.1:9901 or unix:/path: ask "
-               "Envoy's admin interface what became of every publication"),
+        Option("envoy-admin", admin_url, "URL",
+               "ask Envoy what became of every publication: http://127.0.0.1:9901 or unix:/path"),
         Option("step-delay", go_duration, "D",
                "pause between ordered steps; 100ms where Envoy is not asked, else none"),
-        Option("check-cmd", shell_words, "CMD", "run on the staged files ('{dir}'), 30 s at "
-               "most; non-zero: not published, only endpoints and secrets go on"),
+        Option("check-cmd", shell_words, "CMD", "run on what is staged ('{dir}'), 30 s at most; "
+               "if it fails, only endpoints and secrets go on"),
     ),
     "Log, metrics, probes": (
         Option("listen", listen_address, "[ADDR]:PORT", "serve probes, /metrics and /snapshot"),
-        Option("log-format", one_of("text|json"), "text|json", "of standard error", "text"),
-        Option("log-level", one_of(LEVELS), LEVELS, "the least that is logged", "info"),
+        Option("log-format", str, "text|json", "of standard error", "text"),
+        Option("log-level", str, "|".join(LOG_LEVELS), "the least that is logged", "info"),
         Option("version", go_bool, "", "print the version and exit"),
         Option("help", go_bool, "", "print this and exit (also -h)"),
     ),
@@ -4250,17 +4095,16 @@ SECTIONS = {
 OPTIONS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
 SPELLED = {f"{dash}{option.name}": option for option in OPTIONS for dash in ("-", "--")}
 SPELLED["-h"] = SPELLED["--help"]
-VARIABLES = {f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}
+VARIABLES = {  # the later ones win
+    "POD_NAMESPACE": SPELLED["--namespace"], "NS": SPELLED["--namespace"],
+    **{f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
 
-
-class Options(types.SimpleNamespace):
-    """The value of each option by its name (with `_`), checked; and what follows from them and the
-    environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`."""
-
-
-Given = dict[str, list[tuple[str, str]]]  # by option: where it is said, and the value as text
+# The value of each option by its name (with `_`), checked; and what follows from them and the
+# environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
+Options = types.SimpleNamespace
+Given = dict[str, tuple[str, list[str]]]  # by option: where it is said, and its values as texts
 
 
 def given_in_words(argv: Sequence[str]) -> Given:
@@ -4277,75 +4121,56 @@ def given_in_words(argv: Sequence[str]) -> Given:
             raise UsageError(f"{name} needs a value: {option.metavar}")
         if not equals:
             value = rest.popleft() if option.metavar else "true"
-        given.setdefault(option.name, []).append((f"--{option.name}", value))
+        given.setdefault(option.name, (f"--{option.name}", []))[1].append(value)
     return given
 
 
 def given_in_environment(environ: Mapping[str, str]) -> Given:
     """What an option's own variable says, else what Kubernetes gives a pod."""
     given, place = Given(), f"{SERVICE_ACCOUNT}/namespace"
-    with contextlib.suppress(OSError), open(place, "rb") as stream:
-        given["namespace"] = [(place, stream.read(1000).decode("utf-8", "replace").strip())]
-    for variable in ("POD_NAMESPACE", "NS"):
-        if environ.get(variable):
-            given["namespace"] = [(f"${variable}", environ[variable])]
+    with contextlib.suppress(OSError, ValueError), open(place, "rb") as stream:
+        given["namespace"] = place, [namespace_name(stream.read(1000).decode().strip())]
     if host := environ.get("KUBERNETES_SERVICE_HOST"):
         port = environ.get("KUBERNETES_SERVICE_PORT") or "443"
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
-        given["apiserver"] = [("$KUBERNETES_SERVICE_HOST and ..._PORT", url)]
+        given["apiserver"] = "$KUBERNETES_SERVICE_HOST and ..._PORT", [url]
     for variable, option in VARIABLES.items():
         text = environ.get(variable)
         if text and option.name not in ("help", "version"):
-            texts = text.split() if option.repeats else [text]
-            given[option.name] = [(variable, each) for each in texts]
+            given[option.name] = variable, text.split() if option.repeats else [text]
     return given
 
 
 def option_value(option: Option, given: Given) -> Any:
     """What is given, else the default; None where there is none."""
+    where, texts = given.get(option.name, ("", [option.default] if option.default else []))
     values = []
-    for where, text in given.get(option.name, ()):
+    for text in texts:
         try:
+            if "|" in option.metavar and text not in option.metavar.split("|"):
+                raise ValueError(f"is not one of {option.metavar}")
             values.append(option.parse(text))
         except (ValueError, UsageError) as error:
             shown = re.sub("//[^/@]*@", "//...@", text[:200])  # a password is not logged
             raise UsageError(f"{where} {shown!r}: {error}") from None
     if option.repeats:
         return tuple(dict.fromkeys(values))
-    if not values and option.default:
-        return option.parse(option.default)
     return values[-1] if values else None
 
 
 def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """The options, or UsageError in one line. Reads nothing but the namespace's file."""
     given = {**given_in_environment(environ), **given_in_words(argv)}
+    if option_value(SPELLED["--from-file"], given):
+        given.pop("apiserver", None)  # it is not asked, whatever the pod's variables say
     options = Options(**{option.name.replace("-", "_"): option_value(option, given)
                          for option in OPTIONS})
-    options.mode = ("once" if options.onetime or options.dry_run
-                    else "watch" if options.watch and not options.from_file else "poll")
-    check_combination(options)
-    if options.mode == "once":  # it asks nobody, and serves nothing
-        options.listen = options.envoy_admin = None
-    for kind in ("configmap", "secret"):
-        setattr(options, kind, tuple(
-            (query if query.namespace else query._replace(namespace=options.namespace), directory)
-            for query, directory in getattr(options, kind)))
-    options.node_name = environ.get("NODE_NAME", "")
-    options.unknown_variables = [
-        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
-        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
-    return options
-
-
-def check_combination(options: Options) -> None:
-    """Combinations that make no sense, before any request."""
-    services = options.services is not None
+    services, once = options.services is not None, options.onetime or options.dry_run
     for holds, text in (
         (options.configmap or options.secret or services or options.configmap_selector is not None,
          "nothing to load: give --configmap NAME, --configmap-selector, --services or --secret"),
         (options.dry_run or not options.diff, "--diff needs --dry-run"),
-        (options.mode == "once" or options.from_file != "-", "--from-file - needs --onetime"),
+        (once or options.from_file != "-", "--from-file - needs --onetime"),
         (options.from_file or bool(options.client_cert) == bool(options.client_key),
          "--client-cert and --client-key belong together"),
         (services or not options.services_namespace, "--services-namespace needs --services"),
@@ -4355,20 +4180,29 @@ def check_combination(options: Options) -> None:
     ):
         if not holds:
             raise UsageError(text)
+    options.mode = "watch" if options.watch and not options.from_file else "poll"
+    if once:  # it asks no Envoy, and serves nothing
+        options.mode, options.listen, options.envoy_admin = "once", None, None
+    for kind in ("configmap", "secret"):
+        setattr(options, kind, tuple(
+            (query._replace(namespace=query.namespace or options.namespace), directory)
+            for query, directory in getattr(options, kind)))
+    options.node_name = environ.get("NODE_NAME", "")
+    options.unknown_variables = [
+        name for name in sorted(environ) if name.startswith("XDS_LOADER_")
+        and name not in VARIABLES and not re.fullmatch(SERVICE_LINK, name)]
+    return options
 
 
 def help_text() -> str:
     """--help: what the module says of itself, and the table of options."""
-    import textwrap
-
     lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
         lines += ["", f"{title}:"]
         for option in options:
             text = option.help + "; repeatable" * option.repeats
             text += f" (default {option.default})" if option.default else ""
-            lines.append(f"  --{option.name} {option.metavar}".rstrip())
-            lines.append(textwrap.indent(textwrap.fill(text, 90), " " * 8))
+            lines += [f"  --{option.name} {option.metavar}".rstrip(), f"        {text}"]
     return "\n".join([*lines, ""])
 
 
@@ -4380,7 +4214,13 @@ def run(options: Options) -> int:
     if options.unknown_variables:
         log.warning("no option has the environment variable %s",
                     shortened(options.unknown_variables))
-    config = read_config(options.config) if options.config else DEFAULTS
+    config, path = DEFAULTS, options.config
+    if path:
+        try:
+            with open(path, "rb") as stream:
+                config = config_from(json.load(stream, object_pairs_hook=unique_keys))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"--config {path} cannot be read as JSON ({why(error)})") from None
     if options.insecure and not options.from_file:
         log.warning("--insecure: the API server's certificate is not verified")
     if config["endpoint"]["prefer_zone"] is True and not options.node_name:
@@ -4397,9 +4237,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = given_in_words(arguments)
         if option_value(SPELLED["--help"], given):
-            print_out([help_text()])
+            print_out(help_text())
         elif option_value(SPELLED["--version"], given):
-            print_out([f"envoy-xds-configmap-loader {__version__}\n"])
+            print_out(f"envoy-xds-configmap-loader {__version__}\n")
         else:
             return run(options_from(arguments, os.environ))
         return 0

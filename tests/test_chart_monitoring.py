@@ -61,8 +61,9 @@ def selectors(expression: str) -> list[tuple[str, set[str]]]:
 
 
 LOADER_LABELS = {
-    f"{name}_bucket" if kind == "histogram" else name: {*labels, *["le"] * (kind == "histogram")}
-    for name, kind, _, labels in loader.METRICS
+    f"{name}_bucket" if kind == "histogram" else name: (
+        {*labels.split()} | ({"le"} if kind == "histogram" else set()))
+    for name, kind, labels, _ in loader.METRICS
     if name != "process_start_time_seconds"
 }
 

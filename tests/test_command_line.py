@@ -274,6 +274,26 @@ def test_where_the_namespace_comes_from(
     assert f"/namespaces/{namespace}/configmaps" in api.requests[0].path
 
 
+@pytest.mark.parametrize("content", [b"", b"not one\n", b"\xff", b"x" * 5000])
+def test_a_namespace_file_that_cannot_be_used_means_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(loader, "SERVICE_ACCOUNT", str(tmp_path))
+    (tmp_path / "namespace").write_bytes(b"demo\n")
+    assert loader.options_from([*BASE], {}).namespace == "demo"
+    assert loader.options_from([*BASE], {"POD_NAMESPACE": "shop"}).namespace == "shop"
+    (tmp_path / "namespace").write_bytes(content)
+    assert loader.options_from([*BASE], {}).namespace == "default"
+
+
+@pytest.mark.parametrize("words", [["--from-file", "x.json"], ["--apiserver", "https://a:6443"]])
+def test_an_api_server_of_the_pod_that_is_not_asked_is_no_error(words: list[str]) -> None:
+    env = {"KUBERNETES_SERVICE_HOST": "not a host", "KUBERNETES_SERVICE_PORT": "0"}
+    loader.options_from([*BASE, *words], env)
+    with pytest.raises(loader.UsageError, match="KUBERNETES_SERVICE_HOST"):
+        loader.options_from([*BASE], env)
+
+
 def test_the_api_server_of_the_pod(
     api_tls: ApiServer, run_loader: RunLoader, out: Path, authority: object
 ) -> None:

@@ -166,8 +166,8 @@ def test_the_page_of_metrics_is_that_of_the_loader() -> None:
     """docs/metrics.md: its tables are written by `python -m tests.support.reference`."""
     page = reference.METRICS_PAGE.read_text()
     assert page == reference.metrics_page(page)
-    declared = {metric.name for metric in loader.METRICS}
-    histograms = {metric.name for metric in loader.METRICS if metric.type == "histogram"}
+    declared = {name for name, *_ in loader.METRICS}
+    histograms = {name for name, kind, *_ in loader.METRICS if kind == "histogram"}
     for name in re.findall(r"\b(?:xds_loader|process)_\w+", page):
         base = re.sub(r"_(bucket|sum|count)$", "", name)
         assert name in declared or base in histograms, name

@@ -23,7 +23,7 @@ import pytest
 
 import loader
 from tests.conftest import RunLoader, StartLoader
-from tests.support.admin import STATS, FakeEnvoy
+from tests.support.admin import STATS, FakeEnvoy, Listener
 from tests.support.apiserver import ApiServer
 from tests.support.envoy import response
 from tests.support.loader import ROOT, wait_files, wait_until
@@ -178,6 +178,27 @@ def test_an_admin_interface_that_trickles_holds_up_nothing(
         wait_files(out, {"rds.yaml": "3"}, 8)
         asked = len(envoy.asked)
         wait_until(lambda: len(envoy.asked) > asked, 8)
+        running.stop()
+
+
+class Closing(Listener):
+    """A proxy in front of an Envoy that is not there."""
+
+    def serve(self, client: socket.socket) -> None:
+        client.close()
+
+
+def test_connections_that_nobody_answers_are_not_ends_of_envoy(
+    start_loader: StartLoader, api: ApiServer, out: Path
+) -> None:
+    """They are told once, and no file is blamed for them."""
+    put(api)
+    with Closing() as proxy:
+        running = start_loader(*WATCH, "--envoy-admin", proxy.url)
+        wait_files(out, {"rds.yaml": "1"})
+        running.wait_log("Envoy is not asked: nobody answers")
+        wait_until(lambda: proxy.accepted > 20)
+        assert running.count_log("NACKed|is not asked") == 1, running.log
         running.stop()
 
 
@@ -340,8 +361,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "statistics": lambda text: loader.resource_names(
         "x", loader.file_of(text, "x", kind="rds"), {}),
     "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),
-    "our own CDS": lambda text: loader.modes_on_disk(
-        {"cds.yaml": loader.file_of(text, loader.SERVICES_SOURCE)}),
+    "our own CDS": lambda text: loader.clusters_of(loader.file_of(text, "services")),
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
     "yaml": lambda text: loader.yaml_scalar(text.decode()),
     "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
@@ -367,8 +387,7 @@ def test_every_reader_of_foreign_text_is_linear(name: str) -> None:
 
 def test_no_digest_of_a_secret_is_remembered() -> None:
     """Neither of one that Envoy took nor of one that it refused: guesses could be tested at it."""
-    sds = loader.file_of(b"type.googleapis.com/" + next(
-        url for url, kind in loader.KINDS.items() if kind == "sds"), "secret demo/web")  # fmt: skip
+    sds = loader.file_of(loader.SDS_TYPE.encode(), "secret demo/web")
     nack = loader.Nack(sds.digest, sds.kind, "reason")
     known = loader.Known(acked={"sds/a": sds}, nacks={"sds/b": nack})
     assert sds.digest not in json.dumps(loader.state_of(known))

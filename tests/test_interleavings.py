@@ -488,7 +488,8 @@ class Explorer:
         """Asking.turn, where it is late."""
         assert state.asked is not None
         if state.link == "meet":
-            state.know(loader.after_bound(state.known, state.published, state.asked)[0])
+            late = set(state.asked).intersection(loader.awaited(state.known, state.published))
+            state.know(state.known._replace(unknown=state.known.unknown | late))
         state.asked = None
 
     # -- events ----------------------------------------------------------------------------------

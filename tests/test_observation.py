@@ -74,6 +74,9 @@ def listener() -> Any:
     return loader.Listener("127.0.0.1", 0)
 
 
+NOTHING = loader.Status({}).named
+
+
 def a_status(**changes: Any) -> Any:
     files = {
         "rds.yaml": loader.file_of(b"resources: []\n", "configmap demo/envoy-xds"),
@@ -87,10 +90,9 @@ def a_status(**changes: Any) -> Any:
         published_at=1_700_000_000.25,
         states={"rds.yaml": "acked", "eds/x.yaml": "nacked", "note": "unread",
                 "sds/demo_web.yaml": "unknown"},
-        missing=("configmap demo/absent",),
-        stale=("services",),
-        last_turn=time.monotonic(),
-        turn_bound=60.0,
+        named={"nacked": ["eds/x.yaml"], "unknown": ["sds/demo_web.yaml"], "unread": ["note"],
+               "missing": ["configmap demo/absent"], "stale": ["services"]},
+        turn_by=time.monotonic() + 60,
     )
     return status._replace(**changes)
 
@@ -100,16 +102,17 @@ def a_status(**changes: Any) -> Any:
 
 def test_healthz_is_well_while_the_loop_turns(listener: Any) -> None:
     assert ask(listener.port, "/healthz")[0::2] == (200, "ok\n")
-    listener.status = a_status(last_turn=time.monotonic() - 61)
+    listener.status = a_status(turn_by=time.monotonic() - 61)
     reply = ask(listener.port, "/healthz")
     assert reply.status == 503
-    assert reply.body == "the loop has not turned for 61 s (bound: 60 s)\n"
+    assert reply.body == "the loop is 61 s late\n"
     listener.status = a_status()
     assert ask(listener.port, "/healthz").status == 200
 
 
 def test_readyz_waits_for_the_first_snapshot_and_names_what_is_not_well(listener: Any) -> None:
-    listener.status = loader.Status({}, missing=("configmap demo/absent",))
+    listener.status = loader.Status({}, named={
+        **NOTHING, "missing": ["configmap demo/absent"]})  # fmt: skip
     reply = ask(listener.port, "/readyz")
     assert (reply.status, reply.body) == (503, "no snapshot yet\nmissing: configmap demo/absent\n")
     listener.status = a_status()
@@ -125,10 +128,10 @@ def test_readyz_waits_for_the_first_snapshot_and_names_what_is_not_well(listener
 
 def test_startz_waits_for_envoy(listener: Any) -> None:
     assert ask(listener.port, "/startz").body == "no snapshot yet\n"
-    listener.status = a_status(stale=(), missing=())
+    listener.status = a_status(named={**NOTHING, "nacked": ["eds/x.yaml"]})
     reply = ask(listener.port, "/startz")
     assert (reply.status, reply.body) == (503, "not ACKed by Envoy yet\nnacked: eds/x.yaml\n")
-    listener.status = a_status(stale=(), missing=(), states={}, started=True)
+    listener.status = a_status(named=NOTHING, started=True)
     reply = ask(listener.port, "/startz")
     assert (reply.status, reply.body) == (200, "ready, version ab12cd34\n")
 
@@ -158,7 +161,8 @@ def test_snapshot_lists_files_and_serves_no_content(listener: Any) -> None:
 
 def test_an_empty_status_is_a_snapshot_of_nothing(listener: Any) -> None:
     shown = json.loads(ask(listener.port, "/snapshot").body)
-    assert (shown["version"], shown["published_at"], shown["files"]) == (None, None, [])
+    assert shown == {"version": None, "published_at": None, "files": [], "nacked": [],
+                     "unknown": [], "unread": [], "missing": [], "stale": []}  # fmt: skip
 
 
 # -- the server ----------------------------------------------------------------------------------
@@ -343,25 +347,25 @@ def families(text: str) -> dict[str, Any]:
 def recorded() -> Any:
     """A value in every metric."""
     metrics = loader.Metrics("1.2.3")
-    for metric in loader.METRICS:
-        labels = tuple(f"a {label}" for label in metric.labels)
-        if metric.type == "histogram":
+    for name, kind, names, _ in loader.METRICS:
+        labels = tuple(f"a {label}" for label in names.split())
+        if kind == "histogram":
             for seconds in (0.0001, 0.0012, 0.0012, 3.0, 99.0):
-                metrics.observe(metric.name, seconds)
-        elif metric.type == "counter":
-            metrics.add(metric.name, labels, 2)
+                metrics.observe(name, seconds)
+        elif kind == "counter":
+            metrics.add(name, labels, 2)
         else:
-            metrics.set(metric.name, 1.5, labels)
+            metrics.set(name, 1.5, labels)
     return metrics
 
 
 def test_a_real_parser_reads_every_metric() -> None:
     found = families(recorded().render())
-    for metric in loader.METRICS:
-        family = found[metric.name.removesuffix("_total")]
-        assert family.type == metric.type
-        assert family.documentation == metric.help
-        assert family.samples, metric.name
+    for name, kind, _, text in loader.METRICS:
+        family = found[name.removesuffix("_total")]
+        assert family.type == kind
+        assert family.documentation == text
+        assert family.samples, name
     assert [s.value for s in found["xds_loader_publications"].samples] == [2.0]
     assert found["xds_loader_api_requests"].samples[0].labels == {
         "code": "a code",
@@ -394,13 +398,13 @@ def test_a_bound_belongs_to_its_bucket() -> None:
 
 
 def test_names_follow_the_conventions() -> None:
-    for metric in loader.METRICS:
-        assert metric.name.startswith(("xds_loader_", "process_"))
-        assert metric.name.endswith("_total") == (metric.type == "counter")
-        if metric.type == "histogram":
-            assert metric.name.endswith("_seconds")
-        assert metric.help.endswith(".")
-    assert len({metric.name for metric in loader.METRICS}) == len(loader.METRICS)
+    for name, kind, _, text in loader.METRICS:
+        assert name.startswith(("xds_loader_", "process_"))
+        assert name.endswith("_total") == (kind == "counter")
+        if kind == "histogram":
+            assert name.endswith("_seconds")
+        assert text.endswith(".")
+    assert len({name for name, *_ in loader.METRICS}) == len(loader.METRICS)
 
 
 def test_only_what_is_known_has_a_sample() -> None:
@@ -628,8 +632,11 @@ def test_a_loader_from_missing_to_published(
     wait_until(lambda: ask(running.port, "/readyz").body == missing, message="missing")
     assert not is_ready(running)
     assert ask(running.port, "/healthz").status == 200
+    published = ("xds_loader_snapshot_info", "xds_loader_snapshot_timestamp_seconds")
+    assert not any(running.metric(name) for name in published), "no snapshot is not one of 1970"
     api.configmap("demo", "envoy-xds", {"rds.yaml": "resources: []\n", "note": "content"})
     wait_until(lambda: is_ready(running), message="ready")
+    wait_until(lambda: running.metric(published[0]), message="metrics that are not kept ones")
     (version,) = running.metric("xds_loader_snapshot_info").keys()
     reply = ask(running.port, "/snapshot")
     shown = json.loads(reply.body)

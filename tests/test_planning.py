@@ -18,7 +18,6 @@ from loader import (
     CDS_COMMENT,
     MIXED,
     NACKED,
-    SERVICES_SOURCE,
     UNREAD,
     Counts,
     File,
@@ -73,7 +72,7 @@ def yaml_cds(*names: str) -> File:
 def rendered(*names: str) -> File:
     rows = [element("yaml", {"@type": CLUSTER, "name": name}) for name in names]
     content = discovery_response("yaml", CDS_COMMENT, CLUSTER, rows)
-    return file_of(content, SERVICES_SOURCE)
+    return file_of(content, "services")
 
 
 def eds(name: str, port: int = 80) -> File:

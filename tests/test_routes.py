@@ -241,7 +241,15 @@ def test_a_route_needs_its_cluster() -> None:
     assert routes(found) == {"a, a:*": ["/ -> web/http"]}
     [warning] = found.warnings
     assert warning.startswith("service b/web: port http is left out: service a/web has a cluster")
-    assert warning.endswith("; is not routed: it has no cluster of its own")
+    assert warning.endswith("; is not routed: its port http has no cluster")
+    found = rendered(  # never to another port of the Service, which has the name
+        routed("a/web", port("metrics", 9000), port("http", 80), hosts="a"),
+        config={"cluster": {"name": "{service}"}},
+    )
+    assert routes(found) == {}
+    [warning] = found.warnings
+    assert warning.startswith("service a/web: port http is left out: service a/web has a cluster")
+    assert warning.endswith("; is not routed: its port http has no cluster")
 
 
 def test_prefix_suffix_and_name_are_configurable() -> None:

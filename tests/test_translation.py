@@ -569,15 +569,12 @@ def test_a_cluster_never_flips() -> None:
 def test_a_restart_keeps_what_the_files_say(fmt: str) -> None:
     raw = many(4)
     config = {"cluster": {"name": 'x:{service} "{port}"'}}
-    before = render(*raw, endpoints="auto", budget=2, fmt=fmt, config=config).files
-    modes = loader.modes_on_disk(before)
-    assert modes == {
-        **dict.fromkeys(['x:s000 "http"', 'x:s001 "http"'], "eds"),
-        **dict.fromkeys(['x:s002 "http"', 'x:s003 "http"'], "inline"),
-    }
+    before = render(*raw, endpoints="auto", budget=2, fmt=fmt, config=config)
+    assert list(clusters(before)) == [f'x:s00{index} "http"' for index in range(4)]
+    assert on_eds(before) == ['x:s000 "http"', 'x:s001 "http"']
 
     def restarted(*new: Object) -> list[str]:
-        options = {"endpoints": "auto", "budget": 2, "fmt": fmt, "modes": modes}
+        options = {"endpoints": "auto", "budget": 2, "fmt": fmt, "published": before.files}
         return on_eds(render(*new, config=config, **options))
 
     assert restarted(*raw[1:]) == ['x:s001 "http"']
@@ -587,13 +584,13 @@ def test_a_restart_keeps_what_the_files_say(fmt: str) -> None:
 def test_a_restart_in_another_mode_starts_afresh() -> None:
     raw = many(4)
     for mode in ("inline", "dns"):
-        modes = loader.modes_on_disk(render(*raw, endpoints=mode).files)
-        assert len(on_eds(render(*raw, endpoints="auto", budget=2, modes=modes))) == 2
+        left = render(*raw, endpoints=mode).files
+        assert len(on_eds(render(*raw, endpoints="auto", budget=2, published=left))) == 2
     # More than the budget would be the end of Envoy.
-    modes = loader.modes_on_disk(render(*raw, endpoints="eds").files)
-    assert len(on_eds(render(*raw, endpoints="auto", budget=2, modes=modes))) == 2
+    left = render(*raw, endpoints="eds").files
+    assert len(on_eds(render(*raw, endpoints="auto", budget=2, published=left))) == 2
     for mode in ("inline", "eds"):  # nor does it matter to another mode what was before
-        assert len(on_eds(render(*raw, endpoints=mode, modes=modes))) == 4 * (mode == "eds")
+        assert len(on_eds(render(*raw, endpoints=mode, published=left))) == 4 * (mode == "eds")
 
 
 @pytest.mark.parametrize(
@@ -604,11 +601,9 @@ def test_a_restart_in_another_mode_starts_afresh() -> None:
 )  # fmt: skip
 def test_what_is_not_our_cds_tells_nothing(content: bytes) -> None:
     for path in ("cds.yaml", "cds.json"):
-        modes = loader.modes_on_disk({path: loader.file_of(content, "")})
-        assert "eds" not in modes.values()
-        found = rendered(*many(4), endpoints="auto", budget=2, modes=modes)
+        left = {path: loader.file_of(content, "")}
+        found = rendered(*many(4), endpoints="auto", budget=2, published=left)
         assert found == rendered(*many(4), endpoints="auto", budget=2)
-    assert loader.modes_on_disk({}) == {}
 
 
 def test_the_budget_is_a_sixteenth_of_the_instances(

@@ -172,13 +172,13 @@ def options_page() -> str:
 def metric_rows() -> Iterator[str]:
     yield "| metric | type | labels | meaning |"
     yield "| --- | --- | --- | --- |"
-    for metric in loader.METRICS:
-        labels = ", ".join(f"`{label}`" for label in metric.labels)
-        yield f"| `{metric.name}` | {metric.type} | {labels} | {escaped(metric.help)} |"
+    for name, kind, names, text in loader.METRICS:
+        labels = ", ".join(f"`{label}`" for label in names.split())
+        yield f"| `{name}` | {kind} | {labels} | {escaped(text)} |"
     yield ""
     yield "| label | values |"
     yield "| --- | --- |"
-    used = {label for metric in loader.METRICS for label in metric.labels}
+    used = {label for _, _, labels, _ in loader.METRICS for label in labels.split()}
     yield from (f"| `{label}` | {LABELS[label]} |" for label in sorted(used))
 
 

@@ -110,11 +110,11 @@ def renderer(config: Object | None = None, **options: Any) -> loader.Renderer:
     """A renderer with a configuration in JSON; EDS and YAML unless `options` say otherwise."""
     parsed = loader.config_from(config or {})
     budget = 32 if parsed["endpoint"]["eds_budget"] is None else loader.inotify_budget(parsed)
-    given = {"endpoints": "eds", "fmt": "yaml", "node_name": "", "modes": {}, **options}
+    given = {"endpoints": "eds", "fmt": "yaml", "node_name": "", "published": {}, **options}
     settings = loader.Options(
         endpoints=given["endpoints"], format=given["fmt"], node_name=given["node_name"],
         output_dir=CURRENT.rpartition("/")[0])
-    return loader.Renderer(settings, parsed, given.get("budget", budget), given["modes"])
+    return loader.Renderer(settings, parsed, given.get("budget", budget), given["published"])
 
 
 def render(*raw: Object, config: Object | None = None, **options: Any) -> loader.Rendering:
