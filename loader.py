@@ -286,8 +286,7 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
-        3 s, before it answers 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (504, after 3 s.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -423,8 +422,7 @@ class Api:
         return token
 
     def _context(self) -> ssl.SSLContext:
-        """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
-        service account."""
+        """TLS that trusts `--ca-file`; the system's CAs only where there is no service account."""
         context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
         where = options.ca_file
         try:
@@ -497,8 +495,8 @@ class Reflector(threading.Thread):
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
-        poll = ONETIME_POLL if options.timeout else threading.TIMEOUT_MAX  # one try: never again
-        self._interval = poll if options.mode == "once" else options.sync_interval
+        self._interval = ONETIME_POLL if options.mode == "once" else options.sync_interval
+        self._one_try = options.mode == "once" and not options.timeout
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
@@ -532,6 +530,9 @@ class Reflector(threading.Thread):
                     self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
                     continue
                 pause = self._failed(error)
+            lasting = self.trouble and self.trouble.status not in PASSING
+            if self._one_try and (self.synced or lasting):
+                return
             self._refresh.wait(pause)
 
     def _failed(self, error: ApiError) -> float:
@@ -580,8 +581,7 @@ class Reflector(threading.Thread):
             objects[key] = old if value == old else value
 
     def _watch(self, api: Api) -> float:
-        """Watch from the last version (of a list, where there is none) until the server ends it;
-        returns the seconds until the next watch."""
+        """Watch, after a list where that is needed; returns the seconds until the next watch."""
         if self._suspect and self._version and api.is_future(self.query, self._version):
             self._again("future")
         if not self._version:
@@ -637,8 +637,7 @@ class FileSource:
     """The objects of `kubectl get ... -o json` in a file (`-`: standard input), as a lister."""
 
     def __init__(self, path: str, namespace: str) -> None:
-        self._path, self._namespace = path, namespace
-        self._text = b""
+        self._path, self._namespace, self._text = path, namespace, b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -679,8 +678,7 @@ class FileSource:
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
-    """The objects of a file: single ones or lists (of lists), one after another; ValueError for
-    anything else."""
+    """The objects of a file: single ones or lists (of lists), one after another. Or ValueError."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
     whole, position, values = text.decode("utf-8-sig"), 0, []
@@ -717,17 +715,16 @@ def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
     requirements = list(re.finditer(REQUIREMENT, text))
     if " , ".join(requirement[0] for requirement in requirements) != text:
         raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-    wanted: list[tuple[str, Sequence[str] | None, bool]] = []  # label, values (None: any), holds
-    for requirement in requirements:
-        absent, label, sign, value, word, values = requirement.groups("")
-        chosen = [text.strip() for text in (values or value).split(",")]
-        holds = not absent and sign != "!=" and word != "notin"
-        wanted.append((absent or label, chosen if sign or word else None, holds))
 
     def selects(labels: Mapping[str, Json]) -> bool:
         """Like the API server, `!=` and `notin` match absence."""
-        return all((label in labels if values is None else labels.get(label) in values) == holds
-                   for label, values, holds in wanted)
+        for requirement in requirements:
+            absent, label, sign, value, word, values = requirement.groups("")
+            chosen = [text.strip() for text in (values or value).split(",")]
+            found = labels.get(label) in chosen if sign or word else (absent or label) in labels
+            if found == bool(absent or sign == "!=" or word == "notin"):
+                return False
+        return True
 
     return selects
 
