@@ -224,8 +224,7 @@ class Query(NamedTuple):
 
     def __str__(self) -> str:
         if self.name:
-            namespace = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.kind.lower()} {namespace}{self.name}"
+            return f"{self.kind.lower()} {self.namespace}{self.namespace and '/'}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource}{self.labels and f' with {self.labels}'}{where}"
 
@@ -243,8 +242,7 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """A failed request: the status of the answer (0: none), and for how long the server asks to
-    wait, in seconds."""
+    """A failed request: the status of the answer (0: none), the seconds that it asks to wait."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -253,8 +251,6 @@ class ApiError(LoaderError):
 
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
-
-Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
@@ -288,8 +284,7 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
-        3 s, before it answers 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (504, after 3 s.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -299,16 +294,14 @@ class Api:
             return True
         return False
 
-    def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """The events after a version, once the server has answered, until it ends the watch
-        properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
+    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
+        """The events (type, object) after a version, an empty one first: the server has answered;
+        until it ends the watch properly. ApiError for any other end (410 comes in both ways)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version,
                  "timeoutSeconds": str(random.randint(*WATCH_SECONDS))}
-        return self._events(query, self._ask(query, "watch", asked)[0])
-
-    def _events(self, query: Query, response: http.client.HTTPResponse) -> Iterator[Event]:
-        rest = bytearray()
+        response, rest = self._ask(query, "watch", asked)[0], bytearray()
         try:
+            yield "", {}
             # (http.client's readline shows a stream that was cut between chunks as a normal end.)
             while block := response.read1(1 << 18):
                 rest += block
@@ -427,8 +420,7 @@ class Api:
         return token
 
     def _context(self) -> ssl.SSLContext:
-        """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
-        service account."""
+        """TLS that trusts `--ca-file`; the system's CAs only where there is no service account."""
         context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
         where = options.ca_file
         try:
@@ -486,27 +478,23 @@ SUSPICIOUS_SILENCE = 30.0
 
 
 class Reflector(threading.Thread):
-    """Keeps the objects of one query current in memory, and wakes the main thread on change.
-
-    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
-    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
-    is named in `bad`. Where EndpointSlices are answered with 404 at the start it lists Endpoints,
-    for good. `wake` is called with "objects" or "trouble" where these have changed.
-    """
+    """Keeps the objects of one query current in memory: lists them, and then watches (resuming what
+    ended) or lists again every interval. `parse` reduces an API object to what is used of it; what
+    it rejects (ValueError) keeps its last good value and is named in `bad`. Where EndpointSlices
+    are answered with 404 at the start it lists Endpoints, for good. `wake` is called with "objects"
+    or "trouble" where these have changed."""
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
                  client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
-        self.query = query
-        self.synced = False
+        self.query, self.synced = query, False
         self.trouble: ApiError | None = None
         self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
-        once = options.mode == "once"
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
-        self._interval = ONETIME_POLL if once else options.sync_interval
-        self._one_try = once and not options.timeout
+        self._interval = ONETIME_POLL if options.mode == "once" else options.sync_interval
+        self._one_try = options.mode == "once" and not options.timeout
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
@@ -520,7 +508,6 @@ class Reflector(threading.Thread):
             cut(watching)
 
     def run(self) -> None:
-        """List, and then watch or list again; go on after whatever fails."""
         while True:
             if self._refresh.is_set():
                 self._refresh.clear()
@@ -531,8 +518,6 @@ class Reflector(threading.Thread):
                 else:
                     self._relist()
                     self._report(None)
-                    if self._one_try:
-                        return
                     self._failures, self._rejections, pause = 0, 0, self._interval
             except ApiError as error:
                 if self._refresh.is_set():
@@ -543,8 +528,9 @@ class Reflector(threading.Thread):
                     self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
                     continue
                 pause = self._failed(error)
-                if self._one_try and self.trouble and self.trouble.status not in PASSING:
-                    return
+            lasting = self.trouble and self.trouble.status not in PASSING
+            if self._one_try and (self.synced or lasting):
+                return
             self._refresh.wait(pause)
 
     def _failed(self, error: ApiError) -> float:
@@ -572,14 +558,13 @@ class Reflector(threading.Thread):
         keep = functools.partial(self._keep, objects, bad)
         self._version = self._client.list(self.query, keep)
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
-        self._replace(objects, bad)
+        self._store(objects, bad, not self.synced or bad != self.bad or objects != self.objects)
+        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
 
-    def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
-        changed = not self.synced or bad != self.bad or objects != self.objects
+    def _store(self, objects: dict[Key, Any], bad: dict[Key, str], changed: bool) -> None:
         self.objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
-        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
@@ -594,13 +579,13 @@ class Reflector(threading.Thread):
             objects[key] = old if value == old else value
 
     def _watch(self, api: Api) -> float:
-        """Watch from the last version (of a list, where there is none) until the server ends it;
-        returns the seconds until the next watch."""
+        """Watch, after a list where that is needed; returns the seconds until the next watch."""
         if self._suspect and self._version and api.is_future(self.query, self._version):
             self._again("future")
         if not self._version:
             self._relist()
         events = api.watch(self.query, self._version)
+        next(events)  # empty: it is answered
         log.debug("watching %s from %.40s", self.query, self._version)
         self._report(None)
         self._watching, began = api.socket, time.monotonic()
@@ -622,18 +607,15 @@ class Reflector(threading.Thread):
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
+        key, objects, bad = object_key(item), self.objects.copy(), self.bad.copy()
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
-            key = object_key(item)
-            objects, bad = self.objects.copy(), self.bad.copy()
             bad.pop(key, None)
             if kind == "DELETED":
                 objects.pop(key, None)
             else:
                 self._keep(objects, bad, item)
-            if objects.get(key) is not self.objects.get(key) or bad != self.bad:
-                self.objects, self.bad = objects, bad
-                self._wake("objects")
-        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
+        same = objects.get(key) is self.objects.get(key) and bad == self.bad
+        self._store(objects, bad, not same)
 
     def _report(self, trouble: ApiError | None) -> None:
         if trouble is not self.trouble:
@@ -653,8 +635,7 @@ class FileSource:
     """The objects of `kubectl get ... -o json` in a file (`-`: standard input), as a lister."""
 
     def __init__(self, path: str, namespace: str) -> None:
-        self._path, self._namespace = path, namespace
-        self._text = b""
+        self._path, self._namespace, self._text = path, namespace, b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -689,15 +670,13 @@ class FileSource:
             self.list(Query(query.kind), found.append)
         keys = sorted(map(object_key, found))
         same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        held = shortened(["/".join(key) for key in same or keys])
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        held = f"{query.kind.lower()} {shortened(names)}"
-        return f"`{self._path}` holds {held}{hint}" if names else ""
+        return f"`{self._path}` holds {query.kind.lower()} {held}{hint}" if keys else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
-    """The objects of a file: single ones or lists (of lists), one after another; ValueError for
-    anything else."""
+    """The objects of a file: single ones or lists (of lists), one after another. Or ValueError."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
     whole, position, values = text.decode("utf-8-sig"), 0, []
@@ -734,17 +713,16 @@ def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
     requirements = list(re.finditer(REQUIREMENT, text))
     if " , ".join(requirement[0] for requirement in requirements) != text:
         raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-    wanted: list[tuple[str, Sequence[str] | None, bool]] = []  # label, values (None: any), holds
-    for requirement in requirements:
-        absent, label, sign, value, word, values = requirement.groups("")
-        chosen = [text.strip() for text in (values or value).split(",")]
-        holds = not absent and sign != "!=" and word != "notin"
-        wanted.append((absent or label, chosen if sign or word else None, holds))
 
     def selects(labels: Mapping[str, Json]) -> bool:
         """Like the API server, `!=` and `notin` match absence."""
-        return all((label in labels if values is None else labels.get(label) in values) == holds
-                   for label, values, holds in wanted)
+        for requirement in requirements:
+            absent, label, sign, value, word, values = requirement.groups("")
+            chosen = [text.strip() for text in (values or value).split(",")]
+            found = labels.get(label) in chosen if sign or word else (absent or label) in labels
+            if found == bool(absent or sign == "!=" or word == "notin"):
+                return False
+        return True
 
     return selects
 
