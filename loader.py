@@ -224,8 +224,7 @@ class Query(NamedTuple):
 
     def __str__(self) -> str:
         if self.name:
-            namespace = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.kind.lower()} {namespace}{self.name}"
+            return f"{self.kind.lower()} {self.namespace}{self.namespace and '/'}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource}{self.labels and f' with {self.labels}'}{where}"
 
@@ -243,8 +242,7 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """A failed request: the status of the answer (0: none), and for how long the server asks to
-    wait, in seconds."""
+    """A failed request: the status of the answer (0: none), the seconds that it asks to wait."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -253,8 +251,6 @@ class ApiError(LoaderError):
 
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
-
-Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
@@ -288,8 +284,7 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
-        3 s, before it answers 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (504, after 3 s.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -299,16 +294,14 @@ class Api:
             return True
         return False
 
-    def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """The events after a version, once the server has answered, until it ends the watch
-        properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
+    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
+        """The events (type, object) after a version, an empty one first: the server has answered;
+        until it ends the watch properly. ApiError for any other end (410 comes in both ways)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version,
                  "timeoutSeconds": str(random.randint(*WATCH_SECONDS))}
-        return self._events(query, self._ask(query, "watch", asked)[0])
-
-    def _events(self, query: Query, response: http.client.HTTPResponse) -> Iterator[Event]:
-        rest = bytearray()
+        response, rest = self._ask(query, "watch", asked)[0], bytearray()
         try:
+            yield "", {}
             # (http.client's readline shows a stream that was cut between chunks as a normal end.)
             while block := response.read1(1 << 18):
                 rest += block
@@ -427,8 +420,7 @@ class Api:
         return token
 
     def _context(self) -> ssl.SSLContext:
-        """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
-        service account."""
+        """TLS that trusts `--ca-file`; the system's CAs only where there is no service account."""
         context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
         where = options.ca_file
         try:
@@ -486,27 +478,23 @@ SUSPICIOUS_SILENCE = 30.0
 
 
 class Reflector(threading.Thread):
-    """Keeps the objects of one query current in memory, and wakes the main thread on change.
-
-    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
-    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
-    is named in `bad`. Where EndpointSlices are answered with 404 at the start it lists Endpoints,
-    for good. `wake` is called with "objects" or "trouble" where these have changed.
-    """
+    """Keeps the objects of one query current in memory: lists them, and then watches (resuming what
+    ended) or lists again every interval. `parse` reduces an API object to what is used of it; what
+    it rejects (ValueError) keeps its last good value and is named in `bad`. Where EndpointSlices
+    are answered with 404 at the start it lists Endpoints, for good. `wake` is called with "objects"
+    or "trouble" where these have changed."""
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
                  client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
-        self.query = query
-        self.synced = False
+        self.query, self.synced = query, False
         self.trouble: ApiError | None = None
         self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
-        once = options.mode == "once"
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
-        self._interval = ONETIME_POLL if once else options.sync_interval
-        self._one_try = once and not options.timeout
+        self._interval = ONETIME_POLL if options.mode == "once" else options.sync_interval
+        self._one_try = options.mode == "once" and not options.timeout
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
@@ -520,7 +508,6 @@ class Reflector(threading.Thread):
             cut(watching)
 
     def run(self) -> None:
-        """List, and then watch or list again; go on after whatever fails."""
         while True:
             if self._refresh.is_set():
                 self._refresh.clear()
@@ -531,8 +518,6 @@ class Reflector(threading.Thread):
                 else:
                     self._relist()
                     self._report(None)
-                    if self._one_try:
-                        return
                     self._failures, self._rejections, pause = 0, 0, self._interval
             except ApiError as error:
                 if self._refresh.is_set():
@@ -543,8 +528,9 @@ class Reflector(threading.Thread):
                     self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
                     continue
                 pause = self._failed(error)
-                if self._one_try and self.trouble and self.trouble.status not in PASSING:
-                    return
+            lasting = self.trouble and self.trouble.status not in PASSING
+            if self._one_try and (self.synced or lasting):
+                return
             self._refresh.wait(pause)
 
     def _failed(self, error: ApiError) -> float:
@@ -572,14 +558,13 @@ class Reflector(threading.Thread):
         keep = functools.partial(self._keep, objects, bad)
         self._version = self._client.list(self.query, keep)
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
-        self._replace(objects, bad)
+        self._store(objects, bad, not self.synced or bad != self.bad or objects != self.objects)
+        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
 
-    def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
-        changed = not self.synced or bad != self.bad or objects != self.objects
+    def _store(self, objects: dict[Key, Any], bad: dict[Key, str], changed: bool) -> None:
         self.objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
-        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
@@ -594,13 +579,13 @@ class Reflector(threading.Thread):
             objects[key] = old if value == old else value
 
     def _watch(self, api: Api) -> float:
-        """Watch from the last version (of a list, where there is none) until the server ends it;
-        returns the seconds until the next watch."""
+        """Watch, after a list where that is needed; returns the seconds until the next watch."""
         if self._suspect and self._version and api.is_future(self.query, self._version):
             self._again("future")
         if not self._version:
             self._relist()
         events = api.watch(self.query, self._version)
+        next(events)  # empty: it is answered
         log.debug("watching %s from %.40s", self.query, self._version)
         self._report(None)
         self._watching, began = api.socket, time.monotonic()
@@ -622,18 +607,15 @@ class Reflector(threading.Thread):
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
+        key, objects, bad = object_key(item), self.objects.copy(), self.bad.copy()
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
-            key = object_key(item)
-            objects, bad = self.objects.copy(), self.bad.copy()
             bad.pop(key, None)
             if kind == "DELETED":
                 objects.pop(key, None)
             else:
                 self._keep(objects, bad, item)
-            if objects.get(key) is not self.objects.get(key) or bad != self.bad:
-                self.objects, self.bad = objects, bad
-                self._wake("objects")
-        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
+        same = objects.get(key) is self.objects.get(key) and bad == self.bad
+        self._store(objects, bad, not same)
 
     def _report(self, trouble: ApiError | None) -> None:
         if trouble is not self.trouble:
@@ -653,8 +635,7 @@ class FileSource:
     """The objects of `kubectl get ... -o json` in a file (`-`: standard input), as a lister."""
 
     def __init__(self, path: str, namespace: str) -> None:
-        self._path, self._namespace = path, namespace
-        self._text = b""
+        self._path, self._namespace, self._text = path, namespace, b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -689,15 +670,13 @@ class FileSource:
             self.list(Query(query.kind), found.append)
         keys = sorted(map(object_key, found))
         same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        held = shortened(["/".join(key) for key in same or keys])
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        held = f"{query.kind.lower()} {shortened(names)}"
-        return f"`{self._path}` holds {held}{hint}" if names else ""
+        return f"`{self._path}` holds {query.kind.lower()} {held}{hint}" if keys else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
-    """The objects of a file: single ones or lists (of lists), one after another; ValueError for
-    anything else."""
+    """The objects of a file: single ones or lists (of lists), one after another. Or ValueError."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
     whole, position, values = text.decode("utf-8-sig"), 0, []
@@ -734,17 +713,16 @@ def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
     requirements = list(re.finditer(REQUIREMENT, text))
     if " , ".join(requirement[0] for requirement in requirements) != text:
         raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-    wanted: list[tuple[str, Sequence[str] | None, bool]] = []  # label, values (None: any), holds
-    for requirement in requirements:
-        absent, label, sign, value, word, values = requirement.groups("")
-        chosen = [text.strip() for text in (values or value).split(",")]
-        holds = not absent and sign != "!=" and word != "notin"
-        wanted.append((absent or label, chosen if sign or word else None, holds))
 
     def selects(labels: Mapping[str, Json]) -> bool:
         """Like the API server, `!=` and `notin` match absence."""
-        return all((label in labels if values is None else labels.get(label) in values) == holds
-                   for label, values, holds in wanted)
+        for requirement in requirements:
+            absent, label, sign, value, word, values = requirement.groups("")
+            chosen = [text.strip() for text in (values or value).split(",")]
+            found = labels.get(label) in chosen if sign or word else (absent or label) in labels
+            if found == bool(absent or sign == "!=" or word == "notin"):
+                return False
+        return True
 
     return selects
 
@@ -2112,15 +2090,6 @@ def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     return nack.digest in (file.digest, united(acked, file).digest)
 
 
-def with_needed(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    """The desired files, and those without a source that an Envoy which starts would miss: other
-    files name them; or Envoy reads them and no file names them, so that its bootstrap does."""
-    gone = published.keys() - desired.keys()
-    read = {path: published[path] for path in gone - paths_in(published.values(), gone)
-            if is_read(path)}
-    return with_named_files({**desired, **read}, published)
-
-
 def allowed(
     desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
 ) -> tuple[Files, list[str]]:
@@ -2528,9 +2497,7 @@ def walk(root: str, below: str = "") -> Iterator[str]:
 # at a time, so the counts before and after it tell everything. What they do not tell stays unknown.
 
 ACKED, NACKED, UNKNOWN, UNREAD = "acked", "nacked", "unknown", "unread"  # of a published file
-# What one look may tell as well: it was not attempted yet; or ACKed and NACKed, by moves that
-# overlapped, so that Envoy must be notified once more.
-PENDING, MIXED = "pending", "mixed"
+PENDING, MIXED = "pending", "mixed"  # in one look: not attempted yet; both, as moves overlapped
 ANSWER_BOUND = 1.0  # seconds for one answer of the admin interface
 ASK_BOUND = (1.0, 2.0)  # seconds until a publication is judged; of an Envoy that answered before
 SILENT_BOUND = 30.0  # seconds that references wait for an Envoy that is there and silent
@@ -2541,29 +2508,22 @@ LOOK_FIRST, LOOK_LAST, LOOK_IDLE = 0.001, 0.05, 30.0  # seconds between two look
 PROBE_SOON, PROBE = 0.01, 0.1
 END_BOUND = 10.0  # seconds after coming back within which a second end is blamed on the files
 ANSWER_BYTES = 64 << 20  # a longer answer is not Envoy's
-REASON_LENGTH = 200  # characters of Envoy's words in the log
+REASON_LENGTH = 400  # characters of Envoy's words in the log
 
-LEAVES = {"update_success": 0, "update_rejected": 1, "update_failure": 1}
-STATS = "/stats?" + urllib.parse.urlencode({
-    "usedonly": "",
-    "filter": r"\.(update_(success|rejected|failure)|warming_clusters"
-              r"|dynamic_unknown_fields|hot_restart_epoch)$",
-})
+STATS = "/stats?usedonly&filter=" + urllib.parse.quote(
+    r"\.(update_(success|rejected|failure)|warming_clusters"
+    r"|dynamic_unknown_fields|hot_restart_epoch)$")
 NOT_ENVOY = "the answer is not that of Envoy's admin interface"
 STATS_MATCHER = "/config_dump?mask=bootstrap.stats_config.stats_matcher"
 LISTENER_ERRORS = "/config_dump?resource=dynamic_listeners&mask=name,error_state.details"
 
 
-class Counts(NamedTuple):
-    """What Envoy counts for one subscription: each attempt is one of the two."""
-
+class Counts(NamedTuple):  # of the attempts of one subscription
     success: int = 0
     failed: int = 0  # update_rejected and update_failure
 
 
 class Look(NamedTuple):
-    """One look at Envoy."""
-
     counts: Mapping[str, Counts] = {}  # by the name of the scope in /stats
     live: bool = False  # Envoy is through its own initialization
     hidden: bool = False  # a stats_matcher may leave out counters
@@ -2582,7 +2542,7 @@ class Known(NamedTuple):
     counts: Mapping[str, Counts] = {}  # before the moves that are not judged yet
     doubt: bool = True  # the next look may show an attempt that was before the last move
     came: frozenset[str] = frozenset()  # clusters and files that a NACK may be older than
-    named: frozenset[str] = frozenset()  # paths that a published file named: not the bootstrap's
+    named: frozenset[str] = frozenset()  # files without a source that others named
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
 
 
@@ -2632,19 +2592,15 @@ def resource_names(path: str, file: File, files: Files) -> set[str]:
 # -- what is known, step by step (pure) ----------------------------------------------------------
 
 
-def after_publication(
-    known: Known, before: Files, after: Files, desired: Files, again: Iterable[str] = ()
-) -> Known:
+def after_publication(known: Known, before: Files, after: Files, again: Sequence[str]) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
     waiting = bool(unjudged(known, before))
-    named = known.named | paths_in(before.values(), after.keys() - desired.keys())
     came = known.came | (things(after) - things(before)) if waiting else frozenset[str]()
     return known._replace(
         states={path: state for path, state in known.states.items()
                 if path in after and path not in moved},
-        unknown=known.unknown.intersection(after), doubt=known.doubt or waiting,
-        came=came, named=named.intersection(after))
+        unknown=known.unknown.intersection(after), doubt=known.doubt or waiting, came=came)
 
 
 def things(files: Files) -> frozenset[str]:
@@ -2764,11 +2720,8 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
     file, old = files[path], known.nacks.get(path)
     if old and same_file(known.acked.get(path), file):
         return known
-    stood = frozenset[str]()
-    if old and is_nacked(file, old):
-        stood = old.stood
-    elif file.kind in REFERENCE_KINDS:
-        stood = named_things(file, files) - known.came
+    named = named_things(file, files) if file.kind in REFERENCE_KINDS else frozenset[str]()
+    stood = old.stood if old and is_nacked(file, old) else named - known.came
     nack = Nack(file.digest, file.kind, reason, stood)
     return known._replace(nacks={**known.nacks, path: nack})
 
@@ -2798,12 +2751,18 @@ def awaited(known: Known, files: Files) -> list[str]:
     return [path for path in unjudged(known, files) if path not in known.unknown]
 
 
-def is_read(known: Known, path: str) -> bool:
-    """Whether Envoy is known to read a file, or the one before did. Not that of a listener that
-    only drains."""
-    state = known.states.get(path)
-    read = state == NACKED or path in known.nacks or (state != UNREAD and path in known.acked)
-    return read and path not in known.named
+def with_needed(known: Known, desired: Files, published: Files) -> tuple[Known, Files]:
+    """The desired files, and those without a source that an Envoy which starts would miss: other
+    files name them; or Envoy reads them, as far as it is known, and no file named them (such as a
+    listener that only drains), so that its bootstrap does."""
+    gone = {path: file for path, file in published.items() if path not in desired}
+    named = known.named.union(paths_in(published.values(), gone))
+    if (named := named.intersection(gone)) != known.named:
+        known = known._replace(named=named)
+    read = {path: file for path, file in gone.items() if path not in known.named and (
+        path in known.nacks or known.states.get(path) == NACKED
+        or (path in known.acked and known.states.get(path) != UNREAD))}
+    return known, with_named_files({**desired, **read}, published)
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -2828,9 +2787,6 @@ def likely_cause(file: File, files: Files) -> str:
     return f"it names {shortened(missing)}, which is not published" if missing else ""
 
 
-# -- asking Envoy --------------------------------------------------------------------------------
-
-
 class Admin(threading.Thread):
     """Envoy's admin interface, in a thread: the main thread never waits for it.
 
@@ -2846,7 +2802,6 @@ class Admin(threading.Thread):
         self._live, self._hidden = False, False
 
     def ask(self) -> None:
-        """Look at Envoy now; the answer is a wake."""
         with contextlib.suppress(BlockingIOError):  # a full pipe: it is asked enough
             os.write(self._write, b"?")
 
@@ -2917,10 +2872,13 @@ class Admin(threading.Thread):
             raise LoaderError("it was restarted hot, and counts for its parent too: start it with "
                               "--disable-hot-restart")
         rejected = counts.get("listener_manager.lds", Counts()).failed
+        details = self._get(LISTENER_ERRORS) if rejected else ""
+        # Envoy's own words, cut where they would quote the content (or JSON escapes something).
+        words = {each.strip(" :,(") for each in re.findall(r'"details": *"([^\[{"\\]+)', details)}
         return Look(counts, self._live, self._hidden,
                     figures.get("cluster_manager.warming_clusters", 0),
                     figures.get("server.dynamic_unknown_fields", 0),
-                    listener_errors(self._get(LISTENER_ERRORS)) if rejected else "")
+                    "; ".join(sorted(words))[:REASON_LENGTH])
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
@@ -2949,23 +2907,11 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     counts: dict[str, list[int]] = {}
     figures: dict[str, int] = {}
     for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
-        if leaf in LEAVES:
-            counts.setdefault(scope, [0, 0])[LEAVES[leaf]] += int(value)
+        if leaf.startswith("update_"):
+            counts.setdefault(scope, [0, 0])[leaf != "update_success"] += int(value)
         else:
             figures[f"{scope}.{leaf}"] = int(value)
     return {scope: Counts(*values) for scope, values in counts.items() if any(values)}, figures
-
-
-def listener_errors(text: str) -> str:
-    """Why Envoy rejected listeners, in its own words, cut where they would quote the content."""
-    try:
-        details = {row["error_state"]["details"] for row in parse_json(text)["configs"]
-                   if "error_state" in row}
-        words = {re.split(r"[\[{\n\"]", detail, maxsplit=1)[0][:REASON_LENGTH].strip(" :,(")
-                 for detail in details}
-    except (ValueError, TypeError, LookupError):
-        return ""
-    return "; ".join(sorted(words - {""}))[: 2 * REASON_LENGTH]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3263,7 +3209,6 @@ LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a director
 
 # Nobody is there to ask; Envoy does not answer; answers; answers what cannot be understood.
 ABSENT, SILENT, MET, BLIND = "absent", "silent", "met", "blind"
-STARTING_KINDS = ("cds", "lds", "rds")  # what Envoy must have ACKed to have started
 
 
 class Wakes:
@@ -3272,18 +3217,16 @@ class Wakes:
     before it."""
 
     def __init__(self) -> None:
-        self._news: deque[tuple[str, Any]] = deque()
+        self._news: deque[tuple[object, Any]] = deque()
         self._read, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def put(self, what: str, news: object = None) -> None:
+    def put(self, what: object, news: object = None) -> None:
         """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
         self._news.append((what, time.monotonic() if news is None else news))
-        try:
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self.write, b"\0")
-        except BlockingIOError:
-            pass  # a full pipe wakes as well
 
-    def wait(self, seconds: float) -> list[tuple[str, Any]]:
+    def wait(self, seconds: float) -> list[tuple[object, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
         until = time.monotonic() + seconds
         while not self._news and (left := until - time.monotonic()) > 0:
@@ -3302,8 +3245,7 @@ class Asking:
         self.waits_since = 0.0  # of a step whose time has not come
         self.look_at = 0.0  # when Envoy is looked at again; 0: not before it is asked
         self.mixed: list[str] = []  # Envoy has to be notified of these once more
-        self.notes: list[str] = []
-        self.trouble = ""  # why it does not answer
+        self.notes: Mapping[str, str] = {}  # why it does not answer, or not of all files
         self.admin: Admin | None = None
         self._output, self._step_delay, self._look = output, step_delay, Look()
         self._moved_at = dict.fromkeys(WAITING_STEPS, time.monotonic())
@@ -3339,10 +3281,7 @@ class Asking:
             return max(pause, self._silent_until)
         return now if self._step_delay is None else pause
 
-    # -- a publication --------------------------------------------------------------------------
-
-    def moved(self, before: Files, after: Files, desired: Files, again: Sequence[str]) -> None:
-        """Files moved, some of them `again`."""
+    def moved(self, before: Files, after: Files, again: Sequence[str]) -> None:
         known, now = self.known, time.monotonic()
         kinds = {after[path].kind for path in (*moved_paths(before, after), *again)
                  if known.states.get(path) != UNREAD}
@@ -3350,7 +3289,7 @@ class Asking:
             self._moved_at[REFERENCES] = now
         if kinds - {""}:
             self._moved_at[REMOVALS] = now
-        self.known = after_publication(known, before, after, desired, again)
+        self.known = after_publication(known, before, after, again)
 
     def ask_about(self, moved: Iterable[str], fields: Mapping[str, object]) -> None:
         """Ask what became of a publication; its line in the log comes with the answer."""
@@ -3402,19 +3341,20 @@ class Asking:
     def found(self, link: str, news: Any) -> None:
         """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, link
-        self.started = self.started and before != BLIND
+        self.started = link == BLIND or (self.started and not {before, link} & {ABSENT, BLIND})
         self._back_at = now if before == ABSENT else self._back_at
         self._silent_until = (self._silent_until or now + SILENT_BOUND) if link == SILENT else 0.0
         if link == MET:
-            self.trouble, self.look_at = "", 0.0
+            self.look_at = 0.0
             if before != MET and not self.until:
                 self._expect(ANSWER_BOUND)
             self._take_look(news, now)
         elif link == SILENT and news:
-            self.trouble, self.look_at = f"Envoy does not answer: {news}", now + LOOK_LAST
+            self.notes = {"Envoy answers": f"Envoy does not answer: {news}"}
+            self.look_at = now + LOOK_LAST
         elif link != SILENT:
-            self.trouble = f"Envoy is not asked: {news or 'nobody answers at --envoy-admin'}"
-            self.started = link == BLIND
+            reason = news or "nobody answers at --envoy-admin"
+            self.notes = {"Envoy answers": f"Envoy is not asked: {reason}"}
             self.look_at = now + ANSWER_BOUND if link == BLIND else 0.0
             if link == BLIND:
                 self.known = after_meeting(self.known)
@@ -3437,12 +3377,11 @@ class Asking:
         self.mixed += [path for path in told if told[path] == MIXED]
         states, hidden = self.known.states, sorted(self.known.unknown) if look.hidden else []
         waiting = bool(awaited(self.known, files)) or not look.live
-        if not waiting:
-            self.notes = [f"what Envoy makes of {shortened(hidden)} stays unknown: its "
-                          "stats_matcher leaves the counters out"] if hidden else []
+        self.notes = {"Envoy keeps all counters": f"what Envoy makes of {shortened(hidden)} stays "
+                      "unknown: its stats_matcher leaves the counters out"} if hidden else {}
         self.started = self.started or (look.live and bool(files) and all(
             states.get(path) in (ACKED, UNREAD) or path in hidden
-            for path, file in files.items() if file.kind in STARTING_KINDS))
+            for path, file in files.items() if file.kind in ("cds", "lds", "rds")))
         if nacked or not waiting:
             self.end()  # a rollback does not wait for the other files
         if not look.live or unjudged(self.known, files) or look.warming or not self.started:
@@ -3487,23 +3426,17 @@ class Loop:
         # A defect in a thread must end the process: a deaf sidecar looks like a quiet one.
         threading.excepthook = lambda failed: self.wakes.put("defect", failed.exc_value)
 
-    # -- running ------------------------------------------------------------------------------
-
     def run(self) -> int:
         """Until SIGTERM or SIGINT; with --onetime until there is nothing left to publish."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # A signal interrupts nothing: it wakes the loop, as everything does.
-            signal.signal(number, self._signalled)
+            signal.signal(number, self.wakes.put)  # it interrupts nothing: it is news like all else
         signal.set_wakeup_fd(self.wakes.write, warn_on_full_buffer=False)
         if self.options.listen:
-            host, port = self.options.listen
-            self._listener = Listener(host, port)
+            self._listener = Listener(*self.options.listen)
         try:
-            while True:
+            while not self.stopping:
                 self._turn()
                 self._report()
-                if self.stopping:  # perhaps the turn took in the signal
-                    break
                 check, step_at = self.check_command, self.asking.until or self._step_at
                 if self._once and not (step_at or check.running):
                     return 1 if check.refusal else 0
@@ -3511,13 +3444,7 @@ class Loop:
         finally:
             self.check_command.stop()
             self.asking.end()
-        if self._once:
-            raise LoaderError("ended by a signal before everything was published")
         return 0
-
-    def _signalled(self, number: int, _: object) -> None:
-        self.stopping = self.stopping or number != signal.SIGHUP
-        self.wakes.put("refresh" if number == signal.SIGHUP else "stop")
 
     def _await(self, until: float) -> None:
         """Sleep until something happens, and take in all that happened; of a burst, the rest too.
@@ -3533,7 +3460,11 @@ class Loop:
                         raise about
                     case "objects" if self._wanted is not None:
                         self._wanted, self._event_at = None, about
-                    case "refresh":
+                    case signal.SIGTERM | signal.SIGINT:
+                        if self._once:
+                            raise LoaderError("ended by a signal before everything was published")
+                        self.stopping = True
+                    case signal.SIGHUP:
                         log.info("SIGHUP: checking and publishing now")
                         self.sources.refresh()
                         self._check_at = min(self._check_at, time.monotonic())
@@ -3550,7 +3481,7 @@ class Loop:
         """What is due now, and the next snapshots on the way to what is wanted."""
         asking, output, now = self.asking, self.output, time.monotonic()
         asking.turn()
-        self.note("envoy", {"Envoy answers": asking.trouble} if asking.trouble else {})
+        self.note("envoy", asking.notes)
         self._step_at = 0.0
         if self._backoff and now < self._check_at:
             return
@@ -3571,7 +3502,7 @@ class Loop:
                     output.keep_acked(asking.known.acked, output.published)
                     output.remember(state_of(asking.known))
                     self._remembered = asking.known
-                more = not asking.until and not self.stopping and self._advance()
+                more = not asking.until and self._advance()
             self._backoff = 0.0
             self.note("disk", [])
         except OSError as error:
@@ -3609,7 +3540,7 @@ class Loop:
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
             log.warning("repaired on disk: %s", shortened(repaired))
-            self.asking.moved(files, files, files, [path for path in repaired if path in files])
+            self.asking.moved(files, files, [path for path in repaired if path in files])
             self.asking.look_at = time.monotonic()
 
     def _advance(self) -> bool:
@@ -3617,14 +3548,14 @@ class Loop:
         asking, output, published = self.asking, self.output, self.output.published
         back, _ = allowed(published, published, asking.known.acked, asking.known.nacks)
         if not same_files(back, published):
-            self._publish(Step(back, ROLLBACK), back)
+            self._publish(Step(back, ROLLBACK))
             return True
         sources = self.composed()
         if sources.missing or sources.unknown:
             return False
         files, kept = sources.files, list[str]()
-        if files.keys() != published.keys():
-            files = with_needed(files, published, functools.partial(is_read, asking.known))
+        if files.keys() != published.keys() or asking.known.named:
+            asking.known, files = with_needed(asking.known, files, published)
             files, kept = output.fitting(files)
             kept += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
                      f"needs it" for path in files if path not in sources.files]
@@ -3636,7 +3567,7 @@ class Loop:
             return False
         asking.known = retried(asking.known, wanted, published)
         desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
-        self.note("nacked", [*notes, *asking.notes])
+        self.note("nacked", notes)
         step = next_step(published, desired) if output.snapshot else Step(desired, INITIAL)
         again = to_retry(asking.known, published) if step is None else []
         if again:
@@ -3651,7 +3582,7 @@ class Loop:
         if opens_at > time.monotonic():
             self._step_at = opens_at
             return False
-        self._publish(step, wanted, again)
+        self._publish(step, again)
         return True
 
     def composed(self) -> Wanted:
@@ -3668,7 +3599,7 @@ class Loop:
                 self.note("missing", [f"waiting for {source}: it does not exist"
                                       for source in wanted.missing])
                 self.note("trouble", trouble)
-            if self.stopping or not (self._once and (wanted.missing or wanted.unknown)):
+            if not (self._once and (wanted.missing or wanted.unknown)):
                 return wanted
             lasting = wanted.missing or any(it.status not in PASSING for it in trouble.values())
             # A first answer may be slow: each request has bounds of its own.
@@ -3677,7 +3608,7 @@ class Loop:
                 raise LoaderError(unfinished(wanted, trouble, options))
             self._await(until)
 
-    def _publish(self, step: Step, desired: Files, again: Sequence[str] = ()) -> None:
+    def _publish(self, step: Step, again: Sequence[str] = ()) -> None:
         """Publish one snapshot, have Envoy asked about it, then tidy up."""
         before, files = self.output.published, step.files
         if step.name in WAITING_STEPS:
@@ -3687,7 +3618,7 @@ class Loop:
             paths = self.output.publish(files, again)
         finally:  # whatever failed, Envoy may have read what was switched to
             if self.output.published is not before or again:
-                self.asking.moved(before, files, desired, again)
+                self.asking.moved(before, files, again)
         self._published_at = time.monotonic()
         took = self._published_at - self._event_at
         metrics.add("xds_loader_publications_total", (step.name,))
@@ -3795,34 +3726,33 @@ def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> 
     Its process group is killed at the end: no process that it left behind may hold these files."""
     import subprocess
 
+    words = [part.replace("{dir}", directory) for part in command]
+    until, printed, ended = time.monotonic() + CHECK_SECONDS, b"", None
     try:
-        process = subprocess.Popen(
-            [part.replace("{dir}", directory) for part in command], stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, umask=0o022,
-            start_new_session=True)
+        with subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                bufsize=0, umask=0o022, start_new_session=True) as process:
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            try:
+                while not ended and time.monotonic() < until and not stop.wait(0.01):
+                    # Not reaped yet, so that the group cannot be another's when it is killed.
+                    ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    block = process.stdout.read(CHECK_OUTPUT) or b""  # a full pipe would block it
+                    if not holds_secret(printed):  # else what comes may belong to it
+                        printed = printed[-CHECK_OUTPUT:] + block
+            finally:  # SIGTERM raises in a preview
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         return f"--check-cmd cannot be run: {why(error)}"
-    output, until, printed, ended = process.stdout, time.monotonic() + CHECK_SECONDS, b"", None
-    assert output is not None
-    os.set_blocking(output.fileno(), False)
-    try:
-        while not ended and time.monotonic() < until and not stop.wait(0.01):
-            # Not reaped yet, so that the group cannot be another's when it is killed.
-            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            block = output.read(CHECK_OUTPUT) or b""  # without it a full pipe would block it
-            if not holds_secret(printed):  # else what comes may belong to it
-                printed = printed[-CHECK_OUTPUT:] + block
-    finally:  # SIGTERM raises in a preview
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
-        output.close()
     if not ended:
         late = f"took more than {CHECK_SECONDS:.0f} s"
         return f"--check-cmd {'was ended by a signal' if stop.is_set() else late}"
     text = "[redacted]" if holds_secret(printed) else printed.decode("utf-8", "replace").strip()
     last = (text.splitlines() or ["no output"])[-1][:300]
-    return f"--check-cmd {command[0]} rejects the files (exit {code}): {last}" if code else ""
+    return (f"--check-cmd {command[0]} rejects the files (exit {process.returncode}): {last}"
+            if process.returncode else "")
 
 
 class CheckCommand:

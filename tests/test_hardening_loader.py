@@ -365,7 +365,6 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "cause": lambda text: loader.likely_cause(loader.file_of(text, "x"), {}),
     "yaml": lambda text: loader.yaml_scalar(text.decode()),
     "log": lambda text: loader.log_line("text", "info", text.decode(), {"x": text.decode()}),
-    "errors": lambda text: loader.listener_errors(text.decode()),
     "statistics of Envoy": lambda text: loader.parse_stats(text.decode()),
     "annotations": lambda text: [
         loader.plan_service(loader.service_from({

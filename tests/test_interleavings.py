@@ -217,7 +217,7 @@ class Explorer:
         self.seen: dict[int, tuple[int, str]] = {}
         self.edges: dict[int, list[tuple[int, bool]]] = {}  # what happens by itself; steps marked
         self.ends = 0
-        self.plans: dict[object, tuple[Known, Step | None, Files]] = {}
+        self.plans: dict[object, tuple[Known, Step | None]] = {}
         self.origins: dict[tuple[str, str], list[Files]] = {}
         for target in world.targets:
             for path, file in target.items():
@@ -336,7 +336,7 @@ class Explorer:
               and state.waiting):
             yield "the loader looks", self.look
         if state.asked is None:
-            _, step, _ = self.plan(state)
+            _, step = self.plan(state)
             if step is not None and self.opens(state, step):
                 yield f"step {step.name}", self.publish
 
@@ -361,7 +361,7 @@ class Explorer:
         if kills and state.published:
             yield "the loader is killed and starts", self.kill
             if state.asked is None:
-                _, step, _ = self.plan(state)
+                _, step = self.plan(state)
                 if step is not None and self.opens(state, step):
                     yield (f"step {step.name}, killed before it is remembered",
                            functools.partial(self.publish, killed=True))
@@ -370,28 +370,27 @@ class Explorer:
 
     # -- the loader, as Loop does it ------------------------------------------------------------
 
-    def plan(self, state: State) -> tuple[Known, Step | None, Files]:
+    def plan(self, state: State) -> tuple[Known, Step | None]:
         """Loop._advance."""
         published, known = state.published, state.known
         key = (state.wanted, digests(published), digests(known.acked),
                frozenset(known.nacks.items()), frozenset(known.states.items()), known.named)
         if key not in self.plans:
             self.plans[key] = self._plan(published, known, self.world.targets[state.wanted])
-        nacks, step, desired = self.plans[key]
-        return known._replace(nacks=nacks.nacks), step, desired
+        found, step = self.plans[key]
+        return known._replace(nacks=found.nacks, named=found.named), step
 
-    def _plan(self, published: Files, known: Known, wanted: Files) -> tuple[Known, Step | None,
-                                                                            Files]:
+    def _plan(self, published: Files, known: Known, wanted: Files) -> tuple[Known, Step | None]:
         back, _ = loader.allowed(published, published, known.acked, known.nacks)
         if not loader.same_files(back, published):
-            return known, Step(back, loader.ROLLBACK), back
-        found = loader.with_needed(wanted, published, functools.partial(loader.is_read, known))
+            return known, Step(back, loader.ROLLBACK)
+        known, found = loader.with_needed(known, wanted, published)
         known = loader.retried(known, found, published)
         desired, _ = loader.allowed(found, published, known.acked, known.nacks)
         step = loader.next_step(published, desired)
         if step is None and loader.to_retry(known, published):
             step = Step(published, loader.REFERENCES)
-        return known, step, found
+        return known, step
 
     def opens(self, state: State, step: Step) -> bool:
         """Asking.opens_at. A pause is long enough for Envoy to read what moved, and to warm."""
@@ -406,7 +405,7 @@ class Explorer:
 
     def publish(self, state: State, killed: bool = False) -> None:
         """Loop._publish."""
-        known, step, desired = self.plan(state)
+        known, step = self.plan(state)
         assert step is not None
         before, after = state.published, step.files
         if step.name in loader.WAITING_STEPS and (
@@ -418,7 +417,7 @@ class Explorer:
         again = loader.to_retry(known, before) if loader.same_files(before, after) else []
         moved += again
         self.keep(state, after)
-        state.know(loader.after_publication(known, before, after, desired, again))
+        state.know(loader.after_publication(known, before, after, again))
         state.published = after
         paths = loader.notify_order(moved, after)
         if state.envoy.up:
@@ -820,8 +819,8 @@ def never_tried_again(known: Known, desired: Files, published: Files) -> Known:
     return known
 
 
-def dropped(desired: Files, published: Files, is_read: Callable[[str], bool]) -> Files:
-    return desired
+def dropped(known: Known, desired: Files, published: Files) -> tuple[Known, Files]:
+    return known, desired
 
 
 FAULTS = {

@@ -312,7 +312,7 @@ def met() -> Known:
 )
 def test_counts_tell(counts: tuple[int, int], state: str | None) -> None:
     new = A | {"rds.yaml": rds("b")}
-    known = after_publication(met(), A, new, new)
+    known = after_publication(met(), A, new, [])
     known, told = after_look(known, new, look({**ONE, "rds": counts}))
     assert known.states.get("rds.yaml") == state
     assert (told["rds.yaml"] == MIXED) == (counts == (2, 1))
@@ -325,14 +325,14 @@ def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -
     assert [path for path in told if told[path] == NACKED] == ["rds.yaml"]
     other = text(real.response("routes", real.route_config({"a": 1}, "other")))
     more = files | {"new.yaml": other}
-    known = after_publication(known, files, more, more)
+    known = after_publication(known, files, more, [])
     known, told = after_look(known, more, look({**ONE, "rds": (0, 1)}))
     assert told == {"new.yaml": UNREAD}
 
 
 def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
     bad = A | {"cds.yaml": cds("a", "deadly")}
-    known = after_publication(met(), A, bad, bad)
+    known = after_publication(met(), A, bad, [])
     known, blamed = after_end(known, bad, soon=False)
     assert blamed == []
     known, blamed = after_end(known, bad, soon=False)
