@@ -2799,7 +2799,6 @@ class Admin(threading.Thread):
         super().__init__(name="admin", daemon=True)
         self.url, self._wake = url, wake
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._live, self._hidden = False, False
 
     def ask(self) -> None:
         with contextlib.suppress(BlockingIOError):  # a full pipe: it is asked enough
@@ -2878,7 +2877,7 @@ class Admin(threading.Thread):
         return Look(counts, self._live, self._hidden,
                     figures.get("cluster_manager.warming_clusters", 0),
                     figures.get("server.dynamic_unknown_fields", 0),
-                    "; ".join(sorted(words))[:REASON_LENGTH])
+                    "; ".join(sorted(words - {""}))[:REASON_LENGTH])
 
     def _get(self, path: str) -> str:
         """The body of an answer on a connection of its own, whole within ANSWER_BOUND."""
@@ -2887,14 +2886,12 @@ class Admin(threading.Thread):
         connection.sock = self._connect()
         connection.sock.settimeout(None)
         try:
-            with bounded(connection.sock, ANSWER_BOUND):
+            with contextlib.closing(connection), bounded(connection.sock, ANSWER_BOUND):
                 connection.request("GET", path)
                 response = connection.getresponse()
                 status, body = response.status, response.read(ANSWER_BYTES + 1)
         except http.client.HTTPException:
             status, body = 0, b""  # it speaks something else, or was cut off
-        finally:
-            connection.close()
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
         if status != 200:
@@ -3212,9 +3209,8 @@ ABSENT, SILENT, MET, BLIND = "absent", "silent", "met", "blind"
 
 
 class Wakes:
-    """The news for the main thread, and a wait for them that a signal ends: the interpreter itself
-    writes to the pipe (signal.set_wakeup_fd). A wait on a lock would miss a signal that comes just
-    before it."""
+    """The news for the main thread. At a signal the interpreter itself writes to the pipe
+    (signal.set_wakeup_fd): a wait on a lock would miss one that comes just before it."""
 
     def __init__(self) -> None:
         self._news: deque[tuple[object, Any]] = deque()
@@ -3265,8 +3261,7 @@ class Asking:
 
     def opens_at(self, step: str) -> float:
         """When a step may be published (monotonic). References and removals wait until Envoy has
-        judged what went out before, and no cluster warms; or, where it does not tell, for a pause.
-        """
+        judged what went out before and no cluster warms; for a pause, where it does not tell."""
         now = time.monotonic()
         if step not in WAITING_STEPS:
             return now
