@@ -67,9 +67,7 @@ from typing import Any, NamedTuple
 
 __version__ = "2.0.0"
 
-# ---------------------------------------------------------------------------------------------
-# Constants, errors, values
-# ---------------------------------------------------------------------------------------------
+# == Constants, errors, values ===================================================================
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
@@ -180,9 +178,7 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
     return between.join([*texts[:5], *more])
 
 
-# ---------------------------------------------------------------------------------------------
-# Asking Kubernetes
-# ---------------------------------------------------------------------------------------------
+# == Asking Kubernetes ===========================================================================
 
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
@@ -461,9 +457,7 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-# ---------------------------------------------------------------------------------------------
-# Reflecting
-# ---------------------------------------------------------------------------------------------
+# == Reflecting ==================================================================================
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
@@ -727,10 +721,7 @@ def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
     return selects
 
 
-# ---------------------------------------------------------------------------------------------
-# Objects
-# ---------------------------------------------------------------------------------------------
-#
+# == Objects =====================================================================================
 # `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike,
 # as in Go's types; a wrong type or value is a ValueError that names the member.
 
@@ -886,9 +877,7 @@ def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
     return tuple(slices)
 
 
-# ---------------------------------------------------------------------------------------------
-# --config
-# ---------------------------------------------------------------------------------------------
+# == --config ====================================================================================
 
 # The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
 # misspelled; a test compares them with the protobuf descriptor.
@@ -1041,9 +1030,7 @@ def merge(into: Json, more: Json) -> Json:
     return {key: value for key, value in merged.items() if value is not None or key not in more}
 
 
-# ---------------------------------------------------------------------------------------------
-# Clusters, assignments, routes
-# ---------------------------------------------------------------------------------------------
+# == Clusters, assignments, routes ===============================================================
 
 UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -1390,9 +1377,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
     return present(name=host, domains=domains, routes=rendered), said
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing and rendering
-# ---------------------------------------------------------------------------------------------
+# == Writing and rendering =======================================================================
 
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
 # addresses, durations. Everything else is quoted as in JSON, in one line.
@@ -1630,10 +1615,7 @@ class Renderer:
         return file_of(discovery_response(self._fmt, comment, type_url, resources), "services")
 
 
-# ---------------------------------------------------------------------------------------------
-# Secrets
-# ---------------------------------------------------------------------------------------------
-#
+# == Secrets =====================================================================================
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
 # resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
 # here to be read has a byte of a key in it.
@@ -1740,9 +1722,7 @@ def no_core_dumps() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
-# ---------------------------------------------------------------------------------------------
-# Composing
-# ---------------------------------------------------------------------------------------------
+# == Composing ===================================================================================
 
 # The API server checks this; --from-file and `..state` do not, and nothing may leave the output
 # directory. (`..` begins the loader's own names.)
@@ -1923,10 +1903,7 @@ class Sources:
         return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
 
-# ---------------------------------------------------------------------------------------------
-# Planning the steps
-# ---------------------------------------------------------------------------------------------
-#
+# == Planning the steps ==========================================================================
 # A route to a cluster that is not there yet answers 503, and so does a route to one that is gone
 # already (measured: 547 and 709 of 76,000 requests). With P published and D desired, the next
 # snapshot is the first of these that differs from P, each complete and consistent:
@@ -2135,10 +2112,7 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
     return with_named_files(result, {**acked, **published})  # the endpoints of these clusters
 
 
-# ---------------------------------------------------------------------------------------------
-# The disk
-# ---------------------------------------------------------------------------------------------
-#
+# == The disk ====================================================================================
 # A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
 #
@@ -2488,10 +2462,7 @@ def walk(root: str, below: str = "") -> Iterator[str]:
                 yield path
 
 
-# ---------------------------------------------------------------------------------------------
-# ACK and NACK
-# ---------------------------------------------------------------------------------------------
-#
+# == ACK and NACK ================================================================================
 # For every move of a file Envoy counts, for each subscription that reads it, exactly one of
 # update_success (ACK) or update_rejected and update_failure (NACK). One publication is asked about
 # at a time, so the counts before and after it tell everything. What they do not tell stays unknown.
@@ -2911,9 +2882,7 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     return {scope: Counts(*values) for scope, values in counts.items() if any(values)}, figures
 
 
-# ---------------------------------------------------------------------------------------------
-# Log, metrics, probes
-# ---------------------------------------------------------------------------------------------
+# == Log, metrics, probes ========================================================================
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LINE_BYTES = 4096  # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes
@@ -3189,10 +3158,7 @@ class Listener:
         return 200, text
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------
-#
+# == The loop ====================================================================================
 # One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
 # ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
@@ -3708,9 +3674,7 @@ def known_from(output: Output) -> Known:
     return Known(acked=acked, nacks=nacks, came=things(output.published))
 
 
-# ---------------------------------------------------------------------------------------------
-# Preview and check
-# ---------------------------------------------------------------------------------------------
+# == Preview and check ===========================================================================
 
 CHECK_SECONDS = 30.0  # what --check-cmd may take
 CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
@@ -3862,10 +3826,7 @@ def print_out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
-
+# == The command line ============================================================================
 
 def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""
