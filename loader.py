@@ -67,9 +67,7 @@ from typing import Any, NamedTuple
 
 __version__ = "2.0.0"
 
-# ---------------------------------------------------------------------------------------------
-# Constants, errors, values
-# ---------------------------------------------------------------------------------------------
+# == Constants, errors, values ===================================================================
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
@@ -180,9 +178,7 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
     return between.join([*texts[:5], *more])
 
 
-# ---------------------------------------------------------------------------------------------
-# Asking Kubernetes
-# ---------------------------------------------------------------------------------------------
+# == Asking Kubernetes ===========================================================================
 
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
@@ -224,8 +220,7 @@ class Query(NamedTuple):
 
     def __str__(self) -> str:
         if self.name:
-            namespace = f"{self.namespace}/" if self.namespace else ""
-            return f"{self.kind.lower()} {namespace}{self.name}"
+            return f"{self.kind.lower()} {self.namespace}{self.namespace and '/'}{self.name}"
         where = f" in namespace {self.namespace}" if self.namespace else ""
         return f"{self.resource}{self.labels and f' with {self.labels}'}{where}"
 
@@ -243,8 +238,7 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """A failed request: the status of the answer (0: none), and for how long the server asks to
-    wait, in seconds."""
+    """A failed request: the status of the answer (0: none), the seconds that it asks to wait."""
 
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
@@ -253,8 +247,6 @@ class ApiError(LoaderError):
 
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
-
-Event = tuple[str, dict[str, Json]]  # type, object
 
 
 class Api:
@@ -288,8 +280,7 @@ class Api:
         raise ApiError(f"list {query}: {self._url.netloc} sends pages without end")
 
     def is_future(self, query: Query, version: str) -> bool:
-        """Whether this server never reached `version`: its etcd was reset. (It waits for it, for
-        3 s, before it answers 504.)"""
+        """Whether this server never reached `version`: its etcd was reset. (504, after 3 s.)"""
         page = {"limit": "1", "resourceVersionMatch": "NotOlderThan", "resourceVersion": version}
         try:
             self._ask(query, "list", page)
@@ -299,16 +290,14 @@ class Api:
             return True
         return False
 
-    def watch(self, query: Query, version: str) -> Iterator[Event]:
-        """The events after a version, once the server has answered, until it ends the watch
-        properly; ApiError for any other end (410 comes as a status or as an ERROR event)."""
+    def watch(self, query: Query, version: str) -> Iterator[tuple[str, dict[str, Json]]]:
+        """The events (type, object) after a version, an empty one first: the server has answered;
+        until it ends the watch properly. ApiError for any other end (410 comes in both ways)."""
         asked = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version,
                  "timeoutSeconds": str(random.randint(*WATCH_SECONDS))}
-        return self._events(query, self._ask(query, "watch", asked)[0])
-
-    def _events(self, query: Query, response: http.client.HTTPResponse) -> Iterator[Event]:
-        rest = bytearray()
+        response, rest = self._ask(query, "watch", asked)[0], bytearray()
         try:
+            yield "", {}
             # (http.client's readline shows a stream that was cut between chunks as a normal end.)
             while block := response.read1(1 << 18):
                 rest += block
@@ -427,8 +416,7 @@ class Api:
         return token
 
     def _context(self) -> ssl.SSLContext:
-        """TLS that trusts the CA of `--ca-file`; the system's only out of a pod, where there is no
-        service account."""
+        """TLS that trusts `--ca-file`; the system's CAs only where there is no service account."""
         context, options = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), self._options
         where = options.ca_file
         try:
@@ -469,9 +457,7 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-# ---------------------------------------------------------------------------------------------
-# Reflecting
-# ---------------------------------------------------------------------------------------------
+# == Reflecting ==================================================================================
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
@@ -486,27 +472,23 @@ SUSPICIOUS_SILENCE = 30.0
 
 
 class Reflector(threading.Thread):
-    """Keeps the objects of one query current in memory, and wakes the main thread on change.
-
-    It lists, and then watches (resuming what ended) or lists again every interval. `parse` reduces
-    an API object to what is used of it; what it rejects (ValueError) keeps its last good value and
-    is named in `bad`. Where EndpointSlices are answered with 404 at the start it lists Endpoints,
-    for good. `wake` is called with "objects" or "trouble" where these have changed.
-    """
+    """Keeps the objects of one query current in memory: lists them, and then watches (resuming what
+    ended) or lists again every interval. `parse` reduces an API object to what is used of it; what
+    it rejects (ValueError) keeps its last good value and is named in `bad`. Where EndpointSlices
+    are answered with 404 at the start it lists Endpoints, for good. `wake` is called with "objects"
+    or "trouble" where these have changed."""
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
                  client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
         super().__init__(name=f"reflector {query}", daemon=True)
-        self.query = query
-        self.synced = False
+        self.query, self.synced = query, False
         self.trouble: ApiError | None = None
         self.objects: dict[Key, Any] = {}  # both are replaced, and never changed
         self.bad: dict[Key, str] = {}
         self._parse, self._client, self._wake, self._topic = parse, client, wake, str(query)
-        once = options.mode == "once"
         self._api = client if isinstance(client, Api) and options.mode == "watch" else None
-        self._interval = ONETIME_POLL if once else options.sync_interval
-        self._one_try = once and not options.timeout
+        self._interval = ONETIME_POLL if options.mode == "once" else options.sync_interval
+        self._one_try = options.mode == "once" and not options.timeout
         self._version, self._failures = "", 0
         self._rejections = 0  # failures in a row that are answers
         self._suspect = False  # the next server may be another one, with an etcd that was restored
@@ -520,7 +502,6 @@ class Reflector(threading.Thread):
             cut(watching)
 
     def run(self) -> None:
-        """List, and then watch or list again; go on after whatever fails."""
         while True:
             if self._refresh.is_set():
                 self._refresh.clear()
@@ -531,8 +512,6 @@ class Reflector(threading.Thread):
                 else:
                     self._relist()
                     self._report(None)
-                    if self._one_try:
-                        return
                     self._failures, self._rejections, pause = 0, 0, self._interval
             except ApiError as error:
                 if self._refresh.is_set():
@@ -543,8 +522,9 @@ class Reflector(threading.Thread):
                     self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
                     continue
                 pause = self._failed(error)
-                if self._one_try and self.trouble and self.trouble.status not in PASSING:
-                    return
+            lasting = self.trouble and self.trouble.status not in PASSING
+            if self._one_try and (self.synced or lasting):
+                return
             self._refresh.wait(pause)
 
     def _failed(self, error: ApiError) -> float:
@@ -572,14 +552,13 @@ class Reflector(threading.Thread):
         keep = functools.partial(self._keep, objects, bad)
         self._version = self._client.list(self.query, keep)
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
-        self._replace(objects, bad)
+        self._store(objects, bad, not self.synced or bad != self.bad or objects != self.objects)
+        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
 
-    def _replace(self, objects: dict[Key, Any], bad: dict[Key, str]) -> None:
-        changed = not self.synced or bad != self.bad or objects != self.objects
+    def _store(self, objects: dict[Key, Any], bad: dict[Key, str], changed: bool) -> None:
         self.objects, self.bad, self.synced = objects, bad, True
         if changed:
             self._wake("objects")
-        metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
         metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
 
     def _keep(self, objects: dict[Key, Any], bad: dict[Key, str], item: dict[str, Json]) -> None:
@@ -594,13 +573,13 @@ class Reflector(threading.Thread):
             objects[key] = old if value == old else value
 
     def _watch(self, api: Api) -> float:
-        """Watch from the last version (of a list, where there is none) until the server ends it;
-        returns the seconds until the next watch."""
+        """Watch, after a list where that is needed; returns the seconds until the next watch."""
         if self._suspect and self._version and api.is_future(self.query, self._version):
             self._again("future")
         if not self._version:
             self._relist()
         events = api.watch(self.query, self._version)
+        next(events)  # empty: it is answered
         log.debug("watching %s from %.40s", self.query, self._version)
         self._report(None)
         self._watching, began = api.socket, time.monotonic()
@@ -622,18 +601,15 @@ class Reflector(threading.Thread):
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
         """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
+        key, objects, bad = object_key(item), self.objects.copy(), self.bad.copy()
         if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
-            key = object_key(item)
-            objects, bad = self.objects.copy(), self.bad.copy()
             bad.pop(key, None)
             if kind == "DELETED":
                 objects.pop(key, None)
             else:
                 self._keep(objects, bad, item)
-            if objects.get(key) is not self.objects.get(key) or bad != self.bad:
-                self.objects, self.bad = objects, bad
-                self._wake("objects")
-        metrics.set("xds_loader_source_last_event_timestamp_seconds", time.time(), (self._topic,))
+        same = objects.get(key) is self.objects.get(key) and bad == self.bad
+        self._store(objects, bad, not same)
 
     def _report(self, trouble: ApiError | None) -> None:
         if trouble is not self.trouble:
@@ -653,8 +629,7 @@ class FileSource:
     """The objects of `kubectl get ... -o json` in a file (`-`: standard input), as a lister."""
 
     def __init__(self, path: str, namespace: str) -> None:
-        self._path, self._namespace = path, namespace
-        self._text = b""
+        self._path, self._namespace, self._text = path, namespace, b""
         self._lock = threading.Lock()  # each reflector asks; standard input can be read once
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
@@ -689,15 +664,13 @@ class FileSource:
             self.list(Query(query.kind), found.append)
         keys = sorted(map(object_key, found))
         same = [key for key in keys if key[1] == query.name]
-        names = [f"{namespace}/{name}" for namespace, name in same or keys]
+        held = shortened(["/".join(key) for key in same or keys])
         hint = f"; give --namespace {same[0][0]}" if len(same) == 1 else ""
-        held = f"{query.kind.lower()} {shortened(names)}"
-        return f"`{self._path}` holds {held}{hint}" if names else ""
+        return f"`{self._path}` holds {query.kind.lower()} {held}{hint}" if keys else ""
 
 
 def objects_of(text: bytes) -> list[dict[str, Json]]:
-    """The objects of a file: single ones or lists (of lists), one after another; ValueError for
-    anything else."""
+    """The objects of a file: single ones or lists (of lists), one after another. Or ValueError."""
     if len(text) > LIST_BYTES:
         raise ValueError(f"larger than {LIST_BYTES >> 20} MiB")
     whole, position, values = text.decode("utf-8-sig"), 0, []
@@ -734,25 +707,21 @@ def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
     requirements = list(re.finditer(REQUIREMENT, text))
     if " , ".join(requirement[0] for requirement in requirements) != text:
         raise UsageError(f"{selector[:200]!r} is not a valid label selector")
-    wanted: list[tuple[str, Sequence[str] | None, bool]] = []  # label, values (None: any), holds
-    for requirement in requirements:
-        absent, label, sign, value, word, values = requirement.groups("")
-        chosen = [text.strip() for text in (values or value).split(",")]
-        holds = not absent and sign != "!=" and word != "notin"
-        wanted.append((absent or label, chosen if sign or word else None, holds))
 
     def selects(labels: Mapping[str, Json]) -> bool:
         """Like the API server, `!=` and `notin` match absence."""
-        return all((label in labels if values is None else labels.get(label) in values) == holds
-                   for label, values, holds in wanted)
+        for requirement in requirements:
+            absent, label, sign, value, word, values = requirement.groups("")
+            chosen = [text.strip() for text in (values or value).split(",")]
+            found = labels.get(label) in chosen if sign or word else (absent or label) in labels
+            if found == bool(absent or sign == "!=" or word == "notin"):
+                return False
+        return True
 
     return selects
 
 
-# ---------------------------------------------------------------------------------------------
-# Objects
-# ---------------------------------------------------------------------------------------------
-#
+# == Objects =====================================================================================
 # `*_from` reduce the raw JSON of one object to what is rendered. Null, absent and empty are alike,
 # as in Go's types; a wrong type or value is a ValueError that names the member.
 
@@ -908,9 +877,7 @@ def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
     return tuple(slices)
 
 
-# ---------------------------------------------------------------------------------------------
-# --config
-# ---------------------------------------------------------------------------------------------
+# == --config ====================================================================================
 
 # The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
 # misspelled; a test compares them with the protobuf descriptor.
@@ -1063,9 +1030,7 @@ def merge(into: Json, more: Json) -> Json:
     return {key: value for key, value in merged.items() if value is not None or key not in more}
 
 
-# ---------------------------------------------------------------------------------------------
-# Clusters, assignments, routes
-# ---------------------------------------------------------------------------------------------
+# == Clusters, assignments, routes ===============================================================
 
 UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -1412,9 +1377,7 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
     return present(name=host, domains=domains, routes=rendered), said
 
 
-# ---------------------------------------------------------------------------------------------
-# Writing and rendering
-# ---------------------------------------------------------------------------------------------
+# == Writing and rendering =======================================================================
 
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
 # addresses, durations. Everything else is quoted as in JSON, in one line.
@@ -1652,10 +1615,7 @@ class Renderer:
         return file_of(discovery_response(self._fmt, comment, type_url, resources), "services")
 
 
-# ---------------------------------------------------------------------------------------------
-# Secrets
-# ---------------------------------------------------------------------------------------------
-#
+# == Secrets =====================================================================================
 # A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
 # resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
 # here to be read has a byte of a key in it.
@@ -1762,9 +1722,7 @@ def no_core_dumps() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
-# ---------------------------------------------------------------------------------------------
-# Composing
-# ---------------------------------------------------------------------------------------------
+# == Composing ===================================================================================
 
 # The API server checks this; --from-file and `..state` do not, and nothing may leave the output
 # directory. (`..` begins the loader's own names.)
@@ -1945,26 +1903,19 @@ class Sources:
         return renderer.render(Objects(found[SERVICES], slices, nodes), subscriptions)
 
 
-# ---------------------------------------------------------------------------------------------
-# Planning the steps
-# ---------------------------------------------------------------------------------------------
-#
+# == Planning the steps ==========================================================================
 # A route to a cluster that is not there yet answers 503, and so does a route to one that is gone
-# already (measured: 547 and 709 of 76,000 requests). RDS, scoped RDS, ECDS and LDS are references:
-# they name clusters, files or each other. With P published and D desired, the next snapshot is the
-# first of these that differs from P:
+# already (measured: 547 and 709 of 76,000 requests). With P published and D desired, the next
+# snapshot is the first of these that differs from P, each complete and consistent:
 #
 #   children    P, and the files of D whose path is new
 #   clusters    that, and every changed file that is no reference; CDS with old and new clusters
 #   references  that, and the changed references
 #   removals    D
-#
-# Each is complete and consistent. What is on disk tells which is next, also after a restart.
 
-INITIAL, CHILDREN, CLUSTERS, REFERENCES, REMOVALS, ROLLBACK = (
-    "initial", "children", "clusters", "references", "removals", "rollback",
-)
-REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))
+INITIAL, CHILDREN, CLUSTERS = "initial", "children", "clusters"
+REFERENCES, REMOVALS, ROLLBACK = "references", "removals", "rollback"
+REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))  # name clusters, files, others
 CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
 NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
@@ -1978,7 +1929,7 @@ class Step(NamedTuple):
 
 
 def next_step(published: Files, desired: Files) -> Step | None:
-    """The next snapshot on the way from `published` to `desired`; None when it is published."""
+    """The next snapshot; None when all is published. (What is on disk tells, at a start too.)"""
     if not published:
         return Step(desired, INITIAL) if desired else None
     new = {path: file for path, file in desired.items() if path not in published}
@@ -2005,11 +1956,9 @@ def notify_order(paths: Iterable[str], files: Files) -> list[str]:
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
-    """A file on the way from old to new: of CDS the clusters of both, of two with one name the new.
-
-    `keep`: the old clusters to take along; None for all. YAML of a ConfigMap is never rewritten:
-    it goes out now, or with the removals if it only has fewer names.
-    """
+    """A file on the way from old to new: in CDS the new clusters and the others of the old one, or
+    those of them to `keep`. YAML of a ConfigMap is never rewritten: it goes out now, or with the
+    removals if it only has fewer names."""
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
@@ -2030,10 +1979,8 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
 
 # -- names in texts, without a YAML parser -------------------------------------------------------
 
-NAME = re.compile(
-    rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?[ \t]*:[ \t]*"""
-    rb"""["']?([^\s"',{}\[\]]+)"""
-)
+NAME = re.compile(rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?"""
+                  rb"""[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)""")
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
 PLACE = re.compile(rb"/[-\w./]+", re.ASCII)
 
@@ -2045,27 +1992,21 @@ def names_in(content: bytes) -> frozenset[str]:
 
 def cluster_names(files: Iterable[File]) -> frozenset[str]:
     """The clusters that CDS files hold; where a text does not tell, every name in it."""
-    names: set[str] = set()
-    for file in files:
-        if file.kind == "cds":
-            known = clusters_of(file)
-            names |= names_in(file.content) if known is None else known.keys()
-    return frozenset(names)
+    return frozenset().union(*(
+        names_in(file.content) if (known := clusters_of(file)) is None else known.keys()
+        for file in files if file.kind == "cds"))
 
 
 def mentioned(content: bytes, names: Iterable[str]) -> frozenset[str]:
     """Those of the names that a text has as a word."""
     text = content.replace(b"\\/", b"/")
     words = {word.strip(b":") for word in WORD.findall(text)}
-    return frozenset(
-        name for name in names
-        if (raw := name.encode()) in words or (WORD.fullmatch(raw) is None and raw in text)
-    )
+    return frozenset(name for name in names if (raw := name.encode()) in words
+                     or (WORD.fullmatch(raw) is None and raw in text))
 
 
 def places_in(content: bytes) -> set[str]:
-    """The paths in a text, each from its first slash, and their ends: Envoy may have our directory
-    anywhere."""
+    """The paths in a text, and their ends: Envoy may have our directory anywhere."""
     found = set()
     for place in PLACE.findall(content.replace(b"\\/", b"/")):
         parts = place.decode().split("/")[-DEPTH:]
@@ -2073,17 +2014,16 @@ def places_in(content: bytes) -> set[str]:
     return found
 
 
-def paths_in(contents: Iterable[bytes], paths: Collection[str]) -> set[str]:
-    """Those of the paths that texts name."""
-    return {path for content in contents if paths for path in places_in(content) if path in paths}
+def paths_in(files: Iterable[File], paths: Collection[str]) -> set[str]:
+    """Those of the paths that files name."""
+    return {path for file in files if paths for path in places_in(file.content) if path in paths}
 
 
 @functools.lru_cache(maxsize=4)
 def names_by_place(cds: File) -> Mapping[str, list[frozenset[str]]]:
     """By the places that clusters name: the names in each of these clusters."""
-    if (known := clusters_of(cds)) is not None:
-        blocks = list(known.values())
-    else:  # block YAML, as its dashes divide it
+    blocks = [*(clusters_of(cds) or {}).values()]
+    if not blocks:  # block YAML, as its dashes divide it
         first = re.search(rb"\nresources:[^\n]*\n([ ]*)- ", b"\n" + cds.content)
         blocks = cds.content.split(b"\n" + first[1] + b"- ") if first else [cds.content]
     found = defaultdict[str, list[frozenset[str]]](list)
@@ -2100,13 +2040,12 @@ def names_by_path(path: str, files: Files) -> set[str]:
             for names in names_by_place(cds).get(path, ()) for name in names}
 
 
-def named_files(users: Iterable[File], pool: Files) -> dict[str, File]:
-    """The files of a pool that others name, and those that these name."""
-    found: dict[str, File] = {}
-    while more := paths_in((file.content for file in users), pool.keys() - found.keys()):
-        users = [pool[path] for path in more]
-        found |= {path: pool[path] for path in more}
-    return found
+def with_named_files(files: Files, pool: Files) -> dict[str, File]:
+    """These files, those of a pool that they name, and so on."""
+    files = {**files}
+    while more := paths_in(files.values(), pool.keys() - files.keys()):
+        files |= {path: pool[path] for path in more}
+    return files
 
 
 # -- what may be published after a NACK ----------------------------------------------------------
@@ -2123,17 +2062,9 @@ class Nack(NamedTuple):
 
 def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     """Whether Envoy rejected these bytes, or what they are with the clusters of ACKed ones."""
-    if file is None or nack.digest == file.digest:
-        return file is not None
-    if acked is None or nack.digest == acked.digest:
-        return False  # the ACKed bytes themselves were NACKed by another Envoy
-    return nack.digest == united(acked, file).digest
-
-
-def rollback(published: Files, acked: Files, nacks: Mapping[str, Nack]) -> Step | None:
-    """The snapshot without the NACKed bytes that are published, where there are ACKed ones."""
-    files, _ = allowed(published, published, acked, nacks)
-    return None if same_files(files, published) else Step(files, ROLLBACK)
+    if file is None or acked is None or acked.digest == nack.digest:  # another Envoy ACKed it
+        return file is not None and file.digest == nack.digest
+    return nack.digest in (file.digest, united(acked, file).digest)
 
 
 def allowed(
@@ -2144,66 +2075,50 @@ def allowed(
     A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
     theirs too, and what bytes that are kept name stays as well.
     """
-    before = {**published, **acked}
     held = [path for path, nack in sorted(nacks.items())
             if is_nacked(desired.get(path), nack, acked.get(path))]
-    if not held:
-        return desired, []
     notes = [f"{path}: NACKed by Envoy, "
              f"{'the last ACKed bytes stay' if path in acked else 'it has no ACKed bytes'}"
              for path in held]
-    there = cluster_names(desired.values())
-    idle = there & {name for path in held if path not in acked
-                    for name in names_by_path(path, desired)}
-    result = {**desired, **{path: before[path] for path in held if path in before}}
-    while True:
+    idle = {name for path in held if path not in acked for name in names_by_path(path, desired)}
+    result, waiting = desired, held
+    while waiting:
+        before = {**published, **acked}
+        result = {path: file for path, file in result.items() if path not in waiting}
+        result |= {path: before[path] for path in waiting if path in before}
         result = with_named(result, desired, published, acked)
-        lacking = idle | (there - cluster_names(result.values()))
-        missing = desired.keys() - result.keys()
+        there, missing = cluster_names(desired.values()), desired.keys() - result.keys()
+        lacking = (there & idle) | (there - cluster_names(result.values()))
         waiting = [path for path, file in result.items()
                    if file.kind in REFERENCE_KINDS and file is desired.get(path)
                    and not same_file(before.get(path), file)
-                   and (mentioned(file.content, lacking) or paths_in([file.content], missing))]
-        if not waiting:
-            return result, notes
-        for path in waiting:
-            notes.append(f"{path}: waits for what Envoy NACKed")
-            del result[path]
-        result |= {path: before[path] for path in waiting if path in before}
+                   and (mentioned(file.content, lacking) or paths_in([file], missing))]
+        notes += [f"{path}: waits for what Envoy NACKed" for path in waiting]
+    return result, notes
 
 
 def with_named(result: Files, desired: Files, published: Files, acked: Files) -> dict[str, File]:
     """`result`, and what its bytes that are not the desired ones name: files and clusters."""
-    gone = {path: file for path, file in {**acked, **published}.items() if path not in desired}
-    result = {**result, **named_files([result[p] for p in moved_paths(desired, result)], gone)}
-    users = [file.content for path in moved_paths(desired, result)
-             if (file := result[path]).kind in REFERENCE_KINDS]
+    result = with_named_files(result, {**acked, **published})
+    users = b"\n".join(file.content for path in moved_paths(desired, result)
+                       if (file := result[path]).kind in REFERENCE_KINDS)
     for path, old in [*acked.items(), *published.items()]:
         cds = result.get(path)
-        if cds is None or cds.kind != "cds":
-            continue
-        if clusters_of(old) is None and cds is not desired.get(path):
-            continue  # it is one of the old files as a whole already
-        lost = cluster_names([old]) - cluster_names(result.values())
-        needed = frozenset().union(*(mentioned(user, lost) for user in users))
-        if needed:
-            result[path] = united(old, cds, needed)
-            result |= named_files([result[path]], gone)  # the endpoints of these clusters
-    return result
+        # (YAML that was put back is one of the old files as a whole already.)
+        if cds and cds.kind == "cds" and (clusters_of(old) or cds is desired.get(path)):
+            lost = cluster_names([old]) - cluster_names(result.values())
+            if needed := mentioned(users, lost):
+                result[path] = united(old, cds, needed)
+    return with_named_files(result, {**acked, **published})  # the endpoints of these clusters
 
 
-# ---------------------------------------------------------------------------------------------
-# The disk
-# ---------------------------------------------------------------------------------------------
-#
+# == The disk ====================================================================================
 # A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
 #
-#   1. Stage: everything goes to a new directory `..<version>`; a file that did not change is a
-#      hard link to that of the previous snapshot.
+#   1. Stage: a new directory `..<version>` of all files; unchanged ones are hard-linked.
 #   2. Remember in `..state` which object each file is from.
-#   3. Mark: a symlink `..notify` names the snapshot before, until Envoy has been notified of
-#      everything. symlink(2) and unlink(2) are no event for Envoy.
+#   3. Mark: a symlink `..notify` names the snapshot before. (For Envoy it is no event.)
 #   4. Unlink the links of files that are gone.
 #   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
 #   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
@@ -2212,8 +2127,7 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
 #   8. Prune: all but the last two snapshots go.
 #
 # A death before 5 leaves the old snapshot and a left-over; between 5 and 7 the marker, and the
-# next start notifies again of what differs. So does a loader that lives: after an OSError it
-# recovers, as at a start, before it publishes anything.
+# next start notifies again of what differs. A loader that lives does so after an OSError.
 
 SWITCH, MARKER, STATE, CURRENT, LINK = "..data", "..notify", "..state", "current", "..link"
 ACKED_FILES, STATE_FILE = f"{STATE}/acked", f"{STATE}/loader.json"
@@ -2235,18 +2149,16 @@ class Output:
         self.foreign: set[str] = set()  # files in `current/` that are not ours
         self.state: Mapping[str, Json] = {}  # what is remembered, as it is on disk
         self.staged = ""  # a snapshot that --check-cmd looks at
-        self._kept: dict[str, File] = {}  # the ACKed files in `..state`
+        self.kept: Files = {}  # the ACKed files in `..state`
         self._before = ""  # the last snapshot but one
         self._unread: set[str] = set()  # files that could not be read: their links stay
         self._lock = -1
 
-    # -- opening ------------------------------------------------------------------------------
-
     def lock(self) -> bool:
-        """Create the directory if need be and be its only loader; False while another one is. The
-        directory itself is locked: a lock file could be another user's."""
+        """Create the directory if need be and be its only loader; False while another one is."""
         os.makedirs(self.root, exist_ok=True)
         if self._lock < 0:
+            # (The directory itself: a lock file could be another user's.)
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2254,18 +2166,17 @@ class Output:
         return False
 
     def recover(self) -> None:
-        """Make good whatever the last process, or the last failure, left. Afterwards `published` is
-        what the disk shows, and every link and notification is right."""
+        """Make good whatever the last process, or the last failure, left: every link and every
+        notification. What the disk shows is `published`, and what Envoy ACKed of old `kept`."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
         self.published, self.snapshot = self.peek(), self._switched()
-        if self.snapshot:
-            self.switched_at = os.lstat(self._path(SWITCH)).st_mtime
+        self.kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
+        self.switched_at = os.lstat(self._path(SWITCH)).st_mtime if self.snapshot else 0.0
         if repaired := self._repair_links():
             log.info("links repaired: %s", shortened(repaired))
-        marked = read_link(self._path(MARKER))
-        if marked is not None:
+        if (marked := read_link(self._path(MARKER))) is not None:
             before = self._load(marked) if SNAPSHOT.fullmatch(marked) else {}
             changed = moved_paths(before, self.published)
             self._notify(changed)
@@ -2278,8 +2189,8 @@ class Output:
         self.prune()
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything; `state` is what
-        was remembered, nothing where another version wrote it."""
+        """What is published, read without a lock and without touching anything. What this version
+        of the loader remembered is `state`."""
         self.state, there = {}, is_directory(self._path(STATE))
         if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
             with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
@@ -2291,32 +2202,30 @@ class Output:
             if self._switched() == name:
                 return files
 
-    # -- publishing ---------------------------------------------------------------------------
-
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
-        """The files that can be in `current/`, and a warning for each that cannot: a directory
-        there is never removed (Envoy's watch is bound to it), nor is a foreign file."""
-        blocked = {}
+        """The files that can be in `current/`, and a warning for each that cannot: no directory
+        (Envoy's watch is bound to it) and no file that is foreign or needed goes for it."""
+        fit, warnings = {**files}, list[str]()
         for path in sorted(files.keys() - self.published.keys()):
-            if is_directory(self._path(CURRENT, path)):
-                blocked[path] = f"{self._path(CURRENT, path)} is a directory"
-            for above in self.foreign.intersection(parents(path)):
-                blocked[path] = f"{self._path(CURRENT, above)} is a file"
-        warnings = [f"{path} of {files[path].source} left out: {reason}"
-                    for path, reason in blocked.items()]
-        return {path: file for path, file in files.items() if path not in blocked}, warnings
+            above = next((each for each in parents(path)
+                          if each in self.foreign or each in files), "")
+            if above or is_directory(self._path(CURRENT, path)):
+                place = self._path(CURRENT, above or path)
+                warnings.append(f"{path} of {fit.pop(path).source} left out: {place} is a "
+                                f"{'file' if above else 'directory'}")
+        return fit, warnings
 
     def stage(self, files: Files) -> str:
         """Step 1: the name of a complete directory of these files, made if need be."""
-        name = version = f"..{version_of(files)}"
-        for attempt in itertools.count(1):
+        version = f"..{version_of(files)}"
+        for attempt in itertools.count():
+            name = f"{version}.{attempt}" if attempt else version
             try:
                 os.mkdir(self._path(name), 0o755)
                 break
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
-            name = f"{version}.{attempt}"
         self._own_parents(name, [path for path in files if "/" in path])
         for path, file in files.items():
             self._put(self._path(name, path), path, file)
@@ -2324,9 +2233,9 @@ class Output:
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
         """Publish these files, some of them `again`; returns the paths that moved or are gone."""
-        changed = [*moved_paths(self.published, files), *again]
+        changed = [*moved_paths(self.published, files), *files.keys() & again]
         gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
-                if self._is_ours(path)]
+                if read_link(self._path(CURRENT, path)) == link_target(path)]  # it is ours
         self._may_write({path.rpartition("/")[0] for path in (*changed, *gone)})
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
@@ -2340,11 +2249,6 @@ class Output:
         self._notify(changed)  # 6
         remove(self._path(MARKER))  # 7
         return changed + gone
-
-    def notify_again(self, paths: Iterable[str]) -> None:
-        """Wake Envoy once more: those who watch the switch, and those who watch the links."""
-        self._link(SWITCH, self.snapshot)
-        self._notify(path for path in paths if path in self.published)
 
     def prune(self) -> None:
         """Step 8: only the last two snapshots stay. What cannot be removed is named."""
@@ -2365,8 +2269,6 @@ class Output:
             self.publish(files)
             self.prune()
         return damaged + self._repair_links()
-
-    # -- what a restart cannot see --------------------------------------------------------------
 
     def remember(self, state: Mapping[str, Json], coming: Files = {}) -> None:  # noqa: B006
         """Replace what is remembered, with the kind and source of each file, also of those that
@@ -2389,23 +2291,14 @@ class Output:
         """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        changed = [*moved_paths(self._kept, needed), *(self._kept.keys() - needed.keys())]
-        self._kept |= dict.fromkeys(changed, file_of(b"", "", 0))  # nobody knows, if a call fails
+        changed = [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]
         for path in changed:
             place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
             remove(place)
             if path in needed:
                 self._put(place, path, needed[path])
-        self._kept = needed
-
-    def acked_files(self, digests: Mapping[str, Json]) -> dict[str, File]:
-        """The last ACKed bytes by path. The digest of a secret is not remembered: what is kept of
-        one tells."""
-        self._kept = self._load(ACKED_FILES, "%") if is_directory(self._path(STATE)) else {}
-        acked = {p: file for p, file in self.published.items() if file.digest == digests.get(p)}
-        return acked | {path: file for path, file in self._kept.items()
-                        if file.digest == digests.get(path, file.digest)}
+        self.kept = needed
 
     # -- parts of the steps -------------------------------------------------------------------
 
@@ -2461,10 +2354,6 @@ class Output:
         for path in notify_order(paths, self.published):
             self._link(f"{CURRENT}/{path}", link_target(path))
 
-    def _is_ours(self, path: str) -> bool:
-        """Whether what is in `current/` is a link that we made."""
-        return read_link(self._path(CURRENT, path)) == link_target(path)
-
     def _own_parents(self, top: str, paths: Iterable[str] = ("",)) -> None:
         """Real directories above these paths below `top`, never replaced if they are."""
         needed = {parent for path in paths for parent in parents(f"{top}/{path}")}
@@ -2483,7 +2372,8 @@ class Output:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
         there = [*walk(self._path(CURRENT))]
-        ours = {path for path in there if self._is_ours(path)}
+        ours = {path for path in there
+                if read_link(self._path(CURRENT, path)) == link_target(path)}
         missing = [path for path in self.published if path not in ours]
         self._notify(missing)
         left = ours - self.published.keys()
@@ -2519,8 +2409,7 @@ def is_directory(place: str) -> bool:
 
 
 def remove(place: str, depth: int = DEPTH) -> None:
-    """Remove what is there, if anything is. A link is removed, never followed: nothing outside of
-    the output directory is touched."""
+    """Remove what is there, if anything is. A link is never followed."""
     try:
         os.unlink(place)
     except FileNotFoundError:
@@ -2538,16 +2427,15 @@ def write_file(place: str, content: bytes, mode: int) -> None:
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.fchmod(number, mode)  # whatever the umask
-        view = memoryview(content)
-        while view:
-            view = view[os.write(number, view) :]
+        while content:
+            content = content[os.write(number, content) :]
     finally:
         os.close(number)
 
 
 def read_file(place: str, most: int) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read: it is written
-    anew. Others may write to the volume: no link is followed, and no FIFO is waited for."""
+    """Content and mode of a regular file; None where there is none that can be read. Others may
+    write to the volume: no link is followed, and no FIFO is waited for."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
@@ -2564,22 +2452,17 @@ def walk(root: str, below: str = "") -> Iterator[str]:
     """The relative path of every entry under a directory that is no directory."""
     if not is_directory(root):
         return
-    found = []
     # What is not there was pruned by a loader that lives, while a preview reads.
     with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{below}") as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        path = f"{below}{entry.name}"
-        if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
-            yield from walk(root, f"{path}/")
-        else:
-            yield path
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = f"{below}{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and path.count("/") < DEPTH:
+                yield from walk(root, f"{path}/")
+            else:
+                yield path
 
 
-# ---------------------------------------------------------------------------------------------
-# ACK and NACK
-# ---------------------------------------------------------------------------------------------
-#
+# == ACK and NACK ================================================================================
 # For every move of a file Envoy counts, for each subscription that reads it, exactly one of
 # update_success (ACK) or update_rejected and update_failure (NACK). One publication is asked about
 # at a time, so the counts before and after it tell everything. What they do not tell stays unknown.
@@ -2699,7 +2582,7 @@ def things(files: Files) -> frozenset[str]:
 def named_things(file: File, files: Files) -> frozenset[str]:
     """The clusters and files there are, of those that a reference names."""
     clusters = mentioned(file.content, cluster_names(files.values()))
-    return clusters | paths_in([file.content], files.keys())
+    return clusters | paths_in([file], files.keys())
 
 
 def after_meeting(known: Known) -> Known:
@@ -2842,13 +2725,13 @@ def with_needed(known: Known, desired: Files, published: Files) -> tuple[Known, 
     files name them; or Envoy reads them, as far as it is known, and no file named them (such as a
     listener that only drains), so that its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
-    named = known.named.union(paths_in((file.content for file in published.values()), gone))
+    named = known.named.union(paths_in(published.values(), gone))
     if (named := named.intersection(gone)) != known.named:
         known = known._replace(named=named)
     read = {path: file for path, file in gone.items() if path not in known.named and (
         path in known.nacks or known.states.get(path) == NACKED
         or (path in known.acked and known.states.get(path) != UNREAD))}
-    return known, {**desired, **read, **named_files([*desired.values(), *read.values()], gone)}
+    return known, with_named_files({**desired, **read}, published)
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
@@ -2997,9 +2880,7 @@ def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     return {scope: Counts(*values) for scope, values in counts.items() if any(values)}, figures
 
 
-# ---------------------------------------------------------------------------------------------
-# Log, metrics, probes
-# ---------------------------------------------------------------------------------------------
+# == Log, metrics, probes ========================================================================
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LINE_BYTES = 4096  # PIPE_BUF: a pipe accepts so much whole or not at all, whoever else writes
@@ -3275,10 +3156,7 @@ class Listener:
         return 200, text
 
 
-# ---------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------
-#
+# == The loop ====================================================================================
 # One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
 # ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
@@ -3574,7 +3452,7 @@ class Loop:
                 self._check_at = now + self.options.sync_interval
                 self._repair()
             if asking.mixed:
-                output.notify_again(asking.mixed)
+                output.publish(output.published, asking.mixed)
                 asking.mixed = []
             more = True
             while more:
@@ -3626,17 +3504,17 @@ class Loop:
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
         asking, output, published = self.asking, self.output, self.output.published
-        back = rollback(published, asking.known.acked, asking.known.nacks)
-        if back is not None:
-            self._publish(back)
+        back, _ = allowed(published, published, asking.known.acked, asking.known.nacks)
+        if not same_files(back, published):
+            self._publish(Step(back, ROLLBACK))
             return True
         sources = self.composed()
         if sources.missing or sources.unknown:
             return False
         files, kept = sources.files, list[str]()
         if files.keys() != published.keys() or asking.known.named:
-            files, kept = output.fitting(files)
             asking.known, files = with_needed(asking.known, files, published)
+            files, kept = output.fitting(files)
             kept += [f"{path}: its source is gone; its last bytes stay, for Envoy or another file "
                      f"needs it" for path in files if path not in sources.files]
         self.note("files", kept + [
@@ -3786,13 +3664,14 @@ def known_from(output: Output) -> Known:
         match row:
             case [str(digest), str(kind), str(reason), list(stood)]:
                 nacks[path] = Nack(digest, kind, reason, frozenset(map(str, stood)))
-    return Known(acked=output.acked_files(json_object(output.state.get("acked"))), nacks=nacks,
-                 came=things(output.published))
+    digests = json_object(output.state.get("acked"))  # none of a secret: what is kept of it tells
+    acked = {p: file for p, file in output.published.items() if file.digest == digests.get(p)}
+    acked |= {p: file for p, file in output.kept.items()
+              if file.digest == digests.get(p, file.digest)}
+    return Known(acked=acked, nacks=nacks, came=things(output.published))
 
 
-# ---------------------------------------------------------------------------------------------
-# Preview and check
-# ---------------------------------------------------------------------------------------------
+# == Preview and check ===========================================================================
 
 CHECK_SECONDS = 30.0  # what --check-cmd may take
 CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
@@ -3944,10 +3823,7 @@ def print_out(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------
-
+# == The command line ============================================================================
 
 def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""

@@ -357,7 +357,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "kind": loader.kind_of,
     "names": loader.names_in,
     "words": lambda text: loader.mentioned(text, ["a/b", "a b", "x"]),
-    "paths": lambda text: loader.paths_in([text], {"eds/a.yaml", "x"}),
+    "paths": lambda text: loader.paths_in([loader.file_of(text, "x")], {"eds/a.yaml", "x"}),
     "statistics": lambda text: loader.resource_names(
         "x", loader.file_of(text, "x", kind="rds"), {}),
     "clusters": lambda text: loader.names_by_place(loader.file_of(text, "x", kind="cds")),

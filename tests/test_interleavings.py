@@ -1,6 +1,6 @@
 """Every interleaving of what can happen, over small worlds, against a model of Envoy.
 
-What the loader decides is pure: `next_step`, `allowed`, `rollback`, `after_look` and the others
+What the loader decides is pure: `next_step`, `allowed`, `after_look` and the others
 that chapter "The loop" calls. A driver calls them as the loop does, and a search, breadth first,
 tries every order of events:
 
@@ -82,17 +82,11 @@ ROUTED = listener("in", "rds.json")
 
 
 class Memory(Output):
-    """What a loader that starts finds on disk. The rules of what was ACKed are Output's own."""
+    """What a loader that starts finds on disk."""
 
     def __init__(self, state: Mapping[str, Any], published: Files, kept: Files) -> None:
         super().__init__("/nowhere")
-        self.state, self.published, self._kept_files = dict(state), published, kept
-
-    def _path(self, *parts: str) -> str:
-        return "/"  # it is a directory, and nothing else is asked of it
-
-    def _load(self, name: str, slash: str = "") -> dict[str, File]:
-        return dict(self._kept_files)
+        self.state, self.published, self.kept = dict(state), published, kept
 
 
 class Burnt(NamedTuple):
@@ -387,9 +381,9 @@ class Explorer:
         return known._replace(nacks=found.nacks, named=found.named), step
 
     def _plan(self, published: Files, known: Known, wanted: Files) -> tuple[Known, Step | None]:
-        step = loader.rollback(published, known.acked, known.nacks)
-        if step is not None:
-            return known, step
+        back, _ = loader.allowed(published, published, known.acked, known.nacks)
+        if not loader.same_files(back, published):
+            return known, Step(back, loader.ROLLBACK)
         known, found = loader.with_needed(known, wanted, published)
         known = loader.retried(known, found, published)
         desired, _ = loader.allowed(found, published, known.acked, known.nacks)

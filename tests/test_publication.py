@@ -462,6 +462,23 @@ def test_a_file_becomes_a_directory(output: loader.Output, out: Path) -> None:
     assert texts(out) == {"runtime/a": "1", "k": "1"}
 
 
+def test_a_file_that_is_needed_costs_only_what_goes_below_it(
+    run_loader: RunLoader, api: ApiServer, out: Path
+) -> None:
+    """`--configmap flags` with a key `runtime`, which another file names, becomes
+    `--configmap flags:runtime`."""
+    named = {"x": f"path: {out}/current/runtime"}
+    api.configmap("demo", "envoy-xds", {**named, "runtime": "1"})
+    assert run_loader(*ONCE).returncode == 0
+    api.configmap("demo", "envoy-xds", {**named, "k": "2"})
+    api.configmap("demo", "more", {"a": "1"})
+    done = run_loader(*ONCE, "--configmap", "more:runtime")
+    assert done.returncode == 0, done.stderr
+    assert texts(out) == {**named, "runtime": "1", "k": "2"}
+    text = f"runtime/a of configmap demo/more left out: {out}/current/runtime is a file"
+    assert text in done.stderr
+
+
 @pytest.mark.parametrize("mode", ["--onetime", "--watch"])
 def test_a_name_that_was_a_directory_costs_only_itself(
     run_loader: RunLoader, start_loader: StartLoader, api: ApiServer, out: Path, mode: str
