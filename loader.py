@@ -2517,8 +2517,6 @@ class Known(NamedTuple):
     suspects: frozenset[tuple[str, str]] = frozenset()  # paths and digests, when Envoy ended last
 
 
-# -- which counters are about which file ---------------------------------------------------------
-
 SCOPES = {  # by kind: how the scope of a subscription begins, and what is before the file's name
     "cds": ("cluster_manager.cds", ""),
     "lds": ("listener_manager.lds", ""),
@@ -2560,9 +2558,6 @@ def resource_names(path: str, file: File, files: Files) -> set[str]:
     return {name.replace("://", "_").replace(":/", "_").replace(":", "_") for name in names}
 
 
-# -- what is known, step by step (pure) ----------------------------------------------------------
-
-
 def after_publication(known: Known, before: Files, after: Files, again: Sequence[str]) -> Known:
     """Files moved, some of them `again`: what Envoy makes of them is to be seen."""
     moved = {*moved_paths(before, after), *again}
@@ -2575,7 +2570,6 @@ def after_publication(known: Known, before: Files, after: Files, again: Sequence
 
 
 def things(files: Files) -> frozenset[str]:
-    """The clusters and files there are."""
     return cluster_names(files.values()).union(files)
 
 
@@ -2644,8 +2638,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
 
 
 def verdict(known: Known, look: Look, read_by: Sequence[str]) -> str:
-    """What became of one file, by the scopes of those who read it: one NACK is a NACK, and an ACK
-    takes all."""
+    """What became of a file, by the scopes of its readers: one NACK is a NACK, an ACK takes all."""
     if not read_by:
         return UNKNOWN if look.hidden else UNREAD if look.live else PENDING
     told = set()
@@ -2672,8 +2665,7 @@ def rejected_unnamed(known: Known, files: Files, look: Look, told: Mapping[str, 
 
 
 def with_ack(known: Known, path: str, files: Files) -> Known:
-    """Envoy took these bytes. When others than before mend what was NACKed, the references that
-    were NACKed are tried once more."""
+    """Envoy took these bytes. If they mend a NACK, references that were NACKed are tried again."""
     file, nacks = files[path], dict(known.nacks)
     nack = nacks.get(path)
     if nack and (is_nacked(file, nack) or not same_file(known.acked.get(path), file)):
@@ -2696,8 +2688,7 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
 
 
 def retried(known: Known, desired: Files, published: Files) -> Known:
-    """Without the NACKs of files that are gone, and of references for which clusters or files came
-    that they name."""
+    """Without the NACKs of files that are gone, and of references to what came since."""
     def is_over(path: str, nack: Nack) -> bool:
         file = desired.get(path)
         if file is None:
@@ -2716,14 +2707,12 @@ def unjudged(known: Known, files: Files, step: str = "") -> list[str]:
 
 
 def awaited(known: Known, files: Files) -> list[str]:
-    """The files that Envoy is waited for to judge."""
     return [path for path in unjudged(known, files) if path not in known.unknown]
 
 
 def with_needed(known: Known, desired: Files, published: Files) -> tuple[Known, Files]:
     """The desired files, and those without a source that an Envoy which starts would miss: other
-    files name them; or Envoy reads them, as far as it is known, and no file named them (such as a
-    listener that only drains), so that its bootstrap does."""
+    files name them; or Envoy is known to read them, and none named them: its bootstrap does."""
     gone = {path: file for path, file in published.items() if path not in desired}
     named = known.named.union(paths_in(published.values(), gone))
     if (named := named.intersection(gone)) != known.named:
@@ -2735,8 +2724,7 @@ def with_needed(known: Known, desired: Files, published: Files) -> tuple[Known, 
 
 
 def to_retry(known: Known, files: Files) -> list[str]:
-    """References that were NACKed for what is mended now, and that are published as they are:
-    Envoy has to be notified of them again."""
+    """The published references that were NACKed for what is mended now: to be notified again."""
     return [path for path, file in files.items() if file.kind in REFERENCE_KINDS
             and known.states.get(path) == NACKED and path not in known.nacks]
 
@@ -2757,12 +2745,10 @@ def likely_cause(file: File, files: Files) -> str:
 
 
 class Admin(threading.Thread):
-    """Envoy's admin interface, in a thread: the main thread never waits for it.
-
-    A connection that is kept tells when its process ends. `wake` gets "envoy" with what is found:
-    SILENT and "" at a connection; for each `ask` MET and a Look, or SILENT or BLIND and why there
-    is none; ABSENT and why when nothing listens or the process ended ("": nobody ever answered).
-    """
+    """Envoy's admin interface, in a thread: the main thread never waits for it. A connection that
+    is kept tells when its process ends. `wake` gets "envoy" with what is found: SILENT and "" at a
+    connection; for each `ask` MET and a Look, or SILENT or BLIND and why there is none; ABSENT and
+    why when nothing listens or the process ended ("": nobody ever answered)."""
 
     def __init__(self, url: str, wake: Callable[[str, object], None]) -> None:
         super().__init__(name="admin", daemon=True)
@@ -2812,9 +2798,11 @@ class Admin(threading.Thread):
     def _stay(self, kept: socket.socket) -> bool:
         """Look at the process behind a connection until that ends; whether anything was found."""
         news: object
-        there, end, self._live = False, kept.fileno(), False
+        there, end, self._live, poll = False, kept.fileno(), False, select.poll()
+        poll.register(end, select.POLLIN)
+        poll.register(self._read, select.POLLIN)
         self.ask()
-        while end not in select.select([end, self._read], [], [])[0]:
+        while end not in dict(poll.poll()):
             os.read(self._read, 4096)
             try:
                 link, news = MET, self._look()
@@ -2822,7 +2810,7 @@ class Admin(threading.Thread):
                 if isinstance(error, ConnectionError) and not there:
                     break
                 link, news = SILENT if isinstance(error, OSError) else BLIND, why(error)
-            if select.select([end], [], [], 0)[0]:
+            if end in dict(poll.poll(0)):
                 break  # its end is why, or the answer is that of another process
             self._wake("envoy", (link, news))
             there = True
@@ -2859,8 +2847,10 @@ class Admin(threading.Thread):
                 connection.request("GET", path)
                 response = connection.getresponse()
                 status, body = response.status, response.read(ANSWER_BYTES + 1)
-        except http.client.HTTPException:
-            status, body = 0, b""  # it speaks something else, or was cut off
+        except http.client.HTTPException as error:  # it speaks something else, or was cut off
+            if isinstance(error, ConnectionError) and time.monotonic() < deadline:
+                raise
+            status, body = 0, b""
         if time.monotonic() >= deadline or len(body) > ANSWER_BYTES:
             raise TimeoutError(f"{where}: no end of the answer in time")
         if status != 200:
@@ -3160,12 +3150,10 @@ class Listener:
 # One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
 # ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
-# Debounce: an event of a quiet time is published at once. One that comes within QUIET of the last
-# publication may belong to a burst, which is gathered until nothing came for QUIET, for GATHER at
-# most.
-DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2  # seconds
-STEP_DELAY = 0.1  # seconds between ordered steps, unless --step-delay is given
-STEP_DELAYS = 10  # how many of them a step waits at most, whatever else is published meanwhile
+# Debounce, in seconds: an event of a quiet time is published at once. One that comes within QUIET of
+# the last publication may begin a burst: that is gathered until QUIET passes, for GATHER at most.
+DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2
+STEP_DELAY, STEP_DELAYS = 0.1, 10  # seconds between steps, and how many of these one waits at most
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
 
 # Nobody is there to ask; Envoy does not answer; answers; answers what cannot be understood.
@@ -3295,10 +3283,7 @@ class Asking:
         log.info("published", **fields, ack=ack, ack_ms=round(took * 1000, 1),
                  **({"unread": shortened(unread)} if unread else {}))
 
-    # -- what Envoy does --------------------------------------------------------------------------
-
     def found(self, link: str, news: Any) -> None:
-        """Take in what Admin found."""
         now, before, self.link = time.monotonic(), self.link, link
         self.started = link == BLIND or (self.started and not {before, link} & {ABSENT, BLIND})
         self._back_at = now if before == ABSENT else self._back_at
@@ -3324,7 +3309,6 @@ class Asking:
             self.end()
 
     def _take_look(self, look: Look, now: float) -> None:
-        """What Envoy made of the published files."""
         files, ignored = self._output.published, look.unknown_fields - self._look.unknown_fields
         if ignored > 0 and self.until and self._moved:
             log.warning("Envoy ignored %d unknown fields in %s: a typing error?", ignored,
@@ -3406,8 +3390,7 @@ class Loop:
         return 0
 
     def _await(self, until: float) -> None:
-        """Sleep until something happens, and take in all that happened; of a burst, the rest too.
-        Nothing is published here."""
+        """Sleep until something happens, and take in all that did; of a burst, the rest too."""
         news = self.wakes.wait(until - time.monotonic())
         burst = self._published_at + DEBOUNCE_QUIET
         gathers = any(what == "objects" and at < burst for what, at in news)
@@ -3432,8 +3415,6 @@ class Loop:
                     case "envoy":
                         self.asking.found(*about)
             news = self.wakes.wait(DEBOUNCE_QUIET) if time.monotonic() < end else []
-
-    # -- turning ------------------------------------------------------------------------------
 
     def _turn(self) -> None:
         """What is due now, and the next snapshots on the way to what is wanted."""
@@ -3493,7 +3474,6 @@ class Loop:
         return True
 
     def _repair(self) -> None:
-        """Compare what is on disk with what was published, and repair it."""
         repaired, files = self.output.check() if self.output.snapshot else [], self.output.published
         if repaired:
             metrics.add("xds_loader_errors_total", ("damage",))
@@ -3590,8 +3570,6 @@ class Loop:
         })
         self.output.prune()
 
-    # -- what is said -------------------------------------------------------------------------
-
     def note(self, topic: str, notes: Iterable[str] | Mapping[str, object]) -> None:
         """Warn once of each thing for as long as it lasts; a line when it is over. A mapping has
         what is wrong by its subject: as long as that lasts, only another text is news."""
@@ -3637,7 +3615,6 @@ class Loop:
 
 
 def unfinished(wanted: Wanted, trouble: Mapping[str, ApiError], options: Options) -> str:
-    """Why a one-time run ends without a snapshot."""
     if wanted.missing:
         hint = ("--from-file must hold it, in this namespace" if options.from_file else
                 "create it, or wait for it with --timeout")
