@@ -3150,8 +3150,8 @@ class Listener:
 # One thread turns: news (an event, an answer of Envoy, a signal) -> compose -> plan -> publish ->
 # ask Envoy. `Wakes` has the news, `Asking` what passes between us and Envoy, `Loop` the rest.
 
-# Debounce, in seconds: an event of a quiet time is published at once; one that comes within QUIET of
-# the last publication may begin a burst, gathered until QUIET passes without one, or GATHER.
+# Debounce, in seconds: an event of a quiet time is published at once. One within QUIET of the last
+# publication may begin a burst: it is gathered until none comes for QUIET, for GATHER at most.
 DEBOUNCE_QUIET, DEBOUNCE_GATHER = 0.004, 0.2
 STEP_DELAY, STEP_DELAYS = 0.1, 10  # seconds between steps, and how many of these one waits at most
 LOCK_POLL = 0.2  # seconds between two tries to be the only loader of a directory
