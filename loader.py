@@ -68,7 +68,6 @@ from typing import Any, NamedTuple
 __version__ = "2.0.0"
 
 # == Constants, errors, values ===================================================================
-
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 Json = Any  # what json.loads returns: written once, so that each use shows what it is
 
@@ -103,8 +102,7 @@ KINDS = {
     "type.googleapis.com/envoy.config.listener.v3.Listener": "lds",
     "type.googleapis.com/envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
     "type.googleapis.com/envoy.service.runtime.v3.Runtime": "rtds",
-    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds",
-}  # fmt: skip
+    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds"}
 
 
 def kind_of(content: bytes) -> str:
@@ -175,7 +173,8 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
 
 
 # == Asking Kubernetes ===========================================================================
-
+CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
+ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
@@ -187,8 +186,6 @@ LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
-CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
-ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
 # What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
 BROKEN = (OSError, http.client.HTTPException, ValueError)
 
@@ -206,7 +203,7 @@ class Query(NamedTuple):
     def target(self, more: Mapping[str, str]) -> str:
         api = "/apis/discovery.k8s.io/v1" if self.kind == ENDPOINTSLICES else "/api/v1"
         scope = f"/namespaces/{self.namespace}" if self.namespace else ""
-        field = f"metadata.name={self.name}" if self.name else ""  # as RBAC's resourceNames ask
+        field = f"metadata.name={self.name}" if self.name else ""  # as RBAC by resourceNames needs
         words = {"fieldSelector": field, "labelSelector": self.labels, **more}
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
         return f"{api}{scope}/{self.resource}?{given}"
@@ -249,7 +246,7 @@ class Api:
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object; the resourceVersion. What is no list is never empty."""
+        """Call `keep` with each object; returns the resourceVersion. No list at all is an error."""
         kind, page = f"{query.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
@@ -442,7 +439,6 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
 
 
 # == Reflecting ==================================================================================
-
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
@@ -580,10 +576,9 @@ class Reflector(threading.Thread):
         return self._delay() if now - began < WATCH_SHORT else 0.0
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
-        """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         key, objects, bad = object_key(item), self.objects.copy(), self.bad.copy()
-        if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
+        if kind in ("ADDED", "MODIFIED", "DELETED"):  # not a bookmark, nor a type of the future
             bad.pop(key, None)
             if kind == "DELETED":
                 objects.pop(key, None)
@@ -674,10 +669,8 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
 
 # One requirement of a label selector whose words are one space apart.
 LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
-REQUIREMENT = (
-    rf"(?:^|(?<= , ))(?:! {LABEL}|"
-    rf"{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)"
-)
+REQUIREMENT = (rf"(?:^|(?<= , ))(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?|"
+               rf" (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)")
 
 
 def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
@@ -774,7 +767,6 @@ def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
 
 
 def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
-    """Labels or annotations of an object."""
     found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
 
@@ -848,7 +840,7 @@ def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
 
 
 # == --config ====================================================================================
-
+Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 # The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
 # misspelled; a test compares them with the protobuf descriptor.
 CLUSTER_FIELDS = frozenset("""
@@ -871,20 +863,17 @@ OWN_FIELDS = {
     "type": "use --endpoints, or endpoint.external_name for ExternalName Services",
     "cluster_type": "use --endpoints, or endpoint.external_name for ExternalName Services",
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
-    "eds_cluster_config": "use --endpoints, and --output-dir for the path",
-}
+    "eds_cluster_config": "use --endpoints, and --output-dir for the path"}
 DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
-Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 DEFAULTS: Config = {
     "cluster": {"base": {}, "name": "{namespace}/{service}/{port}", "overrides": [],
                 "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
     "cluster_domain": "cluster.local",
     "endpoint": {"eds_budget": None, "external_name": None, "families": None,
                  "include_not_ready": False, "locality": {}, "prefer_zone": False},
-    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"},
-}  # fmt: skip
+    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"}}
 
 
 class Rule(NamedTuple):
@@ -935,8 +924,7 @@ SCHEMA = {
         "locality": {"region": PART, "sub_zone": PART, "zone": PART},
         "prefer_zone": Rule("a zone, true or false", lambda value: (
             type(value) is bool or TEXT.holds(value)))},
-    "route": {"annotation_prefix": DOMAIN, "name": TEXT, "suffix": DOMAIN},
-}  # fmt: skip
+    "route": {"annotation_prefix": DOMAIN, "name": TEXT, "suffix": DOMAIN}}
 
 
 def config_check(value: Json, schema: Json, path: str) -> None:
@@ -996,7 +984,6 @@ def merge(into: Json, more: Json) -> Json:
 
 
 # == Clusters, assignments, routes ===============================================================
-
 UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
@@ -1069,7 +1056,6 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
 
 
 def plan_cluster(service: Service, port: ServicePort, config: Config, mode: str) -> Cluster | None:
-    """The cluster of a port; None where it is not wanted."""
     settings, (namespace, service_name) = config["cluster"], service.key
     name = settings["name"].format(namespace=namespace, service=service_name, port=port.label)
     facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label,
@@ -1296,8 +1282,7 @@ def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePla
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
-    """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
-    numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
+    """The weights of a split. Who has none gets an equal part of what the others leave of 100."""
     given = [weight for weight in weights if weight is not None]
     without = len(weights) - len(given)
     rest = max(0, 100 - sum(given)) if given else without
@@ -1332,7 +1317,9 @@ def virtual_host(fmt: str, host: str, routes: Sequence[Route]
 
 
 # == Writing and rendering =======================================================================
-
+MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
+MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
+CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
 # addresses, durations. Everything else is quoted as in JSON, in one line.
 PLAIN_SCALAR = (
@@ -1341,9 +1328,6 @@ PLAIN_SCALAR = (
 # What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
-MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
-CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
 
 
 class Rendering(NamedTuple):
@@ -1519,8 +1503,7 @@ class Renderer:
         return clusters, with_list(self._fmt, head, "virtual_hosts", written, "  "), warnings
 
     def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
-        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
-        would be new to Envoy, with new connections and health."""
+        """The mode of each cluster by slices, for life: one that flips would be new to Envoy."""
         names = [cluster.name for cluster in clusters if not cluster.host]
         on_eds = [name for name in names if self._modes.get(name) == EDS][: self._budget]
         free = self._budget - len(on_eds)
@@ -1563,9 +1546,9 @@ class Renderer:
 
 
 # == Secrets =====================================================================================
-# A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
-# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
-# here to be read has a byte of a key in it.
+# A TLS Secret becomes SDS files, for the pair and for the trusted CA: Envoy accepts one resource a
+# file. The PEM is inline, so that certificate and key are replaced at once. No text made here to be
+# read has a byte of a key in it.
 
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
@@ -1666,15 +1649,14 @@ def no_core_dumps() -> None:
 
 
 # == Composing ===================================================================================
-
+# What an option asks for: objects by name or selector, and the directory that their files go to.
+Source = tuple[Query, str]
 # The API server checks this; --from-file and `..state` do not, and nothing may leave the output
 # directory. (`..` begins the loader's own names.)
 KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")
 COUNTED = {  # in warnings: what a file has of it, and how each begins
     "cds": ("clusters", rb"@type\W+type\.googleapis\.com/envoy\.config\.cluster\.v3\.Cluster\b"),
     "rds": ("routes", rb'- match:|{"match":')}
-# What an option asks for: objects by name or selector, and the directory that their files go to.
-Source = tuple[Query, str]
 
 
 def configmap_from(item: dict[str, Any]) -> Rendering:
@@ -1696,8 +1678,7 @@ def configmap_from(item: dict[str, Any]) -> Rendering:
 
 
 class Wanted(NamedTuple):
-    """What the sources ask for now. Nothing of it may be published with any missing or unknown."""
-    files: Files
+    files: Files  # which may not be published while anything is missing or unknown
     notes: list[str]  # what is wrong with single objects
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
@@ -1705,8 +1686,7 @@ class Wanted(NamedTuple):
 
 
 def overlaid(layers: Iterable[Rendering]) -> Rendering:
-    """All files of the layers, the later ones winning, and a warning for each that lost. A file
-    cannot be where another source has a directory: it is left out."""
+    """All files of the layers, the later ones winning, and a warning for each that lost."""
     files, warnings = dict[str, File](), list[str]()
     for layer in layers:
         warnings += layer.warnings
@@ -1739,10 +1719,9 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        selector = options.configmap_selector
-        selected = [] if selector is None else [
-            (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
-        self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
+        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
+        by_selector = [] if options.configmap_selector is None else [(selected, "")]
+        self._sources: list[Source] = [*options.secret, *by_selector, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
