@@ -1130,7 +1130,7 @@ def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | Non
 def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Config,
                   preferred: str | None, nodes: Mapping[str, Texts]) -> dict[str, Json]:
     """A ClusterLoadAssignment; slices are joined by the port's name. Hints count if all ready
-    endpoints have them: one that terminates, at every rolling update, has none."""
+    endpoints have them: what terminates, at every rolling update, is given none by Kubernetes."""
     port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted, the best state is first
     used = [found for found in slices if found.family in cluster.families and not cluster.host]
     if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
