@@ -917,8 +917,7 @@ SCHEMA = {
         "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE)},
     "cluster_domain": DOMAIN,
     "endpoint": {
-        "eds_budget": Rule("a whole number of EDS files", lambda value: (
-            type(value) is int and value >= 0)),
+        "eds_budget": Rule("a whole number of EDS files", lambda n: type(n) is int and n >= 0),
         "external_name": '"strict_dns" or "logical_dns"', "include_not_ready": "true or false",
         "families": '["ipv4"] or ["ipv6"] or ["ipv4", "ipv6"] or ["ipv6", "ipv4"]',
         "locality": {"region": PART, "sub_zone": PART, "zone": PART},
