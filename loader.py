@@ -68,9 +68,7 @@ from typing import Any, NamedTuple
 __version__ = "2.0.0"
 
 # == Constants, errors, values ===================================================================
-
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-
 Json = Any  # what json.loads returns: written once, so that each use shows what it is
 
 
@@ -89,14 +87,12 @@ class File(NamedTuple):
     source: str  # the object it came from
     mode: int = 0o644
 
-    def __repr__(self) -> str:
-        """Without the content, which may be a key."""
+    def __repr__(self) -> str:  # without the content, which may be a key
         return f"File({self.digest[:12]}, {self.kind}, {self.source}, {self.mode:04o})"
 
 
 Files = Mapping[str, File]  # by path relative to `current/`, such as `eds/demo_web_http.yaml`
 Key = tuple[str, str]  # namespace (empty for what has none) and name of a Kubernetes object
-
 CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 ASSIGNMENT_TYPE = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
 ROUTE_TYPE = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
@@ -106,8 +102,7 @@ KINDS = {
     "type.googleapis.com/envoy.config.listener.v3.Listener": "lds",
     "type.googleapis.com/envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
     "type.googleapis.com/envoy.service.runtime.v3.Runtime": "rtds",
-    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds",
-}  # fmt: skip
+    "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds"}
 
 
 def kind_of(content: bytes) -> str:
@@ -150,7 +145,6 @@ def parents(path: str) -> Iterator[str]:
 
 
 def json_object(value: object) -> dict[str, Json]:
-    """A value that should be a JSON object; anything else is an empty one."""
     return value if isinstance(value, dict) else {}
 
 
@@ -179,7 +173,8 @@ def shortened(texts: Sequence[str], between: str = ", ") -> str:
 
 
 # == Asking Kubernetes ===========================================================================
-
+CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
+ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
 # Seconds for a handshake; of silence within an answer; for a whole one, which may come in trickles.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT, ANSWER_SECONDS = 10.0, 30.0, 120.0
 # Objects in a page of a list, as kubectl asks; pages in a list (more: the server goes in circles).
@@ -191,29 +186,24 @@ LIST_BYTES, EVENT_BYTES = 256 << 20, 64 << 20
 WATCH_SILENCE, WATCH_SECONDS = 80.0, (300, 600)
 RETRY_AFTER_LAST = 300.0  # seconds: a year in a header must not stop a source for a year
 LOOPBACK = r"127(\.[0-9]{1,3}){3}|::1|localhost"  # where a token may go over plain HTTP
-
-CONFIGMAPS, SECRETS, SERVICES, NODES = "ConfigMap", "Secret", "Service", "Node"  # their kinds
-ENDPOINTS, ENDPOINTSLICES = "Endpoints", "EndpointSlice"
+# What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
+BROKEN = (OSError, http.client.HTTPException, ValueError)
 
 
 class Query(NamedTuple):
-    """What one list or watch asks for. An empty namespace means all, or a kind without one."""
-
     kind: str
-    namespace: str = ""
+    namespace: str = ""  # empty: all of them, or a kind without one
     name: str = ""
     labels: str = ""
 
     @property
     def resource(self) -> str:
-        """The name of the kind's resource, such as `endpointslices`."""
-        return f"{self.kind.lower().removesuffix('s')}s"
+        return f"{self.kind.lower().removesuffix('s')}s"  # such as `endpointslices`
 
     def target(self, more: Mapping[str, str]) -> str:
-        """Path and query. `metadata.name` as a field lets RBAC by `resourceNames` suffice."""
         api = "/apis/discovery.k8s.io/v1" if self.kind == ENDPOINTSLICES else "/api/v1"
         scope = f"/namespaces/{self.namespace}" if self.namespace else ""
-        field = f"metadata.name={self.name}" if self.name else ""
+        field = f"metadata.name={self.name}" if self.name else ""  # as RBAC by resourceNames needs
         words = {"fieldSelector": field, "labelSelector": self.labels, **more}
         given = urllib.parse.urlencode({key: value for key, value in words.items() if value})
         return f"{api}{scope}/{self.resource}?{given}"
@@ -238,15 +228,9 @@ def object_key(item: Mapping[str, Json]) -> Key:
 
 
 class ApiError(LoaderError):
-    """A failed request: the status of the answer (0: none), the seconds that it asks to wait."""
-
     def __init__(self, text: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(text)
-        self.status, self.retry_after = status, retry_after
-
-
-# What a broken network raises, and what is not HTTP. (A host name like `a..b` is a ValueError.)
-BROKEN = (OSError, http.client.HTTPException, ValueError)
+        self.status, self.retry_after = status, retry_after  # 0: no answer; the seconds it asks for
 
 
 class Api:
@@ -262,8 +246,7 @@ class Api:
         self._token = ""  # the one that was sent last
 
     def list(self, query: Query, keep: Callable[[dict[str, Json]], None]) -> str:
-        """Call `keep` with each object that matches; returns the resourceVersion to watch from.
-        What is not plainly such a list is an error, never empty."""
+        """Call `keep` with each object; returns the resourceVersion. No list at all is an error."""
         kind, page = f"{query.kind}List", {"limit": str(PAGE)}
         for _ in range(LIST_PAGES):
             answer = self._ask(query, "list", page)[1]
@@ -325,8 +308,7 @@ class Api:
 
     def _ask(self, query: Query, verb: str, page: Mapping[str, str]
              ) -> tuple[http.client.HTTPResponse, dict[str, Json]]:
-        """An answer of status 200, and the object in it ({} for anything else, and of a watch,
-        which is not read here); ApiError for any other."""
+        """An answer of status 200 and its object ({}: none, or a watch, which is not read here)."""
         headers = {"Accept": "application/json", "User-Agent": f"envoy-xds-loader/{__version__}"}
         target, status, body = self._url.path.rstrip("/") + query.target(page), 0, b""
         try:
@@ -361,8 +343,7 @@ class Api:
 
     def _refusal(self, query: Query, verb: str, status: int, said: dict[str, Json],
                  retry_after: float = 0.0) -> ApiError:
-        """An answer other than 200, or an ERROR event, in the words of its Kubernetes Status. No
-        other text of a server is shown: it may echo the request, token and all."""
+        """An error in the words of its Kubernetes Status; no other text, which may echo a token."""
         path = self._options.token_file
         sent = "" if self._token else f" (no token was sent: there is none in {path})"
         where = f"namespace {query.namespace}" if query.namespace else "all namespaces"
@@ -458,7 +439,6 @@ def bounded(sock: socket.socket, seconds: float) -> Iterator[None]:
 
 
 # == Reflecting ==================================================================================
-
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0  # seconds after a failure: doubled, with jitter
 WATCH_SHORT = 1.0  # seconds: after a watch that ends sooner there is a pause
 RELIST_AFTER = 3  # rejections in a row of a watch that resumes: only a list can help
@@ -472,11 +452,10 @@ SUSPICIOUS_SILENCE = 30.0
 
 
 class Reflector(threading.Thread):
-    """Keeps the objects of one query current in memory: lists them, and then watches (resuming what
-    ended) or lists again every interval. `parse` reduces an API object to what is used of it; what
-    it rejects (ValueError) keeps its last good value and is named in `bad`. Where EndpointSlices
-    are answered with 404 at the start it lists Endpoints, for good. `wake` is called with "objects"
-    or "trouble" where these have changed."""
+    """Keeps the objects of one query current in memory: lists them, then watches (resuming what
+    ended) or lists again every interval. `parse` reduces an API object to what is used; what it
+    rejects (ValueError) keeps its last good value and is named in `bad`. Where EndpointSlices are a
+    404 at the start it lists Endpoints, for good. `wake` names what changed: objects or trouble."""
 
     def __init__(self, query: Query, parse: Callable[[dict[str, Json]], Any],
                  client: Api | FileSource, wake: Callable[[str], None], options: Options) -> None:
@@ -547,10 +526,8 @@ class Reflector(threading.Thread):
 
     def _relist(self) -> None:
         """Replace the store by a complete list, so that deletions in a gap are seen."""
-        objects: dict[Key, Any] = {}
-        bad: dict[Key, str] = {}
-        keep = functools.partial(self._keep, objects, bad)
-        self._version = self._client.list(self.query, keep)
+        objects, bad = dict[Key, Any](), dict[Key, str]()
+        self._version = self._client.list(self.query, functools.partial(self._keep, objects, bad))
         log.debug("listed %s: %d objects at %.40s", self.query, len(objects), self._version)
         self._store(objects, bad, not self.synced or bad != self.bad or objects != self.objects)
         metrics.set("xds_loader_source_synced", 1.0, (self._topic,))
@@ -599,10 +576,9 @@ class Reflector(threading.Thread):
         return self._delay() if now - began < WATCH_SHORT else 0.0
 
     def _apply(self, kind: str, item: dict[str, Json]) -> None:
-        """One event into the store. A bookmark is a version and nothing else."""
         self._version = text_at(item, "metadata", "resourceVersion") or self._version
         key, objects, bad = object_key(item), self.objects.copy(), self.bad.copy()
-        if kind in ("ADDED", "MODIFIED", "DELETED"):  # a type of the future is passed over
+        if kind in ("ADDED", "MODIFIED", "DELETED"):  # not a bookmark, nor a type of the future
             bad.pop(key, None)
             if kind == "DELETED":
                 objects.pop(key, None)
@@ -617,8 +593,7 @@ class Reflector(threading.Thread):
             self._wake("trouble")
 
     def _delay(self, retry_after: float = 0.0) -> float:
-        """Seconds to wait after one more failure; never less than what the server asks for. Who
-        polls waits no longer than the interval, or 2 s."""
+        """Seconds to wait after one more failure; never less than what the server asks for."""
         longest = BACKOFF_LAST if self._api else max(2.0, self._interval)
         ceiling = min(longest, BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(self._failures, 10))
         self._failures += 1
@@ -694,27 +669,23 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
 
 # One requirement of a label selector whose words are one space apart.
 LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
-REQUIREMENT = (
-    rf"(?:^|(?<= , ))(?:! {LABEL}|"
-    rf"{LABEL}(?: (==?|!=)(?: ({VALUE}))?| (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)"
-)
+REQUIREMENT = (rf"(?:^|(?<= , ))(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?|"
+               rf" (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)")
 
 
 def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
-    """Whether labels match a selector (`a=b`, `a==b`, `a!=b`, `a in (b,c)`, `a notin (b,c)`, `a`,
-    `!a`, with commas between); UsageError for what is none."""
+    """Whether labels match a selector (`a,!b,c=d,e!=f,g in (h),i notin (j,k)`), or UsageError."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
     requirements = list(re.finditer(REQUIREMENT, text))
     if " , ".join(requirement[0] for requirement in requirements) != text:
         raise UsageError(f"{selector[:200]!r} is not a valid label selector")
 
     def selects(labels: Mapping[str, Json]) -> bool:
-        """Like the API server, `!=` and `notin` match absence."""
         for requirement in requirements:
             absent, label, sign, value, word, values = requirement.groups("")
             chosen = [text.strip() for text in (values or value).split(",")]
             found = labels.get(label) in chosen if sign or word else (absent or label) in labels
-            if found == bool(absent or sign == "!=" or word == "notin"):
+            if found == bool(absent or sign == "!=" or word == "notin"):  # which match absence
                 return False
         return True
 
@@ -730,7 +701,6 @@ FAMILIES = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 ROUTE_ANNOTATIONS = ("route", "hosts", "prefix", "grpc", "weight", "port")
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # of what becomes a part of a file name
-
 Texts = Mapping[str, str]  # labels, annotations
 
 
@@ -771,11 +741,9 @@ class EndpointSlice(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """All that is rendered; of Nodes the labels."""
-
     services: Mapping[Key, Service]
     slices: Sequence[EndpointSlice]
-    nodes: Mapping[str, Texts]
+    nodes: Mapping[str, Texts]  # their labels
 
 
 def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
@@ -799,7 +767,6 @@ def member(parent: Json, key: str, kind: type, dns_label: bool = False) -> Json:
 
 
 def texts_of(obj: Json, key: str = "labels") -> dict[str, str]:
-    """Labels or annotations of an object."""
     found = member(member(obj, "metadata", dict), key, dict)
     return {sys.intern(name): member(found, name, str) for name in found}
 
@@ -820,14 +787,12 @@ def service_from(obj: Json) -> Service:
         key=(member(metadata, "namespace", str, dns_label=True),
              member(metadata, "name", str, dns_label=True)),
         created=member(metadata, "creationTimestamp", str) or "~",  # not created yet: the youngest
-        ports=tuple(ports),
-        headless=headless,
+        ports=tuple(ports), headless=headless,
         external_name=address.removesuffix(".") if external else None,
         family="ipv6" if member(spec, "ipFamilies", list)[:1] == ["IPv6"] else "ipv4",
-        labels=texts_of(obj),
-        annotations={name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
-                     for name, text in texts_of(obj, "annotations").items()},
-    )
+        labels=texts_of(obj), annotations={
+            name: text if name.rpartition("/")[2] in ROUTE_ANNOTATIONS else ""
+            for name, text in texts_of(obj, "annotations").items()})
 
 
 def endpointslice_from(obj: Json) -> EndpointSlice:
@@ -853,12 +818,9 @@ def endpointslice_from(obj: Json) -> EndpointSlice:
     return EndpointSlice(
         service=(member(metadata, "namespace", str),
                  member(member(metadata, "labels", dict), SERVICE_NAME_LABEL, str)),
-        name=member(metadata, "name", str),
-        family=family,
+        name=member(metadata, "name", str), family=family, endpoints=tuple(endpoints),
         ports=tuple((member(port, "name", str), member(port, "port", int))
-                    for port in member(obj, "ports", list)),
-        endpoints=tuple(endpoints),
-    )
+                    for port in member(obj, "ports", list)))
 
 
 def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
@@ -878,7 +840,7 @@ def endpoints_from(obj: Json) -> tuple[EndpointSlice, ...]:
 
 
 # == --config ====================================================================================
-
+Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
 # The fields of envoy.config.cluster.v3.Cluster, which Envoy would ignore in silence if they were
 # misspelled; a test compares them with the protobuf descriptor.
 CLUSTER_FIELDS = frozenset("""
@@ -901,30 +863,23 @@ OWN_FIELDS = {
     "type": "use --endpoints, or endpoint.external_name for ExternalName Services",
     "cluster_type": "use --endpoints, or endpoint.external_name for ExternalName Services",
     "load_assignment": "endpoints come from EndpointSlices, see endpoint",
-    "eds_cluster_config": "use --endpoints, and --output-dir for the path",
-}
+    "eds_cluster_config": "use --endpoints, and --output-dir for the path"}
 DNS_NAME = r"(?ia)(?!.{254})(?!.*(?:\.\.|-\.|\.-))[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?"
 NAME_TEMPLATE = r"[^{}]*(?:\{(?:namespace|service|port)\}[^{}]*)+"
 CONFIG_DEPTH = 64  # of `base` and `merge`; protobuf's JSON ends at 100
-
-Config = Mapping[str, Json]  # the JSON document, with everything that DEFAULTS has
-
 DEFAULTS: Config = {
     "cluster": {"base": {}, "name": "{namespace}/{service}/{port}", "overrides": [],
                 "trusted_ca": "/etc/ssl/certs/ca-certificates.crt"},
     "cluster_domain": "cluster.local",
     "endpoint": {"eds_budget": None, "external_name": None, "families": None,
                  "include_not_ready": False, "locality": {}, "prefer_zone": False},
-    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"},
-}  # fmt: skip
+    "route": {"annotation_prefix": "xds-loader", "name": "services", "suffix": "cluster.local"}}
 
 
 class Rule(NamedTuple):
-    """What is expected somewhere in --config, and how to tell; `inner`: a schema, checked first."""
-
-    expected: str
+    expected: str  # in the message, where it does not hold
     holds: Callable[[Json], object]
-    inner: Json = None
+    inner: Json = None  # a schema, checked first
 
 
 def text_rule(expected: str, pattern: str) -> Rule:
@@ -962,16 +917,13 @@ SCHEMA = {
         "name": text_rule("a string with {namespace}, {service} or {port}", NAME_TEMPLATE)},
     "cluster_domain": DOMAIN,
     "endpoint": {
-        "eds_budget": Rule("a whole number of EDS files", lambda value: (
-            type(value) is int and value >= 0)),
-        "external_name": '"strict_dns" or "logical_dns"',
+        "eds_budget": Rule("a whole number of EDS files", lambda n: type(n) is int and n >= 0),
+        "external_name": '"strict_dns" or "logical_dns"', "include_not_ready": "true or false",
         "families": '["ipv4"] or ["ipv6"] or ["ipv4", "ipv6"] or ["ipv6", "ipv4"]',
-        "include_not_ready": "true or false",
         "locality": {"region": PART, "sub_zone": PART, "zone": PART},
         "prefer_zone": Rule("a zone, true or false", lambda value: (
             type(value) is bool or TEXT.holds(value)))},
-    "route": {"annotation_prefix": DOMAIN, "name": TEXT, "suffix": DOMAIN},
-}  # fmt: skip
+    "route": {"annotation_prefix": DOMAIN, "name": TEXT, "suffix": DOMAIN}}
 
 
 def config_check(value: Json, schema: Json, path: str) -> None:
@@ -1031,15 +983,12 @@ def merge(into: Json, more: Json) -> Json:
 
 
 # == Clusters, assignments, routes ===============================================================
-
 UPSTREAM_TLS = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 EDS, INLINE, DNS, AUTO = "eds", "inline", "dns", "auto"
-
 # Bounds of what one Service may ask for (whoever annotates it is not trusted with the size of what
 # Envoy's main thread reads), and of Services in a split: weights must not sum up to 2**32.
 PORTS_MOST, HOSTS_MOST, PREFIXES_MOST, WEIGHT_MOST, SPLIT_MOST = 256, 32, 32, 1_000_000, 1_000
-
 # What reaches Envoy's own pod, whatever DNS says: names in /etc/hosts, and each spelling of an IPv4
 # address that a resolver accepts (127.1, 0x7f000001).
 LOCAL_NAME = r"(?i)(.*\.)?(localhost(\.localdomain)?|ip6-(localhost|loopback)|[0-9]+|0x[0-9a-f]*)"
@@ -1048,7 +997,6 @@ HOST_NAME = r"[a-z0-9_](?:-*[a-z0-9_]|\.(?=[a-z0-9_]))*"
 ROUTE_HOST = rf"(?!.{{254}})(?:\*|(?:\*[.-])?{HOST_NAME}|{HOST_NAME}[.-]\*)"
 ROUTE_PREFIX = r"/(?:(?![?#])[!-~]){0,254}"
 GRPC_SERVICE = r"(?a)(?!.{254})[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
-
 # How Envoy speaks upstream to a port of an appProtocol, or of a name (up to its first dash).
 HTTP2_PORTS = frozenset(("http2", "h2c", "grpc", "grpcs", "grpctls", "kubernetes.io/h2c"))
 TLS_PORTS = frozenset(("https", "tls", "httptls", "grpcs", "grpctls", "kubernetes.io/wss"))
@@ -1081,13 +1029,11 @@ def service_line(key: Key, problems: Sequence[str]) -> str:
 
 
 def present(**members: Json) -> dict[str, Json]:
-    """The members that are not empty."""
     return {name: value for name, value in members.items() if value}
 
 
 def plan_service(service: Service, config: Config, endpoints: str) -> ServicePlan:
-    """What one Service becomes, from it and the configuration alone; what cannot be rendered is
-    left out and named."""
+    """What becomes of one Service, from it and --config alone; what is left out is named."""
     problems, clusters, external = list[str](), list[Cluster](), service.external_name
     if not service.ports:
         problems.append("has no ports, so there is no cluster")
@@ -1108,9 +1054,7 @@ def plan_service(service: Service, config: Config, endpoints: str) -> ServicePla
     return clusters, route_of(service, config, problems), problems
 
 
-def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints: str
-                 ) -> Cluster | None:
-    """The cluster of a port; None where it is not wanted."""
+def plan_cluster(service: Service, port: ServicePort, config: Config, mode: str) -> Cluster | None:
     settings, (namespace, service_name) = config["cluster"], service.key
     name = settings["name"].format(namespace=namespace, service=service_name, port=port.label)
     facts = {"cluster_name": name, "namespace": namespace, "port_name": port.label,
@@ -1126,7 +1070,7 @@ def plan_cluster(service: Service, port: ServicePort, config: Config, endpoints:
         return None
     families, options = config["endpoint"]["families"] or (service.family,), dict[str, Json]()
     host = service.external_name or f"{service_name}.{namespace}.svc.{config['cluster_domain']}"
-    if by_dns := service.external_name is not None or endpoints == DNS:
+    if by_dns := service.external_name is not None or mode == DNS:
         lookup = "ALL" if families[1:] else {"ipv4": "V4_ONLY", "ipv6": "V6_ONLY"}[families[0]]
         kind = config["endpoint"]["external_name"] if service.external_name else "strict_dns"
         options = {"type": kind.upper(), "dns_lookup_family": lookup}
@@ -1184,9 +1128,8 @@ def own_zone(config: Config, node: str, nodes: Mapping[str, Texts]) -> str | Non
 
 def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Config,
                   preferred: str | None, nodes: Mapping[str, Texts]) -> dict[str, Json]:
-    """The ClusterLoadAssignment of a service port, joined with each slice by the port's name. Hints
-    count only if all ready endpoints have them: Kubernetes gives none to one that terminates, which
-    must not take them from the others at every rolling update."""
+    """A ClusterLoadAssignment; slices are joined by the port's name. Hints count if all ready
+    endpoints have them: what terminates, at every rolling update, is given none by Kubernetes."""
     port, candidates = cluster.port, list[tuple[Any, ...]]()  # sorted, the best state is first
     used = [found for found in slices if found.family in cluster.families and not cluster.host]
     if cluster.host:  # one name; a headless Service's leads to pods, so it needs their port
@@ -1224,8 +1167,7 @@ def assignment_of(cluster: Cluster, slices: Sequence[EndpointSlice], config: Con
         for (away, (region, zone, sub_zone)), endpoints in sorted(groups.items())])
 
 
-def endpoint_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]
-                      ) -> Iterator[str]:
+def slice_problems(clusters: Sequence[Cluster], slices: Sequence[EndpointSlice]) -> Iterator[str]:
     """What of a Service's slices gives no endpoint although somebody meant it to."""
     if not slices:
         yield "has no EndpointSlice, so it has no endpoints"
@@ -1254,9 +1196,8 @@ def route_of(service: Service, config: Config, problems: list[str]) -> Route:
     asked = comma_separated((given.get("hosts") or f"{name}.{namespace}{suffix}").lower())
     hosts = [host for host in asked[:HOSTS_MOST] if may_have(namespace, host, suffix)]
     if wrong := [host for host in asked[:HOSTS_MOST] if host not in hosts]:
-        problems.append(
-            f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name (no "
-            f"port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
+        problems.append(f"{ours}hosts: left out: {shortened(wrong)!a:.100}: not a valid host name "
+                        f"(no port; * alone, or as in *.x, *-x, x.*, x-*), or another namespace's")
     try:
         if not hosts or len(asked) > HOSTS_MOST:
             raise ValueError(f"{ours}hosts: 1 to {HOSTS_MOST} valid hosts expected")
@@ -1277,8 +1218,7 @@ def comma_separated(text: str) -> list[str]:
 
 
 def may_have(namespace: str, host: str, suffix: str) -> bool:
-    """Whether a Service may have a host: names of Services are their namespace's alone, also with
-    `*` for an end of the suffix."""
+    """Names of Services are their namespace's alone, also with `*` for an end of the suffix."""
     name, svc, end = host.rpartition(".svc.")
     if host.endswith(suffix):
         name = host.removesuffix(suffix)
@@ -1288,8 +1228,7 @@ def may_have(namespace: str, host: str, suffix: str) -> bool:
 
 
 def route_target(service: Service, given: Texts, ours: str) -> tuple[list[str], ServicePort]:
-    """The path prefixes that annotations route, and the port: the one that they name, else the only
-    one, else the first HTTP one. ValueError for what is wrong in them."""
+    """The path prefixes and the port: the named, else the only, else the first HTTP one."""
     if given.get("route", "true") != "true":
         raise ValueError(f'{ours}route: "true" or "false" expected')
     services, prefix = comma_separated(given.get("grpc", "")), given.get("prefix", "")
@@ -1314,9 +1253,8 @@ def route_target(service: Service, given: Texts, ours: str) -> tuple[list[str], 
 def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePlan],
                  problems: Mapping[Key, list[str]]
                  ) -> tuple[dict[Key, list[Cluster]], dict[str, list[Route]]]:
-    """The clusters of each Service, and the routes of each host in the order of Services. What two
-    claim belongs to the oldest: the name of a cluster to a Service (of two Envoy would use the
-    last, in silence), a host to a namespace. Who loses is named."""
+    """The clusters of each Service, and the routes of each host. What two claim is the oldest's: a
+    cluster's name (of two Envoy would use the last, in silence), and a host for its namespace."""
     names, hosts = dict[str, tuple[Key, Cluster]](), dict[str, str]()
     clusters: dict[Key, list[Cluster]] = {key: [] for key in plans}
     routes = defaultdict[str, list[Route]](list)
@@ -1343,8 +1281,7 @@ def owned_by_age(services: Mapping[Key, Service], plans: Mapping[Key, ServicePla
 
 
 def shares(weights: Sequence[int | None]) -> list[int]:
-    """The weights of a split. Who has none takes what the others leave of 100: equal parts in whole
-    numbers, the first ones one more where it does not divide. If nobody has one, all are equal."""
+    """The weights of a split. Who has none gets an equal part of what the others leave of 100."""
     given = [weight for weight in weights if weight is not None]
     without = len(weights) - len(given)
     rest = max(0, 100 - sum(given)) if given else without
@@ -1352,7 +1289,8 @@ def shares(weights: Sequence[int | None]) -> list[int]:
     return [next(parts) if weight is None else weight for weight in weights]
 
 
-def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[Key, bool, str]]]:
+def virtual_host(fmt: str, host: str, routes: Sequence[Route]
+                 ) -> tuple[bytes, list[tuple[Key, bool, str]]]:
     """The virtual host of a host, its routes from most to least specific; Services that share a
     prefix split it. And for the log: the first Service concerned, whether it is a problem, why."""
     rendered, said, prefixes = [], [], dict[str, list[Route]]()
@@ -1374,11 +1312,13 @@ def virtual_host(host: str, routes: Sequence[Route]) -> tuple[Json, list[tuple[K
             "cluster": members[0].cluster}
         rendered.append({"match": {"prefix": prefix}, "route": action})
     domains = [host] if "*" in host else [host, f"{host}:*"]
-    return present(name=host, domains=domains, routes=rendered), said
+    return element(fmt, present(name=host, domains=domains, routes=rendered), "    "), said
 
 
 # == Writing and rendering =======================================================================
-
+MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
+MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
+CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
 # What every YAML parser, of 1.1 or 1.2, reads as the string that it is: names, paths, IPv4
 # addresses, durations. Everything else is quoted as in JSON, in one line.
 PLAIN_SCALAR = (
@@ -1387,10 +1327,6 @@ PLAIN_SCALAR = (
 # What JSON's quoting leaves as it is, and YAML takes for a line break or rejects.
 UNPRINTABLE = "[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 COMPACT_JSON = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-
-MAX_USER_INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
-MADE_BY = "# Rendered by envoy-xds-configmap-loader, which overwrites changes.\n"
-CDS_COMMENT = f"# Clusters: one for each port of each Service.\n{MADE_BY}"
 
 
 class Rendering(NamedTuple):
@@ -1470,9 +1406,8 @@ def clusters_of(file: File) -> Mapping[str, bytes] | None:
 
 
 def inotify_budget(config: Config) -> int:
-    """How many EDS files are safe: endpoint.eds_budget, else a sixteenth of the inotify instances
-    of a user on this node. All its Envoys share these, need one for a file (two while its cluster
-    warms), and abort without."""
+    """endpoint.eds_budget, else a sixteenth of a user's inotify instances: all Envoys of the node
+    share these, need one for an EDS file (two while its cluster warms), and abort without."""
     instances = 128  # the kernel's default
     with contextlib.suppress(OSError, ValueError), open(MAX_USER_INSTANCES, "rb") as file:
         instances = int(file.read())
@@ -1499,9 +1434,8 @@ class Renderer:
 
     def render(self, objects: Objects, other_files: int = 0) -> Rendering:
         """Render all; `other_files` EDS, RDS and SDS files of other sources share the budget."""
-        inputs = objects.services, other_files
-        planned, routes, warnings = self._results(self._plan, {"": inputs})[""]
-        warnings = [*warnings]
+        plan = self._results(self._plan, {"": (objects.services, other_files)})[""]
+        planned, routes, warnings = plan[0], plan[1], [*plan[2]]
         zone = own_zone(self._config, self._node_name, objects.nodes)
         if zone is None and self._config["endpoint"]["prefer_zone"]:
             warnings.append(f"node {self._node_name}: is not known or has no zone: "
@@ -1547,8 +1481,8 @@ class Renderer:
         problems = {key: list(said) for key, (_, _, said) in plans.items()}
         clusters, routes = owned_by_age(services, plans, problems)
         self._decide([*itertools.chain.from_iterable(clusters.values())], other_files)
-        hosts = self._results(self._host, {host: (host, routed)
-                                           for host, routed in sorted(routes.items())})
+        hosts = self._results(virtual_host, {host: (self._fmt, host, routed)
+                                             for host, routed in sorted(routes.items())})
         splits = defaultdict[Key, list[str]](list)
         for key, is_problem, text in itertools.chain(*(said for _, said in hosts.values())):
             (problems if is_problem else splits)[key].append(text)
@@ -1568,8 +1502,7 @@ class Renderer:
         return clusters, with_list(self._fmt, head, "virtual_hosts", written, "  "), warnings
 
     def _decide(self, clusters: Sequence[Cluster], other_files: int) -> None:
-        """The mode of each cluster by slices. It stays as long as the cluster lives: one that flips
-        would be new to Envoy, with new connections and health."""
+        """The mode of each cluster by slices, for life: one that flips would be new to Envoy."""
         names = [cluster.name for cluster in clusters if not cluster.host]
         on_eds = [name for name in names if self._modes.get(name) == EDS][: self._budget]
         free = self._budget - len(on_eds)
@@ -1580,16 +1513,12 @@ class Renderer:
             (EDS,): len(on_eds), (INLINE,): len(names) - len(on_eds),
             (DNS,): len(clusters) - len(names)})
 
-    def _host(self, host: str, routes: list[Route]) -> tuple[bytes, list[tuple[Key, bool, str]]]:
-        found, said = virtual_host(host, routes)
-        return element(self._fmt, found, "    "), said
-
     def _service(self, key: Key, clusters: Sequence[Cluster], slices: Sequence[EndpointSlice],
                  zone: str | None, nodes: Mapping[str, Texts]
                  ) -> tuple[list[bytes], dict[str, File], list[str]]:
         """One Service: its clusters in CDS, its EDS files, and what is wrong with its endpoints."""
         by_slices = [cluster for cluster in clusters if not cluster.host]
-        problems = list(endpoint_problems(by_slices, slices)) if by_slices else []
+        problems = list(slice_problems(by_slices, slices)) if by_slices else []
         resources, files = [], {}
         for cluster in clusters:
             label = cluster.port.label
@@ -1616,9 +1545,9 @@ class Renderer:
 
 
 # == Secrets =====================================================================================
-# A TLS Secret becomes SDS files, one for the pair and one for the trusted CA: Envoy accepts one
-# resource a file. The PEM is inline, so that certificate and key are replaced at once. No text made
-# here to be read has a byte of a key in it.
+# A TLS Secret becomes SDS files, for the pair and for the trusted CA: Envoy accepts one resource a
+# file. The PEM is inline, so that certificate and key are replaced at once. No text made here to be
+# read has a byte of a key in it.
 
 NAME_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 OBJECT_NAME = rf"(?=.{{1,253}}\Z){NAME_PART}(?:\.{NAME_PART})*"  # an RFC 1123 subdomain
@@ -1633,8 +1562,7 @@ def secret_from(obj: Json, form: str = "yaml", mode: int = 0o600) -> Rendering:
     if not valid or len(f"{stem}_ca.{form}") > 255:  # NAME_MAX of every file system that we know
         raise ValueError("a secret without a valid namespace and name, or too long for a file name")
     held = json_object(obj.get("data"))
-    cert, key, ca = (decode_key(held.get(entry), entry)
-                     for entry in ("tls.crt", "tls.key", "ca.crt"))
+    cert, key, ca = (decode_key(held.get(name), name) for name in ("tls.crt", "tls.key", "ca.crt"))
     check_secret(cert, key, ca)
     pair = {"name": label, "tls_certificate": {
         "certificate_chain": pem_source(cert), "private_key": pem_source(key)}}
@@ -1664,14 +1592,13 @@ def decode_key(text: Json, what: str) -> bytes:
 
 
 def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
-    """ValueError for what Envoy would reject, as far as OpenSSL can tell, and for nothing that
-    Envoy would accept: it decides itself what is too weak."""
+    """ValueError for what Envoy would reject, as far as OpenSSL can tell, and for nothing else."""
     if not (cert or key or ca):
         raise ValueError("none of the keys tls.crt, tls.key and ca.crt is there or has a value")
     if bool(cert) != bool(key):
         raise ValueError("tls.crt without tls.key" if cert else "tls.key without tls.crt")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.set_ciphers("ALL:@SECLEVEL=0")  # Envoy itself decides what is too weak
     for entry, pem in (("tls.crt", cert), ("ca.crt", ca)):
         if b"PRIVATE KEY-----" in pem:  # Envoy's /config_dump redacts private_key, not this field
             raise ValueError(f"{entry} holds a private key, which belongs into tls.key alone")
@@ -1687,7 +1614,7 @@ def check_secret(cert: bytes, key: bytes, ca: bytes) -> None:
         # touched. Without it (macOS) only Envoy judges.
         with open(os.memfd_create("pem"), "wb", buffering=0) as file:
             file.write(cert + b"\n" + key)
-            # Without a passphrase OpenSSL would prompt on the terminal and block the loader.
+            # (an empty password: without one OpenSSL would ask on the terminal, and wait)
             context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
     except ssl.SSLError as error:
         if b"ENCRYPTED" in key:
@@ -1706,8 +1633,7 @@ def holds_secret(content: bytes) -> bool:
 
 
 def redacted(content: bytes, published: bytes | None = None) -> bytes:
-    """The content to print, or a line in its place: not with a hash, by which guesses are tested,
-    but whether it differs from what is `published`."""
+    """What may be printed of a content: of a secret no hash, by which guesses can be tested."""
     if not holds_secret(content):
         return content
     differs = published is not None and published != content
@@ -1717,16 +1643,19 @@ def redacted(content: bytes, published: bytes | None = None) -> bytes:
 def no_core_dumps() -> None:
     """Keep keys out of core files. (Not 0, which does not hold where core_pattern is a pipe.)"""
     import resource
-
     if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:  # else somebody forbade them before us
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
 # == Composing ===================================================================================
-
+# What an option asks for: objects by name or selector, and the directory that their files go to.
+Source = tuple[Query, str]
 # The API server checks this; --from-file and `..state` do not, and nothing may leave the output
 # directory. (`..` begins the loader's own names.)
 KEY_NAME = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z0-9]{1,253}")
+COUNTED = {  # in warnings: what a file has of it, and how each begins
+    "cds": ("clusters", rb"@type\W+type\.googleapis\.com/envoy\.config\.cluster\.v3\.Cluster\b"),
+    "rds": ("routes", rb'- match:|{"match":')}
 
 
 def configmap_from(item: dict[str, Any]) -> Rendering:
@@ -1747,28 +1676,16 @@ def configmap_from(item: dict[str, Any]) -> Rendering:
     return Rendering(files, tuple(warnings))
 
 
-# What an option asks for: objects by name or selector, and the directory that their files go to.
-Source = tuple[Query, str]
-
-
 class Wanted(NamedTuple):
-    """What the sources ask for now. Nothing of it may be published with any missing or unknown."""
-
-    files: Files
+    files: Files  # which may not be published while anything is missing or unknown
     notes: list[str]  # what is wrong with single objects
     missing: list[str]  # named objects that do not exist and never did
     stale: list[str]  # sources that keep their last files
     unknown: list[str]  # sources that were not listed yet
 
 
-COUNTED = {  # in warnings: what a file has of it, and how each begins
-    "cds": ("clusters", rb"@type\W+type\.googleapis\.com/envoy\.config\.cluster\.v3\.Cluster\b"),
-    "rds": ("routes", rb'- match:|{"match":')}
-
-
 def overlaid(layers: Iterable[Rendering]) -> Rendering:
-    """All files of the layers, the later ones winning, and a warning for each that lost. A file
-    cannot be where another source has a directory: it is left out."""
+    """All files of the layers, the later ones winning, and a warning for each that lost."""
     files, warnings = dict[str, File](), list[str]()
     for layer in layers:
         warnings += layer.warnings
@@ -1776,9 +1693,8 @@ def overlaid(layers: Iterable[Rendering]) -> Rendering:
             lost = files.get(path, file)
             if lost.source != file.source:
                 what, pattern = COUNTED.get(lost.kind, ("", b""))
-                count = f" ({len(re.findall(pattern, lost.content))} {what})" if what else ""
-                warnings.append(f"{path} of {lost.source}{count} is hidden by that of "
-                                f"{file.source}")
+                held = f" ({len(re.findall(pattern, lost.content))} {what})" if what else ""
+                warnings.append(f"{path} of {lost.source}{held} is hidden by that of {file.source}")
             files[path] = file
     directories = {parent for path in files for parent in parents(path)}
     for path in sorted(directories & files.keys()):
@@ -1802,10 +1718,9 @@ class Sources:
         self._options, self._config, self._wake = options, config, wake
         self._file = FileSource(options.from_file, options.namespace) if options.from_file else None
         self._reflectors: dict[Query, Reflector] = {}
-        selector = options.configmap_selector
-        selected = [] if selector is None else [
-            (Query(CONFIGMAPS, options.namespace, labels=selector), "")]
-        self._sources: list[Source] = [*options.secret, *selected, *options.configmap]
+        selected = Query(CONFIGMAPS, options.namespace, labels=options.configmap_selector or "")
+        by_selector = [] if options.configmap_selector is None else [(selected, "")]
+        self._sources: list[Source] = [*options.secret, *by_selector, *options.configmap]
         self._kept: dict[Source, Files] = {}  # the last good files of each named object
         self._renderer: Renderer | None = None
 
@@ -1844,7 +1759,6 @@ class Sources:
             reflector.refresh()
 
     def trouble(self) -> dict[str, ApiError]:
-        """What goes wrong now, by source."""
         return {str(r.query): r.trouble for r in self._reflectors.values() if r.trouble}
 
     def compose(self, published: Files) -> Wanted:
