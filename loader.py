@@ -1918,13 +1918,11 @@ REFERENCES, REMOVALS, ROLLBACK = "references", "removals", "rollback"
 REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))  # name clusters, files, others
 CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
-NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
+NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # every other kind first
 
 
 class Step(NamedTuple):
-    """The next snapshot on the way, and its name."""
-
-    files: Files
+    files: Files  # the next snapshot on the way
     name: str
 
 
@@ -1951,14 +1949,12 @@ def next_step(published: Files, desired: Files) -> Step | None:
 
 
 def notify_order(paths: Iterable[str], files: Files) -> list[str]:
-    """Paths in the order in which Envoy shall notice them: children, CDS, RDS, LDS."""
     return sorted(paths, key=lambda path: (NOTIFY_RANK.get(files[path].kind, 0), path))
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
-    """A file on the way from old to new: in CDS the new clusters and the others of the old one, or
-    those of them to `keep`. YAML of a ConfigMap is never rewritten: it goes out now, or with the
-    removals if it only has fewer names."""
+    """A file on the way from old to new: CDS with the clusters of both (of old those to `keep`).
+    YAML of a ConfigMap goes out as it is: now, or with the removals if it only has fewer names."""
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
@@ -1969,16 +1965,14 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
              if name not in two and (keep is None or name in keep)}
     if not extra:
         return new
-    if {**extra, **two} == one:
+    if (union := {**two, **extra}) == one:
         return old  # nothing new: the old file is the union
     form = "json" if new.content.startswith(b"{") else "yaml"
-    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE,
-                                 [*two.values(), *extra.values()])
+    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE, [*union.values()])
     return file_of(content, new.source, new.mode, "cds")
 
 
-# -- names in texts, without a YAML parser -------------------------------------------------------
-
+# Names in texts, without a YAML parser.
 NAME = re.compile(rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?"""
                   rb"""[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)""")
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
@@ -2015,7 +2009,6 @@ def places_in(content: bytes) -> set[str]:
 
 
 def paths_in(files: Iterable[File], paths: Collection[str]) -> set[str]:
-    """Those of the paths that files name."""
     return {path for file in files if paths for path in places_in(file.content) if path in paths}
 
 
@@ -2048,13 +2041,8 @@ def with_named_files(files: Files, pool: Files) -> dict[str, File]:
     return files
 
 
-# -- what may be published after a NACK ----------------------------------------------------------
-
-
 class Nack(NamedTuple):
-    """Bytes that Envoy rejected: not tried again until the desired bytes are others."""
-
-    digest: str  # as they were published
+    digest: str  # of the bytes that Envoy rejected: not tried again until others are desired
     kind: str
     reason: str
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
@@ -2067,14 +2055,11 @@ def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     return nack.digest in (file.digest, united(acked, file).digest)
 
 
-def allowed(
-    desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
-) -> tuple[Files, list[str]]:
-    """What may be published of `desired` after NACKs, and why the rest waits, in words.
-
-    A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well.
-    """
+def allowed(desired: Files, published: Files, acked: Files,
+            nacks: Mapping[str, Nack]) -> tuple[Files, list[str]]:
+    """What may be published of `desired` after NACKs, and why the rest waits, in words. A NACKed
+    file keeps its last ACKed bytes. References to what is lacking because of that keep theirs too,
+    and what bytes that are kept name stays as well."""
     held = [path for path, nack in sorted(nacks.items())
             if is_nacked(desired.get(path), nack, acked.get(path))]
     notes = [f"{path}: NACKed by Envoy, "
@@ -2138,8 +2123,7 @@ STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
 
 class Output:
-    """The output directory; nothing else touches it. Raises OSError as it comes: what was
-    published goes on serving."""
+    """The output directory; nothing else touches it. After an OSError the old files serve on."""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
@@ -2166,8 +2150,7 @@ class Output:
         return False
 
     def recover(self) -> None:
-        """Make good whatever the last process, or the last failure, left: every link and every
-        notification. What the disk shows is `published`, and what Envoy ACKed of old `kept`."""
+        """Make good whatever the last process, or the last failure, left; load what is there."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
@@ -2189,8 +2172,7 @@ class Output:
         self.prune()
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything. What this version
-        of the loader remembered is `state`."""
+        """What is published, and `state`, read without a lock and without touching anything."""
         self.state, there = {}, is_directory(self._path(STATE))
         if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
             with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
@@ -2300,8 +2282,6 @@ class Output:
                 self._put(place, path, needed[path])
         self.kept = needed
 
-    # -- parts of the steps -------------------------------------------------------------------
-
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
 
@@ -2372,8 +2352,7 @@ class Output:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
         there = [*walk(self._path(CURRENT))]
-        ours = {path for path in there
-                if read_link(self._path(CURRENT, path)) == link_target(path)}
+        ours = {path for path in there if read_link(self._path(CURRENT, path)) == link_target(path)}
         missing = [path for path in self.published if path not in ours]
         self._notify(missing)
         left = ours - self.published.keys()
