@@ -1907,7 +1907,6 @@ class Sources:
 # A route to a cluster that is not there yet answers 503, and so does a route to one that is gone
 # already (measured: 547 and 709 of 76,000 requests). With P published and D desired, the next
 # snapshot is the first of these that differs from P, each complete and consistent:
-#
 #   children    P, and the files of D whose path is new
 #   clusters    that, and every changed file that is no reference; CDS with old and new clusters
 #   references  that, and the changed references
@@ -2100,14 +2099,12 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
 # == The disk ====================================================================================
 # A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
-#
 #   1. Stage: a new directory `..<version>` of all files; unchanged ones are hard-linked.
 #   2. Remember in `..state` which object each file is from.
 #   3. Mark: a symlink `..notify` names the snapshot before. (For Envoy it is no event.)
 #   4. Unlink the links of files that are gone.
 #   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
-#   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
-#      MOVE is what wakes just the subscription concerned.
+#   6. Notify: rename(2) replaces each changed link, children first. The MOVE wakes only its reader.
 #   7. Unmark.
 #   8. Prune: all but the last two snapshots go.
 #
@@ -2141,8 +2138,7 @@ class Output:
     def lock(self) -> bool:
         """Create the directory if need be and be its only loader; False while another one is."""
         os.makedirs(self.root, exist_ok=True)
-        if self._lock < 0:
-            # (The directory itself: a lock file could be another user's.)
+        if self._lock < 0:  # the directory itself: a lock file could be another user's
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2273,8 +2269,7 @@ class Output:
         """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        changed = [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]
-        for path in changed:
+        for path in [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]:
             place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
             remove(place)
@@ -2413,8 +2408,7 @@ def write_file(place: str, content: bytes, mode: int) -> None:
 
 
 def read_file(place: str, most: int) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read. Others may
-    write to the volume: no link is followed, and no FIFO is waited for."""
+    """Content and mode of a regular file, else None. (Others may plant links and FIFOs here.)"""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
@@ -2869,9 +2863,8 @@ STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
 class Log:
-    """One line a record to stderr: a message, `%`-formatted with `args` only if it is written, and
-    fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
-    counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
+    """One line a record to stderr, written whole or not at all: where nobody reads stderr, lines
+    are dropped and counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
     def __init__(self, fd: int = 2) -> None:
         self._fd, self._lock, self._blocked = fd, threading.Lock(), False
@@ -2902,8 +2895,7 @@ class Log:
 
 
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
-    """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, its long texts are cut."""
+    """`2025-11-20T23:31:54.120Z INFO published version=ab12`, or JSON; cut where it is too long."""
     numbers = {name: value for name, value in fields.items()  # JSON has no NaN and no infinity
                if value is None or (isinstance(value, (int, float)) and value - value == 0)}
     when, most, line = timestamp(time.time()), LINE_BYTES, b""
@@ -2954,7 +2946,6 @@ METRICS = (  # name, type, labels, help
     ("process_cpu_seconds_total", "counter", "", "User and system CPU time."),
     ("process_start_time_seconds", "gauge", "", "When the process started."),
 )
-
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
@@ -2965,8 +2956,7 @@ Labels = tuple[str, ...]
 
 
 class Metrics:
-    """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
-    order declared; the series of a histogram are held by what follows its name in the output."""
+    """The values of METRICS, set from any thread: by labels as declared, or by HISTOGRAM's rows."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
@@ -2990,7 +2980,6 @@ class Metrics:
         self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
-        """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
             for row, bound in HISTOGRAM.items():
@@ -3018,11 +3007,9 @@ class Metrics:
 
 metrics = Metrics(__version__)
 
-# -- probes, metrics and the snapshot over HTTP ------------------------------------------------
-# Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
-# the size of a request, what rendering may cost. It shows names and figures: never the content of
-# a file, nor Envoy's reasons, which quote it.
-
+# Probes, metrics and the snapshot over HTTP. Whoever reaches the port needs no credentials, so
+# everything is bounded: connections, their time, the size of a request, what rendering may cost. It
+# shows names and figures: never the content of a file, nor Envoy's reasons, which quote it.
 NOT_ACKED = (NACKED, UNKNOWN, UNREAD)
 CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
@@ -3030,10 +3017,8 @@ HEAD_MAX = 8192  # bytes that are read of a request
 REUSED = 20  # an answer is used for so many times as long as its rendering took: 5 % of a CPU
 
 
-class Status(NamedTuple):
-    """What the loop shows. It puts a new value in place; nothing in one changes."""
-
-    files: Files  # of the snapshot; replaced with it, never changed in place
+class Status(NamedTuple):  # what the loop shows: replaced as a whole, never changed in place
+    files: Files  # of the snapshot
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
     states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
@@ -3044,16 +3029,14 @@ class Status(NamedTuple):
 
 
 def snapshot_text(status: Status) -> str:
-    """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
-    size and no digest: with a digest one tests guesses at a password."""
+    """/snapshot. Secrets have no size and no digest: with a digest one tests guesses at them."""
     rows = [{"path": path, "source": file.source, "state": status.states[path]} | (
                 {} if holds_secret(file.content) else
                 {"bytes": len(file.content), "sha256": file.digest})
             for path, file in sorted(status.files.items())]
-    return json.dumps({
-        "version": status.version or None,
-        "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows, **status.named}, indent=1)
+    when = timestamp(status.published_at) if status.version else None
+    head = {"version": status.version or None, "published_at": when}
+    return json.dumps({**head, "files": rows, **status.named}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3073,8 +3056,7 @@ class Listener:
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
-            self._socket = socket.create_server(
-                (host, port), family=family, backlog=128, dualstack_ipv6=both)
+            self._socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
             where, reason = f"{host or '*'} port {port}", why(error).partition(" (while")[0]
             raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
@@ -3094,7 +3076,6 @@ class Listener:
                 cut(recent.popleft())
 
     def _talk(self, client: socket.socket) -> None:
-        """One request and its answer."""
         end, head, block = time.monotonic() + CONNECTION_TIME, b"", b"-"
         with client, contextlib.suppress(OSError):
             while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
@@ -3112,14 +3093,12 @@ class Listener:
             client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
     def answer(self, path: str) -> tuple[int, str]:
-        """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
             late = time.monotonic() - status.turn_by
             return (503, f"the loop is {late:.0f} s late") if late > 0 else (200, "ok")
         if path in ("/readyz", "/startz"):
-            # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
-            # should be takes no running Envoy out of its Service: it is named.
+            # Published, or ACKed. What else is wrong is named, and takes no Envoy out of service.
             started = path == "/readyz" or status.started
             ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
             lines = [f"{what}: {name}" for what in ("missing", "stale", NACKED)
@@ -3660,10 +3639,8 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 
 
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
-    """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
-    Its process group is killed at the end: no process that it left behind may hold these files."""
+    """Run --check-cmd on a directory: "" if it accepts it, else why not. No process is left."""
     import subprocess
-
     words = [part.replace("{dir}", directory) for part in command]
     until, printed, ended = time.monotonic() + CHECK_SECONDS, b"", None
     try:
@@ -3699,8 +3676,7 @@ class CheckCommand:
     def __init__(self, command: Sequence[str] | None, output: Output,
                  wake: Callable[[str, object], None]) -> None:
         self.running: threading.Thread | None = None
-        self.refusal = ""  # of the version that was checked last
-        self._version = ""
+        self.refusal = self._version = ""  # of what was checked last
         self._accepted: Files = {}
         self._command, self._output, self._wake = command or (), output, wake
         self._stop = threading.Event()
@@ -3732,7 +3708,6 @@ class CheckCommand:
         self._wake("checked", run_check(self._command, place, self._stop))
 
     def end(self, refusal: str) -> None:
-        """It has accepted the staged files, or not."""
         version, self._output.staged = self._output.staged[2:], ""
         self.running, self.refusal = None, refusal
         if refusal:
@@ -3771,9 +3746,7 @@ def preview(options: Options, config: Config) -> int:
     if any(shown) or not options.diff:
         print_out("".join([f"snapshot {version_of(files)}\n", *shown]))
     if options.check_cmd:
-        import tempfile
-
-        # a copy that nobody else can read (0700), and that goes again
+        import tempfile  # for a copy that nobody else can read (0700), and that goes again
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
                 os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
@@ -3786,7 +3759,6 @@ def preview(options: Options, config: Config) -> int:
 def difference(path: str, old: File | None, new: File | None) -> str:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
-
     before = redacted(old.content) if old else b""
     after = redacted(new.content, old.content if old else None) if new else b""
     a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
@@ -3809,12 +3781,10 @@ def print_out(text: str) -> None:
 
 def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""
-
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError(f"is not {what}")
         return value(text)
-
     return parse
 
 
@@ -3845,12 +3815,10 @@ def go_duration(text: str) -> float:
 def named_secret(text: str, kind: str = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
-    namespace = namespace_name(namespace) if slash else ""
-    return Query(kind, namespace, object_name(name)), directory
+    return Query(kind, namespace_name(namespace) if slash else "", object_name(name)), directory
 
 
 def named_configmap(text: str) -> Source:
-    """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
         if not KEY_NAME.fullmatch(part):
@@ -3881,15 +3849,12 @@ def admin_url(text: str) -> str:
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
-
     if words := tuple(shlex.split(text)):
         return words
     raise ValueError("is empty")
 
 
-class Option(NamedTuple):
-    """One option: the same table makes the parser, the environment variables, --help and docs."""
-
+class Option(NamedTuple):  # the same table makes the parser, the variables, --help and docs
     name: str
     parse: Callable[[str], Any]
     metavar: str  # "" of a switch; `a|b` where these are all values
@@ -3965,7 +3930,6 @@ VARIABLES = {  # the later ones win
     **{f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
-
 # The value of each option by its name (with `_`), checked; and what follows from them and the
 # environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
 Options = types.SimpleNamespace
@@ -3973,14 +3937,11 @@ Given = dict[str, tuple[str, list[str]]]  # by option: where it is said, and its
 
 
 def given_in_words(argv: Sequence[str]) -> Given:
-    """What the command line says, read as Go's flag package reads it: one dash or two; `-x=v` and
-    `-x v`; a switch takes a value only after `=`."""
-    given: Given = {}
-    rest = deque(argv)
+    """As Go's flags: one dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
+    given, rest = Given(), deque(argv)
     while rest:
         name, equals, value = rest.popleft().partition("=")
-        option = SPELLED.get(name)
-        if option is None:
+        if not (option := SPELLED.get(name)):
             raise UsageError(f"unknown option {name[:100]!r}; see --help")
         if option.metavar and not (equals or rest):
             raise UsageError(f"{name} needs a value: {option.metavar}")
@@ -4000,8 +3961,7 @@ def given_in_environment(environ: Mapping[str, str]) -> Given:
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
         given["apiserver"] = "$KUBERNETES_SERVICE_HOST and ..._PORT", [url]
     for variable, option in VARIABLES.items():
-        text = environ.get(variable)
-        if text and option.name not in ("help", "version"):
+        if (text := environ.get(variable)) and option.name not in ("help", "version"):
             given[option.name] = variable, text.split() if option.repeats else [text]
     return given
 
@@ -4060,7 +4020,6 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 
 
 def help_text() -> str:
-    """--help: what the module says of itself, and the table of options."""
     lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
         lines += ["", f"{title}:"]
@@ -4072,13 +4031,11 @@ def help_text() -> str:
 
 
 def run(options: Options) -> int:
-    """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
     if options.trafficsplit_api_version:
         log.warning("--trafficsplit-api-version is ignored: SMI is not supported any more")
-    if options.unknown_variables:
-        log.warning("no option has the environment variable %s",
-                    shortened(options.unknown_variables))
+    if unknown := options.unknown_variables:
+        log.warning("no option has the environment variable %s", shortened(unknown))
     config, path = DEFAULTS, options.config
     if path:
         try:
