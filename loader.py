@@ -1821,7 +1821,6 @@ class Sources:
 # A route to a cluster that is not there yet answers 503, and so does a route to one that is gone
 # already (measured: 547 and 709 of 76,000 requests). With P published and D desired, the next
 # snapshot is the first of these that differs from P, each complete and consistent:
-#
 #   children    P, and the files of D whose path is new
 #   clusters    that, and every changed file that is no reference; CDS with old and new clusters
 #   references  that, and the changed references
@@ -1832,13 +1831,11 @@ REFERENCES, REMOVALS, ROLLBACK = "references", "removals", "rollback"
 REFERENCE_KINDS = frozenset(("ecds", "rds", "scoped_rds", "lds"))  # name clusters, files, others
 CHILD_KINDS = frozenset(("cds", "eds", "sds"))
 WAITING_STEPS = frozenset((REFERENCES, REMOVALS))  # for what Envoy makes of the steps before
-NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # others before them
+NOTIFY_RANK = {"cds": 1, "ecds": 2, "rds": 2, "scoped_rds": 3, "lds": 4}  # every other kind first
 
 
 class Step(NamedTuple):
-    """The next snapshot on the way, and its name."""
-
-    files: Files
+    files: Files  # the next snapshot on the way
     name: str
 
 
@@ -1865,14 +1862,12 @@ def next_step(published: Files, desired: Files) -> Step | None:
 
 
 def notify_order(paths: Iterable[str], files: Files) -> list[str]:
-    """Paths in the order in which Envoy shall notice them: children, CDS, RDS, LDS."""
     return sorted(paths, key=lambda path: (NOTIFY_RANK.get(files[path].kind, 0), path))
 
 
 def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
-    """A file on the way from old to new: in CDS the new clusters and the others of the old one, or
-    those of them to `keep`. YAML of a ConfigMap is never rewritten: it goes out now, or with the
-    removals if it only has fewer names."""
+    """A file on the way from old to new: CDS with the clusters of both (of old those to `keep`).
+    YAML of a ConfigMap goes out as it is: now, or with the removals if it only has fewer names."""
     if new.kind != "cds" and old.kind != "cds":
         return new
     one, two = clusters_of(old), clusters_of(new)
@@ -1883,16 +1878,14 @@ def united(old: File, new: File, keep: frozenset[str] | None = None) -> File:
              if name not in two and (keep is None or name in keep)}
     if not extra:
         return new
-    if {**extra, **two} == one:
+    if (union := {**two, **extra}) == one:
         return old  # nothing new: the old file is the union
     form = "json" if new.content.startswith(b"{") else "yaml"
-    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE,
-                                 [*two.values(), *extra.values()])
+    content = discovery_response(form, CDS_COMMENT, CLUSTER_TYPE, [*union.values()])
     return file_of(content, new.source, new.mode, "cds")
 
 
-# -- names in texts, without a YAML parser -------------------------------------------------------
-
+# Names in texts, without a YAML parser.
 NAME = re.compile(rb"""(?m)(^[ ]*(?:- )?)?["']?\b(?:cluster_?|alt_?[sS]tat_?)?[nN]ame["']?"""
                   rb"""[ \t]*:[ \t]*["']?([^\s"',{}\[\]]+)""")
 WORD = re.compile(rb"[^\s\"'{}\[\],]+")
@@ -1929,7 +1922,6 @@ def places_in(content: bytes) -> set[str]:
 
 
 def paths_in(files: Iterable[File], paths: Collection[str]) -> set[str]:
-    """Those of the paths that files name."""
     return {path for file in files if paths for path in places_in(file.content) if path in paths}
 
 
@@ -1962,13 +1954,8 @@ def with_named_files(files: Files, pool: Files) -> dict[str, File]:
     return files
 
 
-# -- what may be published after a NACK ----------------------------------------------------------
-
-
 class Nack(NamedTuple):
-    """Bytes that Envoy rejected: not tried again until the desired bytes are others."""
-
-    digest: str  # as they were published
+    digest: str  # of the bytes that Envoy rejected: not tried again until others are desired
     kind: str
     reason: str
     stood: frozenset[str] = frozenset()  # the clusters and files there were, of those it names
@@ -1981,14 +1968,11 @@ def is_nacked(file: File | None, nack: Nack, acked: File | None = None) -> bool:
     return nack.digest in (file.digest, united(acked, file).digest)
 
 
-def allowed(
-    desired: Files, published: Files, acked: Files, nacks: Mapping[str, Nack]
-) -> tuple[Files, list[str]]:
-    """What may be published of `desired` after NACKs, and why the rest waits, in words.
-
-    A NACKed file keeps its last ACKed bytes. References to what is lacking because of that keep
-    theirs too, and what bytes that are kept name stays as well.
-    """
+def allowed(desired: Files, published: Files, acked: Files,
+            nacks: Mapping[str, Nack]) -> tuple[Files, list[str]]:
+    """What may be published of `desired` after NACKs, and why the rest waits, in words. A NACKed
+    file keeps its last ACKed bytes. References to what is lacking because of that keep theirs too,
+    and what bytes that are kept name stays as well."""
     held = [path for path, nack in sorted(nacks.items())
             if is_nacked(desired.get(path), nack, acked.get(path))]
     notes = [f"{path}: NACKed by Envoy, "
@@ -2029,14 +2013,12 @@ def with_named(result: Files, desired: Files, published: Files, acked: Files) ->
 # == The disk ====================================================================================
 # A `path` is relative, in a snapshot and in `current/`; a `place` is where something is on disk.
 # Publishing a set of files; the numbers come back in the code:
-#
 #   1. Stage: a new directory `..<version>` of all files; unchanged ones are hard-linked.
 #   2. Remember in `..state` which object each file is from.
 #   3. Mark: a symlink `..notify` names the snapshot before. (For Envoy it is no event.)
 #   4. Unlink the links of files that are gone.
 #   5. Swap: `..data` is renamed over. From here on every path shows the new snapshot.
-#   6. Notify: the link of each new or changed file is replaced by rename(2), children first. This
-#      MOVE is what wakes just the subscription concerned.
+#   6. Notify: rename(2) replaces each changed link, children first. The MOVE wakes only its reader.
 #   7. Unmark.
 #   8. Prune: all but the last two snapshots go.
 #
@@ -2052,8 +2034,7 @@ STATE_BYTES = 16 << 20  # of what is remembered: 10,000 files are 3 MB
 
 
 class Output:
-    """The output directory; nothing else touches it. Raises OSError as it comes: what was
-    published goes on serving."""
+    """The output directory; nothing else touches it. After an OSError the old files serve on."""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
@@ -2071,8 +2052,7 @@ class Output:
     def lock(self) -> bool:
         """Create the directory if need be and be its only loader; False while another one is."""
         os.makedirs(self.root, exist_ok=True)
-        if self._lock < 0:
-            # (The directory itself: a lock file could be another user's.)
+        if self._lock < 0:  # the directory itself: a lock file could be another user's
             self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2080,8 +2060,7 @@ class Output:
         return False
 
     def recover(self) -> None:
-        """Make good whatever the last process, or the last failure, left: every link and every
-        notification. What the disk shows is `published`, and what Envoy ACKed of old `kept`."""
+        """Make good whatever the last process, or the last failure, left; load what is there."""
         if is_directory(self._path(SWITCH)):
             raise LoaderError(f"{self._path(SWITCH)} is a directory and not a link: remove it")
         remove(self._path(LINK))
@@ -2103,8 +2082,7 @@ class Output:
         self.prune()
 
     def peek(self) -> Files:
-        """What is published, read without a lock and without touching anything. What this version
-        of the loader remembered is `state`."""
+        """What is published, and `state`, read without a lock and without touching anything."""
         self.state, there = {}, is_directory(self._path(STATE))
         if there and (found := read_file(self._path(STATE_FILE), STATE_BYTES)):
             with contextlib.suppress(ValueError, TypeError, KeyError):  # it is not ours
@@ -2205,16 +2183,13 @@ class Output:
         """Keep the ACKed bytes that are not published or that `files` will replace, no others."""
         needed = {path: acked[path] for shown in (self.published, files)
                   for path in moved_paths(shown, acked)}
-        changed = [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]
-        for path in changed:
+        for path in [*moved_paths(self.kept, needed), *(self.kept.keys() - needed.keys())]:
             place = self._path(ACKED_FILES, path.replace("/", "%"))
             self._own_parents(ACKED_FILES)
             remove(place)
             if path in needed:
                 self._put(place, path, needed[path])
         self.kept = needed
-
-    # -- parts of the steps -------------------------------------------------------------------
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *parts))
@@ -2286,8 +2261,7 @@ class Output:
         """Every published file has its link in `current/`, and no link of ours is left over."""
         self._own_parents(CURRENT, ("", *self.published))
         there = [*walk(self._path(CURRENT))]
-        ours = {path for path in there
-                if read_link(self._path(CURRENT, path)) == link_target(path)}
+        ours = {path for path in there if read_link(self._path(CURRENT, path)) == link_target(path)}
         missing = [path for path in self.published if path not in ours]
         self._notify(missing)
         left = ours - self.published.keys()
@@ -2348,8 +2322,7 @@ def write_file(place: str, content: bytes, mode: int) -> None:
 
 
 def read_file(place: str, most: int) -> tuple[bytes, int] | None:
-    """Content and mode of a regular file; None where there is none that can be read. Others may
-    write to the volume: no link is followed, and no FIFO is waited for."""
+    """Content and mode of a regular file, else None. (Others may plant links and FIFOs here.)"""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         with open(place, "rb", opener=lambda path, _: os.open(path, flags)) as stream:
@@ -2792,9 +2765,8 @@ STDERR_PATIENCE = 0.02  # seconds for a reader of stderr that is behind
 
 
 class Log:
-    """One line a record to stderr: a message, `%`-formatted with `args` only if it is written, and
-    fields. A line is written whole or not at all: where nobody reads stderr, lines are dropped and
-    counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
+    """One line a record to stderr, written whole or not at all: where nobody reads stderr, lines
+    are dropped and counted, and the loader goes on. (Not `logging`: it costs 6 ms of import.)"""
 
     def __init__(self, fd: int = 2) -> None:
         self._fd, self._lock, self._blocked = fd, threading.Lock(), False
@@ -2825,8 +2797,7 @@ class Log:
 
 
 def log_line(form: str, level: str, message: str, fields: Mapping[str, object]) -> bytes:
-    """`2025-11-20T23:31:54.120Z INFO published version=ab12 source="configmap demo/envoy-xds"`, or
-    the same as a JSON object. Where it is too long, its long texts are cut."""
+    """`2025-11-20T23:31:54.120Z INFO published version=ab12`, or JSON; cut where it is too long."""
     numbers = {name: value for name, value in fields.items()  # JSON has no NaN and no infinity
                if value is None or (isinstance(value, (int, float)) and value - value == 0)}
     when, most, line = timestamp(time.time()), LINE_BYTES, b""
@@ -2877,7 +2848,6 @@ METRICS = (  # name, type, labels, help
     ("process_cpu_seconds_total", "counter", "", "User and system CPU time."),
     ("process_start_time_seconds", "gauge", "", "When the process started."),
 )
-
 # From the 0.5 ms of a good publication to the 10 s after which nobody waits.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 HISTOGRAM = {**{f'_bucket{{le="{bound}"}}': bound for bound in BUCKETS},
@@ -2888,8 +2858,7 @@ Labels = tuple[str, ...]
 
 
 class Metrics:
-    """The values of METRICS, to be recorded from any thread. Labels are a tuple of values in the
-    order declared; the series of a histogram are held by what follows its name in the output."""
+    """The values of METRICS, set from any thread: by labels as declared, or by HISTOGRAM's rows."""
 
     def __init__(self, version: str) -> None:
         self._lock = threading.Lock()
@@ -2913,7 +2882,6 @@ class Metrics:
         self._series[name] = {**series}
 
     def observe(self, name: str, seconds: float) -> None:
-        """Add a duration to a histogram."""
         with self._lock:
             series = self._series[name]
             for row, bound in HISTOGRAM.items():
@@ -2941,11 +2909,9 @@ class Metrics:
 
 metrics = Metrics(__version__)
 
-# -- probes, metrics and the snapshot over HTTP ------------------------------------------------
-# Whoever reaches the port needs no credentials, so everything is bounded: connections, their time,
-# the size of a request, what rendering may cost. It shows names and figures: never the content of
-# a file, nor Envoy's reasons, which quote it.
-
+# Probes, metrics and the snapshot over HTTP. Whoever reaches the port needs no credentials, so
+# everything is bounded: connections, their time, the size of a request, what rendering may cost. It
+# shows names and figures: never the content of a file, nor Envoy's reasons, which quote it.
 NOT_ACKED = (NACKED, UNKNOWN, UNREAD)
 CONNECTIONS_MAX = 128  # beyond it the oldest is cut: a crowd makes room by those that dawdle
 CONNECTION_TIME = 5.0  # seconds from accept to close, whatever the client does
@@ -2953,10 +2919,8 @@ HEAD_MAX = 8192  # bytes that are read of a request
 REUSED = 20  # an answer is used for so many times as long as its rendering took: 5 % of a CPU
 
 
-class Status(NamedTuple):
-    """What the loop shows. It puts a new value in place; nothing in one changes."""
-
-    files: Files  # of the snapshot; replaced with it, never changed in place
+class Status(NamedTuple):  # what the loop shows: replaced as a whole, never changed in place
+    files: Files  # of the snapshot
     version: str = ""  # of the published snapshot, "" while there is none
     published_at: float = 0.0  # Unix time
     states: Mapping[str, str] = {}  # acked, nacked, unknown or unread, of each of them
@@ -2967,16 +2931,14 @@ class Status(NamedTuple):
 
 
 def snapshot_text(status: Status) -> str:
-    """/snapshot: the published files and what Envoy made of them. One that holds a secret has no
-    size and no digest: with a digest one tests guesses at a password."""
+    """/snapshot. Secrets have no size and no digest: with a digest one tests guesses at them."""
     rows = [{"path": path, "source": file.source, "state": status.states[path]} | (
                 {} if holds_secret(file.content) else
                 {"bytes": len(file.content), "sha256": file.digest})
             for path, file in sorted(status.files.items())]
-    return json.dumps({
-        "version": status.version or None,
-        "published_at": timestamp(status.published_at) if status.version else None,
-        "files": rows, **status.named}, indent=1)
+    when = timestamp(status.published_at) if status.version else None
+    head = {"version": status.version or None, "published_at": when}
+    return json.dumps({**head, "files": rows, **status.named}, indent=1)
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -2996,8 +2958,7 @@ class Listener:
         both = not host and socket.has_dualstack_ipv6()  # every address, of IPv6 too
         family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         try:
-            self._socket = socket.create_server(
-                (host, port), family=family, backlog=128, dualstack_ipv6=both)
+            self._socket = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
             where, reason = f"{host or '*'} port {port}", why(error).partition(" (while")[0]
             raise LoaderError(f"--listen: cannot bind {where}: {reason}") from error
@@ -3017,7 +2978,6 @@ class Listener:
                 cut(recent.popleft())
 
     def _talk(self, client: socket.socket) -> None:
-        """One request and its answer."""
         end, head, block = time.monotonic() + CONNECTION_TIME, b"", b"-"
         with client, contextlib.suppress(OSError):
             while block and len(head) < HEAD_MAX and not re.search(rb"\n\r?\n", head):
@@ -3035,14 +2995,12 @@ class Listener:
             client.sendall((line + fields).encode() + body)  # the timeout is one for all of it
 
     def answer(self, path: str) -> tuple[int, str]:
-        """The status code and the text of what is served there."""
         status = self.status
         if path == "/healthz":  # 200 while the loop turns
             late = time.monotonic() - status.turn_by
             return (503, f"the loop is {late:.0f} s late") if late > 0 else (200, "ok")
         if path in ("/readyz", "/startz"):
-            # 200 as soon as a snapshot is published; and Envoy has ACKed it. What else is not as it
-            # should be takes no running Envoy out of its Service: it is named.
+            # Published, or ACKed. What else is wrong is named, and takes no Envoy out of service.
             started = path == "/readyz" or status.started
             ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
             lines = [f"{what}: {name}" for what in ("missing", "stale", NACKED)
@@ -3569,10 +3527,8 @@ CHECK_OUTPUT = 1 << 16  # bytes kept of what it prints
 
 
 def run_check(command: Sequence[str], directory: str, stop: threading.Event) -> str:
-    """Run --check-cmd on the files in a directory: "" if it accepts them, else why not, in a line.
-    Its process group is killed at the end: no process that it left behind may hold these files."""
+    """Run --check-cmd on a directory: "" if it accepts it, else why not. No process is left."""
     import subprocess
-
     words = [part.replace("{dir}", directory) for part in command]
     until, printed, ended = time.monotonic() + CHECK_SECONDS, b"", None
     try:
@@ -3608,8 +3564,7 @@ class CheckCommand:
     def __init__(self, command: Sequence[str] | None, output: Output,
                  wake: Callable[[str, object], None]) -> None:
         self.running: threading.Thread | None = None
-        self.refusal = ""  # of the version that was checked last
-        self._version = ""
+        self.refusal = self._version = ""  # of what was checked last
         self._accepted: Files = {}
         self._command, self._output, self._wake = command or (), output, wake
         self._stop = threading.Event()
@@ -3641,7 +3596,6 @@ class CheckCommand:
         self._wake("checked", run_check(self._command, place, self._stop))
 
     def end(self, refusal: str) -> None:
-        """It has accepted the staged files, or not."""
         version, self._output.staged = self._output.staged[2:], ""
         self.running, self.refusal = None, refusal
         if refusal:
@@ -3680,9 +3634,7 @@ def preview(options: Options, config: Config) -> int:
     if any(shown) or not options.diff:
         print_out("".join([f"snapshot {version_of(files)}\n", *shown]))
     if options.check_cmd:
-        import tempfile
-
-        # a copy that nobody else can read (0700), and that goes again
+        import tempfile  # for a copy that nobody else can read (0700), and that goes again
         with tempfile.TemporaryDirectory(prefix="xds-loader-") as directory:
             for path, file in files.items():
                 os.makedirs(os.path.dirname(f"{directory}/{path}"), exist_ok=True)
@@ -3695,7 +3647,6 @@ def preview(options: Options, config: Config) -> int:
 def difference(path: str, old: File | None, new: File | None) -> str:
     """A unified diff of one file against what is published; empty if it is the same."""
     import difflib
-
     before = redacted(old.content) if old else b""
     after = redacted(new.content, old.content if old else None) if new else b""
     a, b = (text.decode("utf-8", "backslashreplace").splitlines(True) for text in (before, after))
@@ -3718,12 +3669,10 @@ def print_out(text: str) -> None:
 
 def matching(pattern: str, what: str, value: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """A parser of an option: it takes a text, or raises ValueError with what is wrong with it."""
-
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError(f"is not {what}")
         return value(text)
-
     return parse
 
 
@@ -3754,12 +3703,10 @@ def go_duration(text: str) -> float:
 def named_secret(text: str, kind: str = SECRETS, directory: str = "sds") -> Source:
     """`[NS/]NAME`; the namespace is filled in later where it is empty."""
     namespace, slash, name = text.rpartition("/")
-    namespace = namespace_name(namespace) if slash else ""
-    return Query(kind, namespace, object_name(name)), directory
+    return Query(kind, namespace_name(namespace) if slash else "", object_name(name)), directory
 
 
 def named_configmap(text: str) -> Source:
-    """`[NS/]NAME[:DIR]`."""
     name, colon, directory = text.partition(":")
     for part in directory.split("/") if colon else ():
         if not KEY_NAME.fullmatch(part):
@@ -3790,15 +3737,12 @@ def admin_url(text: str) -> str:
 
 def shell_words(text: str) -> tuple[str, ...]:
     import shlex
-
     if words := tuple(shlex.split(text)):
         return words
     raise ValueError("is empty")
 
 
-class Option(NamedTuple):
-    """One option: the same table makes the parser, the environment variables, --help and docs."""
-
+class Option(NamedTuple):  # the same table makes the parser, the variables, --help and docs
     name: str
     parse: Callable[[str], Any]
     metavar: str  # "" of a switch; `a|b` where these are all values
@@ -3874,7 +3818,6 @@ VARIABLES = {  # the later ones win
     **{f"XDS_LOADER_{option.name.replace('-', '_').upper()}": option for option in OPTIONS}}
 # A Service named `xds-loader` puts these into the environment of every pod of its namespace.
 SERVICE_LINK = r"XDS_LOADER_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\w+)?)"
-
 # The value of each option by its name (with `_`), checked; and what follows from them and the
 # environment: `mode` ("once", "watch" or "poll"), `node_name`, `unknown_variables`.
 Options = types.SimpleNamespace
@@ -3882,14 +3825,11 @@ Given = dict[str, tuple[str, list[str]]]  # by option: where it is said, and its
 
 
 def given_in_words(argv: Sequence[str]) -> Given:
-    """What the command line says, read as Go's flag package reads it: one dash or two; `-x=v` and
-    `-x v`; a switch takes a value only after `=`."""
-    given: Given = {}
-    rest = deque(argv)
+    """As Go's flags: one dash or two; `-x=v` and `-x v`; a switch takes a value only after `=`."""
+    given, rest = Given(), deque(argv)
     while rest:
         name, equals, value = rest.popleft().partition("=")
-        option = SPELLED.get(name)
-        if option is None:
+        if not (option := SPELLED.get(name)):
             raise UsageError(f"unknown option {name[:100]!r}; see --help")
         if option.metavar and not (equals or rest):
             raise UsageError(f"{name} needs a value: {option.metavar}")
@@ -3909,8 +3849,7 @@ def given_in_environment(environ: Mapping[str, str]) -> Given:
         url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
         given["apiserver"] = "$KUBERNETES_SERVICE_HOST and ..._PORT", [url]
     for variable, option in VARIABLES.items():
-        text = environ.get(variable)
-        if text and option.name not in ("help", "version"):
+        if (text := environ.get(variable)) and option.name not in ("help", "version"):
             given[option.name] = variable, text.split() if option.repeats else [text]
     return given
 
@@ -3969,7 +3908,6 @@ def options_from(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
 
 
 def help_text() -> str:
-    """--help: what the module says of itself, and the table of options."""
     lines = [(__doc__ or "").rstrip()]
     for title, options in SECTIONS.items():
         lines += ["", f"{title}:"]
@@ -3981,13 +3919,11 @@ def help_text() -> str:
 
 
 def run(options: Options) -> int:
-    """Run as asked: a preview, one snapshot, or until a signal comes."""
     log.configure(options.log_format, options.log_level)
     if options.trafficsplit_api_version:
         log.warning("--trafficsplit-api-version is ignored: SMI is not supported any more")
-    if options.unknown_variables:
-        log.warning("no option has the environment variable %s",
-                    shortened(options.unknown_variables))
+    if unknown := options.unknown_variables:
+        log.warning("no option has the environment variable %s", shortened(unknown))
     config, path = DEFAULTS, options.config
     if path:
         try:
