@@ -2095,13 +2095,12 @@ class Output:
                 return files
 
     def fitting(self, files: Files) -> tuple[Files, list[str]]:
-        """The files that can be in `current/`, and a warning for each that cannot: no directory
-        (Envoy's watch is bound to it) and no file that is foreign or needed goes for it."""
+        """The files that can be in `current/`, and a warning for each that has no place there."""
         fit, warnings = {**files}, list[str]()
         for path in sorted(files.keys() - self.published.keys()):
             above = next((each for each in parents(path)
                           if each in self.foreign or each in files), "")
-            if above or is_directory(self._path(CURRENT, path)):
+            if above or is_directory(self._path(CURRENT, path)):  # Envoy may watch it
                 place = self._path(CURRENT, above or path)
                 warnings.append(f"{path} of {fit.pop(path).source} left out: {place} is a "
                                 f"{'file' if above else 'directory'}")
@@ -3000,7 +2999,7 @@ class Listener:
             late = time.monotonic() - status.turn_by
             return (503, f"the loop is {late:.0f} s late") if late > 0 else (200, "ok")
         if path in ("/readyz", "/startz"):
-            # Published, or ACKed. What else is wrong is named, and takes no Envoy out of service.
+            # Published; for /startz also ACKed. What else is wrong is named: Envoy stays in use.
             started = path == "/readyz" or status.started
             ready = f"ready, version {status.version}" if started else "not ACKed by Envoy yet"
             lines = [f"{what}: {name}" for what in ("missing", "stale", NACKED)
