@@ -103,12 +103,13 @@ KINDS = {
     "type.googleapis.com/envoy.config.route.v3.ScopedRouteConfiguration": "scoped_rds",
     "type.googleapis.com/envoy.service.runtime.v3.Runtime": "rtds",
     "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig": "ecds"}
+TYPE_URL = re.compile(rb"type\.googleapis\.com/envoy\.[A-Za-z0-9_.]+")
 
 
 def kind_of(content: bytes) -> str:
     """What a file configures: the first type URL of an xDS resource in its text decides."""
-    urls = re.finditer(rb"type\.googleapis\.com/envoy\.[A-Za-z0-9_.]+", content)
-    return next(filter(None, (KINDS.get(url[0].decode()) for url in urls)), "")
+    kinds = (KINDS.get(url[0].decode()) for url in TYPE_URL.finditer(content))
+    return next(filter(None, kinds), "")
 
 
 def file_of(content: bytes, source: str, mode: int = 0o644, kind: str = "") -> File:
@@ -287,7 +288,7 @@ class Api:
                 if b"\n" in block:
                     *lines, rest = rest.split(b"\n")
                     for line in filter(None, lines):
-                        event = parse_json(line)
+                        event = parse_json(line.decode())  # (bytes are looked at for UTF-16)
                         kind, item = member(event, "type", str), member(event, "object", dict)
                         if not kind or not item:
                             raise ValueError("an event has no type or no object")
@@ -495,8 +496,7 @@ class Reflector(threading.Thread):
             except ApiError as error:
                 if self._refresh.is_set():
                     continue  # refresh() cut the watch
-                missing = error.status == 404 and not self.synced
-                if missing and self.query.kind == ENDPOINTSLICES:
+                if error.status == 404 and not self.synced and self.query.kind == ENDPOINTSLICES:
                     log.info("%s: not available here (%s)", self.query, error)
                     self.query, self._parse = Query(ENDPOINTS, self.query.namespace), endpoints_from
                     continue
@@ -510,9 +510,8 @@ class Reflector(threading.Thread):
         """The seconds until the next request, which is a list where only that helps."""
         self._suspect, self._rejections = True, self._rejections + 1 if error.status else 0
         expired = error.status == 410
-        lost = expired or self._rejections >= RELIST_AFTER
         reason = "expired" if expired else f"status {error.status}" if error.status else "cut"
-        self._again(reason, "" if lost else self._version)
+        self._again(reason, "" if expired or self._rejections >= RELIST_AFTER else self._version)
         if expired and self._rejections == 1:
             return 0.0
         self._report(error)
@@ -584,8 +583,7 @@ class Reflector(threading.Thread):
                 objects.pop(key, None)
             else:
                 self._keep(objects, bad, item)
-        same = objects.get(key) is self.objects.get(key) and bad == self.bad
-        self._store(objects, bad, not same)
+        self._store(objects, bad, objects.get(key) is not self.objects.get(key) or bad != self.bad)
 
     def _report(self, trouble: ApiError | None) -> None:
         if trouble is not self.trouble:
@@ -1696,7 +1694,7 @@ def overlaid(layers: Iterable[Rendering]) -> Rendering:
                 held = f" ({len(re.findall(pattern, lost.content))} {what})" if what else ""
                 warnings.append(f"{path} of {lost.source}{held} is hidden by that of {file.source}")
             files[path] = file
-    directories = {parent for path in files for parent in parents(path)}
+    directories = {parent for path in files if "/" in path for parent in parents(path)}
     for path in sorted(directories & files.keys()):
         source = files.pop(path).source
         warnings.append(f"{path} of {source} left out: others have a directory there")
@@ -1707,8 +1705,8 @@ def with_kind(path: str, file: File, before: File | None) -> File:
     """A file without a type URL (CDS with no cluster left, or what Envoy will not be able to parse)
     is what was published there before, else what its name says."""
     stem = path.rpartition("/")[2].partition(".")[0]
-    kind = file.kind or (before.kind if before else stem if stem in KINDS.values() else "")
-    return file if file.kind == kind else file._replace(kind=kind)
+    kind = before.kind if before else stem if stem in KINDS.values() else ""
+    return file._replace(kind=kind) if kind else file
 
 
 class Sources:
@@ -1782,7 +1780,8 @@ class Sources:
             layers.insert(0, self._render(self._renderer, layers))
         files, warnings = overlaid(layers)
         wanted.notes.extend(warnings)
-        files = {path: with_kind(path, file, published.get(path)) for path, file in files.items()}
+        files = {path: file if file.kind else with_kind(path, file, published.get(path))
+                 for path, file in files.items()}
         return Wanted(files, *wanted[1:])
 
     def _named(self, query: Query, directory: str, wanted: Wanted) -> Rendering:
@@ -1791,7 +1790,7 @@ class Sources:
         bad = key in self._reflectors[query].bad
         found = None if bad else self._reflectors[query].objects.get(key)
         named, warnings = found or Rendering({})
-        files = {os.path.join(directory, name): file for name, file in named.items()}
+        files = {f"{directory}{directory and '/'}{name}": file for name, file in named.items()}
         if files or (found and not self._kept.get(source)):
             self._kept[source] = files
         elif source not in self._kept:
@@ -1843,12 +1842,15 @@ def next_step(published: Files, desired: Files) -> Step | None:
     """The next snapshot; None when all is published. (What is on disk tells, at a start too.)"""
     if not published:
         return Step(desired, INITIAL) if desired else None
-    new = {path: file for path, file in desired.items() if path not in published}
-    changed = [path for path in moved_paths(published, desired) if path in published]
-    references = {path: desired[path] for path in changed
-                  if {published[path].kind, desired[path].kind} & REFERENCE_KINDS}
-    others = {path: united(published[path], desired[path]) for path in changed
-              if path not in references}
+    new, references, others = dict[str, File](), dict[str, File](), dict[str, File]()
+    for path in moved_paths(published, desired):
+        old, file = published.get(path), desired[path]
+        if old is None:
+            new[path] = file
+        elif {old.kind, file.kind} & REFERENCE_KINDS:
+            references[path] = file
+        else:
+            others[path] = united(old, file)
     children: Files = published
     if new:
         above = {parent for path in new for parent in parents(path)}  # files become directories
@@ -1973,6 +1975,8 @@ def allowed(desired: Files, published: Files, acked: Files,
     """What may be published of `desired` after NACKs, and why the rest waits, in words. A NACKed
     file keeps its last ACKed bytes. References to what is lacking because of that keep theirs too,
     and what bytes that are kept name stays as well."""
+    if not nacks:
+        return desired, []
     held = [path for path, nack in sorted(nacks.items())
             if is_nacked(desired.get(path), nack, acked.get(path))]
     notes = [f"{path}: NACKed by Envoy, "
@@ -2112,14 +2116,15 @@ class Output:
         for attempt in itertools.count():
             name = f"{version}.{attempt}" if attempt else version
             try:
-                os.mkdir(self._path(name), 0o755)
+                os.mkdir(f"{self.root}/{name}", 0o755)
                 break
             except FileExistsError:
                 if not self._damage(name, files):
                     return name
-        self._own_parents(name, [path for path in files if "/" in path])
+        if nested := [path for path in files if "/" in path]:
+            self._own_parents(name, nested)
         for path, file in files.items():
-            self._put(self._path(name, path), path, file)
+            self._put(f"{self.root}/{name}/{path}", path, file)
         return name
 
     def publish(self, files: Files, again: Iterable[str] = ()) -> list[str]:
@@ -2127,13 +2132,20 @@ class Output:
         changed = [*moved_paths(self.published, files), *files.keys() & again]
         gone = [path for path in sorted({*self.published, *self._unread} - files.keys())
                 if read_link(self._path(CURRENT, path)) == link_target(path)]  # it is ours
-        self._may_write({path.rpartition("/")[0] for path in (*changed, *gone)})
+        directories = {path.rpartition("/")[0] for path in (*changed, *gone)}
+        # Before anything is switched: the links of all files must be replaceable.
+        for place in [f"{self.root}/{CURRENT}/{each}" for each in directories]:
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True) and os.path.isdir(place):
+                read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+                number = errno.EROFS if read_only else errno.EACCES
+                raise OSError(number, os.strerror(number), place)
         name, before = self.stage(files), self.snapshot  # 1
         self.remember(self.state, files)  # 2
         os.symlink(before or "none", self._path(MARKER))  # 3
         for path in gone:  # 4
             os.unlink(self._path(CURRENT, path))
-        self._own_parents(CURRENT, changed)
+        if directories != {""} or not is_directory(f"{self.root}/{CURRENT}"):
+            self._own_parents(CURRENT, changed)
         self._link(SWITCH, name)  # 5
         self.snapshot, self.published, self.switched_at = name, files, time.time()
         self._before = before if before != name else self._before
@@ -2224,18 +2236,11 @@ class Output:
                  != read_file(self._path(name, path), len(file.content))]
         return wrong + [path for path in walk(self._path(name)) if path not in files]
 
-    def _may_write(self, directories: Iterable[str]) -> None:
-        """OSError before anything is switched: the links of all files must be replaceable."""
-        for place in (self._path(CURRENT, each) for each in directories):
-            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True) and os.path.isdir(place):
-                read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-                number = errno.EROFS if read_only else errno.EACCES
-                raise OSError(number, os.strerror(number), place)
-
     def _link(self, relative: str, target: str) -> None:
         """Make or replace a link by rename(2): nobody ever finds none."""
-        os.symlink(target, self._path(LINK))
-        os.rename(self._path(LINK), self._path(relative))
+        place = f"{self.root}/{LINK}"
+        os.symlink(target, place)
+        os.rename(place, f"{self.root}/{relative}")
 
     def _notify(self, paths: Iterable[str]) -> None:
         """Make or replace the links of files: the MOVE that Envoy sees."""
@@ -2313,7 +2318,8 @@ def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file, of exactly this mode."""
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        os.fchmod(number, mode)  # whatever the umask
+        if mode & 0o022:  # else the umask of every run, 022, took nothing away
+            os.fchmod(number, mode)
         while content:
             content = content[os.write(number, content) :]
     finally:
@@ -2575,14 +2581,15 @@ def with_nack(known: Known, path: str, files: Files, reason: str) -> Known:
 
 def retried(known: Known, desired: Files, published: Files) -> Known:
     """Without the NACKs of files that are gone, and of references to what came since."""
-    def is_over(path: str, nack: Nack) -> bool:
-        file = desired.get(path)
-        if file is None:
-            return path not in published
-        return (file.kind in REFERENCE_KINDS and file.digest == nack.digest
-                and not named_things(file, published) <= nack.stood)
-
-    kept = {path: nack for path, nack in known.nacks.items() if not is_over(path, nack)}
+    kept = dict(known.nacks)
+    for path, nack in known.nacks.items():
+        if (file := desired.get(path)) is None:
+            over = path not in published
+        else:
+            over = (file.kind in REFERENCE_KINDS and file.digest == nack.digest
+                    and not named_things(file, published) <= nack.stood)
+        if over:
+            del kept[path]
     return known if kept == known.nacks else known._replace(nacks=kept)
 
 
@@ -2746,8 +2753,7 @@ class Admin(threading.Thread):
 
 def parse_stats(text: str) -> tuple[dict[str, Counts], dict[str, int]]:
     """Of /stats, one `name: value` a line: the counts by scope, and the other figures by name."""
-    counts: dict[str, list[int]] = {}
-    figures: dict[str, int] = {}
+    counts, figures = dict[str, list[int]](), dict[str, int]()
     for scope, leaf, value in re.findall(r"(?m)^(.*)\.(\w+): ([0-9]{1,18})$", text):
         if leaf.startswith("update_"):
             counts.setdefault(scope, [0, 0])[leaf != "update_success"] += int(value)
@@ -3302,7 +3308,12 @@ class Loop:
                 output.recover()
             if now >= self._check_at:
                 self._check_at = now + self.options.sync_interval
-                self._repair()
+                if repaired := output.check() if output.snapshot else []:
+                    metrics.add("xds_loader_errors_total", ("damage",))
+                    log.warning("repaired on disk: %s", shortened(repaired))
+                    again = [path for path in repaired if path in output.published]
+                    asking.moved(output.published, output.published, again)
+                    asking.look_at = time.monotonic()
             if asking.mixed:
                 output.publish(output.published, asking.mixed)
                 asking.mixed = []
@@ -3344,14 +3355,6 @@ class Loop:
         self._check_at = time.monotonic() + self.options.sync_interval
         return True
 
-    def _repair(self) -> None:
-        repaired, files = self.output.check() if self.output.snapshot else [], self.output.published
-        if repaired:
-            metrics.add("xds_loader_errors_total", ("damage",))
-            log.warning("repaired on disk: %s", shortened(repaired))
-            self.asking.moved(files, files, [path for path in repaired if path in files])
-            self.asking.look_at = time.monotonic()
-
     def _advance(self) -> bool:
         """Publish the next snapshot if its time has come; whether there may be another one."""
         asking, output, published = self.asking, self.output, self.output.published
@@ -3371,8 +3374,7 @@ class Loop:
         self.note("files", kept + [
             f"{output.root}/{CURRENT}/{path} is a foreign file: it is left alone"
             for path in output.foreign if path not in files])
-        wanted = self.check_command.passed(files)
-        if wanted is None:
+        if (wanted := self.check_command.passed(files)) is None:
             return False
         asking.known = retried(asking.known, wanted, published)
         desired, notes = allowed(wanted, published, asking.known.acked, asking.known.nacks)
@@ -3387,8 +3389,7 @@ class Loop:
                 self._published_at = time.monotonic()
                 log.info("up to date", version=output.snapshot[2:])
             return False
-        opens_at = asking.opens_at(step.name)
-        if opens_at > time.monotonic():
+        if (opens_at := asking.opens_at(step.name)) > time.monotonic():
             self._step_at = opens_at
             return False
         self._publish(step, again)
