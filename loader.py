@@ -134,7 +134,7 @@ def moved_paths(before: Files, after: Files) -> list[str]:
 
 def version_of(files: Files) -> str:
     """The version of a snapshot: a hash of paths, modes and contents, never a resourceVersion."""
-    rows = (f"{path}\0{files[path].mode:o}\0{files[path].digest}\n" for path in sorted(files))
+    rows = [f"{path}\0{files[path].mode:o}\0{files[path].digest}\n" for path in sorted(files)]
     return hashlib.sha256("".join(rows).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -293,8 +293,7 @@ class Api:
                         if not kind or not item:
                             raise ValueError("an event has no type or no object")
                         if kind == "ERROR":
-                            code: Json = item.get("code")
-                            status = code if code in range(400, 600) else 500
+                            status = item["code"] if item.get("code") in range(400, 600) else 500
                             raise self._refusal(query, "watch", status, item)
                         yield kind, item
                 if len(rest) > EVENT_BYTES:
@@ -3048,8 +3047,10 @@ class Wakes:
     def put(self, what: object, news: object = None) -> None:
         """Add news, from any thread; where there is nothing to tell, when it came (monotonic)."""
         self._news.append((what, time.monotonic() if news is None else news))
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+        try:
             os.write(self.write, b"\0")
+        except BlockingIOError:
+            pass  # a full pipe wakes as well
 
     def wait(self, seconds: float) -> list[tuple[object, Any]]:
         """All news there are, after waiting up to so many seconds for the first."""
