@@ -2317,8 +2317,7 @@ def write_file(place: str, content: bytes, mode: int) -> None:
     """A new file, of exactly this mode."""
     number = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        if mode & 0o022:  # else the umask of every run, 022, took nothing away
-            os.fchmod(number, mode)
+        os.fchmod(number, mode)  # whatever the umask, or a default ACL of the volume
         while content:
             content = content[os.write(number, content) :]
     finally:
