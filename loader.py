@@ -3424,7 +3424,8 @@ class Loop:
         if step.name in WAITING_STEPS:
             self.asking.waits_since = 0.0
         try:
-            self.output.keep_acked(self.asking.known.acked, files)
+            if self.asking.known.acked:
+                self.output.keep_acked(self.asking.known.acked, files)
             paths = self.output.publish(files, again)
         finally:  # whatever failed, Envoy may have read what was switched to
             if self.output.published is not before or again:
