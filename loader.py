@@ -666,23 +666,26 @@ def objects_of(text: bytes) -> list[dict[str, Json]]:
 
 # One requirement of a label selector whose words are one space apart.
 LABEL, VALUE = r"([A-Za-z0-9](?:[-._/A-Za-z0-9]*[A-Za-z0-9])?)", "[-._A-Za-z0-9]+"
-REQUIREMENT = (rf"(?:^|(?<= , ))(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?|"
-               rf" (in|notin) \(((?: {VALUE}| ,)*) \))?)(?= , |$)")
+REQUIREMENT = (rf"(?:! {LABEL}|{LABEL}(?: (==?|!=)(?: ({VALUE}))?|"
+               rf" (in|notin) \(((?: {VALUE}| ,)*) \))?)(?: , |$)")
 
 
 def label_predicate(selector: str) -> Callable[[Mapping[str, Json]], bool]:
     """Whether labels match a selector (`a,!b,c=d,e!=f,g in (h),i notin (j,k)`), or UsageError."""
     text = " ".join(re.findall(r"[-._/A-Za-z0-9]+|[=!]=|\S", selector))
-    requirements = list(re.finditer(REQUIREMENT, text))
-    if " , ".join(requirement[0] for requirement in requirements) != text:
-        raise UsageError(f"{selector[:200]!r} is not a valid label selector")
+    requirements, pattern, position = list[re.Match[str]](), re.compile(REQUIREMENT), 0
+    while position < len(text):
+        if not (found := pattern.match(text, position)):
+            raise UsageError(f"{selector[:200]!r} is not a valid label selector")
+        requirements.append(found)
+        position = found.end()
 
     def selects(labels: Mapping[str, Json]) -> bool:
         for requirement in requirements:
             absent, label, sign, value, word, values = requirement.groups("")
             chosen = [text.strip() for text in (values or value).split(",")]
-            found = labels.get(label) in chosen if sign or word else (absent or label) in labels
-            if found == bool(absent or sign == "!=" or word == "notin"):  # which match absence
+            there = labels.get(label) in chosen if sign or word else (absent or label) in labels
+            if there == bool(absent or sign == "!=" or word == "notin"):  # which match absence
                 return False
         return True
 
