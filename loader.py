@@ -2474,7 +2474,8 @@ def named_things(file: File, files: Files) -> frozenset[str]:
 
 def after_meeting(known: Known) -> Known:
     """Another Envoy process: it confirmed nothing yet, and counts from zero."""
-    return known._replace(states={}, unknown=frozenset(), counts={}, doubt=True)
+    unread = {path: state for path, state in known.states.items() if state == UNREAD}
+    return known._replace(states=unread, unknown=frozenset(), counts={}, doubt=True)
 
 
 def after_end(known: Known, files: Files, *, soon: bool) -> tuple[Known, list[str]]:
@@ -2514,7 +2515,7 @@ def after_look(known: Known, files: Files, look: Look) -> tuple[Known, dict[str,
         counts={scope: known.counts.get(scope, Counts()) if scope in open_scopes else counts
                 for scope, counts in look.counts.items()},
     )
-    for path, state in told.items():
+    for path, state in sorted(told.items(), key=lambda row: row[1]):  # first ACKs: they lift NACKs
         if state == ACKED:
             known = with_ack(known, path, files)
         elif state == NACKED:
@@ -2676,14 +2677,14 @@ class Admin(threading.Thread):
             time.sleep(PROBE_SOON if time.monotonic() < ended_at + END_BOUND else PROBE)
 
     def _connect(self) -> socket.socket:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme != "unix":
+        if not self.url.startswith("unix:"):
+            parts = urllib.parse.urlsplit(self.url)
             place = (parts.hostname or "127.0.0.1", parts.port or 80)
             return socket.create_connection(place, ANSWER_BOUND)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(ANSWER_BOUND)
         try:
-            sock.connect(parts.path)
+            sock.connect(self.url.removeprefix("unix:"))
         except OSError:
             sock.close()
             raise
@@ -3089,7 +3090,7 @@ class Asking:
         self.admin, self.started = Admin(url, wake), False
         self.admin.start()
         if self._output.published:
-            self._expect(ANSWER_BOUND)
+            self.expect(ANSWER_BOUND)
 
     def opens_at(self, step: str) -> float:
         """When a step may be published (monotonic). References and removals wait until Envoy has
@@ -3122,13 +3123,13 @@ class Asking:
         """Ask what became of a publication; its line in the log comes with the answer."""
         if self.link == MET or time.monotonic() < self._silent_until:
             files = self._output.published
-            self._expect(ASK_BOUND[self.link == MET],
+            self.expect(ASK_BOUND[self.link == MET],
                          [path for path in moved if files[path].kind], fields)
             self.look_at = self._asked_at
         else:
             log.info("published", **fields, **({"ack": "unknown"} if self.admin else {}))
 
-    def _expect(self, bound: float, moved: Sequence[str] = (),
+    def expect(self, bound: float, moved: Sequence[str] = (),
                 fields: Mapping[str, object] = {}) -> None:
         """The next publication waits for an answer, so many seconds at most."""
         self._asked_at, self._moved, self._fields = time.monotonic(), moved, fields
@@ -3137,9 +3138,10 @@ class Asking:
     def turn(self) -> None:
         """Look at Envoy if it is time; go on without its answer if it is late."""
         now = time.monotonic()
-        if self.admin and self.look_at and now >= self.look_at:
+        if self.look_at and now >= self.look_at:
             self.look_at = 0.0
-            self.admin.ask()
+            if self.admin:
+                self.admin.ask()
         if not self.until or now < self.until:
             return
         late = set(self._moved).intersection(awaited(self.known, self._output.published))
@@ -3171,7 +3173,7 @@ class Asking:
         if link == MET:
             self.look_at = 0.0
             if before != MET and not self.until:
-                self._expect(ANSWER_BOUND)
+                self.expect(ANSWER_BOUND)
             self._take_look(news, now)
         elif link == SILENT and news:
             self.notes = {"Envoy answers": f"Envoy does not answer: {news}"}
@@ -3317,6 +3319,8 @@ class Loop:
                     again = [path for path in repaired if path in output.published]
                     asking.moved(output.published, output.published, again)
                     asking.look_at = time.monotonic()
+                    if asking.link == MET and not asking.until:
+                        asking.expect(ASK_BOUND[True], again)
             if asking.mixed:
                 output.publish(output.published, asking.mixed)
                 asking.mixed = []

@@ -330,6 +330,16 @@ def test_a_first_file_without_a_name_explains_a_subscription_that_only_fails() -
     assert told == {"new.yaml": UNREAD}
 
 
+def test_what_mends_a_nack_lifts_none_that_the_same_look_tells() -> None:
+    files = A | {"sds.yaml": text(real.response("secret", {"name": "s"}))}
+    known = Known(doubt=False, nacks={
+        path: Nack(files[path].digest, files[path].kind, "") for path in ("lds.yaml", "sds.yaml")})
+    counts = {**look({**ONE, "lds": (0, 1)}).counts, "sds.s": Counts(1, 0)}
+    known, told = after_look(known, files, Look(counts, True))
+    assert (told["sds.yaml"], told["lds.yaml"]) == (ACKED, NACKED)
+    assert list(known.nacks) == ["lds.yaml"]
+
+
 def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
     bad = A | {"cds.yaml": cds("a", "deadly")}
     known = after_publication(met(), A, bad, [])

@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -795,6 +796,9 @@ def test_damage_is_repaired_at_the_next_check(
         if how != "start":
             running.wait_log("WARNING repaired on disk: rds.yaml")
         assert seen.moved(1.0) == ["rds.yaml"]
+    cpu = running.cpu()
+    time.sleep(0.5)
+    assert running.cpu() - cpu < 0.1, "there is nothing left to do"
     assert texts(out) == {"rds.yaml": "good", "cds.yaml": CDS}
     if how == "interval":
         lists = [request for request in api.requests[requests:] if request.is_list]
