@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -204,6 +205,18 @@ def test_fault_05_one_of_two_subscriptions_is_not_enough(new_stage: NewStage) ->
             stage.await_files({"eds-e.yaml": stage.endpoints(2 - i % 2)})
         # (Counted as well: on a busy machine the bound above skips, and a count does not.)
         assert stage.log.count_log("Envoy did not read rds.yaml") == 1
+
+
+def test_fault_05_a_repair_that_not_all_read_is_told(new_stage: NewStage) -> None:
+    """It is asked about with a bound, as a publication is."""
+    stage: Half = new_stage(Half)
+    stage.start()
+    damaged = (stage.out / "current/rds.yaml").resolve()
+    damaged.write_text(damaged.read_text() + " ")
+    stage.log.process.send_signal(signal.SIGHUP)
+    stage.log.wait_log("repaired on disk: rds.yaml")
+    stage.log.wait_log("WARNING Envoy did not read rds.yaml in time")
+    wait_until(lambda: stage.states()["rds.yaml"] == "unknown")
 
 
 def test_fault_05_a_file_that_nobody_reads_is_not_acked(stage: Stage) -> None:

@@ -188,6 +188,14 @@ class Closing(Listener):
         client.close()
 
 
+def test_the_path_of_an_admin_socket_is_taken_as_it_is(tmp_path: Path) -> None:
+    place = str(tmp_path / "a#b?c[.sock")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(place)
+        listening.listen()
+        loader.Admin(loader.admin_url(f"unix:{place}"), lambda *_: None)._connect().close()
+
+
 def test_connections_that_nobody_answers_are_not_ends_of_envoy(
     start_loader: StartLoader, api: ApiServer, out: Path
 ) -> None:

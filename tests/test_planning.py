@@ -26,8 +26,10 @@ from loader import (
     Nack,
     after_end,
     after_look,
+    after_meeting,
     after_publication,
     allowed,
+    awaited,
     cluster_names,
     discovery_response,
     element,
@@ -338,6 +340,11 @@ def test_what_mends_a_nack_lifts_none_that_the_same_look_tells() -> None:
     known, told = after_look(known, files, Look(counts, True))
     assert (told["sds.yaml"], told["lds.yaml"]) == (ACKED, NACKED)
     assert list(known.nacks) == ["lds.yaml"]
+
+
+def test_what_nobody_read_is_not_waited_for_in_a_new_envoy_either() -> None:
+    known = after_meeting(Known(states={"cds.yaml": UNREAD, "rds.yaml": ACKED, "lds.yaml": NACKED}))
+    assert set(awaited(known, A)) == {"rds.yaml", "lds.yaml"}
 
 
 def test_the_second_end_on_the_same_bytes_is_blamed_on_them() -> None:
