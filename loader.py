@@ -2898,9 +2898,9 @@ class Metrics:
     def render(self) -> str:
         """All of it in Prometheus' text format 0.0.4."""
         self.set("process_cpu_seconds_total", time.process_time())
-        with open("/proc/self/statm", "rb") as file:
+        with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
             pages = int(file.read().split()[1])
-        self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
+            self.set("process_resident_memory_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
         with self._lock:
             held = {name: [*series.items()] for name, series in self._series.items()}
         lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import http.client
 import json
@@ -357,6 +358,15 @@ def recorded() -> Any:
         else:
             metrics.set(name, 1.5, labels)
     return metrics
+
+
+def test_metrics_are_told_where_no_descriptor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    metrics = recorded()
+    monkeypatch.setattr("builtins.open", none_left)
+    assert "xds_loader_info" in metrics.render()
 
 
 def test_a_real_parser_reads_every_metric() -> None:
